@@ -1,0 +1,1 @@
+"""Fine-tuning toward the tilted target: to come (offline GDRO, adversarial reward)."""
