@@ -1,0 +1,277 @@
+"""The Feynman-Kac particle filter: evaluate, score, weigh, resample, move.
+
+A chain x_T -> ... -> x_0 with law p is steered towards p(x_0) exp(λ r(x_0)) / Z by k weighted
+particles a prompt. At a scored step the reward r of the image predicted *from x_t* weighs x_t; then
+x_t is resampled together with the move that the network proposed for it, and only then is the noise
+of the move drawn, so that the children of one parent differ without another network call.
+
+Weights live in the log domain, in float32 or better, and are kept where the effective sample size
+is high. Unbiased: E[exp(log_z)] = Z for every number of particles and every setting here.
+Del Moral (2004); Chopin & Papaspiliopoulos (2020); Singhal et al. (2025).
+
+b prompts, k particles a prompt. `start`, `weigh`, `resample` and `close` are the filter itself, for
+those who own no loop (`steering.schedulers`); `particle_filter` is the loop around them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from steering import potentials
+from steering.potentials import POTENTIALS, History
+from steering.resampling import RESAMPLERS
+from steering.settings import FeynmanKac, population_sizes, scored_steps
+from steering.transitions import Transition
+from steering.weights import ess, log_mean_exp, normalize
+
+__all__ = [
+    "FeynmanKac",
+    "FilterState",
+    "Population",
+    "Transition",
+    "check_rewards",
+    "close",
+    "final_log_z",
+    "particle_filter",
+    "population_sizes",
+    "resample",
+    "scored_steps",
+    "start",
+    "take",
+    "weigh",
+]
+
+
+class FilterState(NamedTuple):
+    """What the next score needs: (b,) a prompt, (b, k) a particle, float32 or better."""
+
+    log_weights: Tensor  # (b, k), not normalised; 0 after resampling
+    log_z: Tensor  # (b,) the part that resampling has folded in
+    history: History  # the rewards on each line of descent
+    scale: Tensor  # (b,) λ_t
+    anchor: Tensor  # (b, k) λ S when log_weights were last 0, so log_weights = λ_t S_t - anchor
+
+
+@dataclass(frozen=True)
+class Population:
+    """The particles after one step."""
+
+    step: int
+    x: Tensor  # (b, k, *shape)
+    x0: Tensor  # (b, k, *shape), predicted from the parents of x; x itself after the last step
+    rewards: Tensor | None  # (b, k) of x0; None where the step was not scored
+    log_weights: Tensor  # (b, k), after resampling
+    log_z: Tensor  # (b,) log of the estimate so far, log_weights included
+    ancestors: Tensor  # (b, k) int64: which of the previous population each particle is a child of
+    ess: Tensor  # (b,) before resampling
+
+
+def check_rewards(rewards: Tensor, step: int, shape: tuple[int, int]) -> None:
+    """Raise ValueError unless `rewards` is finite and (b, k): the one device read of a score."""
+    if tuple(rewards.shape) != shape:
+        raise ValueError(
+            f"the reward returned shape {tuple(rewards.shape)} at step {step}: "
+            f"return one number a particle, {shape}"
+        )
+    finite = torch.isfinite(rewards)
+    if not finite.all():
+        prompt, particle = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"the reward of prompt {prompt}, particle {particle} at step {step} is "
+            f"{rewards[prompt, particle].item()}: return a finite number for every image"
+        )
+
+
+def start(b: int, k: int, device: torch.device | str | None = None) -> FilterState:
+    """b prompts of k particles of equal weight, nothing scored yet."""
+    per_particle = torch.zeros(b, k, device=device)
+    per_prompt = torch.zeros(b, device=device)
+    history = History(torch.full_like(per_particle, -math.inf), per_particle, per_particle)
+    return FilterState(per_particle, per_prompt, history, per_prompt, per_particle)
+
+
+def weigh(
+    state: FilterState, rewards: Tensor, settings: FeynmanKac, progress: float
+) -> FilterState:
+    """Multiply the weights by the potential of `rewards` (b, k), seen at the particles' own x_t.
+
+    progress in (0, 1] is how far the scores have come, (index of this score + 1) / (scores + 1);
+    linear tempering follows it.
+    """
+    rewards = _at_least_float32(rewards)
+    applied = state.scale[:, None] * state.history.total
+    history = POTENTIALS[settings.potential](state.history, rewards)
+    if settings.tempering == "adaptive":
+        scale = potentials.adaptive(
+            state.log_weights, history.total, applied, state.scale, settings.reward_scale
+        )
+    elif settings.tempering == "linear":
+        scale = torch.full_like(state.scale, settings.reward_scale * progress)
+    else:
+        scale = torch.full_like(state.scale, settings.reward_scale)
+    # Measured from the anchor, not added up, so that no rounding gathers: without resampling the
+    # closed weights are exactly λ r(x_final), and best-of-k ranks exactly as the rewards do.
+    log_weights = scale[:, None] * history.total - state.anchor
+    return state._replace(log_weights=log_weights, history=history, scale=scale)
+
+
+def resample(
+    state: FilterState,
+    settings: FeynmanKac,
+    generators: Generator | Sequence[Generator],
+    num: int | None = None,
+    stochastic: bool | Tensor = True,
+) -> tuple[FilterState, Tensor, Tensor]:
+    """Resample the prompts whose ess is low, to `num` <= k particles; the others keep weights.
+
+    Returns the state, the ancestors (b, num) int64 and the ess (b,) from before. The decision is
+    taken on the device. `stochastic` says whether the coming move draws noise; where it does not,
+    children would be copies and the weights are carried instead. Where nothing is resampled the
+    ancestors are 0..k-1. num < k (a funnel) always resamples, whatever the rest says, but for a
+    reward_scale of 0, which never does: the first `num` particles stay.
+    """
+    b, k = state.log_weights.shape
+    num = k if num is None else num
+    before = ess(state.log_weights)
+    identity = torch.arange(num, device=before.device).expand(b, num)
+    if settings.reward_scale == 0:
+        return _descend(state, identity), identity, before
+
+    drawn = RESAMPLERS[settings.resampler](normalize(state.log_weights), num, generators)
+    if num < k:
+        chosen = torch.ones_like(before, dtype=torch.bool)
+    else:
+        # At min_ess = 1 even where rounding, or equal weights, make ess exactly k.
+        low = before < settings.min_ess * k if settings.min_ess < 1 else torch.ones_like(before) > 0
+        chosen = low & stochastic
+    ancestors = torch.where(chosen[:, None], drawn, identity)
+    folded = state.log_z + log_mean_exp(state.log_weights)
+    state = _descend(state, ancestors)
+    applied = state.scale[:, None] * state.history.total
+    state = state._replace(
+        log_weights=state.log_weights.masked_fill(chosen[:, None], 0),
+        log_z=torch.where(chosen, folded, state.log_z),
+        anchor=torch.where(chosen[:, None], applied, state.anchor),
+    )
+    return state, ancestors, before
+
+
+def close(state: FilterState, rewards: Tensor, settings: FeynmanKac) -> FilterState:
+    """The last weighing, by the rewards (b, k) of the final images.
+
+    It completes the product of potentials on every line of descent to exp(λ r(x_final)).
+    """
+    target = potentials.closing(_at_least_float32(rewards), settings.reward_scale)
+    return state._replace(log_weights=target - state.anchor)
+
+
+def final_log_z(state: FilterState) -> Tensor:
+    """log of the estimate of E_p[exp(λ r)] (b,), the present weights included."""
+    return state.log_z + log_mean_exp(state.log_weights)
+
+
+def take(values: Tensor, ancestors: Tensor) -> Tensor:
+    """values (b, k, *shape), ancestors (b, num) -> (b, num, *shape)."""
+    rows = torch.arange(values.shape[0], device=values.device)[:, None]
+    return values[rows, ancestors]
+
+
+def particle_filter(
+    x: Tensor,
+    kernel: Callable[[int, Tensor], Transition],
+    reward: Callable[[Tensor], Tensor],
+    num_steps: int,
+    settings: FeynmanKac,
+    *,
+    generator: Generator,
+) -> Iterator[Population]:
+    """Run any chain through the filter; yields a Population a step, the last with closed weights.
+
+    x (b, k, *shape) is drawn from the chain's first law; kernel(step, x) -> Transition proposes the
+    move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0. All noise
+    comes from `generator`, by way of one generator a prompt for resampling, so that the noise is
+    the same whether or not anything is resampled. Raises ValueError for settings that do not fit
+    num_steps or k, before the first step, and for rewards that are not finite.
+    """
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: pass (prompts, particles, *shape)")
+    scored = scored_steps(num_steps, settings)
+    sizes = population_sizes(x.shape[1], len(scored), settings)
+    return _run(
+        x, kernel, reward, num_steps, settings, generator, dict(zip(scored, sizes, strict=True))
+    )
+
+
+def _run(
+    x: Tensor,
+    kernel: Callable[[int, Tensor], Transition],
+    reward: Callable[[Tensor], Tensor],
+    num_steps: int,
+    settings: FeynmanKac,
+    generator: Generator,
+    sizes: dict[int, int],
+) -> Iterator[Population]:
+    b, k = x.shape[:2]
+    state = start(b, k, x.device)
+    seeds = torch.randint(2**62, (b,), generator=generator, device=generator.device).tolist()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    scores_done = 0
+    for step in range(num_steps):
+        move = kernel(step, x)
+        _check_shape(move, x, step)
+        rewards, x0, before = None, move.x0, ess(state.log_weights)
+        ancestors = torch.arange(x.shape[1], device=x.device).expand(b, -1)
+        if step in sizes:
+            rewards = reward(x0)
+            check_rewards(rewards, step, (b, x.shape[1]))
+            scores_done += 1
+            state = weigh(state, rewards, settings, scores_done / (len(sizes) + 1))
+            noisy = (move.std > 0).any()
+            state, ancestors, before = resample(state, settings, generators, sizes[step], noisy)
+            move = _children(move, ancestors)
+            rewards, x0 = take(rewards, ancestors), move.x0
+        x = move.mean + move.std * _noise_like(move.mean, generator)
+        if step == num_steps - 1:
+            rewards, x0 = reward(x), x
+            check_rewards(rewards, step, (b, x.shape[1]))
+            state = close(state, rewards, settings)
+            before = ess(state.log_weights)
+        yield Population(
+            step, x, x0, rewards, state.log_weights, final_log_z(state), ancestors, before
+        )
+
+
+def _check_shape(move: Transition, x: Tensor, step: int) -> None:
+    if move.mean.shape != x.shape or move.x0.shape != x.shape:
+        raise ValueError(
+            f"the kernel's mean and x0 have shapes {tuple(move.mean.shape)} and "
+            f"{tuple(move.x0.shape)} at step {step}: return the shape of x, {tuple(x.shape)}"
+        )
+
+
+def _noise_like(mean: Tensor, generator: Generator) -> Tensor:
+    noise = torch.randn(mean.shape, generator=generator, device=generator.device, dtype=mean.dtype)
+    return noise.to(mean.device)
+
+
+def _children(move: Transition, ancestors: Tensor) -> Transition:
+    std = move.std
+    if std.numel() > 1:
+        std = take(std.expand_as(move.mean), ancestors)
+    return Transition(take(move.mean, ancestors), std, take(move.x0, ancestors))
+
+
+def _descend(state: FilterState, ancestors: Tensor) -> FilterState:
+    return state._replace(
+        log_weights=take(state.log_weights, ancestors),
+        history=History(*(take(values, ancestors) for values in state.history)),
+        anchor=take(state.anchor, ancestors),
+    )
+
+
+def _at_least_float32(rewards: Tensor) -> Tensor:
+    return rewards.to(torch.promote_types(rewards.dtype, torch.float32))

@@ -1,0 +1,119 @@
+"""Potentials: how the rewards of the predicted images, seen on the way, weigh a particle.
+
+A potential sees r_t = r(x0_t), the reward of the image predicted from x_t, for the very x_t that
+it weighs. It keeps a running total S_t, and after a score the product of all potentials applied to
+a particle's line of descent is exp(λ_t S_t); the potential itself is the quotient
+
+    log G_t = λ_t S_t - λ_{t-1} S_{t-1}.
+
+Whatever S_t and λ_t were, the last potential divides the product out and puts exp(λ r(x_final)) in
+its place (`closing`), so every potential and every tempering has the same target. They differ in
+which particles survive on the way, hence in variance. Singhal et al. (2025), "A general framework
+for inference-time scaling and steering of diffusion models", name the first three.
+
+λ_t may depend on the whole population: γ_t(exp(-λ_t S_t) h_t), where γ_t is the weighted
+population and h_t(x) = E[exp(λ r(x_final)) | x_t = x], is a martingale in which λ_t cancels, so
+log_z stays unbiased in exp even when tempering is adaptive.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steering.weights import conditional_ess
+
+__all__ = [
+    "POTENTIALS",
+    "History",
+    "adaptive",
+    "closing",
+    "difference",
+    "immediate",
+    "maximum",
+    "summed",
+]
+
+
+class History(NamedTuple):
+    """What a potential remembers of the scores on a particle's line of descent, each (b, k)."""
+
+    peak: Tensor  # the largest reward so far; -inf before the first
+    sum: Tensor  # the sum of the rewards so far
+    total: Tensor  # S_t, of which the applied log-product is λ_t S_t
+
+
+def difference(history: History, rewards: Tensor) -> History:
+    """G_t = exp λ(r_t - r_{t-1}), so S_t = r_t."""
+    return history._replace(total=rewards)
+
+
+def maximum(history: History, rewards: Tensor) -> History:
+    """G_t = exp(λ max_{s<=t} r_s): the maximum runs over the scores seen so far."""
+    peak = torch.maximum(history.peak, rewards)
+    return history._replace(peak=peak, total=history.total + peak)
+
+
+def summed(history: History, rewards: Tensor) -> History:
+    """G_t = exp(λ Σ_{s<=t} r_s): the sum runs over the scores seen so far."""
+    so_far = history.sum + rewards
+    return history._replace(sum=so_far, total=history.total + so_far)
+
+
+def immediate(history: History, rewards: Tensor) -> History:
+    """G_t = exp(λ r_t): no memory."""
+    return history._replace(total=history.total + rewards)
+
+
+POTENTIALS: dict[str, Callable[[History, Tensor], History]] = {
+    "difference": difference,
+    "max": maximum,
+    "sum": summed,
+    "immediate": immediate,
+}
+
+
+def closing(rewards: Tensor, reward_scale: float) -> Tensor:
+    """The log-product every line of descent ends with, λ r(x_final), whatever was applied before.
+
+    rewards (b, k), of the images that are returned. The running maximum or sum has no say here:
+    closing with it would target exp(λ max r) instead.
+    """
+    return reward_scale * rewards
+
+
+# The conditional ess that one score may leave, and the halvings that find its λ to 1e-9 of λ.
+TARGET = 0.5
+HALVINGS = 30
+
+
+def adaptive(
+    log_weights: Tensor, total: Tensor, applied: Tensor, scale: Tensor, reward_scale: float
+) -> Tensor:
+    """The λ_t of each prompt at which one score costs no more than half of the population.
+
+    Moves from the λ_{t-1} in `scale` (b,) towards `reward_scale` until the conditional ess
+    k (Σ W g)^2 / Σ W g^2 of the increments g = exp(λ_t S_t - applied) falls to k/2 (Zhou, Johansen
+    & Aston 2016), or all the way where it does not. `log_weights`, `total` = S_t and `applied` =
+    λ_{t-1} S_{t-1} are (b, k); returns (b,). A fixed number of bisections, on the device. Of the
+    last bracket it takes the end just past the target, so that min_ess = 0.5 resamples there.
+    """
+    k = log_weights.shape[-1]
+    low = torch.zeros_like(scale)
+    high = torch.ones_like(scale)
+
+    def reached(fraction: Tensor) -> Tensor:
+        return scale + fraction * (reward_scale - scale)
+
+    def too_far(fraction: Tensor) -> Tensor:
+        increments = reached(fraction)[:, None] * total - applied
+        return conditional_ess(log_weights, increments) < TARGET * k
+
+    binds = too_far(high)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        past = too_far(middle)
+        low, high = torch.where(past, low, middle), torch.where(past, middle, high)
+    # Full scale exactly, not to within round-off, where nothing binds.
+    return torch.where(binds, reached(high), torch.full_like(scale, reward_scale))

@@ -1,0 +1,126 @@
+"""The settings of the filter, and what they say about a run of so many steps and particles."""
+
+import difflib
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from steering.potentials import POTENTIALS
+from steering.resampling import RESAMPLERS
+
+__all__ = ["FeynmanKac", "population_sizes", "scored_steps"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeynmanKac:
+    """Settings of the filter; each is checked when it is made and a bad one is a ValueError."""
+
+    reward_scale: float = 10.0  # λ; any finite number, 0 leaves the model alone
+    potential: str = "difference"  # difference | max | sum | immediate
+    resampler: str = "ssp"  # multinomial | stratified | systematic | residual | ssp
+    min_ess: float = 0.5  # resample where ess < min_ess*k; 0 never (best-of-k), 1 at every score
+    num_scores: int = 4  # at most so many scored steps, besides the final image
+    score_from: float = 0.2  # the first and the last of them, as fractions of the executed steps
+    score_to: float = 0.8
+    noise: float = 0.7  # VP: DDIM's eta; flow: eta = noise * sigma_next; 0 noiseless, 1 the most
+    tempering: str = "none"  # none | linear | adaptive
+    funnel: tuple[int, ...] = ()  # population after each scored step; () keeps k
+
+    def __post_init__(self) -> None:
+        _check_number("reward_scale", self.reward_scale, -math.inf, math.inf)
+        _check_number("min_ess", self.min_ess, 0, 1)
+        _check_number("score_from", self.score_from, 0, 1)
+        _check_number("score_to", self.score_to, 0, 1)
+        _check_number("noise", self.noise, 0, 1)
+        _check_name("potential", self.potential, POTENTIALS)
+        _check_name("resampler", self.resampler, RESAMPLERS)
+        _check_name("tempering", self.tempering, ("none", "linear", "adaptive"))
+        if not _is_count(self.num_scores):
+            raise ValueError(
+                f"num_scores is {self.num_scores!r}: pass a whole number, 1 or more "
+                "(min_ess=0 never resamples)"
+            )
+        if self.score_from > self.score_to:
+            raise ValueError(
+                f"score_from={self.score_from} lies after score_to={self.score_to}, "
+                "which leaves no step to score: swap them"
+            )
+        self._check_funnel()
+
+    def _check_funnel(self) -> None:
+        if not isinstance(self.funnel, tuple) or not all(map(_is_count, self.funnel)):
+            raise ValueError(
+                f"funnel is {self.funnel!r}: pass a tuple of populations, each 1 or more"
+            )
+        if any(a < b for a, b in zip(self.funnel, self.funnel[1:], strict=False)):
+            raise ValueError(
+                f"funnel={self.funnel} grows: a population can only shrink, "
+                "so order it from the largest to the smallest"
+            )
+        if self.funnel and len(self.funnel) != self.num_scores:
+            raise ValueError(
+                f"funnel={self.funnel} has {len(self.funnel)} populations for num_scores="
+                f"{self.num_scores}: give one for each scored step"
+            )
+
+
+def scored_steps(num_steps: int, settings: FeynmanKac) -> tuple[int, ...]:
+    """The step indices to score: `num_scores` of them, or fewer, evenly over the window, rising.
+
+    num_steps is the number of steps *executed*. The last step is never among them: its outcome is
+    the final image, which is always scored. Raises ValueError where the window holds no step.
+    """
+    # The slack forgives fractions that are not exact: 0.7 * 10 is a little less than 7.
+    first = math.ceil(settings.score_from * num_steps - 1e-9)
+    last = min(math.floor(settings.score_to * num_steps + 1e-9), num_steps - 2)
+    if last < first:
+        raise ValueError(
+            f"no step to score between score_from={settings.score_from} and "
+            f"score_to={settings.score_to} of {num_steps} steps (the last step does not count): "
+            "widen the window or take more steps"
+        )
+    count = min(settings.num_scores, last - first + 1)
+    if count == 1:
+        return (first,)
+    gap = (last - first) / (count - 1)
+    return tuple(first + math.floor(i * gap + 0.5) for i in range(count))
+
+
+def population_sizes(k: int, num_scored: int, settings: FeynmanKac) -> tuple[int, ...]:
+    """How many particles remain after each scored step: the funnel, or k throughout.
+
+    Raises ValueError where the funnel does not fit k or the number of scored steps.
+    """
+    if not _is_count(k):
+        raise ValueError(f"the number of particles is {k!r}: pass a whole number, 1 or more")
+    if not settings.funnel:
+        return (k,) * num_scored
+    if len(settings.funnel) != num_scored:
+        raise ValueError(
+            f"funnel={settings.funnel} has {len(settings.funnel)} populations but only "
+            f"{num_scored} steps are scored: shorten it and num_scores, or take more steps"
+        )
+    if settings.funnel[0] > k:
+        raise ValueError(
+            f"funnel={settings.funnel} grows from {k} particles to {settings.funnel[0]}: "
+            f"start with {settings.funnel[0]} particles or lower the funnel"
+        )
+    return settings.funnel
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_number(field: str, value: object, low: float, high: float) -> None:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or not low <= number <= high:
+        wanted = "a finite number" if math.isinf(high) else f"a number from {low} to {high}"
+        raise ValueError(f"{field} is {value!r}: pass {wanted}")
+
+
+def _check_name(field: str, value: str, names: Collection[str]) -> None:
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "pass one of these"
+        raise ValueError(f"{field} is {value!r}, not one of {', '.join(names)}: {hint}")

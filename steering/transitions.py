@@ -1,0 +1,108 @@
+"""From a network's output to the Gaussian move it proposes: VP (DDIM) and rectified flow.
+
+alpha_bar is the VP signal level ᾱ_t in x_t = √ᾱ_t x0 + √(1-ᾱ_t) noise; sigma is the flow time s in
+x_s = (1-s) x0 + s noise. Both are 0-dim tensors or floats, or broadcast against the sample.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Transition", "ddim_transition", "flow_transition", "log_prob"]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A proposed move N(mean, std² I) and the image predicted on the way to it."""
+
+    mean: Tensor  # (b, k, *shape), or any shape for a single move
+    std: Tensor  # broadcasts against mean; 0 where the move draws no noise
+    x0: Tensor  # shaped as mean
+
+
+def ddim_transition(
+    model_output: Tensor,
+    sample: Tensor,
+    alpha_bar: Tensor | float,
+    alpha_bar_prev: Tensor | float,
+    eta: float,
+    prediction_type: str,
+) -> Transition:
+    """DDIM (Song, Meng & Ermon 2021, eqs. 12 and 16), η from 0 (noiseless) to 1 (ancestral).
+
+    x' = √ᾱ' x̂0 + √(1-ᾱ'-σ²) ε̂ + σ z, σ = η √((1-ᾱ')/(1-ᾱ)) √(1-ᾱ/ᾱ'), with ᾱ' = alpha_bar_prev.
+    prediction_type is "epsilon", "v_prediction" or "sample", what model_output predicts. Computed
+    in the precision of the sample, float32 at least. Finite at ᾱ = 0 except for "epsilon", which
+    does not determine x̂0 there. Raises ValueError for an unknown prediction_type.
+    """
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sample, model_output = sample.to(dtype), model_output.to(dtype)
+    alpha_bar = torch.as_tensor(alpha_bar, dtype=dtype)
+    alpha_bar_prev = torch.as_tensor(alpha_bar_prev, dtype=dtype)
+    signal, spread = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    if prediction_type == "epsilon":
+        x0, noise = (sample - spread * model_output) / signal, model_output
+    elif prediction_type == "v_prediction":
+        x0 = signal * sample - spread * model_output
+        noise = signal * model_output + spread * sample
+    elif prediction_type == "sample":
+        x0, noise = model_output, (sample - signal * model_output) / spread
+    else:
+        raise ValueError(
+            f"prediction_type is {prediction_type!r}, not 'epsilon', 'v_prediction' or 'sample': "
+            "pass what the network was trained to predict"
+        )
+
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev)
+    std = eta * variance.sqrt()
+    # At eta = 1 and ᾱ = 0 this is zero in exact arithmetic and may round below it.
+    along_noise = (1 - alpha_bar_prev - std**2).clamp(min=0).sqrt()
+    return Transition(alpha_bar_prev.sqrt() * x0 + along_noise * noise, std, x0)
+
+
+def flow_transition(
+    velocity: Tensor,
+    x: Tensor,
+    sigma: Tensor | float,
+    sigma_next: Tensor | float,
+    eta: Tensor | float,
+) -> Transition:
+    """A rectified-flow step with noise: from s = sigma down to s' = sigma_next, 0 <= η <= s'.
+
+    x' = x + (s'-s) v - (s' - √(s'²-η²)) ε̂ + η z, with x̂0 = x - s v and ε̂ = x + (1-s) v: the mean
+    is (1-s') x̂0 + √(s'²-η²) ε̂. η = 0 is Euler, bit for bit that of diffusers; η = s' forgets all
+    noise. Finite at s = 1. Computed in the precision of x, float32 at least, except that (s'-s) v
+    is rounded as the stock scheduler rounds it. Raises ValueError where η > s' can be seen without
+    reading the device.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype)
+    sigma = torch.as_tensor(sigma, dtype=dtype)
+    sigma_next = torch.as_tensor(sigma_next, dtype=dtype)
+    eta = torch.as_tensor(eta, dtype=dtype)
+    if eta.device.type == sigma_next.device.type == "cpu" and (eta > sigma_next * (1 + 1e-6)).any():
+        raise ValueError(
+            f"eta is {eta.max().item():g}, more noise than sigma_next = "
+            f"{sigma_next.min().item():g} leaves room for: pass eta between 0 and sigma_next"
+        )
+    x0 = x - sigma * velocity.to(dtype)
+    noise = x + (1 - sigma) * velocity.to(dtype)
+    removed = sigma_next - (sigma_next**2 - eta**2).clamp(min=0).sqrt()
+    # √(s'²) is s' exactly in binary floating point, so without noise nothing is removed at all.
+    mean = x + (sigma_next - sigma) * velocity - removed * noise
+    return Transition(mean, eta, x0)
+
+
+def log_prob(transition: Transition, x: Tensor) -> Tensor:
+    """log N(x; mean, std² I), *summed* over the dimensions of the latent, not averaged.
+
+    x (b, k, *shape) -> (b, k). float32 at least; -inf or nan where std is 0.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    std = transition.std.to(dtype)
+    z = (x.to(dtype) - transition.mean.to(dtype)) / std
+    density = -0.5 * z.square() - std.log() - 0.5 * math.log(2 * math.pi)
+    return density.flatten(2).sum(dim=2) if density.ndim > 2 else density
