@@ -1,0 +1,139 @@
+"""Rewards of pictures: one convention, `reward(images, prompts) -> scores`, and sums of them.
+
+reward = rewards.load("clip(tiny) + 0.5*ocr(mode=strict)")
+total, components = reward.evaluate(images, prompts)
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .combine import Function, Part, WeightedSum, default_name
+from .spec import Call, Term, parse
+
+__all__ = ["Reward", "WeightedSum", "available", "load"]
+
+# name -> (module, class, description); the modules import their models only when constructed
+REWARDS = {
+    "clip": ("rewards.clip", "ClipReward", "cosine of picture and prompt in CLIP's space"),
+    "jpeg": (
+        "rewards.jpeg",
+        "JpegReward",
+        "size as JPEG: small (default) or large files score high",
+    ),
+    "objects": (
+        "rewards.objects",
+        "ObjectsReward",
+        "shapes and colours of the embedded world, checked",
+    ),
+    "ocr": ("rewards.ocr", "OcrReward", "the prompt's quoted text, as RapidOCR reads it"),
+}
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """What steering and fine-tuning ask of a reward.
+
+    images: float (n, 3, h, w) in [0, 1], any device; prompts: n strings; references: pictures
+    to compare with, for the few rewards that need them. Returns float32 (n,) on the images'
+    device, higher is better. Values outside [0, 1] are refused (tolerance 1e-3), never rescaled.
+    A reward may also have `check(prompts)`, which refuses prompts it cannot score, and
+    `evaluate(images, prompts, *, references=None) -> (total, {name: scores})`.
+    """
+
+    name: str
+    differentiable: bool
+    range: tuple[float | None, float | None]
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], *, references: Any = None
+    ) -> Tensor: ...
+
+
+def available() -> dict[str, str]:
+    """The built-in rewards: name -> one line."""
+    return {name: description for name, (_, _, description) in sorted(REWARDS.items())}
+
+
+def load(
+    reward: str | Mapping[str, float] | Callable[..., Any],
+    device: torch.device | str | None = None,
+) -> WeightedSum:
+    """A reward from its text form, a mapping {text form: weight}, or any callable.
+
+    The text form is described in `rewards.spec`; a name `module:attribute` is imported, and
+    called with the arguments if it has any or is a class. `device` is where models live;
+    None lets them follow the images.
+    """
+    if isinstance(reward, WeightedSum):
+        return reward
+    if isinstance(reward, str):
+        return WeightedSum([_part(term, 1.0, device) for term in parse(reward)])
+    if isinstance(reward, Mapping):
+        return WeightedSum([_entry(text, reward[text], device) for text in reward])
+    return WeightedSum([_callable_part(reward)])
+
+
+def _entry(text: str, weight: float, device: torch.device | str | None) -> Part:
+    terms = parse(text)
+    if len(terms) != 1:
+        raise ValueError(f"{text!r} is a sum; give each reward its own entry in the mapping")
+    return _part(terms[0], float(weight), device)
+
+
+def _callable_part(reward: Any) -> Part:
+    if isinstance(reward, Reward):
+        return Part(reward.name, 1.0, reward, Call(reward.name))
+    wrapped = Function(reward)
+    module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
+    importable = name and "<" not in name
+    return Part(
+        wrapped.name, 1.0, wrapped, Call(f"{module}:{name}" if importable else wrapped.name)
+    )
+
+
+def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:
+    call, weight, name = term.call, term.weight * factor, term.alias or default_name(term.call)
+    if ":" in call.name:
+        return Part(name, weight, _imported(call), call)
+    if call.name not in REWARDS:
+        close = get_close_matches(call.name, REWARDS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {sorted(REWARDS)}"
+        raise ValueError(f"there is no reward {call.name!r}; {hint}")
+    module, attribute, _ = REWARDS[call.name]
+    factory = getattr(importlib.import_module(module), attribute)
+    parameters = [p for p in inspect.signature(factory).parameters if p != "device"]
+    if len(call.args) > len(parameters):
+        raise ValueError(f"reward {call.name} takes at most {len(parameters)} arguments: {call}")
+    given = dict(zip(parameters, call.args, strict=False))
+    for key, value in call.kwargs:
+        if key in given:
+            raise ValueError(f"reward {call.name} got {key} twice: {call}")
+        if key not in parameters:
+            close = get_close_matches(key, parameters, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {parameters}"
+            raise ValueError(f"reward {call.name} has no argument {key!r}; {hint}")
+        given[key] = value
+    extra = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+    named = Call(call.name, (), tuple((key, given[key]) for key in parameters if key in given))
+    return Part(name, weight, factory(**given, **extra), named)
+
+
+def _imported(call: Call) -> Any:
+    module, _, attribute = call.name.partition(":")
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {call.name!r} cannot be imported: {error}") from error
+    if call.args or call.kwargs or inspect.isclass(found):
+        found = found(*call.args, **dict(call.kwargs))
+    return found if isinstance(found, Reward) else Function(found)

@@ -1,0 +1,163 @@
+"""The weighted sum of rewards, with the value of every component beside the total.
+
+Legend: n images.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .images import check_inputs
+from .spec import Call, Term, format_terms
+
+__all__ = ["Function", "Part", "WeightedSum"]
+
+
+class Function:
+    """Any `f(images, prompts)` as a reward: n numbers, as a tensor or a sequence.
+
+    `references` is handed on where the function has such a parameter. The range is unknown;
+    `differentiable` is the function's attribute of that name, else False.
+    """
+
+    range = (None, None)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        if not callable(function):
+            raise TypeError(f"a reward is a callable f(images, prompts) but got {function!r}")
+        self.function = function
+        self.name = str(getattr(function, "name", getattr(function, "__name__", "reward")))
+        self.differentiable = bool(getattr(function, "differentiable", False))
+        parameters = inspect.signature(function).parameters
+        self.wants_references = "references" in parameters
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
+        check_inputs(images, prompts)
+        extra = {"references": references} if self.wants_references else {}
+        scores = self.function(images, prompts, **extra)
+        return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component: the name it is reported under, its weight, the reward and how it was made."""
+
+    name: str
+    weight: float
+    reward: Any
+    call: Call
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"the weight of {self.name} is {self.weight} but must be finite")
+
+
+class WeightedSum:
+    """total = Σ weight · component, each component also returned by itself, unweighted.
+
+    A component of weight 0 is evaluated and reported but never added (so it may be infinite),
+    and passes no gradient. `evaluate` gives total and components from one evaluation.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        names = [part.name for part in parts]
+        if not parts:
+            raise ValueError("a sum of rewards needs at least one; write for example 'clip + ocr'")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"two components are called {name!r}; name them, a={name}(...) + b={name}(...)"
+                )
+        self.parts = tuple(parts)
+
+    @property
+    def name(self) -> str:
+        """The component's name if there is only one, of weight 1, else the spec."""
+        alone = len(self.parts) == 1 and self.parts[0].weight == 1
+        return self.parts[0].name if alone else str(self)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every component that counts is."""
+        return all(part.reward.differentiable for part in self.parts if part.weight)
+
+    @property
+    def range(self) -> tuple[float | None, float | None]:
+        """Bounds of the total; None where a component has none."""
+        counted = [part for part in self.parts if part.weight]
+        ends = [part.reward.range[:: 1 if part.weight > 0 else -1] for part in counted]
+        low, high = (
+            None
+            if any(pair[i] is None for pair in ends)
+            else sum(part.weight * pair[i] for part, pair in zip(counted, ends, strict=True))
+            for i in (0, 1)
+        )
+        return low, high
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
+        return self.evaluate(images, prompts, references=references)[0]
+
+    def evaluate(
+        self, images: Tensor, prompts: Sequence[str], *, references: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total (n,) and {name: component (n,)}, float32 on the images' device."""
+        components = self.components(images, prompts, references=references)
+        total = torch.zeros(len(images), device=images.device)
+        for part in self.parts:
+            if part.weight:
+                total = total + part.weight * components[part.name]
+        return total, components
+
+    def components(
+        self, images: Tensor, prompts: Sequence[str], *, references: Any = None
+    ) -> dict[str, Tensor]:
+        """{name: scores (n,)}, unweighted, in the order of the spec."""
+        found = {}
+        for part in self.parts:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and part.weight != 0):
+                scores = part.reward(images, prompts, references=references)
+            if scores.shape != (len(images),):
+                raise ValueError(
+                    f"reward {part.name} returned shape {tuple(scores.shape)} for "
+                    f"{len(images)} images; it must return one number an image"
+                )
+            found[part.name] = scores
+        return found
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that a component cannot score, before any work is done."""
+        for part in self.parts:
+            if hasattr(part.reward, "check"):
+                part.reward.check(prompts)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """What `str` writes, as data."""
+        return tuple(
+            Term(part.call, part.weight, "" if part.name == default_name(part.call) else part.name)
+            for part in self.parts
+        )
+
+    def __str__(self) -> str:
+        return format_terms(self.terms)
+
+    def __repr__(self) -> str:
+        return f"<reward {self}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, WeightedSum) and self.terms == other.terms
+
+    def __hash__(self) -> int:
+        return hash(self.terms)
+
+
+def default_name(call: Call) -> str:
+    """The name a component is reported under unless an alias says otherwise."""
+    return call.name.rpartition(":")[2].rpartition(".")[2]

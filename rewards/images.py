@@ -1,0 +1,179 @@
+"""Pictures as tensors: conversion, checks, and a differentiable resize that equals PIL's.
+
+Legend: n images, h w their size. A picture is float ``(n, 3, h, w)`` in [0, 1], RGB.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["check_inputs", "normalize", "resize", "resize_matrix", "to_images", "to_uint8"]
+
+TOLERANCE = 1e-3  # decoders overshoot [0, 1] by rounding; anything beyond is another range
+FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # name -> support in source pixels
+FIXED_POINT = 1 << 22  # PIL keeps 8-bit resampling weights as integers over this
+PILLOW = int(PIL.__version__.partition(".")[0])
+
+
+def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
+    """Refuse anything but float ``(n, 3, h, w)`` in [0, 1] with n prompts (tolerance 1e-3)."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"a reward takes images of shape (n, 3, h, w) but got {got}; "
+            "convert them with rewards.images.to_images()"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"a reward takes float images in [0, 1] but got {images.dtype}; "
+            "convert them with rewards.images.to_images()"
+        )
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        got = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise ValueError(f"{len(images)} images need a list of {len(images)} prompts but got {got}")
+    if images.numel() == 0:
+        return
+    low, high = torch.stack(images.detach().aminmax()).tolist()
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
+        raise ValueError(
+            f"a reward takes images in [0, 1] but these lie in [{low:.4g}, {high:.4g}]; "
+            "bring them to [0, 1] first ((x + 1) / 2 for a VAE's [-1, 1], x / 255 for bytes)"
+        )
+
+
+def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor:
+    """One picture or many, as float32 ``(n, 3, h, w)`` in [0, 1].
+
+    Takes a PIL image, a NumPy array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or
+    (n, 3, h, w) (channels last where only that fits), or a sequence of these of one size.
+    Bytes are divided by 255; floats must already lie in [0, 1].
+    """
+    if isinstance(pictures, Sequence):
+        parts = [to_images(picture, device) for picture in pictures]
+        if not parts:
+            raise ValueError("to_images() got an empty sequence; give it at least one picture")
+        sizes = {tuple(part.shape[2:]) for part in parts}
+        if len(sizes) > 1:
+            raise ValueError(f"pictures of one size are needed but got (h, w) {sorted(sizes)}")
+        return torch.cat(parts)
+    if isinstance(pictures, Image.Image):
+        pictures = np.array(pictures.convert("RGB"))
+    if isinstance(pictures, np.ndarray):
+        x = _channels_first(torch.from_numpy(np.array(pictures)), last=True)
+    elif isinstance(pictures, Tensor):
+        x = _channels_first(pictures, last=False)
+    else:
+        raise TypeError(
+            "to_images() takes PIL images, NumPy arrays or tensors but got "
+            f"{type(pictures).__name__}"
+        )
+    if x.dtype == torch.uint8:
+        x = x.to(device).float() / 255
+    elif x.is_floating_point():
+        x = x.to(device).float()
+    else:
+        raise ValueError(f"pictures are bytes or floats in [0, 1] but got {x.dtype}")
+    check_inputs(x, [""] * len(x))
+    return x
+
+
+def _channels_first(x: Tensor, *, last: bool) -> Tensor:
+    """Bring (h, w, 3), (n, h, w, 3), (3, h, w) or (n, 3, h, w) to (n, 3, h, w)."""
+    shape = tuple(x.shape)
+    x = x.unsqueeze(0) if x.ndim == 3 else x
+    if x.ndim == 4:
+        fits_last, fits_first = x.shape[-1] == 3, x.shape[1] == 3
+        if fits_last and (last or not fits_first):
+            return x.permute(0, 3, 1, 2)
+        if fits_first:
+            return x
+    raise ValueError(f"pictures have three colour channels, (n, h, w, 3) or (n, 3, h, w): {shape}")
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """The bytes a PNG would hold, (n, h, w, 3): rounded to the nearest, as diffusers saves them."""
+    x = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return np.ascontiguousarray(x.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std per colour channel."""
+    m, s = (images.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    return (images - m) / s
+
+
+@lru_cache(maxsize=64)
+def resize_matrix(source: int, target: int, filter: str = "bicubic") -> Tensor:
+    """The (target, source) weights of one antialiased pass, float64, each row summing to 1.
+
+    Pixel i of the result is centred at (i + 1/2)·source/target; shrinking widens the kernel by
+    the same factor. The bicubic kernel is Keys' with a = -1/2, PIL's choice.
+    """
+    scale = source / target
+    width = max(scale, 1.0)
+    reach = FILTERS[filter] * width
+    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    first = (centre - reach + 0.5).long().clamp(min=0)  # long() truncates, as C does
+    end = (centre + reach + 0.5).long().clamp(max=source)
+    pixel = torch.arange(source)
+    t = ((pixel + 0.5 - centre[:, None]) / width).abs()
+    if filter == "bilinear":
+        weight = (1 - t).clamp(min=0)
+    else:
+        near = (1.5 * t - 2.5) * t * t + 1
+        far = ((-0.5 * t + 2.5) * t - 4) * t + 2
+        weight = torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
+    weight = weight * ((pixel >= first[:, None]) & (pixel < end[:, None]))
+    return weight / weight.sum(1, keepdim=True)
+
+
+def resize(
+    images: Tensor, size: tuple[int, int], filter: str = "bicubic", exact: bool = False
+) -> Tensor:
+    """Resize as PIL does (antialiased), differentiably: two matrix products with a clamp between.
+
+    PIL clips to bytes after each of its two passes; without the clip between them a sharp
+    picture that is enlarged comes out up to 46/255 different. ``exact=False`` leaves out PIL's
+    rounding only (1.5/255 at most, on pictures of bytes). ``exact=True`` repeats its integer
+    arithmetic and gives its very bytes, with the gradient passed straight through the rounding.
+
+    Args: images float (n, 3, h, w) in [0, 1]; size (H, W). Returns the dtype and device of
+    ``images``; half precision is computed in float32.
+    """
+    if filter not in FILTERS:
+        raise ValueError(f"filter is {filter!r} but resize() knows {sorted(FILTERS)}")
+    height, width = size
+    if height < 1 or width < 1:
+        raise ValueError(f"size is {size} but must be (H, W) of positive integers")
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    if exact and images.device.type != "mps":  # which has no float64 and stays within 2/255
+        dtype = torch.float64
+    h, w = images.shape[2:]
+    x = images.to(dtype)
+    x = _round(x * 255) if exact else x
+    passes = ["width"] * (width != w) + ["height"] * (height != h)
+    # Pillow 13 shrinks the height first where that saves work, and the clip makes order matter
+    if PILLOW >= 13 and h - height > max(0, 2 * (w - width)):
+        passes.reverse()
+    with torch.autocast(images.device.type, enabled=False):
+        for axis in passes:
+            source, target = (w, width) if axis == "width" else (h, height)
+            weights = resize_matrix(source, target, filter)
+            weights = (weights * FIXED_POINT).round() / FIXED_POINT if exact else weights
+            weights = weights.to(x.dtype).to(x.device)
+            x = x @ weights.T if axis == "width" else weights @ x
+            x = _round(x) if exact else x.clamp(0, 1)
+    return (x / 255 if exact else x).to(images.dtype)
+
+
+def _round(x: Tensor) -> Tensor:
+    """Clip to [0, 255] and round halves up, as PIL does; the gradient passes straight through."""
+    x = x.clamp(0, 255)
+    whole = (x.detach() + 0.5).floor()
+    return whole + (x - x.detach())

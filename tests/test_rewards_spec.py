@@ -1,0 +1,235 @@
+"""The text form of rewards, and the sums it describes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rewards
+from rewards.spec import Call, Term, format_terms, parse
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def lengths(images, prompts):
+    return [len(prompt) for prompt in prompts]
+
+
+def against(images, prompts, references=None):
+    return (images - references).abs().mean((1, 2, 3))
+
+
+def endless(images, prompts):
+    return torch.full((len(images),), torch.inf)
+
+
+class Scaled:
+    def __init__(self, factor: float = 2.0) -> None:
+        self.factor = factor
+
+    def __call__(self, images, prompts):
+        return self.factor * images.mean((1, 2, 3))
+
+
+HERE = __name__
+IMAGES = torch.linspace(0, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+PROMPTS = ["a", "bcd"]
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("clip", [Term(Call("clip"))]),
+        ("-clip", [Term(Call("clip"), -1.0)]),
+        (
+            "clip + 0.5*ocr(mode=strict)",
+            [Term(Call("clip")), Term(Call("ocr", (), (("mode", "strict"),)), 0.5)],
+        ),
+        ("clip*2-1e-3*ocr", [Term(Call("clip"), 2.0), Term(Call("ocr"), -0.001)]),
+        ("a - -0.5*b", [Term(Call("a")), Term(Call("b"), 0.5)]),
+        ("a=clip(tiny)", [Term(Call("clip", ("tiny",)), 1.0, "a")]),
+        ("a=2*clip + 3*b=clip", [Term(Call("clip"), 2.0, "a"), Term(Call("clip"), 3.0, "b")]),
+        ("f(ViT-B-32/laion2b, x=-1)", [Term(Call("f", ("ViT-B-32/laion2b",), (("x", -1),)))]),
+        ("f(1e-3, true, none, '1')", [Term(Call("f", (0.001, True, None, "1")))]),
+        (r'f("a, b) \"c\"")', [Term(Call("f", ('a, b) "c"',)))]),
+        ("0*mod.sub:Cls(3)", [Term(Call("mod.sub:Cls", (3,)), 0.0)]),
+        ("f()", [Term(Call("f"))]),
+    ],
+)
+def test_parsing(text, terms):
+    assert list(parse(text)) == terms
+    assert parse(format_terms(parse(text))) == parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("clip+", "the end"),
+        ("clip ocr", "between rewards"),
+        ("2 clip", "after a weight"),
+        ("2*3*clip", "name of a reward"),
+        ("2*clip*3", "one weight"),
+        ("clip(", "a value"),
+        ("clip(a b)", "quote a value"),
+        ("clip(a=1, a=2)", "only once"),
+        ("clip(a=1, 2)", "after a named"),
+        ("clip(1=2)", "a name instead of 1"),
+        ("clip('open)", "a value"),
+        ("__import__('os').system('x')", "between rewards"),
+    ],
+)
+def test_bad_specs_say_what_was_expected_where(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)
+
+
+VALUES = st.one_of(
+    st.text(max_size=8),
+    st.integers(-1000, 1000),
+    st.booleans(),
+    st.none(),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
+CALLS = st.builds(
+    Call,
+    NAMES,
+    st.lists(VALUES, max_size=2).map(tuple),
+    st.dictionaries(NAMES, VALUES, max_size=2).map(lambda found: tuple(found.items())),
+)
+WEIGHTS = st.floats(-1e6, 1e6).map(lambda weight: weight + 0.0)  # no negative zero
+TERMS = st.lists(st.builds(Term, CALLS, WEIGHTS, st.one_of(st.just(""), NAMES)), min_size=1)
+
+
+@given(TERMS)
+def test_writing_and_reading_give_back_the_same_terms(terms):
+    text = format_terms(tuple(terms))
+    found = parse(text)
+    assert found == tuple(terms)
+    kinds = [[type(v) for v in term.call.args] for term in found]
+    assert kinds == [[type(v) for v in term.call.args] for term in terms]
+
+
+def test_total_is_the_weighted_sum_and_components_are_unweighted():
+    reward = rewards.load(f"0.5*{HERE}:brightness - 2*{HERE}:lengths")
+    total, components = reward.evaluate(IMAGES, PROMPTS)
+    assert list(components) == ["brightness", "lengths"]
+    torch.testing.assert_close(components["lengths"], torch.tensor([1.0, 3.0]))
+    expected = 0.5 * IMAGES.mean((1, 2, 3)) - 2 * torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(reward(IMAGES, PROMPTS), expected)
+    assert total.dtype == torch.float32
+
+
+def test_a_weight_of_zero_is_reported_but_not_added():
+    reward = rewards.load(f"{HERE}:brightness + 0*{HERE}:endless")
+    total, components = reward.evaluate(IMAGES, PROMPTS)
+    torch.testing.assert_close(total, IMAGES.mean((1, 2, 3)))
+    assert torch.isinf(components["endless"]).all()
+
+
+def test_round_trip_through_str_gives_an_equal_reward():
+    for text in (
+        "0.5*jpeg + other=jpeg(incompressibility)",
+        f"-{HERE}:Scaled(3) + 0*jpeg",
+        "clip(random:0, scale=logit) + 1e-05*jpeg(mode=compressibility)",
+    ):
+        reward = rewards.load(text)
+        again = rewards.load(str(reward))
+        assert again == reward
+        assert hash(again) == hash(reward)
+        assert str(again) == str(reward)
+        torch.testing.assert_close(again(IMAGES, PROMPTS), reward(IMAGES, PROMPTS))
+    assert rewards.load("jpeg") != rewards.load("2*jpeg")
+
+
+def test_mappings_callables_and_classes_load():
+    by_name = rewards.load({"jpeg": 0.5, f"{HERE}:Scaled(3)": 2.0})
+    total, components = by_name.evaluate(IMAGES, PROMPTS)
+    torch.testing.assert_close(total, 0.5 * components["jpeg"] + 2 * components["Scaled"])
+    torch.testing.assert_close(components["Scaled"], 3 * IMAGES.mean((1, 2, 3)))
+    plain = rewards.load(brightness)
+    assert plain.name == "brightness"
+    assert plain.range == (None, None)
+    assert not plain.differentiable
+    assert rewards.load(str(plain)) == plain
+    assert rewards.load(plain) is plain
+    assert rewards.load(f"{HERE}:Scaled").evaluate(IMAGES, PROMPTS)[0].shape == (2,)
+    with pytest.raises(TypeError, match="callable"):
+        rewards.load(3)  # pyright: ignore[reportArgumentType]
+
+
+def test_references_reach_a_function_that_wants_them():
+    reward = rewards.load(against)
+    scores = reward(IMAGES, PROMPTS, references=IMAGES * 0.5)
+    torch.testing.assert_close(scores, IMAGES.mean((1, 2, 3)) / 2)
+
+
+def test_the_range_of_a_sum_follows_the_signs():
+    assert rewards.load("2*clip(random:0)").range == (-2.0, 2.0)
+    assert rewards.load("-2*jpeg").range == (0.0, None)
+    assert rewards.load("clip(random:0) + jpeg").range == (None, 1.0)
+    assert rewards.load("clip(random:0)").differentiable
+    assert not rewards.load("clip(random:0) + jpeg").differentiable
+    assert rewards.load("clip(random:0) + 0*jpeg").differentiable
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("clp", "did you mean 'clip'"),
+        ("zzz", "known are"),
+        ("clip(sorce=tiny)", "did you mean 'source'"),
+        ("clip(a, b, c, d, e)", "at most"),
+        ("clip(random:0, source=tiny)", "twice"),
+        ("clip(device=cpu)", "no argument 'device'"),
+        ("clip(random:0, scale=cosin)", "did you mean 'cosine'"),
+        ("jpeg(small)", "'small' is unknown"),
+        ("jpeg + jpeg", "two components are called 'jpeg'"),
+        ("1e999*jpeg", "must be finite"),
+        ("no_such_module:f", "cannot be imported"),
+        (f"{HERE}:no_such_function", "cannot be imported"),
+        ({"jpeg + jpeg": 1.0}, "is a sum"),
+        ({}, "at least one"),
+    ],
+)
+def test_bad_rewards_are_refused_in_one_sentence(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        rewards.load(spec)
+    assert "\n" not in str(error.value)
+
+
+def test_a_reward_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match="one number an image"):
+        rewards.load(lambda images, prompts: images.mean())(IMAGES, PROMPTS)
+
+
+def test_every_available_reward_has_a_line():
+    assert {"clip", "jpeg", "objects", "ocr"} <= set(rewards.available())
+    assert all(line and "\n" not in line for line in rewards.available().values())
+
+
+def test_import_is_light():
+    heavy = ["open_clip", "rapidocr", "transformers", "diffusers", "torchvision", "steering"]
+    code = (
+        "import sys, rewards, rewards.clip, rewards.ocr, rewards.jpeg, rewards.objects;"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_jpeg_sizes_are_ordered_and_signed():
+    flat = torch.full((1, 3, 64, 64), 0.5)
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    both = torch.cat([flat, noise])
+    small = rewards.load("jpeg")(both, ["", ""])
+    large = rewards.load("jpeg(incompressibility)")(both, ["", ""])
+    torch.testing.assert_close(small, -large)
+    assert 0.3 < large[0] < 1.5 < 3 < large[1] < 12  # kilobytes of 1000
