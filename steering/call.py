@@ -1,0 +1,168 @@
+"""The keywords of a pipeline's own call: checked before any work, then dealt out to its prompts."""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Generator, Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+__all__ = ["PipelineCall", "check_pipeline", "check_preview"]
+
+_CLASHES = {
+    "prompt": "pass the prompts as steer()'s second argument",
+    "num_images_per_prompt": "pass particles= instead",
+    "num_videos_per_prompt": "pass particles= instead",
+    "generator": "pass seed= instead",
+    "latents": "each particle starts from the noise of its own generator; pass seed= instead",
+    "output_type": "images come back as PIL, latents as Steered.latents",
+    "return_dict": "a Steered is returned",
+    "eta": "pass FeynmanKac(noise=...) instead",
+    "denoising_end": "the filter has to see the run to its end; leave it out",
+    "padding_mask_crop": "crop the image and the mask yourself",
+}
+_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """A checked call: `keywords` as given, `names` those that the pipeline knows.
+
+    Raises ValueError, in `check`, for a keyword that is unknown or that steer() sets itself.
+    """
+
+    keywords: dict[str, Any]
+    defaults: dict[str, Any]  # of every named parameter of the pipeline's call
+    prompts: tuple[str, ...]
+
+    @staticmethod
+    def check(
+        pipe: DiffusionPipeline, prompts: Sequence[str], keywords: dict[str, Any]
+    ) -> "PipelineCall":
+        parameters = inspect.signature(type(pipe).__call__).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        defaults = {p.name: p.default for p in named if p.name != "self"}
+        kind = type(pipe).__name__
+        if "prompt" not in defaults:
+            raise ValueError(f"{kind} takes no prompt, so there is nothing to steer it by.")
+        for name in keywords:
+            if name in _CLASHES:
+                raise ValueError(f"{name}= clashes with steer(): {_CLASHES[name]}.")
+            if name not in defaults:
+                near = difflib.get_close_matches(name, defaults, n=1)
+                hint = f"did you mean {near[0]}=?" if near else f"see help({kind}.__call__)."
+                raise ValueError(f"{kind} takes no keyword {name}=; {hint}")
+        call = PipelineCall(dict(keywords), defaults, tuple(prompts))
+        for name in call._per_prompt():
+            call._check_length(name)
+        return call
+
+    def value(self, name: str) -> Any:
+        """What the pipeline will see for `name`; None where it has no such parameter."""
+        default = self.defaults.get(name)
+        return self.keywords.get(name, None if default is inspect.Parameter.empty else default)
+
+    def num_steps(self) -> int | None:
+        """How many steps will be executed, as far as that can be known beforehand."""
+        for name in ("sigmas", "timesteps"):
+            if self.value(name) is not None:
+                return len(self.value(name))
+        steps, strength = self.value("num_inference_steps"), self.value("strength")
+        if steps is None or self.value("denoising_start") is not None:
+            return None
+        return steps if strength is None else min(int(steps * strength), steps)
+
+    def check_packing(self, prompts_per_call: int) -> None:
+        images = [name for name in self.keywords if "image" in name]
+        if prompts_per_call > 1 and images:
+            raise ValueError(
+                f"prompts_per_call={prompts_per_call} with {images[0]}=: pipelines pair several "
+                "prompts and images in orders of their own; leave prompts_per_call at 1."
+            )
+
+    def check_frames(self) -> None:
+        frames = self.value("num_frames")
+        if frames not in (None, 1):
+            raise ValueError(
+                f"num_frames={frames}: a reward scores pictures; pass num_frames=1, or decode=, a "
+                "function from latents to one image (3, h, w) in [0, 1] a video."
+            )
+
+    def for_prompts(
+        self, indices: Sequence[int], k: int, generators: list[Generator]
+    ) -> dict[str, Any]:
+        """The keywords of the call that makes k particles for each of these prompts."""
+        call = dict(self.keywords)
+        count = next((name for name in _COUNTS if name in self.defaults), None)
+        # several prompts are written out: some pipelines (Sana, PixArt) repeat the attention masks
+        # of several prompts in another order than their embeddings
+        written_out = count is None or len(indices) > 1
+        rows = [i for i in indices for _ in range(k)] if written_out else list(indices)
+        for name in self._per_prompt():
+            call[name] = self._deal(call[name], rows)
+        if "prompt_embeds" not in call:
+            call["prompt"] = self._deal(list(self.prompts), rows)
+        if count:
+            call[count] = 1 if written_out else k
+        return call | {"generator": generators, "return_dict": False}
+
+    def _per_prompt(self) -> list[str]:
+        return [
+            name
+            for name, value in self.keywords.items()
+            if "prompt" in name and isinstance(value, str | list | Tensor)
+        ]
+
+    def _check_length(self, name: str) -> None:
+        value, b = self.keywords[name], len(self.prompts)
+        if not isinstance(value, str) and len(value) not in (1, b):
+            raise ValueError(
+                f"{name}= has {len(value)} entries for {b} prompts; give one, or one a prompt."
+            )
+
+    @staticmethod
+    def _deal(value: Any, rows: list[int]) -> Any:
+        if isinstance(value, Tensor):
+            return value[torch.tensor(rows) if len(value) > 1 else [0] * len(rows)]
+        if isinstance(value, str):
+            value = [value]
+        dealt = [value[i if len(value) > 1 else 0] for i in rows]
+        # a pipeline wants its prompts to be of one type, all str or all lists
+        return dealt[0] if len(dealt) == 1 and isinstance(dealt[0], str) else dealt
+
+
+def check_pipeline(pipe: DiffusionPipeline) -> None:
+    """Raise ValueError where a network would draw noise of its own."""
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(
+            f"steer() got a {type(pipe).__name__}; pass a diffusers pipeline, such as "
+            "DiffusionPipeline.from_pretrained(...) returns."
+        )
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and any(map(_drops_out, part.modules())):
+            raise ValueError(
+                f"pipe.{name} is in training mode, where dropout draws noise of its own; "
+                f"call pipe.{name}.eval() first."
+            )
+
+
+def _drops_out(module: torch.nn.Module) -> bool:
+    # not `training` alone: wrappers and LoRA layers are made in training mode and left there
+    return isinstance(module, _DropoutNd) and module.training and module.p > 0
+
+
+def check_preview(pipe: Any, preview: Any) -> None:
+    """Raise ValueError where `preview` decodes latents of another shape than the pipeline's."""
+    if preview is None:
+        return
+    theirs = preview.config.get("latent_channels")
+    ours = pipe.vae.config.get("latent_channels")
+    if None not in (theirs, ours) and theirs != ours:
+        raise ValueError(
+            f"preview= decodes latents of {theirs} channels but this pipeline's have {ours}; pass "
+            "the AutoencoderTiny that was trained for its decoder, or none."
+        )

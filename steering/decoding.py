@@ -1,0 +1,162 @@
+"""From latents to images through the pipeline's own tail.
+
+A pipeline's call has a head (encode the prompt, prepare latents, images and masks), a loop and a
+tail (unpack, decode, safety checker, watermark). `Tape` records what the head returned while the
+pipeline runs; `Decoder` then calls the same pipeline again with no steps left, the head played back
+and the latents replaced, so that exactly the stock tail runs, and nothing is encoded twice.
+"""
+
+import copy
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Generator, Tensor
+
+from steering.schedulers import Chain
+
+__all__ = ["Decoder", "Tape", "to_pil", "to_tensor", "view_of"]
+
+_HEAD = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
+
+# Pipelines shared by threads: fast tokenizers, causal video decoders and the upcast of the SDXL
+# decoder keep state in the object while they work.
+_SHARED = threading.RLock()
+
+
+def view_of(pipe: DiffusionPipeline, **replaced: Any) -> Any:
+    """A shallow copy of a pipeline with some attributes replaced; `pipe` itself never sees them."""
+    view = copy.copy(pipe)
+    for name, value in replaced.items():
+        vars(view)[name] = value  # not setattr, which would re-register the pipeline's config
+    return view
+
+
+class Tape:
+    """What the head of one pipeline call returned, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self._results: dict[str, list[Any]] = {}
+        self._depth = 0
+
+    def record(self, view: Any) -> None:
+        """Let the head's methods of a pipeline keep what they return; `view` must be a copy."""
+        for name in dir(type(view)):
+            if _HEAD.fullmatch(name):
+                self._results[name] = []
+                vars(view)[name] = self._recorder(name, getattr(view, name))
+
+    def _recorder(self, name: str, method: Callable) -> Callable:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            with _SHARED:
+                self._depth += 1
+                try:
+                    result = method(*args, **kwargs)
+                finally:
+                    self._depth -= 1
+            if self._depth == 0:  # a method that another one calls is not played back
+                self._results[name].append(result)
+            return result
+
+        return recorded
+
+    def players(self, latents: Tensor) -> dict[str, Callable]:
+        """Methods that return what was recorded, with `latents` in place of the prepared ones."""
+        if not self._results.get("prepare_latents"):
+            raise ValueError(
+                "This pipeline has no prepare_latents() of its own, so latents cannot be handed to "
+                "its decoder; pass decode=, a function from latents to images in [0, 1]."
+            )
+        return {name: self._player(name, latents) for name in self._results}
+
+    def _player(self, name: str, latents: Tensor) -> Callable:
+        results = iter(list(self._results[name]))
+
+        def play(*args: Any, **kwargs: Any) -> Any:
+            result = next(results)
+            if name != "prepare_latents":
+                return result
+            return (latents, *result[1:]) if isinstance(result, tuple) else latents
+
+        return play
+
+
+class Decoder:
+    """Decodes the latents of one pipeline call, `chunk` rows at a time.
+
+    `images(latents)` are float (n, 3, h, w) in [0, 1], by `preview` instead of the pipeline's own
+    decoder where there is one, without safety checker and watermark; `finals(latents)` are the PIL
+    images that the pipeline returns.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        scheduler: Any,
+        tape: Tape,
+        call: dict[str, Any],
+        *,
+        preview: Any = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        chunk: int = 8,
+    ):
+        self._pipe, self._tape, self._call = pipe, tape, call
+        self._decode, self._chunk = decode, chunk
+        ended = copy.deepcopy(scheduler)
+        ended.chain = Chain(noise=ended.chain.noise, finished=True)
+        self._ended = {"scheduler": ended}
+        self._preview = self._ended | {"maybe_free_model_hooks": _nothing}
+        if preview is not None:
+            self._preview["vae"] = preview
+        for name in ("safety_checker", "watermark"):
+            if hasattr(pipe, name):
+                self._preview[name] = None
+
+    def images(self, latents: Tensor) -> Tensor:
+        return torch.cat([self._images(part) for part in latents.split(self._chunk)])
+
+    def _images(self, latents: Tensor) -> Tensor:
+        if self._decode is not None:
+            return self._decode(latents)
+        images = self._tail(latents, self._preview, "pt")
+        if images.ndim == 5:  # (n, frames, 3, h, w)
+            images = images.squeeze(1)
+        return images.float()
+
+    def finals(self, latents: Tensor) -> list[Image.Image]:
+        images = []
+        for part in latents.split(self._chunk):
+            if self._decode is not None:
+                images += to_pil(self._decode(part))
+            else:
+                images += self._tail(part, self._ended, "pil")
+        return [image[0] if isinstance(image, list) else image for image in images]
+
+    def _tail(self, latents: Tensor, replaced: dict[str, Any], output_type: str) -> Any:
+        with _SHARED:
+            view = view_of(self._pipe, **replaced, **self._tape.players(latents))
+            # a tail that draws noise would do so for n rows; a generator a row might not fit them
+            generator = Generator().manual_seed(0)
+            call = self._call | {"generator": generator, "output_type": output_type}
+            return view(**call)[0]
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """float (n, 3, h, w) in [0, 1] -> 8-bit images, rounded as diffusers rounds them."""
+    arrays = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in arrays.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_tensor(images: list[Image.Image], device: torch.device | str) -> Tensor:
+    """8-bit images of one size -> float32 (n, 3, h, w) in [0, 1]: what a saved PNG holds."""
+    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(arrays).to(device).permute(0, 3, 1, 2).float().div(255)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of freeing the networks: the loop that asked for a preview goes on."""

@@ -1,0 +1,169 @@
+"""A stand-in for a network that evaluates fewer rows at once, or only those that are alive.
+
+The pipeline calls it as it would the network. Arguments with the batch's rows are cut, everything
+else is passed on as it is; the module itself is not patched, so compiled ones keep their graph.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+__all__ = ["Denoiser", "Rows", "denoisers", "networks", "refuse_step_caches"]
+
+_NETWORKS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
+# Positions of tokens, (tokens, 3): their first axis is never the batch.
+_NO_BATCH_AXIS = {"txt_ids", "img_ids"}
+_CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
+
+
+@dataclass
+class Rows:
+    """Which rows of a batch are evaluated, and how many at once; shared by a call's networks.
+
+    `live` (m,) are rows of the n particles, None for all; `source` (n,) says for every particle
+    which entry of `live` to show. A batch of 2n rows (guidance) holds the n particles twice.
+    """
+
+    max_batch: int | None = None
+    halvings: int = 0
+    num: int = 0
+    live: Tensor | None = None
+    source: Tensor | None = None
+
+    def keep(self, live: Tensor, num: int) -> None:
+        """Evaluate the rows `live` of `num`; dead rows show the output of a live one."""
+        source = torch.zeros(num, dtype=torch.int64, device=live.device)
+        source[live] = torch.arange(len(live), device=live.device)
+        self.num, self.live, self.source = num, live, source
+
+    def indices(self, n: int) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of a batch of n to evaluate, and where each of the n finds its output."""
+        if self.live is None or self.source is None or self.num == 0 or n % self.num:
+            return None, None
+        copies = torch.arange(n // self.num, device=self.live.device)[:, None]
+        live = (copies * self.num + self.live).flatten()
+        return live, (copies * len(self.live) + self.source).flatten()
+
+    def chunk(self, n: int) -> int:
+        size = -(-n // 2**self.halvings)
+        return size if self.max_batch is None else min(size, self.max_batch)
+
+
+class Denoiser:
+    """Delegates to `module` in everything but the call, `isinstance` included."""
+
+    def __init__(self, module: torch.nn.Module, rows: Rows):
+        self._module, self._rows = module, rows
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self._module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = _sample(args, kwargs)
+        n, as_list = len(x), isinstance(x, list)
+        live, source = self._rows.indices(n)
+        total = n
+        if live is not None:
+            args, kwargs = _cut_call(args, kwargs, n, live)
+            total = len(live)
+        size = self._rows.chunk(total)
+        if size >= total:
+            out = self._module(*args, **kwargs)
+        else:
+            parts = []
+            for start in range(0, total, size):
+                cut = _cut_call(args, kwargs, total, slice(start, start + size))
+                parts.append(self._module(*cut[0], **cut[1]))
+            out = _join(parts, as_list)
+        return out if source is None else _cut(out, total, source, "rows" if as_list else "")
+
+
+def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The noisy sample, the first argument by position or by name: a tensor or a list of rows."""
+    if args:
+        return args[0]
+    return kwargs.get("hidden_states", kwargs.get("sample", next(iter(kwargs.values()))))
+
+
+def _cut_call(
+    args: tuple[Any, ...], kwargs: dict[str, Any], n: int, rows: slice | Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    cut = tuple(_cut(value, n, rows, "positional") for value in args)
+    return cut, {name: _cut(value, n, rows, name) for name, value in kwargs.items()}
+
+
+def _cut(value: Any, n: int, rows: slice | Tensor, name: str = "") -> Any:
+    """`value` with `rows` of its n rows, wherever in it there is a batch axis."""
+    if isinstance(value, Tensor):
+        if value.shape[:1] != (n,) or (name in _NO_BATCH_AXIS and value.ndim == 2):
+            return value
+        return value[rows]
+    if isinstance(value, Mapping):
+        cut = {key: _cut(item, n, rows, key) for key, item in value.items()}
+        return cut if type(value) is dict else type(value)(**cut)
+    if isinstance(value, list | tuple):
+        if _has_entry_a_row(value, n, name):
+            picked = range(n)[rows] if isinstance(rows, slice) else rows.tolist()
+            return type(value)(value[i] for i in picked)
+        return type(value)(_cut(item, n, rows) for item in value)
+    return value
+
+
+def _has_entry_a_row(values: list | tuple, n: int, name: str) -> bool:
+    """Whether a list holds one entry a row; else it may hold entries of n rows each."""
+    if not name or len(values) != n:
+        return False
+    if isinstance(values[0], int | float):  # layers to skip, or scales of several ControlNets
+        return name == "txt_seq_lens"
+    return not (isinstance(values[0], Tensor) and values[0].shape[:1] == (n,))
+
+
+def _join(parts: list[Any], as_list: bool) -> Any:
+    """The output of the whole batch; `as_list` where a network gives a list with a tensor a row."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    if isinstance(first, Mapping):
+        joined = {key: _join([part[key] for part in parts], as_list) for key in first}
+        return type(first)(**joined)
+    if isinstance(first, list) and as_list:
+        return [row for part in parts for row in part]
+    if isinstance(first, list | tuple):
+        return type(first)(_join(list(items), as_list) for items in zip(*parts, strict=True))
+    return first
+
+
+def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The networks that a pipeline calls at every step, by attribute."""
+    found = {name: getattr(pipe, name, None) for name in _NETWORKS}
+    return {name: net for name, net in found.items() if isinstance(net, torch.nn.Module)}
+
+
+def denoisers(pipe: DiffusionPipeline, rows: Rows) -> dict[str, Denoiser]:
+    """A stand-in for each of them, all cutting by the same `rows`."""
+    return {name: Denoiser(net, rows) for name, net in networks(pipe).items()}
+
+
+def refuse_step_caches(pipe: DiffusionPipeline) -> None:
+    """Raise ValueError where a network reuses what it computed for a row at an earlier step."""
+    for name, net in networks(pipe).items():
+        hooks = [
+            hook
+            for module in net.modules()
+            for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        ]
+        cached = [hook for hook in hooks if any(word in hook for word in _CACHES)]
+        if cached or getattr(net, "is_cache_enabled", False):
+            what = cached[0] if cached else type(net._cache_config).__name__
+            raise ValueError(
+                f"pipe.{name} has a step cache ({what}), which holds the state of rows that "
+                f"resampling replaces; call pipe.{name}.disable_cache() first."
+            )

@@ -1,0 +1,82 @@
+"""Who descends from whom: what every scored step of a run saw and decided.
+
+b prompts, k particles a prompt at that step (fewer later on, in a funnel).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Lineage", "Score"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One scored step: the particles before it, and the ancestors of those after it."""
+
+    step: int
+    rewards: Tensor  # (b, k) of x̂0
+    log_weights: Tensor  # (b, k), with this score's potential
+    ess: Tensor  # (b,), 1 to k, before resampling
+    ancestors: Tensor  # (b, num) int64
+
+    @property
+    def resampled(self) -> Tensor:
+        """(b,) bool: whether any particle was replaced."""
+        stay = torch.arange(self.ancestors.shape[1])
+        return (self.ancestors != stay).any(dim=1)
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The scored steps of a run of `num_steps` steps, in order; the final image is not in it."""
+
+    num_steps: int
+    scores: tuple[Score, ...]
+
+    def origins(self, k: int) -> Tensor:
+        """Which of the k particles of the start each final one descends from, (b, k_final) or (k,).
+
+        (k,) where nothing was scored.
+        """
+        origin = torch.arange(k)
+        for score in self.scores:
+            origin = origin.expand(len(score.ess), -1).gather(1, score.ancestors)
+        return origin
+
+    def prompt(self, index: int) -> "Lineage":
+        """The lineage of one prompt, b = 1."""
+        one = slice(index, index + 1)
+        scores = (Score(s.step, *(part[one] for part in _parts(s))) for s in self.scores)
+        return Lineage(self.num_steps, tuple(scores))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "num_steps": self.num_steps,
+            "scores": [
+                {
+                    "step": score.step,
+                    "rewards": score.rewards.tolist(),
+                    "log_weights": score.log_weights.tolist(),
+                    "ess": score.ess.tolist(),
+                    "ancestors": score.ancestors.tolist(),
+                }
+                for score in self.scores
+            ],
+        }
+
+    @staticmethod
+    def join(lineages: Sequence["Lineage"]) -> "Lineage":
+        """One lineage over the prompts of several runs with the same scored steps."""
+        joined = []
+        for scores in zip(*(lineage.scores for lineage in lineages), strict=True):
+            columns = zip(*map(_parts, scores), strict=True)
+            joined.append(Score(scores[0].step, *map(torch.cat, columns)))
+        return Lineage(lineages[0].num_steps, tuple(joined))
+
+
+def _parts(score: Score) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return score.rewards, score.log_weights, score.ess, score.ancestors

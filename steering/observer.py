@@ -1,0 +1,131 @@
+"""The filter as a scheduler sees it: called before every move, it scores, weighs and resamples."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from steering.denoiser import Rows
+from steering.filter import FilterState, close, resample, start, weigh
+from steering.lineage import Lineage, Score
+from steering.schedulers import Look
+from steering.settings import FeynmanKac, population_sizes, scored_steps
+
+__all__ = ["Filter", "needs_scores", "refuse_not_finite"]
+
+
+class Filter:
+    """Steers b prompts of k particles through one pipeline call (`Chain.observer`).
+
+    `judge(x0) -> (b, num)` decodes and scores the rows x0 (b*num, *shape) of the living particles;
+    `on_step(num_steps, ess, best)` hears of every step, with numbers where it was scored.
+    """
+
+    def __init__(
+        self,
+        b: int,
+        k: int,
+        settings: FeynmanKac,
+        judge: Callable[[Tensor], Tensor],
+        generators: Sequence[Generator],
+        rows: Rows,
+        describe: Callable[[int, int], str],
+        on_step: Callable[[int, float | None, float | None], None],
+    ):
+        self.b, self.k, self.num = b, k, k
+        self.state: FilterState | None = None
+        self._settings, self._judge, self._generators = settings, judge, generators
+        self._rows, self.describe, self._on_step = rows, describe, on_step
+        self._sizes: dict[int, int] = {}
+        self._scores: list[Score] = []
+        self._num_steps = 0
+
+    @property
+    def lineage(self) -> Lineage:
+        return Lineage(self._num_steps, tuple(self._scores))
+
+    def __call__(self, look: Look) -> Tensor | None:
+        if look.step == 0:
+            self._begin(look)
+        if look.step not in self._sizes:
+            self._on_step(self._num_steps, None, None)
+            return None
+        x0 = look.predict()
+        rewards = self._judge(self.living(x0))
+        if self.state is None:
+            self.state = start(self.b, self.k, rewards.device)
+        # the finite check comes with the one read below; until then no index may depend on a NaN
+        safe = rewards.nan_to_num(0.0, 0.0, 0.0)
+        progress = (len(self._scores) + 1) / (len(self._sizes) + 1)
+        state = weigh(self.state, safe, self._settings, progress)
+        log_weights, size = state.log_weights, self._sizes[look.step]
+        moving = look.stds[look.step] > 0
+        self.state, ancestors, ess = resample(state, self._settings, self._generators, size, moving)
+        self._keep(look.step, rewards, log_weights, ess, ancestors)
+        return self._descend(ancestors)
+
+    def _begin(self, look: Look) -> None:
+        self._num_steps = len(look.stds)
+        if not needs_scores(self._settings, self.k):
+            return
+        steps = scored_steps(self._num_steps, self._settings)
+        sizes = population_sizes(self.k, len(steps), self._settings)
+        noiseless = not any(std > 0 for std in look.stds[steps[0] :])
+        if noiseless and self._settings.reward_scale != 0:
+            raise ValueError(
+                f"No step from {steps[0]} on draws noise, so the copies of a particle would stay "
+                "copies; set FeynmanKac(noise=...) above 0, or min_ess=0 for best-of-k."
+            )
+        self._sizes = dict(zip(steps, sizes, strict=True))
+
+    def _keep(
+        self, step: int, rewards: Tensor, log_weights: Tensor, ess: Tensor, ancestors: Tensor
+    ) -> None:
+        """Read everything about this score in one copy, and refuse a reward that is not finite."""
+        parts = (rewards, log_weights, ess[:, None], ancestors.to(rewards.dtype))
+        read = torch.cat(parts, dim=1).cpu().split([part.shape[1] for part in parts], dim=1)
+        rewards, log_weights, ess, ancestors = read
+        refuse_not_finite(rewards, self.describe, f"step {step} of {self._num_steps}")
+        self._scores.append(Score(step, rewards, log_weights, ess[:, 0], ancestors.long()))
+        self._on_step(self._num_steps, ess.mean().item(), rewards.max().item())
+
+    def _descend(self, ancestors: Tensor) -> Tensor:
+        """Rows (b*k,) of the whole batch; those past the population repeat a living one."""
+        size = ancestors.shape[1]
+        spare = ancestors[:, :1].expand(-1, self.k - size)
+        offsets = torch.arange(self.b, device=ancestors.device)[:, None] * self.k
+        if size < self.k:
+            self.num = size
+            living = offsets + torch.arange(size, device=ancestors.device)
+            self._rows.keep(living.flatten(), self.b * self.k)
+        return (torch.cat([ancestors, spare], dim=1) + offsets).flatten()
+
+    def living(self, x: Tensor) -> Tensor:
+        """x (b*k, *shape) -> the rows of the present population, (b*num, *shape)."""
+        return x.unflatten(0, (self.b, self.k))[:, : self.num].flatten(0, 1)
+
+    def close(self, rewards: Tensor) -> FilterState:
+        """The final weights, by the rewards (b, num) of the final images."""
+        state = self.state
+        if state is None:
+            state = start(self.b, self.k, rewards.device)
+        return close(state, rewards, self._settings)
+
+
+def needs_scores(settings: FeynmanKac, k: int) -> bool:
+    """Whether scores before the last can change anything."""
+    resamples = settings.reward_scale != 0 and settings.min_ess > 0 and k > 1
+    return resamples or settings.funnel != ()
+
+
+def refuse_not_finite(rewards: Tensor, describe: Callable[[int, int], str], where: str) -> None:
+    """Raise ValueError, on the CPU, naming the first particle whose reward is not finite."""
+    if torch.isfinite(rewards).all():
+        return
+    prompt, particle = (~torch.isfinite(rewards)).nonzero()[0].tolist()
+    value = rewards[prompt, particle].item()
+    raise ValueError(
+        f"The reward of {describe(prompt, particle)} is {'NaN' if math.isnan(value) else value} "
+        f"at {where}; it must be finite for every image."
+    )

@@ -1,0 +1,310 @@
+"""steer(): the particle filter inside a diffusers pipeline's own call.
+
+The pipeline runs unchanged, on a shallow copy that carries our scheduler; what was passed in is
+never modified, so there is nothing to restore and two calls at once do not meet. The target is
+p(x0 | prompt) exp(λ r(x0, prompt)) with p the law of *this* call: guidance, steps, image and mask
+included.
+
+b prompts, k particles a prompt, rows prompt-major.
+"""
+
+import gc
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from steering.call import PipelineCall, check_pipeline, check_preview
+from steering.decoding import Decoder, Tape, to_tensor, view_of
+from steering.denoiser import Rows, denoisers, refuse_step_caches
+from steering.filter import final_log_z
+from steering.manifest import describe
+from steering.observer import Filter, needs_scores, refuse_not_finite
+from steering.result import Steered
+from steering.schedulers import stochastic
+from steering.scoring import Judge, Reward
+from steering.settings import FeynmanKac, population_sizes, scored_steps
+
+__all__ = ["Reward", "Steered", "generators", "steer", "steer_each"]
+
+logger = logging.getLogger(__name__)
+
+_DECODE_CHUNK = 8
+
+
+def generators(seed: int, prompts: Sequence[str], k: int) -> list[Generator]:
+    """The b*k CPU generators of a run, prompt-major: one a particle.
+
+    Each depends on the seed, its prompt's text, how often that text came before, and its index
+    alone, so a prompt draws the same noise whatever else is in the call.
+    """
+    return [_generator(seed, key, i) for key in _keys(prompts) for i in range(k)]
+
+
+def _keys(prompts: Sequence[str]) -> list[tuple[str, int]]:
+    seen: Counter[str] = Counter()
+    keys = []
+    for prompt in prompts:
+        keys.append((prompt, seen[prompt]))
+        seen[prompt] += 1
+    return keys
+
+
+def _generator(seed: int, key: tuple[str, int], purpose: int | str) -> Generator:
+    digest = hashlib.sha256(repr((seed, *key, purpose)).encode()).digest()
+    return Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def steer(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str] | str,
+    reward: Reward,
+    particles: int = 8,
+    settings: FeynmanKac = FeynmanKac(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    preview: Any = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    max_batch: int | None = None,
+    prompts_per_call: int = 1,
+    progress: bool = True,
+    references: Sequence[Any] | None = None,
+    **pipe_kwargs: Any,
+) -> Steered:
+    """Draw `particles` weighted images a prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
+
+    reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,), with `references` (one a prompt) as a
+    keyword where there are any. preview: an AutoencoderTiny that decodes for the scores along the
+    way; the final images come from the pipeline's own decoder, and the reward is that of the 8-bit
+    image. decode: latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be
+    reached. max_batch: how many rows the network evaluates at once. pipe_kwargs: keywords of the
+    pipeline's own call.
+
+    Raises ValueError before any step for what cannot work, and during the run for a reward that is
+    not finite. After Ctrl-C the exception's `finished` is the Steered of the finished prompts.
+    """
+    parts: list[Steered] = []
+    try:
+        for part in steer_each(
+            pipe,
+            prompts,
+            reward,
+            particles,
+            settings,
+            seed,
+            preview,
+            decode,
+            max_batch,
+            prompts_per_call,
+            progress,
+            references,
+            **pipe_kwargs,
+        ):
+            parts.append(part)  # one by one: what is finished outlives an interrupt
+    except KeyboardInterrupt as interrupt:
+        interrupt.finished = Steered.join(parts) if parts else None  # type: ignore[attr-defined]
+        raise
+    return Steered.join(parts)
+
+
+def steer_each(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str] | str,
+    reward: Reward,
+    particles: int = 8,
+    settings: FeynmanKac = FeynmanKac(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    preview: Any = None,
+    decode: Callable[[Tensor], Tensor] | None = None,
+    max_batch: int | None = None,
+    prompts_per_call: int = 1,
+    progress: bool = True,
+    references: Sequence[Any] | None = None,
+    only: Sequence[int] | None = None,
+    **pipe_kwargs: Any,
+) -> Iterator[Steered]:
+    """As `steer`, yielding the result of each call of the pipeline as soon as it is finished.
+
+    Input is checked here, before the first is asked for. `only` names the prompts to run, by
+    index; each comes out as it would among all.
+    """
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    _check_prompts(prompts)
+    check_pipeline(pipe)
+    run = _Run(
+        pipe=pipe,
+        call=PipelineCall.check(pipe, prompts, pipe_kwargs),
+        judge=Judge(reward, prompts, references),
+        prompts=prompts,
+        k=particles,
+        settings=settings,
+        seed=seed,
+        preview=preview,
+        decode=decode,
+        rows=Rows(max_batch),
+    )
+    run.check(prompts_per_call)
+    indices = range(len(prompts)) if only is None else only
+    starts = range(0, len(indices), prompts_per_call)
+    return _each(run, [indices[i : i + prompts_per_call] for i in starts], progress)
+
+
+def _each(run: "_Run", groups: list[Sequence[int]], progress: bool) -> Iterator[Steered]:
+    with tqdm(disable=not progress, unit="step", desc="steering") as bar:
+
+        def on_step(num_steps: int, ess: float | None, best: float | None) -> None:
+            bar.total = num_steps * len(groups)
+            if ess is not None:
+                bar.set_postfix(ess=f"{ess:.1f}/{run.k}", best=f"{best:.3g}", refresh=False)
+            bar.update()
+
+        for number, indices in enumerate(groups):
+            bar.set_description(f"prompt {number + 1}/{len(groups)}", refresh=False)
+            done = bar.n
+            try:
+                result = run.steered(indices, on_step)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or run.rows.halvings:
+                    raise
+                result = None
+            if result is None:  # outside the handler, whose traceback holds the tensors
+                logger.warning(
+                    "Out of memory: the network's batch is halved from here on, and prompt %d "
+                    "starts again.",
+                    indices[0],
+                )
+                run = replace(run, rows=replace(run.rows, halvings=1))
+                bar.n = done
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                result = run.steered(indices, on_step)
+            yield result
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
+    )
+
+
+def _check_prompts(prompts: tuple[str, ...]) -> None:
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts={list(prompts)!r:.80}: pass one text or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """steer()'s arguments, checked; `steered` is one call of the pipeline."""
+
+    pipe: DiffusionPipeline
+    call: PipelineCall
+    judge: Judge
+    prompts: tuple[str, ...]
+    k: int
+    settings: FeynmanKac
+    seed: int
+    preview: Any
+    decode: Callable[[Tensor], Tensor] | None
+    rows: Rows
+
+    def check(self, prompts_per_call: int) -> None:
+        """Raise ValueError, before any step, for what cannot work."""
+        counts = {"particles": self.k, "prompts_per_call": prompts_per_call}
+        if self.rows.max_batch is not None:
+            counts["max_batch"] = self.rows.max_batch
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: pass a whole number of 1 or more.")
+        self.call.check_packing(prompts_per_call)
+        if self.decode is None:
+            self.call.check_frames()
+        refuse_step_caches(self.pipe)
+        stochastic(self.pipe.scheduler, self.settings.noise)
+        check_preview(self.pipe, self.preview)
+        if not needs_scores(self.settings, self.k):
+            return
+        if self.settings.noise == 0 and self.settings.reward_scale != 0:
+            raise ValueError(
+                "noise=0 leaves no noise to tell the copies of a particle apart; set "
+                "FeynmanKac(noise=...) above 0, or min_ess=0 for best-of-k."
+            )
+        steps = self.call.num_steps()
+        if steps is not None:
+            scored = scored_steps(steps, self.settings)
+            population_sizes(self.k, len(scored), self.settings)
+
+    @torch.no_grad()
+    def steered(self, indices: Sequence[int], on_step: Callable[..., None]) -> Steered:
+        """Steer the prompts `indices` through one call of the pipeline."""
+        rows = replace(self.rows, live=None, source=None)
+        keys = [_keys(self.prompts)[i] for i in indices]
+        noise = [_generator(self.seed, key, i) for key in keys for i in range(self.k)]
+        call = self.call.for_prompts(indices, self.k, noise)
+        scheduler = stochastic(self.pipe.scheduler, self.settings.noise, noise)
+        tape = Tape()
+        decoder = Decoder(
+            self.pipe,
+            scheduler,
+            tape,
+            call,
+            preview=self.preview,
+            decode=self.decode,
+            chunk=-(-_DECODE_CHUNK // 2**rows.halvings),
+        )
+        particles = Filter(
+            len(indices),
+            self.k,
+            self.settings,
+            judge=lambda x0: self.judge.score(decoder.images(x0), indices),
+            generators=[_generator(self.seed, key, "resample") for key in keys],
+            rows=rows,
+            describe=lambda i, j: f"prompt {indices[i]}, {keys[i][0]!r}, particle {j}",
+            on_step=on_step,
+        )
+        scheduler.chain.observer = particles
+        replaced = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        if rows.max_batch or rows.halvings or self.settings.funnel:
+            replaced |= denoisers(self.pipe, rows)
+        view = view_of(self.pipe, **replaced)
+        tape.record(view)
+        latents = view(**call, output_type="latent")[0]
+        return self._result(indices, particles.living(latents), decoder, particles)
+
+    def _result(
+        self, indices: Sequence[int], latents: Tensor, decoder: Decoder, particles: Filter
+    ) -> Steered:
+        images = decoder.finals(latents)
+        scores, parts = self.judge.evaluate(to_tensor(images, latents.device), indices)
+        state = particles.close(scores)
+        rewards, num = scores.cpu(), particles.num
+        refuse_not_finite(rewards, particles.describe, "the final image")
+        chosen = [self.prompts[i] for i in indices]
+        return Steered(
+            prompts=tuple(chosen),
+            images=[images[i : i + num] for i in range(0, len(images), num)],
+            rewards=rewards,
+            components=parts,
+            log_weights=state.log_weights.cpu(),
+            log_z=final_log_z(state).cpu(),
+            lineage=particles.lineage,
+            latents=latents.unflatten(0, (len(indices), num)).cpu(),
+            manifest=describe(
+                self.pipe,
+                self.settings,
+                self.call.keywords,
+                prompts=self.prompts,
+                reward=self.judge.name,
+                particles=self.k,
+                seed=self.seed,
+                max_batch=self.rows.max_batch,
+                preview=None if self.preview is None else type(self.preview).__name__,
+            ),
+        )

@@ -1,0 +1,114 @@
+"""What a steered run returns, and how it is kept on disk."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Generator, Tensor
+
+from steering.lineage import Lineage
+from steering.resampling import multinomial
+from steering.weights import normalize
+
+__all__ = ["Steered"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """The weighted particles of b prompts, k_final a prompt; tensors are on the CPU.
+
+    The expectation of f under the tilted law is the mean of f weighted by softmax(log_weights);
+    `log_z` is the log of an unbiased estimate of E_p[exp(λ r)].
+    """
+
+    prompts: tuple[str, ...]
+    images: list[list[Image.Image]]  # [prompt][particle]
+    rewards: Tensor  # (b, k_final) float32, of exactly these images
+    components: dict[str, Tensor]  # name -> (b, k_final), where the reward has parts
+    log_weights: Tensor  # (b, k_final)
+    log_z: Tensor  # (b,)
+    lineage: Lineage
+    latents: Tensor  # (b, k_final, *shape), as the pipeline returns them
+    manifest: dict[str, Any]  # what it takes to repeat the run
+
+    @property
+    def best(self) -> list[Image.Image]:
+        """The image of highest reward, one a prompt."""
+        return [row[i] for row, i in zip(self.images, self.rewards.argmax(1).tolist(), strict=True)]
+
+    def sample(self, generator: Generator) -> list[Image.Image]:
+        """One image a prompt, drawn by weight: a sample of the (approximate) tilted law."""
+        drawn = multinomial(normalize(self.log_weights), 1, generator).flatten().tolist()
+        return [row[i] for row, i in zip(self.images, drawn, strict=True)]
+
+    def save(self, folder: str | Path) -> Path:
+        """Write every image as PNG, `manifest.json`, `lineage.json` and what `report` draws.
+
+        Each PNG carries its parameters as text; the manifest lists the files and repeats the run.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for i, row in enumerate(self.images):
+            names = [f"{i:04d}-{j:02d}.png" for j in range(len(row))]
+            for j, (name, image) in enumerate(zip(names, row, strict=True)):
+                image.save(folder / name, pnginfo=_png_text(self._about(i, j)))
+            files.append(names)
+        results = {
+            "prompts": list(self.prompts),
+            "files": files,
+            "rewards": self.rewards.tolist(),
+            "components": {name: part.tolist() for name, part in self.components.items()},
+            "log_weights": self.log_weights.tolist(),
+            "log_z": self.log_z.tolist(),
+        }
+        _write_json(folder / "manifest.json", self.manifest | {"results": results})
+        _write_json(folder / "lineage.json", self.lineage.to_json())
+        report = importlib.import_module("steering.report")
+        if hasattr(report, "write"):
+            report.write(self, folder)
+        return folder
+
+    def _about(self, prompt: int, particle: int) -> dict[str, Any]:
+        parts = {name: part[prompt, particle].item() for name, part in self.components.items()}
+        return {
+            "prompt": self.prompts[prompt],
+            "particle": particle,
+            "reward": self.rewards[prompt, particle].item(),
+            "components": parts,
+            "log_weight": self.log_weights[prompt, particle].item(),
+            "run": self.manifest,
+        }
+
+    @staticmethod
+    def join(parts: Sequence["Steered"]) -> "Steered":
+        """One result over the prompts of several runs with the same settings."""
+        first = parts[0]
+        names = first.components
+        return Steered(
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
+            images=[row for part in parts for row in part.images],
+            rewards=torch.cat([part.rewards for part in parts]),
+            components={n: torch.cat([part.components[n] for part in parts]) for n in names},
+            log_weights=torch.cat([part.log_weights for part in parts]),
+            log_z=torch.cat([part.log_z for part in parts]),
+            lineage=Lineage.join([part.lineage for part in parts]),
+            latents=torch.cat([part.latents for part in parts]),
+            manifest=first.manifest,
+        )
+
+
+def _png_text(about: dict[str, Any]) -> PngInfo:
+    text = PngInfo()
+    text.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+    return text
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,355 @@
+"""Schedulers whose step is the filter's step: a stochastic move, with a place to look before it.
+
+A pipeline's own loop calls `scheduler.step(model_output, timestep, sample)` once a step, after
+guidance and rescaling. That is the point where the filter scores x̂0, resamples the sample together
+with the network's output and only then draws the noise of the move (`Chain.observer`).
+
+n rows are the particles of a call, prompt-major.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false, reportArgumentType=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalOperand=false
+# diffusers annotates its tensors as FloatTensor and its configs as plain dicts
+
+import copy
+import functools
+import inspect
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
+    FlowMatchEulerDiscreteSchedulerOutput,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
+
+from steering.transitions import flow_transition
+
+__all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "stochastic"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an observer sees before the move of one step.
+
+    `predict()` is x̂0 (n, *shape) in the dtype of the latents; `stds` are those of every move of
+    this run, so `stds[step]` is the one to come and `len(stds)` the number of executed steps.
+    """
+
+    step: int
+    stds: tuple[float, ...]
+    predict: Callable[[], Tensor]
+
+
+@dataclass
+class Chain:
+    """The state of one run of a stochastic scheduler.
+
+    `observer(look)` returns the rows (n,) int64 that survive, or None; `lineage` (n,) says from
+    which row of the start each present row descends. A `finished` chain has no steps left: its
+    scheduler takes a pipeline straight to the tail of its call.
+    """
+
+    noise: float
+    generators: Sequence[Generator] | None = None
+    observer: Callable[[Look], Tensor | None] | None = None
+    finished: bool = False
+    stds: tuple[float, ...] = ()
+    clamped: tuple[bool, ...] = ()  # DDIM: where 1 - ᾱ' - σ² rounds below 0
+    step: int = 0
+    lineage: Tensor | None = None
+
+    def restart(self) -> None:
+        self.stds, self.step, self.lineage = (), 0, None
+
+    def select(
+        self, sample: Tensor, model_output: Tensor, predict: Callable[[], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The sample and the network's output of the rows that the observer lets survive."""
+        rows = None
+        if self.observer is not None:
+            rows = self.observer(Look(self.step, self.stds, predict))
+        self.step += 1
+        if rows is None:
+            return sample, model_output
+        self.lineage = rows if self.lineage is None else self.lineage[rows]
+        return sample[rows], model_output[rows]
+
+    def follow(self, x: Tensor) -> Tensor:
+        """Per-row noise or image latents that the pipeline keeps, in the order of the lineage."""
+        if self.lineage is None or x.shape[0] != self.lineage.shape[0]:
+            return x
+        return x[self.lineage.to(x.device)]
+
+
+class _NoSteps(Tensor):
+    """Timesteps that can be counted and sliced but not looped over."""
+
+    def __iter__(self):
+        return iter(())
+
+
+class StochasticDDIM(DDIMScheduler):
+    """DDIM whose eta is the chain's `noise` (Song et al. 2021, eq. 12 and 16).
+
+    Its moves are the stock scheduler's, bit for bit, except where 1 - ᾱ' - σ² rounds below 0
+    (zero terminal SNR at eta 1): there the direction is clamped at 0 where stock DDIM returns NaN.
+    """
+
+    chain: Chain
+
+    @functools.wraps(DDIMScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        _restart(self)
+
+    @functools.wraps(DDIMScheduler.step)
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Any = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        if eta not in (0.0, self.chain.noise):
+            raise ValueError(
+                f"eta={eta} was passed to a scheduler made with noise={self.chain.noise}; "
+                "give the noise to stochastic(), or in the settings, and leave eta out."
+            )
+        if not self.chain.stds:
+            self._plan(timestep)
+        std, clamped = self.chain.stds[self.chain.step], self.chain.clamped[self.chain.step]
+        stock: Any = functools.partial(super().step, timestep=timestep)
+
+        def predict() -> Tensor:
+            return stock(model_output, sample=sample, eta=0.0).pred_original_sample
+
+        sample, model_output = self.chain.select(sample, model_output, predict)
+        generator = self.chain.generators if generator is None else generator
+        if not clamped:
+            return stock(
+                model_output,
+                sample=sample,
+                eta=self.chain.noise,
+                use_clipped_model_output=use_clipped_model_output,
+                generator=None if variance_noise is not None else generator,
+                variance_noise=variance_noise,
+                return_dict=return_dict,
+            )
+        z = _draw(model_output, generator) if variance_noise is None else variance_noise
+        x0 = stock(model_output, sample=sample, eta=0.0).pred_original_sample
+        previous = math.sqrt(1 - std**2) * x0 + std * z
+        if not return_dict:
+            return (previous, x0)
+        return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)
+
+    def _plan(self, first: Any) -> None:
+        """The σ of every step from timestep `first` on, rounded as the stock step rounds it."""
+        timesteps = self.timesteps.tolist()
+        stds, clamped = [], []
+        for timestep in timesteps[timesteps.index(int(first)) :]:
+            previous = timestep - self.config.num_train_timesteps // self.num_inference_steps
+            last = previous < 0
+            alpha_bar = self.final_alpha_cumprod if last else self.alphas_cumprod[previous]
+            std = self.chain.noise * self._get_variance(timestep, previous) ** 0.5
+            stds.append(float(std))
+            clamped.append(bool(1 - alpha_bar - std**2 < 0))
+        self.chain.stds, self.chain.clamped = tuple(stds), tuple(clamped)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        original_samples, noise = map(self.chain.follow, (original_samples, noise))
+        return super().add_noise(original_samples, noise, timesteps)
+
+
+class StochasticFlow(FlowMatchEulerDiscreteScheduler):
+    """Euler for rectified flow with noise put back: eta = noise * s' (Gaussian, finite at s = 1).
+
+    x' = x + (s'-s) v - (s' - √(s'²-η²)) ε̂ + η z, with x̂0 = x - s v and ε̂ = x + (1-s) v.
+    At noise 0 it is the stock scheduler, bit for bit; at noise 1 it renoises x̂0.
+    """
+
+    chain: Chain
+    schedule: Any = None  # the scheduler whose sigmas count, where that is another class
+
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        if self.schedule is not None and not {"sigmas", "timesteps"} & kwargs.keys():
+            self.schedule.set_timesteps(*args, **kwargs)
+            self.sigmas = self.schedule.sigmas.to(self.timesteps.device, torch.float32)
+            self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+        _restart(self)
+
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.step)
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        *args: Any,
+        generator: Any = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        if args or kwargs.get("per_token_timesteps") is not None:
+            raise ValueError(
+                "This pipeline gives every token a timestep of its own, which the filter cannot "
+                "weigh; use a pipeline with one timestep a step."
+            )
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        if not self.chain.stds:
+            sigmas = self.sigmas[self.step_index + 1 :].tolist()
+            self.chain.stds = tuple(self.chain.noise * sigma for sigma in sigmas)
+        sigma, sigma_next = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+
+        def predict() -> Tensor:
+            return (sample.float() - sigma * model_output).to(sample.dtype)
+
+        std = self.chain.stds[self.chain.step]
+        sample, model_output = self.chain.select(sample, model_output, predict)
+        if std == 0:
+            return super().step(model_output, timestep, sample, return_dict=return_dict)
+        move = flow_transition(
+            model_output, sample, sigma, sigma_next, self.chain.noise * sigma_next
+        )
+        generator = self.chain.generators if generator is None else generator
+        x = move.mean + move.std * _draw(move.mean, generator)
+        self._step_index = self.step_index + 1
+        x = x.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
+        noise = None if noise is None else self.chain.follow(noise)
+        return super().scale_noise(self.chain.follow(sample), timestep, noise)
+
+
+def _restart(scheduler: StochasticDDIM | StochasticFlow) -> None:
+    scheduler.chain.restart()
+    if scheduler.chain.finished:
+        scheduler.timesteps = scheduler.timesteps.as_subclass(_NoSteps)
+
+
+def _draw(like: Tensor, generators: Any) -> Tensor:
+    if generators is None:
+        raise ValueError(
+            "This pipeline passes no generator to its scheduler; give one a particle as "
+            "stochastic(scheduler, noise, generators)."
+        )
+    return randn_tensor(like.shape, generator=generators, device=like.device, dtype=like.dtype)
+
+
+def stochastic(
+    scheduler: Any, noise: float, generators: Sequence[Generator] | None = None
+) -> StochasticDDIM | StochasticFlow:
+    """A copy of a pipeline's scheduler whose chain is Markov and Gaussian: the law p of `steer`.
+
+    Schedulers with betas become DDIM with eta = `noise`, flow schedulers Euler with
+    eta = `noise` * s'. `scheduler` itself is not touched; one of another class is replaced by a
+    DDIM or Euler of the same config, which is logged.
+
+    noise: 0 (deterministic) to 1. generators: one a row, for pipelines which pass none to `step`
+    (SD3, Flux, Wan). Raises ValueError where the scheduler is neither a flow nor has betas.
+    """
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise={noise} is outside [0, 1]: 0 is deterministic, 1 renoises fully.")
+    chain = Chain(noise=float(noise), generators=generators)
+    if isinstance(scheduler, StochasticDDIM | StochasticFlow):
+        made = copy.copy(scheduler)
+        made.chain = replace(chain, finished=scheduler.chain.finished)
+        return made
+    if type(scheduler) is DDIMScheduler:
+        made = _become(StochasticDDIM, scheduler)
+    elif type(scheduler) is FlowMatchEulerDiscreteScheduler:
+        made = _become(StochasticFlow, scheduler)
+    elif _is_flow(scheduler):
+        made = _flow_from(scheduler)
+    elif getattr(scheduler, "betas", None) is not None:
+        made = _ddim_from(scheduler)
+    else:
+        raise ValueError(
+            f"{type(scheduler).__name__} is neither a flow-matching scheduler nor has betas, so no "
+            "Gaussian move is known for it; set pipe.scheduler to a DDIMScheduler or a "
+            "FlowMatchEulerDiscreteScheduler that fits the model."
+        )
+    _warn_distilled(scheduler)
+    made.chain = chain
+    if isinstance(made, StochasticFlow) and made.config.invert_sigmas:
+        raise ValueError(
+            "The scheduler has invert_sigmas=True (its sigmas run from 0 to 1), for which no noisy "
+            "move is known; use a pipeline whose sigmas run from 1 to 0."
+        )
+    return made
+
+
+def _become(cls: type, scheduler: Any) -> Any:
+    """A deepcopy with everything that was set on the scheduler, and only our methods changed."""
+    made = copy.deepcopy(scheduler)
+    made.__class__ = cls
+    if cls is StochasticFlow and made.config.stochastic_sampling:
+        made.register_to_config(stochastic_sampling=False)  # our noise replaces its renoising
+    return made
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return (
+        type(scheduler).__name__.startswith("FlowMatch")
+        or bool(scheduler.config.get("use_flow_sigmas"))
+        or scheduler.config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def _flow_from(scheduler: Any) -> StochasticFlow:
+    name = type(scheduler).__name__
+    known = inspect.signature(FlowMatchEulerDiscreteScheduler).parameters
+    config = {key: value for key, value in scheduler.config.items() if key in known}
+    if not name.startswith("FlowMatch"):
+        config["shift"] = scheduler.config.get("flow_shift") or 1.0
+    made = StochasticFlow(**config | {"stochastic_sampling": False})
+    if not name.startswith("FlowMatch"):
+        made.schedule = copy.deepcopy(scheduler)
+        made.register_to_config(use_flow_sigmas=True)  # Flux asks for this key
+    _log_once(f"{name} is replaced by Euler for rectified flow: a particle is one state x_t.")
+    return made
+
+
+def _ddim_from(scheduler: Any) -> StochasticDDIM:
+    # a config without the key comes from a class that never clips; DDIM's default is to clip
+    clip_sample = scheduler.config.get("clip_sample", False)
+    made: Any = StochasticDDIM.from_config(scheduler.config, clip_sample=clip_sample)
+    theirs = scheduler.alphas_cumprod.to(made.alphas_cumprod)
+    if not torch.allclose(theirs, made.alphas_cumprod, atol=1e-6):
+        made.alphas_cumprod = theirs.clone()
+        if not made.config.set_alpha_to_one:
+            made.final_alpha_cumprod = made.alphas_cumprod[0]
+    _log_once(f"{type(scheduler).__name__} is replaced by DDIM: a particle is one state x_t.")
+    return made
+
+
+def _warn_distilled(scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    turbo = name == "EulerAncestralDiscreteScheduler" and (
+        scheduler.config.get("timestep_spacing") == "trailing"
+    )
+    if "LCM" in name or name == "TCDScheduler" or turbo:
+        _log_once(
+            f"{name} belongs to a model distilled to a few steps; its chain here is DDIM or Euler "
+            "with noise, another law, and there are few steps to steer."
+        )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)

@@ -1,0 +1,80 @@
+"""A reward as steer() calls it: shapes checked, references passed where it takes them."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Judge", "Reward"]
+
+
+class Reward(Protocol):
+    """images (n, 3, h, w) in [0, 1] and n prompts -> n scores; it may take `references=` as well.
+
+    Two optional attributes: `check(prompts)` raises ValueError for prompts that it cannot score,
+    and `evaluate(images, prompts, ...)` returns the total and its parts, {name: (n,)}.
+    """
+
+    def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor: ...
+
+
+class Judge:
+    """Scores images of the prompts of a run, k a prompt. Raises ValueError if `reward` cannot."""
+
+    def __init__(self, reward: Any, prompts: Sequence[str], references: Sequence[Any] | None):
+        if not callable(reward):
+            raise ValueError(
+                f"reward is a {type(reward).__name__}; pass a function of (images, prompts), such "
+                'as rewards.load("clip") returns.'
+            )
+        if references is not None and "references" not in inspect.signature(reward).parameters:
+            raise ValueError(
+                "references= was given but this reward takes none; leave it out, or use a reward "
+                "that has a references= keyword."
+            )
+        if references is not None and len(references) != len(prompts):
+            raise ValueError(
+                f"references= has {len(references)} entries for {len(prompts)} prompts; "
+                "give one a prompt."
+            )
+        check = getattr(reward, "check", None)
+        if check is not None:
+            check(list(prompts))
+        self.name = str(getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__)))
+        self._reward, self._prompts, self._references = reward, prompts, references
+
+    @torch.no_grad()
+    def score(self, images: Tensor, indices: Sequence[int]) -> Tensor:
+        """images (b*k, 3, h, w), prompt-major, of the prompts `indices` -> float32 (b, k)."""
+        scores = self._call(self._reward, images, indices)
+        return self._shaped(scores, images, len(indices))
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `score`, with the parts of the reward where it has any."""
+        evaluate = getattr(self._reward, "evaluate", None)
+        if evaluate is None:
+            return self.score(images, indices), {}
+        total, parts = self._call(evaluate, images, indices)
+        b = len(indices)
+        shaped = {name: self._shaped(part, images, b).cpu() for name, part in parts.items()}
+        return self._shaped(total, images, b), shaped
+
+    def _call(self, function: Any, images: Tensor, indices: Sequence[int]) -> Any:
+        k = len(images) // len(indices)
+        rows = [i for i in indices for _ in range(k)]
+        prompts = [self._prompts[i] for i in rows]
+        if self._references is None:
+            return function(images, prompts)
+        return function(images, prompts, references=[self._references[i] for i in rows])
+
+    def _shaped(self, scores: Any, images: Tensor, b: int) -> Tensor:
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+        if scores.shape != (len(images),):
+            raise ValueError(
+                f"reward {self.name} returned shape {tuple(scores.shape)} for {len(images)} "
+                f"images; return one number an image, ({len(images)},)."
+            )
+        return scores.reshape(b, -1)

@@ -1,0 +1,489 @@
+"""What can go wrong inside a pipeline's call, and what must be refused before it begins."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
+# diffusers annotates its schedulers and configs more narrowly than it uses them
+
+import copy
+import json
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, EDMEulerScheduler, EulerDiscreteScheduler
+from PIL import Image
+from tiny_pipelines import family, picture, sd
+
+from steering import FeynmanKac, Steered, steer
+from steering.denoiser import Rows
+from steering.observer import Filter
+from steering.pipeline import steer_each
+from steering.schedulers import Chain, Look
+
+PROMPT = "a red cube"
+SHARP = FeynmanKac(reward_scale=300.0, min_ess=1.0)
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3)) * 10
+
+
+def snapshot(pipe):
+    """Everything a run might have changed: attributes, scheduler, networks' state."""
+    scheduler = {name: repr(value) for name, value in vars(pipe.scheduler).items()}
+    modules = {
+        name: (part.training, sorted(vars(part)), next(part.parameters()).sum().item())
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    return {name: id(value) for name, value in vars(pipe).items()}, scheduler, modules
+
+
+# --- the pipeline that was passed in
+
+
+@pytest.mark.parametrize("name", ["sd", "sd2", "sd3", "controlnet", "inpaint"])
+def test_the_pipeline_is_untouched_after_a_run(name):
+    pipe, keywords = family(name)
+    before = snapshot(pipe)
+    steer(pipe, PROMPT, brightness, 2, SHARP, max_batch=1, progress=False, **keywords)
+    assert snapshot(pipe) == before
+
+
+def test_the_pipeline_is_untouched_after_a_failure():
+    pipe, keywords = family("sd")
+    before = snapshot(pipe)
+
+    def broken(images, prompts):
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        steer(pipe, PROMPT, broken, 2, SHARP, max_batch=1, progress=False, **keywords)
+    assert snapshot(pipe) == before
+
+
+def test_two_threads_on_one_pipeline_do_not_meet():
+    pipe, keywords = family("sd")
+    jobs = {"a red cube": 0, "two dots": 1}
+    alone = {
+        prompt: steer(pipe, prompt, brightness, 3, SHARP, seed, progress=False, **keywords)
+        for prompt, seed in jobs.items()
+    }
+    together: dict[str, Steered] = {}
+
+    def work(prompt, seed):
+        together[prompt] = steer(
+            pipe, prompt, brightness, 3, SHARP, seed, progress=False, **keywords
+        )
+
+    threads = [threading.Thread(target=work, args=job) for job in jobs.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for prompt in jobs:
+        assert torch.equal(alone[prompt].latents, together[prompt].latents)
+        assert torch.equal(alone[prompt].log_weights, together[prompt].log_weights)
+
+
+# --- traps inside the call
+
+
+def known_noise(monkeypatch, follow):
+    """The noise that sits in the known region after each step, and the rows that were chosen."""
+    if not follow:
+        monkeypatch.setattr(Chain, "follow", lambda self, x: x)
+    pipe, keywords = family("inpaint")
+    states = []
+
+    def callback(view, step, timestep, tensors):
+        rows = view.scheduler.chain.lineage
+        states.append((tensors["latents"][..., :3].clone(), None if rows is None else rows.clone()))
+        return {}
+
+    steer(
+        pipe,
+        PROMPT,
+        brightness,
+        4,
+        SHARP,
+        progress=False,
+        callback_on_step_end=callback,
+        **keywords,
+    )
+    return states
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_the_noise_of_a_known_region_follows_the_lineage(monkeypatch, follow):
+    """Rows with the same origin share it, and others do not; without `follow` this fails."""
+    states = known_noise(monkeypatch, follow)
+    latents, rows = states[-2]  # the last one is noiseless there
+    assert rows is not None
+    assert len(rows.unique()) < 4
+    same_origin = rows[:, None] == rows[None, :]
+    same_noise = (latents[:, None] == latents[None, :]).flatten(2).all(dim=2)
+    assert torch.equal(same_origin, same_noise) == follow
+
+
+def test_a_callback_of_the_users_runs_on_the_copy():
+    pipe, keywords = family("sd3")
+    steps = []
+
+    def callback(view, step, timestep, tensors):
+        assert view is not pipe
+        steps.append(step)
+        return {"latents": tensors["latents"] * 1.0}
+
+    keywords = {**keywords, "callback_on_step_end": callback}
+    steer(pipe, PROMPT, brightness, 2, SHARP, progress=False, **keywords)
+    assert steps == list(range(6))
+
+
+def observed(stds):
+    """A filter of 3 particles that sees steps with these stds; its rows and what it recorded."""
+    settings = FeynmanKac(min_ess=1.0, reward_scale=5.0, num_scores=2, score_from=0.3)
+    particles = Filter(
+        1,
+        3,
+        settings,
+        judge=lambda x0: x0.reshape(1, 3),
+        generators=[torch.Generator().manual_seed(0)],
+        rows=Rows(),
+        describe=lambda i, j: f"particle {j}",
+        on_step=lambda *_: None,
+    )
+    x0 = torch.tensor([0.0, 1.0, 3.0])
+    rows = [particles(Look(step, stds, lambda: x0)) for step in range(len(stds))]
+    return rows, particles.lineage.scores
+
+
+def test_nobody_is_resampled_before_a_move_without_noise_and_the_weights_are_carried():
+    rows, (first, second) = observed((1.0, 1.0, 0.0, 0.5, 0.5, 0.0))
+    assert (first.step, second.step) == (2, 4)
+    assert torch.equal(rows[2], torch.arange(3))
+    assert not first.resampled.any()
+    assert torch.equal(first.log_weights, second.log_weights)  # the same rewards: nothing is added
+    assert second.resampled.all()
+
+
+def test_a_run_without_noise_after_the_first_score_is_refused():
+    with pytest.raises(ValueError, match=r"No step from 2 on draws noise.*noise=.*min_ess=0"):
+        observed((1.0, 1.0, 0.0, 0.0, 0.0, 0.0))
+
+
+def test_a_funnel_shrinks_the_networks_batch_and_the_result(monkeypatch):
+    pipe, keywords = family("sd")
+    rows = []
+    real = pipe.unet.forward
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda x, *args, **kw: (rows.append(len(x)), real(x, *args, **kw))[1]
+    )
+    settings = FeynmanKac(num_scores=2, score_from=0.2, score_to=0.6, funnel=(4, 2))
+    out = steer(pipe, [PROMPT, "two"], brightness, 6, settings, progress=False, **keywords)
+    # the latents of a step are resampled before its move, so the next evaluation is smaller
+    scored = [score.step for score in out.lineage.scores]
+    expected = [12 if i <= scored[0] else 8 if i <= scored[1] else 4 for i in range(6)]
+    assert rows == expected * 2
+    assert out.rewards.shape == out.log_weights.shape == (2, 2)
+    assert [score.ancestors.shape[1] for score in out.lineage.scores] == [4, 2]
+    assert len(out.images[1]) == 2
+    packed = steer(
+        pipe,
+        [PROMPT, "two"],
+        brightness,
+        6,
+        settings,
+        progress=False,
+        prompts_per_call=2,
+        **keywords,
+    )
+    torch.testing.assert_close(packed.latents, out.latents, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr("steering.denoiser.Rows.indices", lambda self, n: (None, None))
+    whole = steer(pipe, [PROMPT, "two"], brightness, 6, settings, progress=False, **keywords)
+    torch.testing.assert_close(whole.latents, out.latents, rtol=1e-3, atol=1e-3)
+
+
+# --- rewards
+
+
+def test_a_reward_that_is_not_finite_names_prompt_particle_and_step():
+    pipe, keywords = family("sd")
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(len(images))
+        scores = images.mean((1, 2, 3))
+        scores[1] = torch.nan if len(calls) == 2 else scores[1]
+        return scores
+
+    with pytest.raises(
+        ValueError, match=r"prompt 0, 'a red cube', particle 1 is NaN at step 3 of 6"
+    ):
+        steer(pipe, PROMPT, reward, 3, SHARP, progress=False, **keywords)
+
+    def infinite(images, prompts):
+        return images.mean((1, 2, 3)) / 0
+
+    plain = FeynmanKac(min_ess=0.0)
+    with pytest.raises(ValueError, match=r"prompt 1, 'b', particle 0 is inf at the final image"):
+        for _ in steer_each(
+            pipe, ["a", "b"], infinite, 2, plain, progress=False, only=[1], **keywords
+        ):
+            pass
+
+
+class Full:
+    """A reward with everything that is optional."""
+
+    name = "full"
+
+    def __init__(self):
+        self.checked, self.references = [], []
+
+    def check(self, prompts):
+        self.checked.append(prompts)
+        if "forbidden" in prompts:
+            raise ValueError("no score for 'forbidden'")
+
+    def __call__(self, images, prompts, *, references=None):
+        self.references.append((prompts, references))
+        return images.mean((1, 2, 3))
+
+    def evaluate(self, images, prompts, references=None):
+        total = images.mean((1, 2, 3))
+        return total, {"red": images[:, 0].mean((1, 2)), "n": torch.ones(len(images))}
+
+
+def test_a_reward_may_have_parts_references_and_a_check():
+    pipe, keywords = family("sd")
+    reward = Full()
+    prompts = ["x", "y"]
+    settings = FeynmanKac(num_scores=1, score_from=0.5)
+    out = steer(
+        pipe, prompts, reward, 2, settings, references=["rx", "ry"], progress=False, **keywords
+    )
+    assert reward.checked == [prompts]
+    assert reward.references == [(["x", "x"], ["rx", "rx"]), (["y", "y"], ["ry", "ry"])]
+    assert out.components["red"].shape == (2, 2)
+    assert torch.equal(out.components["n"], torch.ones(2, 2))
+    with pytest.raises(ValueError, match="no score for 'forbidden'"):
+        steer(pipe, "forbidden", reward, 2, progress=False, **keywords)
+    with pytest.raises(ValueError, match="this reward takes none"):
+        steer(pipe, "x", brightness, 2, references=["r"], progress=False, **keywords)
+    with pytest.raises(ValueError, match=r"returned shape \(2, 3\) for 2 images"):
+        steer(pipe, "x", lambda images, p: images[:, :, 0, 0], 2, progress=False, **keywords)
+
+
+# --- saving
+
+
+def test_the_saved_pngs_score_as_reported_and_the_manifest_repeats_the_run(tmp_path):
+    pipe, keywords = family("sd")
+    prompts = [PROMPT, 'say "ü"']
+    out = steer(pipe, prompts, brightness, 3, SHARP, seed=4, progress=False, **keywords)
+    folder = out.save(tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    for row, files in zip(out.rewards, manifest["results"]["files"], strict=True):
+        images = np.stack([np.array(Image.open(folder / name)) for name in files])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+        assert torch.equal(brightness(pixels, []), row)
+    text = json.loads(Image.open(folder / "0001-02.png").text["parameters"])
+    assert text["prompt"] == 'say "ü"'
+    assert text["reward"] == out.rewards[1, 2].item()
+    lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
+    assert lineage["scores"][0]["ancestors"] == out.lineage.scores[0].ancestors.tolist()
+    again = steer(
+        pipe,
+        manifest["prompts"],
+        brightness,
+        manifest["particles"],
+        FeynmanKac(**manifest["settings"] | {"funnel": tuple(manifest["settings"]["funnel"])}),
+        manifest["seed"],
+        progress=False,
+        **manifest["pipeline_keywords"],
+    )
+    assert torch.equal(again.latents, out.latents)
+
+
+def test_best_sample_and_origins():
+    pipe, keywords = family("sd")
+    out = steer(pipe, [PROMPT, "two"], brightness, 4, SHARP, progress=False, **keywords)
+    assert out.best[1] is out.images[1][int(out.rewards[1].argmax())]
+    draw = [out.sample(torch.Generator().manual_seed(i)) for i in range(3)]
+    assert all(image in out.images[0] for image, _ in draw)
+    assert out.lineage.origins(4).shape == (2, 4)
+    one = out.lineage.prompt(1)
+    assert torch.equal(one.origins(4)[0], out.lineage.origins(4)[1])
+
+
+# --- trouble on the way
+
+
+def test_out_of_memory_halves_the_networks_batch_once_and_goes_on(monkeypatch, caplog):
+    pipe, keywords = family("sd")
+    whole = steer(pipe, PROMPT, brightness, 4, SHARP, progress=False, **keywords)
+    real = pipe.unet.forward
+    largest = 4
+
+    def small(x, *args, **kw):
+        if len(x) > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(x, *args, **kw)
+
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    with caplog.at_level(logging.WARNING):
+        out = steer(pipe, [PROMPT, "two"], brightness, 4, SHARP, progress=False, **keywords)
+    assert sum("halved" in record.getMessage() for record in caplog.records) == 1
+    torch.testing.assert_close(out.latents[0], whole.latents[0], rtol=1e-3, atol=1e-3)
+    largest = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        steer(pipe, PROMPT, brightness, 4, SHARP, progress=False, **keywords)
+
+    def other(*args, **kw):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(pipe.unet, "forward", other)
+    with pytest.raises(RuntimeError, match="something else"):
+        steer(pipe, PROMPT, brightness, 4, SHARP, progress=False, **keywords)
+
+
+def test_ctrl_c_keeps_the_finished_prompts():
+    pipe, keywords = family("sd")
+    plain = FeynmanKac(min_ess=0.0)
+
+    def impatient(images, prompts):
+        if prompts[0] == "two":
+            raise KeyboardInterrupt
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        steer(pipe, ["one", "two"], impatient, 2, plain, progress=False, **keywords)
+    assert caught.value.finished.prompts == ("one",)
+    alone = steer(pipe, "one", impatient, 2, plain, progress=False, **keywords)
+    assert torch.equal(caught.value.finished.latents, alone.latents)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_inference_step": 5}, r"no keyword num_inference_step=; did you mean num_inference_"),
+        ({"callback": print}, "takes no keyword callback="),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt= clashes .* pass particles="),
+        ({"generator": None}, "generator= clashes .* seed="),
+        ({"latents": torch.zeros(1)}, "latents= clashes"),
+        ({"output_type": "np"}, "output_type= clashes"),
+        ({"return_dict": False}, "return_dict= clashes"),
+        ({"eta": 1.0}, r"eta= clashes .* FeynmanKac\(noise="),
+        ({"prompt": "x"}, "prompt= clashes"),
+        ({"denoising_end": 0.8}, "denoising_end= clashes"),
+        ({"particles": 0}, "particles=0: pass a whole number of 1 or more"),
+        ({"max_batch": 0}, "max_batch=0: pass"),
+        ({"prompts_per_call": 0}, "prompts_per_call=0: pass"),
+        ({"prompts": []}, r"prompts=\[\]: pass one text or more"),
+        ({"prompts": ["a", 3]}, "pass one text or more"),
+        ({"negative_prompt": ["x"] * 3}, "negative_prompt= has 3 entries for 2 prompts"),
+        ({"references": ["x"], "reward": Full()}, "references= has 1 entries for 2 prompts"),
+        ({"reward": "clip"}, "reward is a str; pass a function"),
+        ({"settings": FeynmanKac(noise=0.0)}, r"noise=0 .* min_ess=0 for best-of-k"),
+        ({"settings": FeynmanKac(score_from=0.9, score_to=0.95)}, "no step to score between"),
+        ({"settings": FeynmanKac(num_scores=2, funnel=(8, 2))}, "start with 8 particles or lower"),
+        ({"settings": FeynmanKac(num_scores=5, funnel=(2,) * 5)}, "only 3 steps are scored"),
+    ],
+)
+def test_bad_input_is_refused_before_any_step(monkeypatch, change, message):
+    pipe, keywords = family("sd")
+    before = snapshot(pipe)
+
+    def asked(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(pipe.unet, "forward", asked)
+    call = {"prompts": ["a", "b"], "reward": brightness, "particles": 4, "progress": False}
+    before = snapshot(pipe)
+    with pytest.raises(ValueError, match=message):
+        steer_each(pipe, **{**call, **keywords, **change})
+    assert snapshot(pipe) == before
+
+
+def test_pipelines_that_cannot_work_are_refused():
+    pipe, keywords = family("sd")
+    with pytest.raises(ValueError, match="got a str; pass a diffusers pipeline"):
+        steer("sd", PROMPT, brightness)
+    with pytest.raises(ValueError, match="latents of 16 channels but this pipeline's have 4"):
+        steer(pipe, PROMPT, brightness, preview=AutoencoderTiny(latent_channels=16), **keywords)
+    pipe, keywords = family("sd3")
+    pipe.text_encoder_3.train()
+    match = r"pipe.text_encoder_3 is in training mode.*pipe.text_encoder_3.eval\(\)"
+    with pytest.raises(ValueError, match=match):
+        steer(pipe, PROMPT, brightness, progress=False, **keywords)
+    pipe = sd()
+    pipe.scheduler = EDMEulerScheduler()
+    with pytest.raises(ValueError, match="EDMEulerScheduler is neither"):
+        steer(pipe, PROMPT, brightness, progress=False, **keywords)
+    pipe, keywords = family("img2img")
+    with pytest.raises(ValueError, match=r"prompts_per_call=2 with image=.*leave prompts_per_call"):
+        steer(pipe, ["a", "b"], brightness, prompts_per_call=2, progress=False, **keywords)
+    with pytest.raises(ValueError, match="no step to score"):
+        steer(pipe, PROMPT, brightness, progress=False, **{**keywords, "strength": 0.2})
+    pipe, keywords = family("wan")
+    keywords.pop("num_frames")
+    with pytest.raises(ValueError, match="num_frames=81: a reward scores pictures"):
+        steer(pipe, PROMPT, brightness, progress=False, **keywords)
+
+
+def test_prompt_embeds_stand_in_for_the_text_that_the_network_sees():
+    pipe, keywords = family("sd")
+    prompts = [PROMPT, "two"]
+    embeds, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
+    text = steer(pipe, prompts, brightness, 2, SHARP, progress=False, **keywords)
+    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
+    ours = steer(pipe, prompts, brightness, 2, SHARP, progress=False, **given, **keywords)
+    torch.testing.assert_close(ours.latents, text.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_negative_prompts_go_to_all_or_one_to_each():
+    pipe, keywords = family("sd")
+    both = steer(
+        pipe,
+        ["a", "b"],
+        brightness,
+        2,
+        SHARP,
+        progress=False,
+        negative_prompt=["x", "y"],
+        **keywords,
+    )
+    one = steer(pipe, "b", brightness, 2, SHARP, progress=False, negative_prompt="y", **keywords)
+    assert torch.equal(both.latents[1], one.latents[0])
+    packed = steer(
+        pipe,
+        ["a", "b"],
+        brightness,
+        2,
+        SHARP,
+        progress=False,
+        prompts_per_call=2,
+        negative_prompt="y",
+        **keywords,
+    )
+    torch.testing.assert_close(packed.latents[1], one.latents[0], rtol=1e-3, atol=1e-3)
+
+
+def test_an_image_may_be_packed_when_it_is_the_only_prompt():
+    pipe, keywords = family("img2img")
+    out = steer(pipe, PROMPT, brightness, 2, progress=False, **{**keywords, "image": picture(3)})
+    assert out.images[0][0].size == (16, 16)
+
+
+def test_euler_of_sdxl_is_replaced_and_its_state_kept():
+    pipe = sd(scheduler=EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading"))
+    pipe.scheduler.set_timesteps(9)
+    before = copy.deepcopy(pipe.scheduler.timesteps)
+    steer(pipe, PROMPT, brightness, 2, progress=False, num_inference_steps=6)
+    assert torch.equal(pipe.scheduler.timesteps, before)
