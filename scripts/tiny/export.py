@@ -1,0 +1,63 @@
+"""Put trained weights into the packages: fp16 safetensors, configurations, licence and size check.
+
+python -m scripts.tiny.export --run runs/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 24 * 2**20  # bytes of all embedded weights together
+PIPELINES = ("tiny-sd3", "tiny-sd")
+
+
+def export_folder(source: Path, target: Path) -> None:
+    """Copy a diffusers or transformers folder with its weights rounded to fp16.
+
+    The configurations say float32, so that both libraries compute in float32 unless told otherwise
+    (transformers 5 would take the dtype of the file).
+    """
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(source, target)
+    for file in target.rglob("*.safetensors"):
+        weights = {name: value.half() for name, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    for file in target.rglob("config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        if "dtype" in config or "torch_dtype" in config:
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def embedded_bytes() -> int:
+    """The size of all embedded weights."""
+    files = [*ROOT.glob("steering/tiny/**/*.safetensors"), *ROOT.glob("rewards/**/*.safetensors")]
+    return sum(file.stat().st_size for file in files)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export everything that the run folder holds."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
+    args = parser.parse_args(argv)
+    for name in (*PIPELINES, "preview"):
+        if (args.run / name).is_dir():
+            export_folder(args.run / name, ROOT / "steering" / "tiny" / name)
+    if (args.run / "clip").is_dir():
+        export_folder(args.run / "clip", ROOT / "rewards" / "tiny" / "clip")
+    size = embedded_bytes()
+    print(f"embedded weights: {size / 2**20:.1f} MiB")
+    if size > LIMIT:
+        raise SystemExit(f"{size} bytes of weights are over the limit of {LIMIT}")
+
+
+if __name__ == "__main__":
+    main()

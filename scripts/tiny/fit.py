@@ -1,0 +1,108 @@
+"""One training loop for the embedded models: a budget of minutes, checkpoints, resuming, an EMA."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fit(
+    modules: nn.ModuleDict,
+    loss: Callable[[torch.Generator], Tensor],
+    checkpoint: Path,
+    *,
+    minutes: float,
+    batch: int,
+    lr: float,
+    seed: int = 0,
+    ema_decay: float = 0.999,
+    warmup: int = 100,
+    every: int = 100,
+) -> dict[str, float]:
+    """Minimise `loss(generator)` for a budget of minutes; leave the EMA weights in `modules`.
+
+    The learning rate warms up, then falls with a cosine of the share of the budget that is spent,
+    so that a run which was stopped and resumed (or given more minutes) still ends at zero.
+    Returns images seen, minutes spent and the last smoothed loss. Writes `checkpoint` (a
+    state dict, read back with weights_only) every `every` steps and resumes from it.
+    """
+    parameters = [p for p in modules.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
+    generator = torch.Generator().manual_seed(seed)
+    step, spent, smooth = 0, 0.0, float("nan")
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device())
+        modules.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, step, spent, smooth = state["ema"], state["step"], state["spent"], state["smooth"]
+        generator.set_state(state["generator"].cpu())
+        print(f"resumed {checkpoint} at step {step}, {spent / 60:.1f} min", flush=True)
+
+    def save() -> None:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = checkpoint.with_suffix(".partial")
+        torch.save(
+            {
+                "weights": modules.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema,
+                "generator": generator.get_state(),
+                "step": step,
+                "spent": spent,
+                "smooth": smooth,
+            },
+            partial,
+        )
+        partial.replace(checkpoint)
+
+    modules.train()
+    start, first = time.monotonic() - spent, step
+    began = spent
+    while spent < minutes * 60:
+        rate = lr * min(1.0, (step + 1) / warmup) * _cosine(spent / (minutes * 60))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        value = loss(generator)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        _average(ema, modules, min(ema_decay, (1 + step) / (10 + step)))
+        spent = time.monotonic() - start
+        smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
+        if step % every == 0:
+            print(
+                f"step {step} loss {smooth:.4f} lr {rate:.2e} {spent / 60:.1f} min"
+                f" {(step - first) * batch / (spent - began):.0f} images/s",
+                flush=True,
+            )
+            save()
+    save()
+    modules.load_state_dict(ema)
+    modules.eval()
+    return {"images": step * batch, "minutes": spent / 60, "loss": smooth}
+
+
+def _cosine(share: float) -> float:
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, share))
+
+
+@torch.no_grad()
+def _average(ema: dict[str, Tensor], modules: nn.Module, decay: float) -> None:
+    for name, value in modules.state_dict().items():
+        if value.is_floating_point():
+            ema[name].lerp_(value, 1 - decay)
+        else:
+            ema[name].copy_(value)

@@ -1,0 +1,161 @@
+"""Train an embedded pipeline on cached latents, text encoders and denoiser together.
+
+    python -m scripts.tiny.train_diffusion tiny-sd3 --run runs/tiny --minutes 120
+    python -m scripts.tiny.train_diffusion tiny-sd  --run runs/tiny --minutes 120
+
+Needs the autoencoder of `train_vae`. A second call resumes; more minutes train on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import models
+from .fit import device, fit
+from .train_vae import pictures
+
+DROP = 0.1  # share of prompts replaced by "" for classifier-free guidance
+T5_TOKENS = 256  # the pipeline appends this many zero tokens unless max_sequence_length says else
+
+
+@torch.no_grad()
+def cached_latents(run: Path, count: int) -> tuple[Tensor, list[str]]:
+    """Scaled latents (n,8,16,16) in bf16 of `count` seen pictures, made once, and their prompts."""
+    file, prompts_file = run / f"latents-{count}.safetensors", run / f"prompts-{count}.json"
+    if not file.exists():
+        images, prompts = pictures(count, seed=3)
+        vae: Any = models.AutoencoderKL.from_pretrained(run / "vae")
+        vae.to(device(), memory_format=torch.channels_last)
+        vae.encoder.compile()
+        chunks = []
+        for rows in images.split(256):
+            x = (rows.to(device()).float() / 127.5 - 1).contiguous(
+                memory_format=torch.channels_last
+            )
+            with torch.autocast(device().type, torch.bfloat16):
+                z = vae.encode(x).latent_dist.mean.float()
+            chunks.append((z * vae.config.scaling_factor).contiguous().bfloat16().cpu())
+        prompts_file.write_text(json.dumps(prompts))
+        save_file({"latents": torch.cat(chunks)}, file)
+    return load_file(file)["latents"], json.loads(prompts_file.read_text())
+
+
+def token_ids(pipe, prompts: list[str]) -> Tensor:
+    """Prompts as token ids (n, 16)."""
+    return pipe.tokenizer(
+        prompts, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+def flow_loss(pipe, x0: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Rectified flow, x = (1-s) x0 + s eps, with s logit-normal (Esser et al. 2024)."""
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    sigma = torch.randn(len(x0), generator=generator).sigmoid().to(x0)
+    s = sigma.view(-1, 1, 1, 1)
+    towers = [
+        tower(ids, output_hidden_states=True) for tower in (pipe.text_encoder, pipe.text_encoder_2)
+    ]
+    context = torch.cat([out.hidden_states[-2] for out in towers], dim=-1)
+    pooled = torch.cat([out[0] for out in towers], dim=-1)
+    # The stock call appends 256 zero tokens where T5 is absent; max_sequence_length=0 none. A few
+    # batches with them teach the network to give the same picture either way.
+    if torch.rand((), generator=generator).item() < 0.04:
+        context = F.pad(context, (0, 0, 0, T5_TOKENS))
+    out = pipe.transformer(
+        (1 - s) * x0 + s * noise,
+        encoder_hidden_states=context,
+        pooled_projections=pooled,
+        timestep=sigma * 1000,
+    ).sample
+    return F.mse_loss(out.float(), noise - x0)
+
+
+def epsilon_loss(pipe, x0: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """DDPM's simple loss on the noise (Ho et al. 2020), timesteps uniform."""
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    t = torch.randint(1000, (len(x0),), generator=generator).to(x0.device)
+    alpha_bar = pipe.scheduler.alphas_cumprod.to(x0)[t].view(-1, 1, 1, 1)
+    x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
+    context = pipe.text_encoder(ids).last_hidden_state
+    out = pipe.unet(x, t, encoder_hidden_states=context).sample
+    return F.mse_loss(out.float(), noise)
+
+
+def warm_start(pipe: Any, folder: Path) -> None:
+    """Take the networks of an exported pipeline, whose autoencoder has to be the same."""
+    trained: Any = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            part.load_state_dict(getattr(trained, name).state_dict())
+
+
+def train(
+    name: str,
+    run: Path,
+    minutes: float,
+    batch: int,
+    lr: float,
+    count: int,
+    start: Path | None = None,
+) -> None:
+    """Train `name`, from the weights in `start` or from nothing; save it in fp32 under `run`."""
+    latents, prompts = cached_latents(run, count)
+    vae: Any = models.AutoencoderKL.from_pretrained(run / "vae")
+    pipe = {"tiny-sd3": models.tiny_sd3, "tiny-sd": models.tiny_sd}[name](vae)
+    if start is not None:
+        warm_start(pipe, start)
+    step_loss: Callable = {"tiny-sd3": flow_loss, "tiny-sd": epsilon_loss}[name]
+    parts = ("transformer", "unet", "text_encoder", "text_encoder_2")
+    modules = nn.ModuleDict({p: m for p in parts if (m := getattr(pipe, p, None)) is not None})
+    modules.to(device())
+    if "unet" in modules:
+        modules["unet"].to(memory_format=torch.channels_last)
+    # Twice the images a second, on the CPU as well; static shapes, so 256 more tokens are a second
+    # graph and not a slower general one.
+    modules["unet" if "unet" in modules else "transformer"].compile(dynamic=False)
+    ids, empty = token_ids(pipe, prompts), token_ids(pipe, [""])
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        dropped = torch.rand(batch, 1, generator=generator) < DROP
+        words = torch.where(dropped, empty, ids[rows]).to(device())
+        x0 = latents[rows].to(device()).float()
+        if "unet" in modules:
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device().type, torch.bfloat16):
+            return step_loss(pipe, x0, words, generator)
+
+    report = fit(modules, loss, run / f"{name}.pt", minutes=minutes, batch=batch, lr=lr)
+    modules.to(memory_format=torch.contiguous_format)
+    pipe.save_pretrained(run / name)
+    (run / f"{name}.json").write_text(json.dumps(report))
+    print(report)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=("tiny-sd3", "tiny-sd"))
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="checkpoints, weights")
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--pictures", type=int, default=50_000, help="size of the training set")
+    parser.add_argument("--start", type=Path, help="an exported pipeline to train on from")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)  # the initial weights; a script may
+    train(args.model, args.run, args.minutes, args.batch, args.lr, args.pictures, args.start)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Train the autoencoder of both embedded pipelines, or the preview decoder of its latents.
+
+python -m scripts.tiny.train_vae --run runs/tiny --minutes 10
+python -m scripts.tiny.train_vae --run runs/tiny --minutes 4 --preview
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import models
+from .fit import device, fit
+from .world import TASKS, render, scene
+
+# Writing is the hardest to learn, so it is drawn most often.
+SHARES = {
+    "text": 0.42,
+    "position": 0.13,
+    "color_attr": 0.12,
+    "two_object": 0.08,
+    "counting": 0.11,
+    "colors": 0.08,
+    "single_object": 0.06,
+}
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, list[str]]:
+    """`count` seen scenes as uint8 (n,3,64,64), and their prompts."""
+    rng = np.random.default_rng(seed)
+    tasks = rng.choice(len(TASKS), size=count, p=[SHARES[task] for task in TASKS])
+    images, prompts = torch.empty(count, 3, 64, 64, dtype=torch.uint8), []
+    for i, task in enumerate(tasks):
+        drawn = scene(rng, TASKS[task])
+        images[i] = torch.from_numpy(np.array(render(drawn))).permute(2, 0, 1)
+        prompts.append(drawn.prompt)
+    return images, prompts
+
+
+def batch_of(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """A random batch in [-1, 1]."""
+    rows = torch.randint(len(images), (size,), generator=generator)
+    return (images[rows].to(device()).float() / 127.5 - 1).contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+def train_autoencoder(run: Path, minutes: float, batch: int) -> None:
+    """L1 reconstruction of posterior samples plus a small KL; latents end with unit variance."""
+    images, _ = pictures(20_000, seed=1)
+    vae = models.vae().to(device(), memory_format=torch.channels_last)
+    vae.encoder.compile()
+    vae.decoder.compile()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = batch_of(images, batch, generator)
+        with torch.autocast(device().type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
+            out = vae.decode(posterior.mean + posterior.std * noise).sample
+        # Letters cover few pixels: what differs from the background (the corner) counts five times.
+        weight = 1 + 4 * ((x - x[:, :, :1, :1]).abs().amax(1, keepdim=True) > 0.1)
+        error = (weight * (out.float() - x).abs()).mean()
+        return error + 1e-3 * posterior.kl().mean() / noise[0].numel()
+
+    report = fit(
+        nn.ModuleDict({"vae": vae}), loss, run / "vae.pt", minutes=minutes, batch=batch, lr=2e-3
+    )
+    with torch.no_grad():
+        x = batch_of(images, 256, torch.Generator().manual_seed(5))
+        z = vae.encode(x).latent_dist.mean
+        error = (vae.decode(z).sample - x).abs().mean().item()
+    # No shift: StableDiffusionPipeline knows none, and the KL leaves hardly any.
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=0.0)
+    vae.to(memory_format=torch.contiguous_format).save_pretrained(run / "vae")
+    print(report, f"L1 error {127.5 * error:.2f}/255, config {vae.config.scaling_factor}")
+
+
+def train_preview(run: Path, minutes: float, batch: int) -> None:
+    """Teach AutoencoderTiny's decoder to undo the autoencoder's scaled latents."""
+    images, _ = pictures(20_000, seed=2)
+    vae: Any = models.AutoencoderKL.from_pretrained(run / "vae")
+    vae.to(device()).requires_grad_(False)
+    tiny = models.preview().to(device(), memory_format=torch.channels_last)
+    tiny.encoder.requires_grad_(False)
+    tiny.decoder.compile()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = batch_of(images, batch, generator)
+        with torch.autocast(device().type, torch.bfloat16):
+            with torch.no_grad():
+                z = vae.encode(x).latent_dist.mean * vae.config.scaling_factor
+            # Estimates of x0 in mid-run are noisy: so are the latents it learns from.
+            share = torch.rand(len(z), 1, 1, 1, generator=generator).to(x.device) * 0.3
+            z = z + share * torch.randn(z.shape, generator=generator).to(x.device)
+            out = tiny.decode(z).sample
+        return F.l1_loss(out.float(), x)
+
+    report = fit(
+        nn.ModuleDict({"preview": tiny}),
+        loss,
+        run / "preview.pt",
+        minutes=minutes,
+        batch=batch,
+        lr=2e-3,
+    )
+    tiny.to(memory_format=torch.contiguous_format).save_pretrained(run / "preview")
+    print(report)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="checkpoints, weights")
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--preview", action="store_true", help="train the preview decoder")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)  # the initial weights; a script may
+    (train_preview if args.preview else train_autoencoder)(args.run, args.minutes, args.batch)
+
+
+if __name__ == "__main__":
+    main()
