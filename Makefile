@@ -1,0 +1,43 @@
+# Every target sets up .venv first, on a machine that has only Python 3.11 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+DEMO_OUT ?= out/demo
+DEMO_ARGS ?= --particles 8 --steps 20
+
+.PHONY: help setup demo test test-slow lint wheel
+help:
+	@echo "make demo       steered pictures from the embedded model, in $(DEMO_OUT)"
+	@echo "make test       the test suite (CPU, offline)"
+	@echo "make test-slow  the tests that take minutes"
+	@echo "make lint       ruff and pyright"
+	@echo "make wheel      build the wheel and check what it contains"
+
+setup: $(READY)
+
+# The stamp makes every later call quick; a change of pyproject.toml installs again.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# A second call finds the pictures of the first and says where they are.
+demo: $(READY)
+	$(BIN)/python scripts/steer.py 'the word "CRAB"' 'the word "HIVE" in red' \
+	  --model tiny-sd3 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
+	$(BIN)/python scripts/steer.py 'a purple star left of a green circle' 'three triangles' \
+	  --model tiny-sd3 --reward 'clip(tiny)' --reward-scale 100 --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+wheel: $(READY)
+	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py

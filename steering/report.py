@@ -1,0 +1,214 @@
+"""Pictures of a run: the comparison grid, and rewards and ESS over the scored steps."""
+
+from __future__ import annotations
+
+import io
+import json
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from steering.weights import ess
+
+__all__ = ["Row", "Trace", "comparison", "history", "load"]
+
+_DPI = 100
+_LABEL = 220  # px, the column of the prompts
+_GAP = 8
+_CAPTION = 18
+_HEADER = 24
+_PER_LINE = 8  # steered particles side by side before the row wraps
+_MOST_LINES = 12  # prompts with a curve of their own before the colours repeat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One prompt of the comparison grid: k steered images, and k of the plain chain or none.
+
+    `plain[0]` is the plain sample, the one of highest reward the best of k.
+    """
+
+    prompt: str
+    steered: Sequence[Image.Image]
+    rewards: Sequence[float]
+    plain: Sequence[Image.Image] = ()
+    plain_rewards: Sequence[float] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What one prompt's population went through: one entry a scored step, the final image last.
+
+    rewards: one sequence a step (a funnel makes them shorter); ess in [1, k].
+    """
+
+    prompt: str
+    steps: Sequence[int]
+    rewards: Sequence[Sequence[float]]
+    ess: Sequence[float]
+
+
+@dataclass(frozen=True)
+class _Cell:
+    image: Image.Image
+    caption: str
+    left: int
+    top: int
+    outlined: bool
+
+
+def load(folder: Path, plain: Path | None = None) -> tuple[list[Row], list[Trace]]:
+    """Row and trace of each prompt that `Steered.save` wrote to `folder`.
+
+    plain: the folder of the same prompts at the same seeds with min_ess=0, for the baselines; left
+    out where it does not exist.
+    """
+    steered, scores = _saved(folder), json.loads((folder / "lineage.json").read_text("utf-8"))
+    compared = _saved(plain) if plain is not None and plain.is_dir() else None
+    rows, traces = [], []
+    for i, prompt in enumerate(steered["prompts"]):
+        baseline: dict[str, Any] = {}
+        if compared is not None:
+            baseline = {"plain": compared["images"][i], "plain_rewards": compared["rewards"][i]}
+        final = ess(torch.tensor(steered["log_weights"][i])).item()
+        images, rewards = steered["images"][i], steered["rewards"][i]
+        rows.append(Row(prompt=prompt, steered=images, rewards=rewards, **baseline))
+        traces.append(
+            Trace(
+                prompt=prompt,
+                steps=[*(score["step"] for score in scores["scores"]), scores["num_steps"]],
+                rewards=[*(score["rewards"][i] for score in scores["scores"]), rewards],
+                ess=[*(score["ess"][i] for score in scores["scores"]), final],
+            )
+        )
+    return rows, traces
+
+
+def _saved(folder: Path) -> dict[str, Any]:
+    results = json.loads((folder / "manifest.json").read_text("utf-8"))["results"]
+    images = [[_read(folder / name) for name in names] for names in results["files"]]
+    return results | {"images": images}
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _best(rewards: Sequence[float]) -> int:
+    return max(range(len(rewards)), key=lambda i: rewards[i])
+
+
+def _row_cells(row: Row, side: int, top: int, compare: bool) -> tuple[list[_Cell], int]:
+    """The cells of one prompt and how many lines of cells it takes."""
+    cells, left = [], _LABEL + _GAP
+    if compare:
+        for i in (0, _best(row.plain_rewards)) if row.plain else ():
+            cells.append(_Cell(row.plain[i], f"{row.plain_rewards[i]:.3g}", left, top, False))
+            left += side + _GAP
+        left = _LABEL + _GAP + 2 * (side + _GAP) + _GAP
+    best = _best(row.rewards)
+    for i, (image, reward) in enumerate(zip(row.steered, row.rewards, strict=True)):
+        x = left + (i % _PER_LINE) * (side + _GAP)
+        y = top + (i // _PER_LINE) * (side + _CAPTION + _GAP)
+        cells.append(_Cell(image, f"{reward:.3g}", x, y, i == best))
+    return cells, -(-len(row.steered) // _PER_LINE)
+
+
+def _label(text: str, width: int, lines: int) -> str:
+    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or "(empty)"
+
+
+def comparison(rows: Sequence[Row], *, side: int | None = None) -> Image.Image:
+    """Draw a row a prompt: plain, best of k, and the steered population, rewards under each.
+
+    The best steered image is outlined. `side` is the edge of a cell in pixels; by default that of
+    the widest image, kept between 128 and 256. Raises ValueError without rows or images.
+    """
+    if not rows or any(not row.steered for row in rows):
+        raise ValueError("a comparison needs at least one prompt, and each at least one image")
+    widest = max(max(row.steered[0].size) for row in rows)
+    side = side or min(max(widest, 128), 256)
+    compare = any(row.plain for row in rows)
+    cells, tops, top = [], [], _HEADER
+    for row in rows:
+        drawn, lines = _row_cells(row, side, top, compare)
+        cells += drawn
+        tops.append(top)
+        top += lines * (side + _CAPTION + _GAP)
+    width = max(cell.left for cell in cells) + side + _GAP
+    figure = Figure(figsize=(width / _DPI, top / _DPI), dpi=_DPI, facecolor="white")
+
+    def write(x: float, y: float, text: str, **style) -> None:
+        # A prompt is not TeX: "$5 and $6" has to come out as typed.
+        figure.text(x / width, 1 - y / top, text, parse_math=False, **style)
+
+    heads = [("plain", 0), ("best of k", 1), ("steered", 2)] if compare else [("steered", 0)]
+    for text, column in heads:
+        x = _LABEL + _GAP + column * (side + _GAP) + (_GAP if column == 2 else 0)
+        write(x, _HEADER / 2, text, va="center", fontsize=9, weight="bold")
+    for row, y in zip(rows, tops, strict=True):
+        label = _label(row.prompt, _LABEL // 7, max(2, side // 16))
+        write(_GAP, y, label, va="top", fontsize=8.5, linespacing=1.3)
+    for cell in cells:
+        _draw(figure, cell, side, (width, top))
+        write(
+            cell.left + side / 2, cell.top + side + 3, cell.caption, ha="center", va="top", size=8
+        )
+    return _rendered(figure)
+
+
+def _draw(figure: Figure, cell: _Cell, side: int, size: tuple[int, int]) -> None:
+    width, height = size
+    rect = (cell.left / width, 1 - (cell.top + side) / height, side / width, side / height)
+    axes = figure.add_axes(rect)
+    axes.imshow(cell.image.convert("RGB"), interpolation="antialiased")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(visible=cell.outlined, color="#d62728", linewidth=3)
+
+
+def history(traces: Sequence[Trace]) -> Image.Image:
+    """Plot rewards (each particle a dot, the mean a line) and ESS / k over the scored steps.
+
+    The last point of each curve is the final image. Raises ValueError without traces.
+    """
+    if not traces:
+        raise ValueError("a history needs at least one prompt")
+    figure = Figure(figsize=(8, 6), dpi=_DPI, facecolor="white", layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for i, trace in enumerate(traces):
+        colour = f"C{i % 10}"
+        for step, rewards in zip(trace.steps, trace.rewards, strict=True):
+            top.plot([step] * len(rewards), rewards, ".", color=colour, alpha=0.25, markersize=5)
+        means = [sum(rewards) / len(rewards) for rewards in trace.rewards]
+        (line,) = top.plot(trace.steps, means, "-", color=colour)
+        share = [ess / len(rewards) for ess, rewards in zip(trace.ess, trace.rewards, strict=True)]
+        bottom.plot(trace.steps, share, ".-", color=colour)
+        if i < _MOST_LINES:
+            line.set_label(textwrap.shorten(trace.prompt, 40, placeholder=" …") or "(empty)")
+    top.set_ylabel("reward (dots: particles, line: mean)")
+    bottom.set_ylabel("ESS / k")
+    bottom.set_ylim(0, 1.05)
+    bottom.set_xlabel("step (the last point: the final image)")
+    legend = top.legend(fontsize=7, loc="best")
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return _rendered(figure)
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():  # a script that the font lacks is drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        FigureCanvasAgg(figure).print_png(buffer)
+    return Image.open(buffer).convert("RGB")

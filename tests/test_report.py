@@ -1,0 +1,129 @@
+"""The pictures: what stands where, read back from the pixels."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from steering import report
+from steering.report import Row, Trace
+
+RED = (214, 39, 40)  # the outline of the best
+
+
+def plain_image(value: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    return Image.new("RGB", size, (value, value, 255))
+
+
+def row(k: int = 4, compare: bool = True, prompt: str = "a red circle", best: int = 2) -> Row:
+    rewards = [1.0 if i == best else i / 100 for i in range(k)]
+    images = [plain_image(10 * i + 5) for i in range(k)]
+    if not compare:
+        return Row(prompt=prompt, steered=images, rewards=rewards)
+    baseline = [plain_image(200), plain_image(220)]
+    return Row(
+        prompt=prompt, steered=images, rewards=rewards, plain=baseline, plain_rewards=[0.1, 0.3]
+    )
+
+
+def columns_of(picture: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
+    """The x of all pixels of one colour."""
+    return np.nonzero((np.asarray(picture) == colour).all(axis=2))[1]
+
+
+def test_order_is_plain_best_of_k_steered():
+    picture = report.comparison([row()])
+    places = [columns_of(picture, (v, v, 255)).mean() for v in (200, 220, 5, 15, 25, 35)]
+    assert places == sorted(places)
+
+
+def test_the_best_steered_image_alone_is_outlined():
+    for best in (0, 3):
+        picture = report.comparison([row(best=best)])
+        red = columns_of(picture, RED)
+        inside = columns_of(picture, (10 * best + 5, 10 * best + 5, 255))
+        assert len(red) > 400
+        assert abs(red.mean() - inside.mean()) < 2
+        assert red.max() - red.min() < 140  # one cell of 128 px, not two
+
+
+def test_without_a_comparison_there_is_no_empty_column():
+    alone = report.comparison([row(compare=False)])
+    assert alone.width < report.comparison([row()]).width - 200
+
+
+def test_many_particles_wrap_and_every_one_is_shown():
+    picture = report.comparison([row(k=19)])
+    assert picture.width == report.comparison([row(k=8)]).width
+    for i in range(19):
+        assert len(columns_of(picture, (10 * i + 5, 10 * i + 5, 255))) > 64 * 64
+
+
+@pytest.mark.parametrize("size", [(64, 32), (512, 512), (300, 700)])
+def test_any_shape_of_image_keeps_its_proportions(size):
+    images = [plain_image(100, size)]
+    picture = report.comparison([Row(prompt="x", steered=images, rewards=[1.0])])
+    ys, xs = np.nonzero((np.asarray(picture) == (100, 100, 255)).all(axis=2))
+    ratio = (np.ptp(xs) + 1) / (np.ptp(ys) + 1)
+    assert ratio == pytest.approx(size[0] / size[1], rel=0.1)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "prompt", ["costs $5 and $6", r"\frac{$", "", "λ ünï 猫", "x" * 3000, "a\nb\t"]
+)
+def test_prompts_are_written_as_typed(prompt):
+    """ "$...$" would otherwise be parsed as TeX, and fail."""
+    steps = {"steps": [1, 2], "rewards": [[0.0, 1.0], [0.5, 1.0]], "ess": [2.0, 1.5]}
+    report.comparison([row(prompt=prompt), row(prompt=prompt)])
+    report.history([Trace(prompt=prompt, **steps)])
+
+
+def test_history_takes_a_funnel_and_many_prompts():
+    traces = [
+        Trace(
+            prompt=f"p{i}",
+            steps=[4, 8, 20],
+            rewards=[[0.1] * 8, [0.5] * 4, [0.9] * 2],
+            ess=[8, 3, 2],
+        )
+        for i in range(25)
+    ]
+    assert report.history(traces).size == (800, 600)
+
+
+def test_nothing_to_draw_is_an_error():
+    for rows in ([], [Row(prompt="x", steered=[], rewards=[])]):
+        with pytest.raises(ValueError, match="at least one"):
+            report.comparison(rows)
+    with pytest.raises(ValueError, match="at least one"):
+        report.history([])
+
+
+def test_load_reads_what_was_saved(tmp_path):
+    """Against files written here by hand, in the form of Steered.save."""
+    for name, rewards in {"steered": [0.5, 1.0], "plain": [0.2, 0.1]}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(2):
+            plain_image(50 + i).save(folder / f"0000-{i:02d}.png")
+        results = {
+            "prompts": ["a cat"],
+            "files": [["0000-00.png", "0000-01.png"]],
+            "rewards": [rewards],
+            "log_weights": [[0.0, float(np.log(3))]],
+        }
+        scores = [{"step": 3, "rewards": [[0.1, 0.4]], "ess": [1.5], "ancestors": [[0, 1]]}]
+        (folder / "manifest.json").write_text(json.dumps({"results": results}))
+        (folder / "lineage.json").write_text(json.dumps({"num_steps": 9, "scores": scores}))
+    (shown,), (trace,) = report.load(tmp_path / "steered", tmp_path / "plain")
+    assert shown.prompt == "a cat"
+    assert (shown.rewards, shown.plain_rewards) == ([0.5, 1.0], [0.2, 0.1])
+    assert shown.steered[1].getpixel((0, 0)) == (51, 51, 255)
+    assert trace.steps == [3, 9]
+    assert trace.rewards == [[0.1, 0.4], [0.5, 1.0]]
+    # weights 1/4 and 3/4: 1 / (1/16 + 9/16)
+    torch.testing.assert_close(torch.tensor(trace.ess), torch.tensor([1.5, 1.6]))
+    assert report.load(tmp_path / "steered", tmp_path / "none")[0][0].plain == ()
