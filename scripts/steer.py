@@ -32,8 +32,8 @@ examples:
   # the embedded model: no GPU, no network
   python scripts/steer.py 'the word "CRAB"' --model tiny-sd3 --reward ocr --compare
 
-  # several prompts from a file, two rewards, more pressure
-  python scripts/steer.py --prompt-file prompts.txt --reward "clip + 0.5*jpeg" --reward-scale 20
+  # several prompts from a file, two rewards
+  python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"
 
   # carry on where an interrupted run stopped
   python scripts/steer.py --prompt-file prompts.txt --out out/many --resume

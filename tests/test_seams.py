@@ -111,17 +111,14 @@ def test_the_table_permits(module: str, line: str) -> None:
     assert not any(forbidden(module, name) for name in imported(module, line))
 
 
-def test_importing_steering_is_quick_and_loads_neither_diffusers_nor_cuda() -> None:
+def test_importing_steering_loads_neither_diffusers_nor_cuda() -> None:
     program = (
-        "import sys, time, torch\n"
-        "began = time.perf_counter()\n"
+        "import sys, torch\n"
         "import steering\n"
         "steering.FeynmanKac()\n"
-        "took = time.perf_counter() - began\n"
         "heavy = {'diffusers', 'transformers', 'rewards', 'finetune'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert took < 0.5, took\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 24 * 2**20  # bytes of all embedded weights together
+LIMIT = 24_000_000  # bytes of all embedded weights together
 PIPELINES = ("tiny-sd3", "tiny-sd")
 
 
@@ -23,15 +23,19 @@ def export_folder(source: Path, target: Path) -> None:
     The configurations say float32, so that both libraries compute in float32 unless told otherwise
     (transformers 5 would take the dtype of the file).
     """
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(source, target)
+    for old in target.glob("*"):
+        if old.name != "README.md":  # the model card is evaluate's
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    shutil.copytree(source, target, dirs_exist_ok=True)
     for file in target.rglob("*.safetensors"):
         weights = {name: value.half() for name, value in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors writes for its owner alone
     for file in target.rglob("config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
+        if config.get("_class_name") == "AutoencoderTiny":
+            config.pop("block_out_channels", None)  # written by diffusers, and refused by it
         if "dtype" in config or "torch_dtype" in config:
             config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -54,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     if (args.run / "clip").is_dir():
         export_folder(args.run / "clip", ROOT / "rewards" / "tiny" / "clip")
     size = embedded_bytes()
-    print(f"embedded weights: {size / 2**20:.1f} MiB")
+    print(f"embedded weights: {size / 1e6:.1f} MB")
     if size > LIMIT:
         raise SystemExit(f"{size} bytes of weights are over the limit of {LIMIT}")
 

@@ -32,7 +32,8 @@ def fit(
     """Minimise `loss(generator)` for a budget of minutes; leave the EMA weights in `modules`.
 
     The learning rate warms up, then falls with a cosine of the share of the budget that is spent,
-    so that a run which was stopped and resumed (or given more minutes) still ends at zero.
+    so that a run which was stopped and resumed (or given more minutes) still ends at zero; with
+    minutes=0 nothing is trained and the checkpoint's averages are handed over as they are.
     Returns images seen, minutes spent and the last smoothed loss. Writes `checkpoint` (a
     state dict, read back with weights_only) every `every` steps and resumes from it.
     """
@@ -89,7 +90,8 @@ def fit(
                 flush=True,
             )
             save()
-    save()
+    if step > first:
+        save()
     modules.load_state_dict(ema)
     modules.eval()
     return {"images": step * batch, "minutes": spent / 60, "loss": smooth}

@@ -21,6 +21,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
 )
 
 from .world import COLOURS, NUMBERS, SHAPES
@@ -113,10 +115,35 @@ def text_config(width: int, tok: Any) -> CLIPTextConfig:
     )
 
 
+def silent_t5(width: int) -> tuple[T5EncoderModel, Any]:
+    """A T5 encoder whose last norm is 0, so all it says is zeros, and its tokenizer.
+
+    `from_pretrained` wants the component, and where it is absent the stock pipeline puts zeros in
+    its place. A prompt is a single token, which fits any max_sequence_length from 1 on.
+    """
+    core = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    tok = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>")
+    encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=2,
+            d_model=width,
+            d_kv=8,
+            d_ff=8,
+            num_layers=1,
+            num_heads=1,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    encoder.encoder.final_layer_norm.weight.data.zero_()
+    return encoder, tok
+
+
 def tiny_sd3(autoencoder: Any) -> StableDiffusion3Pipeline:
-    """A StableDiffusion3Pipeline (rectified flow) with two CLIP towers and no T5."""
+    """A StableDiffusion3Pipeline (rectified flow) with two CLIP towers and a silent T5."""
     tok = tokenizer()
     widths = (128, 64)
+    t5, t5_tok = silent_t5(sum(widths))
     encoders = [CLIPTextModelWithProjection(text_config(width, tok)) for width in widths]
     transformer = SD3Transformer2DModel(
         sample_size=16,
@@ -140,8 +167,8 @@ def tiny_sd3(autoencoder: Any) -> StableDiffusion3Pipeline:
         "tokenizer": tok,
         "text_encoder_2": encoders[1],
         "tokenizer_2": tok,
-        "text_encoder_3": None,
-        "tokenizer_3": None,
+        "text_encoder_3": t5,
+        "tokenizer_3": t5_tok,
     }
     return StableDiffusion3Pipeline(**parts)
 

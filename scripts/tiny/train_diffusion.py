@@ -25,7 +25,7 @@ from .fit import device, fit
 from .train_vae import pictures
 
 DROP = 0.1  # share of prompts replaced by "" for classifier-free guidance
-T5_TOKENS = 256  # the pipeline appends this many zero tokens unless max_sequence_length says else
+T5_TOKENS = 256  # zeros that the pipeline appends unless max_sequence_length says otherwise
 
 
 @torch.no_grad()
@@ -67,10 +67,10 @@ def flow_loss(pipe, x0: Tensor, ids: Tensor, generator: torch.Generator) -> Tens
     ]
     context = torch.cat([out.hidden_states[-2] for out in towers], dim=-1)
     pooled = torch.cat([out[0] for out in towers], dim=-1)
-    # The stock call appends 256 zero tokens where T5 is absent; max_sequence_length=0 none. A few
-    # batches with them teach the network to give the same picture either way.
-    if torch.rand((), generator=generator).item() < 0.04:
-        context = F.pad(context, (0, 0, 0, T5_TOKENS))
+    # The silent T5 appends zeros: 256 of them by default, one at max_sequence_length=1. A few
+    # batches of the former teach the network to give the same pictures either way.
+    many = torch.rand((), generator=generator).item() < 0.04
+    context = F.pad(context, (0, 0, 0, T5_TOKENS if many else 1))
     out = pipe.transformer(
         (1 - s) * x0 + s * noise,
         encoder_hidden_states=context,

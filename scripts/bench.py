@@ -1,0 +1,30 @@
+"""Every measured figure of this project, one subcommand each.
+
+    python -m scripts.bench closed-forms     the filter against exact answers
+    python -m scripts.bench lift             plain, best-of-k and FK on the embedded models
+    python -m scripts.bench cost             seconds of k steered particles over k plain samples
+
+`python -m scripts.bench NAME --help` says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+COMMANDS = {"closed-forms": "closed_forms", "lift": "lift", "cost": "cost"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Hand the rest of the command line to the benchmark of that name."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", choices=sorted(COMMANDS))
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark")
+    args = parser.parse_args(argv)
+    importlib.import_module(f"scripts.benchmarks.{COMMANDS[args.name]}").main(args.rest)
+
+
+if __name__ == "__main__":
+    main()
