@@ -5,26 +5,30 @@ READY := .venv/.ready
 DEMO_OUT ?= out/demo
 DEMO_ARGS ?= --particles 8 --steps 20
 
-.PHONY: help setup demo test test-slow lint wheel
+.PHONY: help setup demo demo-objects test test-slow lint wheel
 help:
-	@echo "make demo       steered pictures from the embedded model, in $(DEMO_OUT)"
-	@echo "make test       the test suite (CPU, offline)"
-	@echo "make test-slow  the tests that take minutes"
-	@echo "make lint       ruff and pyright"
-	@echo "make wheel      build the wheel and check what it contains"
+	@echo "make demo          steered words from the embedded model, in $(DEMO_OUT)/words"
+	@echo "make demo-objects  steered shapes, in $(DEMO_OUT)/objects"
+	@echo "make test          the test suite (CPU, offline)"
+	@echo "make test-slow     the tests that take minutes"
+	@echo "make lint          ruff and pyright"
+	@echo "make wheel         build the wheel and check what it contains"
 
 setup: $(READY)
 
 # The stamp makes every later call quick; a change of pyproject.toml installs again.
 $(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Tilt needs Python 3.11 or newer, but $(PYTHON) is %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
 # A second call finds the pictures of the first and says where they are.
 demo: $(READY)
-	$(BIN)/python scripts/steer.py 'the word "CRAB"' 'the word "HIVE" in red' \
+	$(BIN)/python scripts/steer.py 'the word "CRAB"' 'the word "HIVE" in red' 'the word "SOAP"' 'the word "CAT"' \
 	  --model tiny-sd3 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
+
+demo-objects: $(READY)
 	$(BIN)/python scripts/steer.py 'a purple star left of a green circle' 'three triangles' \
 	  --model tiny-sd3 --reward 'clip(tiny)' --reward-scale 100 --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
 

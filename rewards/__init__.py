@@ -70,7 +70,7 @@ def load(
 
     The text form is described in `rewards.spec`; a name `module:attribute` is imported, and
     called with the arguments if it has any or is a class. `device` is where models live;
-    None lets them follow the images.
+    None lets them follow the images. ValueError for what is unknown or cannot be loaded.
     """
     if isinstance(reward, WeightedSum):
         return reward
@@ -123,7 +123,14 @@ def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:
         given[key] = value
     extra = {"device": device} if "device" in inspect.signature(factory).parameters else {}
     named = Call(call.name, (), tuple((key, given[key]) for key in parameters if key in given))
-    return Part(name, weight, factory(**given, **extra), named)
+    return Part(name, weight, _made(named, factory, (), given | extra), named)
+
+
+def _made(call: Call, factory: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:
+    try:
+        return factory(*args, **kwargs)
+    except (TypeError, OSError, LookupError, RuntimeError) as error:
+        raise ValueError(f"the reward {call} cannot be made: {error}") from error
 
 
 def _imported(call: Call) -> Any:
@@ -135,5 +142,5 @@ def _imported(call: Call) -> Any:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {call.name!r} cannot be imported: {error}") from error
     if call.args or call.kwargs or inspect.isclass(found):
-        found = found(*call.args, **dict(call.kwargs))
+        found = _made(call, found, call.args, dict(call.kwargs))
     return found if isinstance(found, Reward) else Function(found)

@@ -56,12 +56,14 @@ class ClipReward:
         device: torch.device | str | None = None,
     ) -> None:
         if scale not in SCALES:
-            close = get_close_matches(scale, SCALES, 1) or ["cosine"]
+            close = get_close_matches(str(scale), SCALES, 1) or ["cosine"]
             raise ValueError(
                 f"the CLIP scale {scale!r} is unknown; did you mean {close[0]!r} of {list(SCALES)}?"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size} but must be at least 1; leave it out")
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(
+                f"batch_size is {batch_size!r} but must be a whole number, at least 1; leave it out"
+            )
         self.name = "clip"
         self.scale = scale
         self.batch_size = batch_size

@@ -31,18 +31,33 @@ class Function:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         if not callable(function):
-            raise TypeError(f"a reward is a callable f(images, prompts) but got {function!r}")
+            raise ValueError(f"a reward is a callable f(images, prompts) but got {function!r}")
         self.function = function
         self.name = str(getattr(function, "name", getattr(function, "__name__", "reward")))
         self.differentiable = bool(getattr(function, "differentiable", False))
-        parameters = inspect.signature(function).parameters
-        self.wants_references = "references" in parameters
+        self.wants_references = _wants_references(function, self.name)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
         check_inputs(images, prompts)
         extra = {"references": references} if self.wants_references else {}
         scores = self.function(images, prompts, **extra)
         return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+
+
+def _wants_references(function: Callable[..., Any], name: str) -> bool:
+    """Whether there is such a parameter; ValueError where f(images, prompts) cannot be called."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions written in C have none
+        return False
+    wants = "references" in signature.parameters
+    try:
+        signature.bind(None, None, **({"references": None} if wants else {}))
+    except TypeError as error:
+        raise ValueError(
+            f"the reward {name} is called as f(images, prompts) but takes {signature} ({error})"
+        ) from error
+    return wants
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,11 @@ class WeightedSum:
         for part in self.parts:
             if hasattr(part.reward, "check"):
                 part.reward.check(prompts)
+
+    @property
+    def spec(self) -> str:
+        """The text form with every argument; what is on record of a run, and `load` reads."""
+        return str(self)
 
     @property
     def terms(self) -> tuple[Term, ...]:

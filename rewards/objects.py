@@ -20,8 +20,20 @@ from torch import Tensor
 
 from .images import check_inputs, resize
 
-__all__ = ["Detection", "Expected", "ObjectsReward", "detect", "expectations", "holds"]
+__all__ = [
+    "COLOURS",
+    "DIRECTIONS",
+    "SHAPES",
+    "SIZE",
+    "Detection",
+    "Expected",
+    "ObjectsReward",
+    "detect",
+    "expectations",
+    "holds",
+]
 
+# the embedded world, which scripts/tiny/world.py draws
 SIZE = 64
 COLOURS = {
     "red": (220, 40, 40),

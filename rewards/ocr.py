@@ -109,7 +109,7 @@ class OcrReward:
         detect: bool = True,
     ) -> None:
         if mode not in MODES:
-            close = get_close_matches(mode, MODES, 1) or ["strict"]
+            close = get_close_matches(str(mode), MODES, 1) or ["strict"]
             raise ValueError(
                 f"the OCR mode {mode!r} is unknown; did you mean {close[0]!r} of {list(MODES)}?"
             )
@@ -154,12 +154,15 @@ class Reader:
     def __init__(
         self, limit_side_len: int | None = None, upscale: int = 1, detect: bool = True
     ) -> None:
-        if limit_side_len is not None and limit_side_len < 32:
+        if limit_side_len is not None and (type(limit_side_len) is not int or limit_side_len < 32):
             raise ValueError(
-                f"limit_side_len is {limit_side_len} pixels; give at least 32, or leave it out"
+                f"limit_side_len is {limit_side_len!r} pixels; "
+                "give a whole number, at least 32, or leave it out"
             )
-        if upscale < 1:
-            raise ValueError(f"upscale is {upscale}; give a whole number, 1 or more")
+        if type(upscale) is not int or upscale < 1:
+            raise ValueError(f"upscale is {upscale!r}; give a whole number, 1 or more")
+        if type(detect) is not bool:
+            raise ValueError(f"detect is {detect!r}; give true or false")
         self.limit_side_len, self.upscale, self.detect = limit_side_len, upscale, detect
         self._engines: dict[tuple[str, int], LifoQueue[Any]] = {}
         self._texts: OrderedDict[bytes, str] = OrderedDict()

@@ -172,7 +172,12 @@ _TOWERS_LOCK = threading.Lock()
 
 
 def towers(source: str, device: torch.device | str | None = None) -> Towers:
-    """The towers of a source, loaded once for all rewards that use them."""
+    """The towers of a source, loaded once for all rewards that use them.
+
+    Raises ValueError for a source that is not there, or that is no CLIP.
+    """
+    if not isinstance(source, str):
+        raise ValueError(f"the CLIP source is {source!r}; give its name as text, as in clip(tiny)")
     folder = TINY if source == "tiny" else Path(source).expanduser()
     is_local = folder.is_dir()
     key = (str(folder.resolve()) if is_local else source, str(device))
@@ -190,12 +195,12 @@ def _open(source: str, folder: Path | None) -> Towers:
     if folder is not None:
         return _open_folder(folder)
     if source == "tiny":
-        raise FileNotFoundError(f"the embedded CLIP is missing at {TINY}; reinstall tilt-diffusion")
+        raise ValueError(f"the embedded CLIP is missing at {TINY}; reinstall tilt-diffusion")
     kind, _, rest = source.partition(":")
     if kind == "random":
         return _open_random(rest)
     if source.startswith(("/", ".", "~")):
-        raise FileNotFoundError(f"there is no CLIP folder {source!r}; give one that exists")
+        raise ValueError(f"there is no CLIP folder {source!r}; give one that exists")
     return _open_remote(source.removeprefix("hf-hub:"))
 
 
@@ -221,7 +226,7 @@ def _open_folder(folder: Path) -> Towers:
     if not (folder / "open_clip_config.json").is_file():
         if (folder / "config.json").is_file():
             return _transformers_towers(str(folder))
-        raise FileNotFoundError(
+        raise ValueError(
             f"{folder} is no CLIP folder: it holds neither open_clip_config.json nor config.json"
         )
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
@@ -295,7 +300,7 @@ def _hub(source: str, repository: str) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:
-        raise OSError(
+        raise ValueError(
             f"CLIP weights {source!r} could not be loaded from the hub; give a folder, "
             'clip(source="/path/to/folder"), or the embedded model, clip(tiny)'
         ) from error

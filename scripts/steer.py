@@ -33,30 +33,35 @@ examples:
   python scripts/steer.py 'the word "CRAB"' --model tiny-sd3 --reward ocr --compare
 
   # several prompts from a file, two rewards
-  python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"
+  python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg" \\
+    --reward-scale 100
 
   # carry on where an interrupted run stopped
-  python scripts/steer.py --prompt-file prompts.txt --out out/many --resume
+  python scripts/steer.py --prompt-file prompts.txt --reward-scale 100 --out out/many --resume
 
   # halve the population twice on the way, k = 8, 4, 2
-  python scripts/steer.py "two red stars" --model tiny-sd --num-scores 2 --funnel 4,2
+  python scripts/steer.py "two red stars" --model tiny-sd --reward-scale 100 \\
+    --num-scores 2 --funnel 4,2
 
   # a model from the hub or from a folder that pipe.save_pretrained() wrote
-  python scripts/steer.py "a corgi" --model stabilityai/stable-diffusion-3.5-medium --max-batch 4
+  python scripts/steer.py "a corgi" --model stabilityai/stable-diffusion-3.5-medium \\
+    --reward-scale 100 --max-batch 4
 
 a prompt file is text, one prompt a line, or .jsonl, one object a line:
   {"prompt": "a red circle", "seed": 3, "references": ["circle.png"]}
 """
 
 FIELD_HELP = {
-    "reward_scale": "λ: how hard the reward pulls",
+    "reward_scale": "λ, how hard the reward pulls: 10 suits rewards in [0, 1] such as ocr, 100 a "
+    "CLIP cosine, which differs by hundredths",
     "potential": "what a score weighs by: difference, max, sum or immediate",
     "resampler": "multinomial, stratified, systematic, residual or ssp",
     "min_ess": "resample where the effective sample size is below this share of the particles",
     "num_scores": "steps to score on the way, besides the final image",
     "score_from": "first scored step, as a fraction of the steps",
     "score_to": "last scored step, as a fraction of the steps",
-    "noise": "noise of each move: DDIM's eta, or its share of sigma for flow models",
+    "noise": "noise of each move: DDIM's eta (default: 1), or its share of sigma for flow models "
+    "(default: 0.5)",
     "tempering": "how λ grows: none, linear or adaptive",
     "funnel": "particles left after each scored step, as in 8,4,2; empty keeps all",
 }
@@ -89,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--particles", type=_count, default=8, help="k, particles a prompt")
     for field in dataclasses.fields(FeynmanKac):
         kind = _populations if field.name == "funnel" else type(field.default)
+        kind = float if field.default is None else kind
         default = "" if field.name == "funnel" else field.default
         flag = "--" + field.name.replace("_", "-")
         group.add_argument(flag, type=kind, default=default, help=FIELD_HELP[field.name])
@@ -145,7 +151,7 @@ def _count(text: str) -> int:
 
 
 def _populations(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    return tuple(_count(part.strip()) for part in text.split(",") if part.strip())
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -227,7 +233,9 @@ def call_keywords(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_window(settings: FeynmanKac, args: argparse.Namespace, call: dict[str, Any]) -> None:
     """Refuse a window without steps, or a funnel that does not fit, before a model is loaded."""
-    if "num_inference_steps" in call and settings.min_ess > 0:
+    from steering.observer import needs_scores
+
+    if "num_inference_steps" in call and needs_scores(settings, args.particles):
         scored = scored_steps(call["num_inference_steps"], settings)
         population_sizes(args.particles, len(scored), settings)
 
@@ -239,7 +247,7 @@ def start(
     from steering.pipeline import steer_each
 
     device = loading.pick_device(args.device)
-    dtype = loading.pick_dtype(args.dtype, device)
+    dtype = loading.DTYPES[args.dtype]
     pipe = loading.load_pipeline(args.model, dtype, args.lora).to(device)
     preview = loading.load_preview(args.preview, args.model, dtype)
     loading.set_attention(pipe, args.attention)
@@ -287,8 +295,11 @@ def run(args: argparse.Namespace) -> int:
     settings = FeynmanKac(**{name: getattr(args, name) for name in FIELD_HELP})
     check_window(settings, args, call_keywords(args))
     loading.check_name(args.model)
+    device = loading.pick_device(args.device)
+    # by their names, so that a continuation on another machine cannot mix what auto stands for
+    args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.reward = args.reward or ("clip(tiny)" if args.model in tiny.NAMES else "clip")
-    reward = rewards.load(args.reward, loading.pick_device(args.device))
+    reward = rewards.load(args.reward, device)
     reward.check([prompt.text for prompt in prompts])
     out = open_folder(args, prompts)
     shares = divide(out, prompts, args.prompts_per_call)

@@ -1,7 +1,9 @@
 """The keywords of a pipeline's own call: checked before any work, then dealt out to its prompts."""
 
+import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
+
+from steering.denoiser import networks
+from steering.settings import FeynmanKac
 
 __all__ = ["PipelineCall", "check_pipeline", "check_preview"]
 
@@ -25,6 +30,8 @@ _CLASHES = {
     "denoising_end": "the filter has to see the run to its end; leave it out",
     "padding_mask_crop": "crop the image and the mask yourself",
 }
+# one text for all prompts, where a str; others that have prompt in their name mean something else
+_TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 
 
@@ -41,8 +48,12 @@ class PipelineCall:
 
     @staticmethod
     def check(
-        pipe: DiffusionPipeline, prompts: Sequence[str], keywords: dict[str, Any]
+        pipe: DiffusionPipeline,
+        prompts: Sequence[str],
+        keywords: dict[str, Any],
+        ours: Sequence[str] = (),
     ) -> "PipelineCall":
+        """`ours` are the names of steer()'s own arguments, for a hint where one is misspelt."""
         parameters = inspect.signature(type(pipe).__call__).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         defaults = {p.name: p.default for p in named if p.name != "self"}
@@ -53,12 +64,12 @@ class PipelineCall:
             if name in _CLASHES:
                 raise ValueError(f"{name}= clashes with steer(): {_CLASHES[name]}.")
             if name not in defaults:
-                near = difflib.get_close_matches(name, defaults, n=1)
-                hint = f"did you mean {near[0]}=?" if near else f"see help({kind}.__call__)."
+                hint = _hint(name, [*defaults, *ours]) or f"see help({kind}.__call__)."
                 raise ValueError(f"{kind} takes no keyword {name}=; {hint}")
         call = PipelineCall(dict(keywords), defaults, tuple(prompts))
         for name in call._per_prompt():
             call._check_length(name)
+        call._check_steps()
         return call
 
     def value(self, name: str) -> Any:
@@ -66,15 +77,26 @@ class PipelineCall:
         default = self.defaults.get(name)
         return self.keywords.get(name, None if default is inspect.Parameter.empty else default)
 
-    def num_steps(self) -> int | None:
-        """How many steps will be executed, as far as that can be known beforehand."""
+    def num_steps(self) -> tuple[int, ...]:
+        """How many steps may be executed, as far as that can be known beforehand; () where not.
+
+        Of a fraction of the steps some pipelines take the floor (SD) and some the ceiling (SD3).
+        """
         for name in ("sigmas", "timesteps"):
             if self.value(name) is not None:
-                return len(self.value(name))
+                return (len(self.value(name)),)
         steps, strength = self.value("num_inference_steps"), self.value("strength")
         if steps is None or self.value("denoising_start") is not None:
-            return None
-        return steps if strength is None else min(int(steps * strength), steps)
+            return ()
+        if strength is None:
+            return (steps,)
+        floor, ceiling = int(steps * strength), steps - int(steps - steps * strength)
+        return tuple({min(floor, steps): None, min(ceiling, steps): None})
+
+    def _check_steps(self) -> None:
+        steps = self.value("num_inference_steps")
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+            raise ValueError(f"num_inference_steps={steps!r}: pass a whole number of 1 or more.")
 
     def check_packing(self, prompts_per_call: int) -> None:
         images = [name for name in self.keywords if "image" in name]
@@ -114,7 +136,8 @@ class PipelineCall:
         return [
             name
             for name, value in self.keywords.items()
-            if "prompt" in name and isinstance(value, str | list | Tensor)
+            if ("prompt" in name and isinstance(value, list | Tensor))
+            or (_TEXTS.fullmatch(name) and isinstance(value, str))
         ]
 
     def _check_length(self, name: str) -> None:
@@ -156,13 +179,51 @@ def _drops_out(module: torch.nn.Module) -> bool:
 
 
 def check_preview(pipe: Any, preview: Any) -> None:
-    """Raise ValueError where `preview` decodes latents of another shape than the pipeline's."""
+    """Raise ValueError where `preview` cannot decode the pipeline's latents, or to another size."""
     if preview is None:
         return
-    theirs = preview.config.get("latent_channels")
-    ours = pipe.vae.config.get("latent_channels")
-    if None not in (theirs, ours) and theirs != ours:
+    if not isinstance(preview, torch.nn.Module) or not hasattr(preview, "decode"):
         raise ValueError(
-            f"preview= decodes latents of {theirs} channels but this pipeline's have {ours}; pass "
-            "the AutoencoderTiny that was trained for its decoder, or none."
+            f"preview= is a {type(preview).__name__}; pass a decoder, such as "
+            "AutoencoderTiny.from_pretrained(...) returns, or none."
         )
+    own = getattr(pipe, "vae", None)
+    if own is None:
+        raise ValueError(f"{type(pipe).__name__} has no vae that preview= could stand in for.")
+    ours, theirs = _traits(own), _traits(preview)
+    for what in ours:
+        if None not in (ours[what], theirs[what]) and ours[what] != theirs[what]:
+            raise ValueError(
+                f"preview= decodes latents of {theirs[what]} {what} but this pipeline's have "
+                f"{ours[what]}; pass the AutoencoderTiny that was trained for its decoder, or none."
+            )
+    dtypes = {part.dtype for part in (own, *networks(pipe).values())}
+    if getattr(preview, "dtype", own.dtype) not in dtypes:
+        raise ValueError(
+            f"preview= is {preview.dtype} but this pipeline is {own.dtype}; pass "
+            f"preview.to({own.dtype})."
+        )
+
+
+def _traits(vae: Any) -> dict[str, int | None]:
+    """What two decoders of the same latents share, where it is known."""
+    config = getattr(vae, "config", {})
+    for name in ("decoder_block_out_channels", "block_out_channels"):
+        if config.get(name):
+            scale = config.get("upsampling_scaling_factor", 2) ** (len(config[name]) - 1)
+            break
+    else:
+        scale = None
+    return {"channels": config.get("latent_channels"), "pixels a side": scale}
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """What a keyword that nobody knows was probably meant to be; empty where nothing is near."""
+    fields = [field.name for field in dataclasses.fields(FeynmanKac)]
+    near = difflib.get_close_matches(name, [*known, *fields], n=1)
+    if not near:
+        return ""
+    if near[0] in fields:
+        field = near[0]
+        return f"{field} is a field of FeynmanKac: settings=FeynmanKac({field}=...)."
+    return f"did you mean {near[0]}=?"

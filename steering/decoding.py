@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from steering.schedulers import Chain
 
-__all__ = ["Decoder", "Tape", "to_pil", "to_tensor", "view_of"]
+__all__ = ["Decoder", "Tape", "do_nothing", "to_pil", "to_tensor", "view_of"]
 
 _HEAD = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
 
@@ -109,8 +109,12 @@ class Decoder:
         self._decode, self._chunk = decode, chunk
         ended = copy.deepcopy(scheduler)
         ended.chain = Chain(noise=ended.chain.noise, finished=True)
-        self._ended = {"scheduler": ended}
-        self._preview = self._ended | {"maybe_free_model_hooks": _nothing}
+        self._ended = {
+            "scheduler": ended,
+            "maybe_free_model_hooks": do_nothing,
+            "_progress_bar_config": {"disable": True},
+        }
+        self._preview = dict(self._ended)
         if preview is not None:
             self._preview["vae"] = preview
         for name in ("safety_checker", "watermark"):
@@ -122,7 +126,7 @@ class Decoder:
 
     def _images(self, latents: Tensor) -> Tensor:
         if self._decode is not None:
-            return self._decode(latents)
+            return _decoded(self._decode, latents)
         images = self._tail(latents, self._preview, "pt")
         if images.ndim == 5:  # (n, frames, 3, h, w)
             images = images.squeeze(1)
@@ -132,7 +136,7 @@ class Decoder:
         images = []
         for part in latents.split(self._chunk):
             if self._decode is not None:
-                images += to_pil(self._decode(part))
+                images += to_pil(_decoded(self._decode, part))
             else:
                 images += self._tail(part, self._ended, "pil")
         return [image[0] if isinstance(image, list) else image for image in images]
@@ -158,5 +162,16 @@ def to_tensor(images: list[Image.Image], device: torch.device | str) -> Tensor:
     return torch.from_numpy(arrays).to(device).permute(0, 3, 1, 2).float().div(255)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of freeing the networks: the loop that asked for a preview goes on."""
+def do_nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of freeing the networks: the run goes on, and frees them itself at its end."""
+
+
+def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
+    images, n = decode(latents), len(latents)
+    shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    if not isinstance(images, Tensor) or images.ndim != 4 or shape[:2] != (n, 3):
+        raise ValueError(
+            f"decode= returned {shape} for {n} latents; return one image each, ({n}, 3, h, w) "
+            "in [0, 1]."
+        )
+    return images

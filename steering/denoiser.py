@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-__all__ = ["Denoiser", "Rows", "denoisers", "networks", "refuse_step_caches"]
+__all__ = ["Denoiser", "Rows", "denoisers", "networks", "perturbed", "refuse_step_caches"]
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 # Positions of tokens, (tokens, 3): their first axis is never the batch.
@@ -118,8 +118,11 @@ def _cut(value: Any, n: int, rows: slice | Tensor, name: str = "") -> Any:
 
 
 def _has_entry_a_row(values: list | tuple, n: int, name: str) -> bool:
-    """Whether a list holds one entry a row; else it may hold entries of n rows each."""
-    if not name or len(values) != n:
+    """Whether a list holds one entry a row; else it may hold entries of n rows each.
+
+    A tuple never does: it has parts, such as the cosines and sines of rotary positions.
+    """
+    if not name or not isinstance(values, list) or len(values) != n:
         return False
     if isinstance(values[0], int | float):  # layers to skip, or scales of several ControlNets
         return name == "txt_seq_lens"
@@ -150,6 +153,17 @@ def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 def denoisers(pipe: DiffusionPipeline, rows: Rows) -> dict[str, Denoiser]:
     """A stand-in for each of them, all cutting by the same `rows`."""
     return {name: Denoiser(net, rows) for name, net in networks(pipe).items()}
+
+
+def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:
+    """Whether perturbed attention guidance is on, whose layers chunk the batch by position."""
+    if pag_scale and hasattr(pipe, "pag_attn_processors"):  # its call sets them, and takes them off
+        return True
+    return any(
+        type(processor).__name__.startswith("PAG")
+        for net in networks(pipe).values()
+        for processor in getattr(net, "attn_processors", {}).values()
+    )
 
 
 def refuse_step_caches(pipe: DiffusionPipeline) -> None:

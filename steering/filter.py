@@ -37,9 +37,7 @@ __all__ = [
     "close",
     "final_log_z",
     "particle_filter",
-    "population_sizes",
     "resample",
-    "scored_steps",
     "start",
     "take",
     "weigh",
@@ -195,7 +193,8 @@ def particle_filter(
     move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0. All noise
     comes from `generator`, by way of one generator a prompt for resampling, so that the noise is
     the same whether or not anything is resampled. Raises ValueError for settings that do not fit
-    num_steps or k, before the first step, and for rewards that are not finite.
+    num_steps or k, before the first step, and for rewards that are not finite. Every scored step
+    asks for its rewards, even at min_ess=0 where they decide nothing: the populations show them.
     """
     if x.ndim < 2:
         raise ValueError(f"x has shape {tuple(x.shape)}: pass (prompts, particles, *shape)")

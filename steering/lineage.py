@@ -25,7 +25,9 @@ class Score:
 
     @property
     def resampled(self) -> Tensor:
-        """(b,) bool: whether any particle was replaced."""
+        """(b,) bool: whether any particle was replaced, or dropped by a funnel."""
+        if self.ancestors.shape != self.rewards.shape:
+            return torch.ones(len(self.ancestors), dtype=torch.bool)
         stay = torch.arange(self.ancestors.shape[1])
         return (self.ancestors != stay).any(dim=1)
 

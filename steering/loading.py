@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import logging
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,18 +49,18 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None) -> Any
     Raises ValueError for what is not there, or is no pipeline.
     """
     check_name(name)
+    path, offline = (name, True) if name in tiny.NAMES else _where(name)
     adapter = _where(lora) if lora else None
-    with _one_sentence(f"the model {name}"):
+    with _one_sentence(f"the model {name}", path, offline):
         from diffusers import DiffusionPipeline
 
         if name in tiny.NAMES:
             pipe = tiny.load(name).to(dtype)
         else:
-            path = str(Path(name).expanduser())
-            pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, local_files_only=offline)
     if adapter:
         path, offline = adapter
-        with _one_sentence(f"the LoRA {lora}"):
+        with _one_sentence(f"the LoRA {lora}", path, offline):
             pipe.load_lora_weights(path, local_files_only=offline)
     return pipe
 
@@ -71,13 +72,13 @@ def load_preview(choice: str, model: str, dtype: torch.dtype) -> Any:
     """
     if choice == "none" or (choice == "auto" and model not in tiny.NAMES):
         return None
-    with _one_sentence(f"the preview decoder {choice}"):
+    path, offline = ("", False) if choice == "auto" else _where(choice)
+    with _one_sentence(f"the preview decoder {choice}", path, offline):
         from diffusers import AutoencoderTiny
 
         if choice == "auto":
             embedded: Any = tiny.preview()
             return embedded.to(dtype)
-        path, offline = _where(choice)
         return AutoencoderTiny.from_pretrained(path, dtype=dtype, local_files_only=offline)
 
 
@@ -182,8 +183,12 @@ def _where(name: str) -> tuple[str, bool]:
 
 
 @contextlib.contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
-    """Failures to load become one ValueError, with no log lines or progress bars before it."""
+def _one_sentence(what: str, path: str = "", offline: bool = False) -> Iterator[None]:
+    """Failures to load become one ValueError, with no log lines or progress bars before it.
+
+    path, offline: what `_where` said. The libraries' own reasons for what a hub out of reach could
+    not give are left out.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -196,10 +201,12 @@ def _one_sentence(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"cannot load {what}; with no network, give a folder that holds it ({reason})"
-        ) from error
+        if offline and isinstance(error, OSError | ValueError) and not Path(path).exists():
+            raise ValueError(
+                f"cannot load {what}; with no network, give a folder that holds it"
+            ) from error
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise ValueError(f"cannot load {what} ({reason})") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
         for library in bars:

@@ -19,20 +19,38 @@ _PACKAGES = ("tilt-diffusion", "torch", "diffusers", "transformers")
 
 
 def describe(
-    pipe: DiffusionPipeline, settings: FeynmanKac, keywords: dict[str, Any], **run: Any
+    pipe: DiffusionPipeline,
+    settings: FeynmanKac,
+    keywords: dict[str, Any],
+    preview: Any = None,
+    **run: Any,
 ) -> dict[str, Any]:
     """A manifest of JSON values; `run` holds the rest of steer()'s arguments."""
     return {
         "model": pipe.config.get("_name_or_path") or None,
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
+        "adapters": _adapters(pipe),
         "settings": _jsonable(dataclasses.asdict(settings)),
         **_jsonable(run),
+        "preview": None if preview is None else _source(preview),
         "pipeline_keywords": _jsonable(keywords),
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
     }
+
+
+def _source(model: Any) -> str:
+    return model.config.get("_name_or_path") or type(model).__name__
+
+
+def _adapters(pipe: Any) -> list[str]:
+    """The LoRAs in use, where the pipeline can have any."""
+    try:
+        return list(pipe.get_active_adapters())
+    except (AttributeError, ValueError):  # no LoRA for this pipeline, or no peft
+        return []
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str | None]:

@@ -10,9 +10,10 @@ b prompts, k particles a prompt, rows prompt-major.
 
 import gc
 import hashlib
+import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,17 +23,17 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steering.call import PipelineCall, check_pipeline, check_preview
-from steering.decoding import Decoder, Tape, to_tensor, view_of
-from steering.denoiser import Rows, denoisers, refuse_step_caches
+from steering.decoding import Decoder, Tape, do_nothing, to_tensor, view_of
+from steering.denoiser import Rows, denoisers, perturbed, refuse_step_caches
 from steering.filter import final_log_z
 from steering.manifest import describe
 from steering.observer import Filter, needs_scores, refuse_not_finite
 from steering.result import Steered
 from steering.schedulers import stochastic
-from steering.scoring import Judge, Reward
+from steering.scoring import Judge, RewardFunction
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 
-__all__ = ["Reward", "Steered", "generators", "steer", "steer_each"]
+__all__ = ["RewardFunction", "Steered", "generators", "steer", "steer_each"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def _generator(seed: int, key: tuple[str, int], purpose: int | str) -> Generator
 def steer(
     pipe: DiffusionPipeline,
     prompts: Sequence[str] | str,
-    reward: Reward,
+    reward: RewardFunction,
     particles: int = 8,
     settings: FeynmanKac = FeynmanKac(),  # noqa: B008 (frozen)
     seed: int = 0,
@@ -89,6 +90,8 @@ def steer(
     Raises ValueError before any step for what cannot work, and during the run for a reward that is
     not finite. After Ctrl-C the exception's `finished` is the Steered of the finished prompts.
     """
+    if "only" in pipe_kwargs:
+        raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")
     parts: list[Steered] = []
     try:
         for part in steer_each(
@@ -97,13 +100,13 @@ def steer(
             reward,
             particles,
             settings,
-            seed,
-            preview,
-            decode,
-            max_batch,
-            prompts_per_call,
-            progress,
-            references,
+            seed=seed,
+            preview=preview,
+            decode=decode,
+            max_batch=max_batch,
+            prompts_per_call=prompts_per_call,
+            progress=progress,
+            references=references,
             **pipe_kwargs,
         ):
             parts.append(part)  # one by one: what is finished outlives an interrupt
@@ -116,9 +119,10 @@ def steer(
 def steer_each(
     pipe: DiffusionPipeline,
     prompts: Sequence[str] | str,
-    reward: Reward,
+    reward: RewardFunction,
     particles: int = 8,
     settings: FeynmanKac = FeynmanKac(),  # noqa: B008 (frozen)
+    *,
     seed: int = 0,
     preview: Any = None,
     decode: Callable[[Tensor], Tensor] | None = None,
@@ -134,22 +138,31 @@ def steer_each(
     Input is checked here, before the first is asked for. `only` names the prompts to run, by
     index; each comes out as it would among all.
     """
-    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    _check_prompts(prompts)
+    prompts = _checked_prompts(prompts)
     check_pipeline(pipe)
+    if not isinstance(settings, FeynmanKac):
+        raise ValueError(f"settings is a {type(settings).__name__}; pass FeynmanKac(...).")
+    if decode is not None and not callable(decode):
+        raise ValueError(
+            f"decode={decode!r:.80}: pass a function from latents to images (n, 3, h, w) in [0, 1]."
+        )
+    ours = tuple(inspect.signature(steer).parameters)
+    call = PipelineCall.check(pipe, prompts, pipe_kwargs, ours[:-1])
+    noise = stochastic(pipe.scheduler, settings.noise).chain.noise
     run = _Run(
         pipe=pipe,
-        call=PipelineCall.check(pipe, prompts, pipe_kwargs),
+        call=call,
         judge=Judge(reward, prompts, references),
         prompts=prompts,
         k=particles,
-        settings=settings,
+        settings=replace(settings, noise=noise),
         seed=seed,
         preview=preview,
         decode=decode,
+        prompts_per_call=prompts_per_call,
         rows=Rows(max_batch),
     )
-    run.check(prompts_per_call)
+    run.check()
     indices = range(len(prompts)) if only is None else only
     starts = range(0, len(indices), prompts_per_call)
     return _each(run, [indices[i : i + prompts_per_call] for i in starts], progress)
@@ -164,13 +177,14 @@ def _each(run: "_Run", groups: list[Sequence[int]], progress: bool) -> Iterator[
                 bar.set_postfix(ess=f"{ess:.1f}/{run.k}", best=f"{best:.3g}", refresh=False)
             bar.update()
 
+        resampled = False
         for number, indices in enumerate(groups):
             bar.set_description(f"prompt {number + 1}/{len(groups)}", refresh=False)
             done = bar.n
             try:
                 result = run.steered(indices, on_step)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or run.rows.halvings:
+                if not _out_of_memory(error) or run.rows.halvings or run.perturbed():
                     raise
                 result = None
             if result is None:  # outside the handler, whose traceback holds the tensors
@@ -185,7 +199,15 @@ def _each(run: "_Run", groups: list[Sequence[int]], progress: bool) -> Iterator[
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 result = run.steered(indices, on_step)
+            resampled |= any(score.resampled.any() for score in result.lineage.scores)
+            if number == len(groups) - 1 and result.lineage.scores and not resampled:
+                _say_that_nothing_moved(run.settings)
             yield result
+
+
+def _say_that_nothing_moved(settings: FeynmanKac) -> None:
+    if settings.min_ess > 0 and settings.reward_scale != 0:
+        logger.warning("No score resampled: the run is best-of-k; raise reward_scale.")
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -195,9 +217,13 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _check_prompts(prompts: tuple[str, ...]) -> None:
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts={list(prompts)!r:.80}: pass one text or more.")
+def _checked_prompts(prompts: Any) -> tuple[str, ...]:
+    if isinstance(prompts, str):
+        return (prompts,)
+    texts = tuple(prompts) if isinstance(prompts, Iterable) else ()
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"prompts={prompts!r:.80}: pass one text or more.")
+    return texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,21 +239,26 @@ class _Run:
     seed: int
     preview: Any
     decode: Callable[[Tensor], Tensor] | None
+    prompts_per_call: int
     rows: Rows
 
-    def check(self, prompts_per_call: int) -> None:
+    def check(self) -> None:
         """Raise ValueError, before any step, for what cannot work."""
-        counts = {"particles": self.k, "prompts_per_call": prompts_per_call}
+        counts = {"particles": self.k, "prompts_per_call": self.prompts_per_call}
         if self.rows.max_batch is not None:
             counts["max_batch"] = self.rows.max_batch
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: pass a whole number of 1 or more.")
-        self.call.check_packing(prompts_per_call)
+        self.call.check_packing(self.prompts_per_call)
         if self.decode is None:
             self.call.check_frames()
         refuse_step_caches(self.pipe)
-        stochastic(self.pipe.scheduler, self.settings.noise)
+        if (self.rows.max_batch is not None or self.settings.funnel) and self.perturbed():
+            raise ValueError(
+                "Perturbed attention guidance needs its whole batch at once; leave max_batch= and "
+                "funnel out, or pass pag_scale=0."
+            )
         check_preview(self.pipe, self.preview)
         if not needs_scores(self.settings, self.k):
             return
@@ -236,10 +267,23 @@ class _Run:
                 "noise=0 leaves no noise to tell the copies of a particle apart; set "
                 "FeynmanKac(noise=...) above 0, or min_ess=0 for best-of-k."
             )
-        steps = self.call.num_steps()
-        if steps is not None:
-            scored = scored_steps(steps, self.settings)
-            population_sizes(self.k, len(scored), self.settings)
+        self._check_window()
+
+    def _check_window(self) -> None:
+        refused = []
+        counts = self.call.num_steps()
+        for steps in counts:
+            try:
+                scored = scored_steps(steps, self.settings)
+                population_sizes(self.k, len(scored), self.settings)
+            except ValueError as error:
+                refused.append(error)
+        if refused and len(refused) == len(counts):  # else the first step knows, and decides
+            raise refused[0]
+
+    def perturbed(self) -> bool:
+        """Whether the rows of a batch depend on one another, so that it must not be cut."""
+        return perturbed(self.pipe, self.call.value("pag_scale"))
 
     @torch.no_grad()
     def steered(self, indices: Sequence[int], on_step: Callable[..., None]) -> Steered:
@@ -270,7 +314,11 @@ class _Run:
             on_step=on_step,
         )
         scheduler.chain.observer = particles
-        replaced = {"scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        replaced = {
+            "scheduler": scheduler,
+            "_progress_bar_config": {"disable": True},
+            "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
+        }
         if rows.max_batch or rows.halvings or self.settings.funnel:
             replaced |= denoisers(self.pipe, rows)
         view = view_of(self.pipe, **replaced)
@@ -282,6 +330,7 @@ class _Run:
         self, indices: Sequence[int], latents: Tensor, decoder: Decoder, particles: Filter
     ) -> Steered:
         images = decoder.finals(latents)
+        self.pipe.maybe_free_model_hooks()
         scores, parts = self.judge.evaluate(to_tensor(images, latents.device), indices)
         state = particles.close(scores)
         rewards, num = scores.cpu(), particles.num
@@ -305,6 +354,9 @@ class _Run:
                 particles=self.k,
                 seed=self.seed,
                 max_batch=self.rows.max_batch,
-                preview=None if self.preview is None else type(self.preview).__name__,
+                halvings=self.rows.halvings,
+                prompts_per_call=self.prompts_per_call,
+                preview=self.preview,
+                decode=self.decode is not None,
             ),
         )

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 __all__ = ["Prompt", "read"]
 
 _KEYS = {"prompt", "seed", "references"}
@@ -64,7 +66,14 @@ def _from_json(line: str, where: str, folder: Path) -> Prompt:
 def _pictures(names: Any, where: str, folder: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{where} has references {names!r}: write a list of picture files")
-    for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{where} names the picture {folder / name}, which is not there")
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            raise ValueError(f"{where} names the picture {path}, which is not there")
+        try:
+            with Image.open(path) as picture:
+                picture.load()
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise ValueError(
+                f"{where} names {path}, which is no picture that can be read: give a PNG or JPEG"
+            ) from None
     return tuple(str(folder / name) for name in names)

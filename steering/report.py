@@ -18,7 +18,7 @@ from PIL import Image
 
 from steering.weights import ess
 
-__all__ = ["Row", "Trace", "comparison", "history", "load"]
+__all__ = ["Row", "Trace", "comparison", "history", "rows", "traces"]
 
 _DPI = 100
 _LABEL = 220  # px, the column of the prompts
@@ -65,37 +65,49 @@ class _Cell:
     outlined: bool
 
 
-def load(folder: Path, plain: Path | None = None) -> tuple[list[Row], list[Trace]]:
-    """Row and trace of each prompt that `Steered.save` wrote to `folder`.
+def rows(folder: Path, plain: Path | None = None) -> list[Row]:
+    """The row of each prompt that `Steered.save` wrote to `folder`, with its images.
 
     plain: the folder of the same prompts at the same seeds with min_ess=0, for the baselines; left
     out where it does not exist.
     """
-    steered, scores = _saved(folder), json.loads((folder / "lineage.json").read_text("utf-8"))
-    compared = _saved(plain) if plain is not None and plain.is_dir() else None
-    rows, traces = [], []
+    steered = _results(folder)
+    compared = _results(plain) if plain is not None and plain.is_dir() else None
+    found = []
     for i, prompt in enumerate(steered["prompts"]):
         baseline: dict[str, Any] = {}
-        if compared is not None:
-            baseline = {"plain": compared["images"][i], "plain_rewards": compared["rewards"][i]}
-        final = ess(torch.tensor(steered["log_weights"][i])).item()
-        images, rewards = steered["images"][i], steered["rewards"][i]
-        rows.append(Row(prompt=prompt, steered=images, rewards=rewards, **baseline))
-        traces.append(
+        if plain is not None and compared is not None:
+            images = _images(plain, compared["files"][i])
+            baseline = {"plain": images, "plain_rewards": compared["rewards"][i]}
+        images, rewards = _images(folder, steered["files"][i]), steered["rewards"][i]
+        found.append(Row(prompt=prompt, steered=images, rewards=rewards, **baseline))
+    return found
+
+
+def traces(folder: Path) -> list[Trace]:
+    """The trace of each prompt that `Steered.save` wrote to `folder`; no image is read."""
+    results, lineage = _results(folder), json.loads((folder / "lineage.json").read_text("utf-8"))
+    scores = lineage["scores"]
+    found = []
+    for i, prompt in enumerate(results["prompts"]):
+        final = ess(torch.tensor(results["log_weights"][i])).item()
+        found.append(
             Trace(
                 prompt=prompt,
-                steps=[*(score["step"] for score in scores["scores"]), scores["num_steps"]],
-                rewards=[*(score["rewards"][i] for score in scores["scores"]), rewards],
-                ess=[*(score["ess"][i] for score in scores["scores"]), final],
+                steps=[*(score["step"] for score in scores), lineage["num_steps"]],
+                rewards=[*(score["rewards"][i] for score in scores), results["rewards"][i]],
+                ess=[*(score["ess"][i] for score in scores), final],
             )
         )
-    return rows, traces
+    return found
 
 
-def _saved(folder: Path) -> dict[str, Any]:
-    results = json.loads((folder / "manifest.json").read_text("utf-8"))["results"]
-    images = [[_read(folder / name) for name in names] for names in results["files"]]
-    return results | {"images": images}
+def _results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text("utf-8"))["results"]
+
+
+def _images(folder: Path, names: Sequence[str]) -> list[Image.Image]:
+    return [_read(folder / name) for name in names]
 
 
 def _read(path: Path) -> Image.Image:

@@ -1,6 +1,5 @@
 """What a steered run returns, and how it is kept on disk."""
 
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,9 +47,10 @@ class Steered:
         return [row[i] for row, i in zip(self.images, drawn, strict=True)]
 
     def save(self, folder: str | Path) -> Path:
-        """Write every image as PNG, `manifest.json`, `lineage.json` and what `report` draws.
+        """Write every image as PNG, `manifest.json` and `lineage.json`.
 
-        Each PNG carries its parameters as text; the manifest lists the files and repeats the run.
+        Each PNG carries its parameters as text; the manifest lists the files and all prompts, and
+        repeats the run.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,9 +70,6 @@ class Steered:
         }
         _write_json(folder / "manifest.json", self.manifest | {"results": results})
         _write_json(folder / "lineage.json", self.lineage.to_json())
-        report = importlib.import_module("steering.report")
-        if hasattr(report, "write"):
-            report.write(self, folder)
         return folder
 
     def _about(self, prompt: int, particle: int) -> dict[str, Any]:
@@ -83,7 +80,7 @@ class Steered:
             "reward": self.rewards[prompt, particle].item(),
             "components": parts,
             "log_weight": self.log_weights[prompt, particle].item(),
-            "run": self.manifest,
+            "run": {name: value for name, value in self.manifest.items() if name != "prompts"},
         }
 
     @staticmethod

@@ -5,6 +5,7 @@ A run that was cut off is carried on by asking for the same again: what is finis
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from steering import report
 
@@ -90,17 +93,18 @@ def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
 
     Each holds a result "steered", and a result "plain" (min_ess=0) where there is a comparison.
     """
-    rows, traces = [], []
-    for folder in folders:
-        more_rows, more_traces = report.load(folder / "steered", folder / "plain")
-        rows += more_rows
-        traces += more_traces
-    pictures = {out / "history.png": report.history(traces)}
-    for number, start in enumerate(range(0, len(rows), _ROWS_PER_GRID), 1):
-        name = f"grid-{number}.png" if number > 1 else "grid.png"
-        pictures[out / name] = report.comparison(rows[start : start + _ROWS_PER_GRID])
-    for path, picture in pictures.items():
-        part = path.with_name(f".{path.name}.part")
-        picture.save(part, "png")
-        os.replace(part, path)
-    return sorted(pictures)
+    traces = [trace for folder in folders for trace in report.traces(folder / "steered")]
+    paths = [_write(report.history(traces), out / "history.png")]
+    # one grid's pictures at a time: a run may hold more than the memory does
+    rows = (row for folder in folders for row in report.rows(folder / "steered", folder / "plain"))
+    while page := list(itertools.islice(rows, _ROWS_PER_GRID)):
+        name = f"grid-{len(paths)}.png" if len(paths) > 1 else "grid.png"
+        paths.append(_write(report.comparison(page), out / name))
+    return sorted(paths)
+
+
+def _write(picture: Image.Image, path: Path) -> Path:
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, "png")
+    os.replace(part, path)
+    return path

@@ -17,7 +17,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +34,9 @@ from steering.transitions import flow_transition
 __all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "stochastic"]
 
 logger = logging.getLogger(__name__)
+
+DIFFUSION_NOISE = 1.0  # DDIM's eta where none is asked for: ancestral sampling, as DDPM's
+FLOW_NOISE = 0.5  # a stock flow sampler has none; more of it costs sharpness, less tells less apart
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,7 @@ def _draw(like: Tensor, generators: Any) -> Tensor:
 
 
 def stochastic(
-    scheduler: Any, noise: float, generators: Sequence[Generator] | None = None
+    scheduler: Any, noise: float | None = None, generators: Sequence[Generator] | None = None
 ) -> StochasticDDIM | StochasticFlow:
     """A copy of a pipeline's scheduler whose chain is Markov and Gaussian: the law p of `steer`.
 
@@ -260,38 +263,45 @@ def stochastic(
     eta = `noise` * s'. `scheduler` itself is not touched; one of another class is replaced by a
     DDIM or Euler of the same config, which is logged.
 
-    noise: 0 (deterministic) to 1. generators: one a row, for pipelines which pass none to `step`
-    (SD3, Flux, Wan). Raises ValueError where the scheduler is neither a flow nor has betas.
+    noise: 0 (deterministic) to 1; None is 1.0 for schedulers with betas and 0.5 for flows, and the
+    copy's `chain.noise` says which. The noise of a flow makes p duller than the stock sampler's,
+    which has none, and steering is relative to that p. generators: one a row, for pipelines which
+    pass none to `step` (SD3, Flux, Wan). Raises ValueError where the scheduler is neither a flow
+    nor has betas.
     """
-    if not 0 <= noise <= 1:
+    if noise is not None and not 0 <= noise <= 1:
         raise ValueError(f"noise={noise} is outside [0, 1]: 0 is deterministic, 1 renoises fully.")
-    chain = Chain(noise=float(noise), generators=generators)
+    finished = False
     if isinstance(scheduler, StochasticDDIM | StochasticFlow):
-        made = copy.copy(scheduler)
-        made.chain = replace(chain, finished=scheduler.chain.finished)
-        return made
-    if type(scheduler) is DDIMScheduler:
-        made = _become(StochasticDDIM, scheduler)
-    elif type(scheduler) is FlowMatchEulerDiscreteScheduler:
-        made = _become(StochasticFlow, scheduler)
-    elif _is_flow(scheduler):
-        made = _flow_from(scheduler)
-    elif getattr(scheduler, "betas", None) is not None:
-        made = _ddim_from(scheduler)
+        made, finished = copy.copy(scheduler), scheduler.chain.finished
     else:
-        raise ValueError(
-            f"{type(scheduler).__name__} is neither a flow-matching scheduler nor has betas, so no "
-            "Gaussian move is known for it; set pipe.scheduler to a DDIMScheduler or a "
-            "FlowMatchEulerDiscreteScheduler that fits the model."
-        )
-    _warn_distilled(scheduler)
-    made.chain = chain
+        made = _stochastic_copy(scheduler)
+        _warn_distilled(scheduler)
+    if noise is None:
+        noise = FLOW_NOISE if isinstance(made, StochasticFlow) else DIFFUSION_NOISE
+    made.chain = Chain(noise=float(noise), generators=generators, finished=finished)
     if isinstance(made, StochasticFlow) and made.config.invert_sigmas:
         raise ValueError(
             "The scheduler has invert_sigmas=True (its sigmas run from 0 to 1), for which no noisy "
             "move is known; use a pipeline whose sigmas run from 1 to 0."
         )
     return made
+
+
+def _stochastic_copy(scheduler: Any) -> Any:
+    if type(scheduler) is DDIMScheduler:
+        return _become(StochasticDDIM, scheduler)
+    if type(scheduler) is FlowMatchEulerDiscreteScheduler:
+        return _become(StochasticFlow, scheduler)
+    if _is_flow(scheduler):
+        return _flow_from(scheduler)
+    if getattr(scheduler, "betas", None) is not None:
+        return _ddim_from(scheduler)
+    raise ValueError(
+        f"{type(scheduler).__name__} is neither a flow-matching scheduler nor has betas, so no "
+        "Gaussian move is known for it; set pipe.scheduler to a DDIMScheduler or a "
+        "FlowMatchEulerDiscreteScheduler that fits the model."
+    )
 
 
 def _become(cls: type, scheduler: Any) -> Any:

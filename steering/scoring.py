@@ -7,14 +7,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Judge", "Reward"]
+__all__ = ["Judge", "RewardFunction"]
 
 
-class Reward(Protocol):
+class RewardFunction(Protocol):
     """images (n, 3, h, w) in [0, 1] and n prompts -> n scores; it may take `references=` as well.
 
-    Two optional attributes: `check(prompts)` raises ValueError for prompts that it cannot score,
-    and `evaluate(images, prompts, ...)` returns the total and its parts, {name: (n,)}.
+    Optional attributes: `spec`, or `name`, is what the manifest calls it; `check(prompts)` raises
+    ValueError for prompts that it cannot score; `evaluate(images, prompts, ...)` returns the total
+    and its parts, {name: (n,)}.
     """
 
     def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor: ...
@@ -42,7 +43,8 @@ class Judge:
         check = getattr(reward, "check", None)
         if check is not None:
             check(list(prompts))
-        self.name = str(getattr(reward, "name", getattr(reward, "__name__", type(reward).__name__)))
+        named = (getattr(reward, attribute, None) for attribute in ("spec", "name", "__name__"))
+        self.name = next((str(name) for name in named if name), type(reward).__name__)
         self._reward, self._prompts, self._references = reward, prompts, references
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ class FeynmanKac:
     num_scores: int = 4  # at most so many scored steps, besides the final image
     score_from: float = 0.2  # the first and the last of them, as fractions of the executed steps
     score_to: float = 0.8
-    noise: float = 0.7  # VP: DDIM's eta; flow: eta = noise * sigma_next; 0 noiseless, 1 the most
+    noise: float | None = None  # VP: DDIM's eta; flow: eta = noise * sigma_next; see stochastic()
     tempering: str = "none"  # none | linear | adaptive
     funnel: tuple[int, ...] = ()  # population after each scored step; () keeps k
 
@@ -31,7 +31,8 @@ class FeynmanKac:
         _check_number("min_ess", self.min_ess, 0, 1)
         _check_number("score_from", self.score_from, 0, 1)
         _check_number("score_to", self.score_to, 0, 1)
-        _check_number("noise", self.noise, 0, 1)
+        if self.noise is not None:
+            _check_number("noise", self.noise, 0, 1)
         _check_name("potential", self.potential, POTENTIALS)
         _check_name("resampler", self.resampler, RESAMPLERS)
         _check_name("tempering", self.tempering, ("none", "linear", "adaptive"))

@@ -119,6 +119,15 @@ def test_decode_lets_a_pipeline_in_whose_tail_cannot_be_reached():
     assert shapes == [(2, 4, 8, 8)] * 2
 
 
+def test_without_progress_nothing_is_printed(capfd):
+    pipe, keywords = family("sd")
+    pipe.set_progress_bar_config()
+    steer(pipe, PROMPT, brightness, 2, progress=False, **keywords)
+    printed = capfd.readouterr()
+    assert "it/s" not in printed.err + printed.out
+    assert "%|" not in printed.err + printed.out
+
+
 def test_decoding_in_chunks_changes_nothing_but_memory(monkeypatch):
     pipe, keywords = family("sd")
     whole = steer(pipe, PROMPT, brightness, 5, progress=False, **keywords)

@@ -40,6 +40,15 @@ def call(denoiser, n=6):
     )
 
 
+def test_a_tuple_of_two_is_not_taken_for_two_rows():
+    """Cosines and sines of rotary positions, at a batch of 2: parts, not an entry a row."""
+    network, x = Recorder(), torch.zeros(2, 3)
+    cos, sin = torch.zeros(7, 4), torch.ones(7, 4)
+    Denoiser(network, Rows(1))(x, image_rotary_emb=(cos, sin), texts=["a", x[0]])
+    assert [keywords["image_rotary_emb"] for _, keywords in network.seen] == [(cos, sin)] * 2
+    assert network.seen[0][1]["texts"] == ["a"]
+
+
 @pytest.mark.parametrize("max_batch", [1, 2, 4, 6, 100])
 def test_the_parts_make_the_whole(max_batch):
     network = Recorder()

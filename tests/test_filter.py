@@ -19,6 +19,7 @@ from torch import Tensor
 from steering import filter as fk
 from steering.filter import FeynmanKac, FilterState, Transition, particle_filter
 from steering.resampling import RESAMPLERS
+from steering.settings import scored_steps
 from steering.weights import ess
 
 
@@ -194,7 +195,7 @@ def test_populations_step_by_step() -> None:
     )
     assert [population.step for population in seen] == list(range(10))
     scored = [population.step for population in seen if population.rewards is not None]
-    assert scored == [*fk.scored_steps(10, settings), 9] == [2, 5, 8, 9]
+    assert scored == [*scored_steps(10, settings), 9] == [2, 5, 8, 9]
     sizes = [population.x.shape for population in seen]
     assert sizes == [(2, 8, 3)] * 5 + [(2, 5, 3)] * 3 + [(2, 2, 3)] * 2
     final = seen[-1]

@@ -12,12 +12,21 @@ import threading
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, EDMEulerScheduler, EulerDiscreteScheduler
+from diffusers import (
+    AutoencoderTiny,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionPAGPipeline,
+)
+from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from PIL import Image
-from tiny_pipelines import family, picture, sd
+from tiny_pipelines import family, picture, sd, sd3
 
 from steering import FeynmanKac, Steered, steer
-from steering.denoiser import Rows
+from steering.call import PipelineCall
+from steering.denoiser import Rows, perturbed
+from steering.lineage import Score
 from steering.observer import Filter
 from steering.pipeline import steer_each
 from steering.schedulers import Chain, Look
@@ -206,6 +215,73 @@ def test_a_funnel_shrinks_the_networks_batch_and_the_result(monkeypatch):
     torch.testing.assert_close(whole.latents, out.latents, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_batch": 1},
+        {"settings": FeynmanKac(num_scores=2, funnel=(2, 1))},
+        {"decode": lambda latents: latents[:, :3].sigmoid()},
+    ],
+)
+def test_offloaded_networks_keep_their_hooks(change):
+    pipe, keywords = family("sd")
+    run = {"settings": SHARP, "progress": False, **change, **keywords}
+    plain = steer(pipe, PROMPT, brightness, 3, **run)
+    pipe.enable_model_cpu_offload(device="cpu")
+    freed = []
+    free = pipe.maybe_free_model_hooks
+    pipe.maybe_free_model_hooks = lambda: (freed.append(1), free())
+    offloaded = steer(pipe, PROMPT, brightness, 3, **run)
+    assert torch.equal(offloaded.latents, plain.latents)
+    assert freed == [1]
+    assert all(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae, pipe.text_encoder))
+
+
+def test_perturbed_attention_is_never_cut(monkeypatch):
+    """Its layers take the batch for three equal parts, whatever rows it is given."""
+    pipe = sd(StableDiffusionPAGPipeline, pag_applied_layers="mid")
+    call = {"progress": False, "num_inference_steps": 6}
+    funnel = FeynmanKac(num_scores=1, funnel=(1,))
+    for change in ({"max_batch": 2}, {"settings": funnel}):
+        with pytest.raises(ValueError, match=r"Perturbed attention .* leave max_batch= and funnel"):
+            steer(pipe, PROMPT, brightness, 2, **change, **call)
+    steer(pipe, PROMPT, brightness, 2, max_batch=2, pag_scale=0.0, **call)
+    plain = steer(pipe, PROMPT, brightness, 2, **call)
+    assert plain.latents.isfinite().all()
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.set_processor(
+        PAGIdentitySelfAttnProcessor2_0()
+    )
+    assert perturbed(pipe, 0.0)
+    asked = []
+
+    def full(*args, **kwargs):
+        asked.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipe.unet, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        steer(pipe, PROMPT, brightness, 2, **call)
+    assert asked == [1]  # not tried again with half the batch
+
+
+def test_a_run_that_never_resampled_says_so_once(caplog):
+    pipe, keywords = family("sd")
+    say = "No score resampled: the run is best-of-k; raise reward_scale."
+    weak, none = FeynmanKac(reward_scale=1e-6), FeynmanKac(min_ess=0.0)
+    for settings, times in ((weak, 1), (none, 0), (SHARP, 0)):
+        caplog.clear()
+        steer(pipe, ["a", "b"], brightness, 3, settings, progress=False, **keywords)
+        assert [record.getMessage() for record in caplog.records].count(say) == times
+
+
+def test_a_funnel_that_keeps_the_first_particles_has_resampled():
+    rewards, ess = torch.zeros(2, 4), torch.ones(2)
+    kept = Score(0, rewards, rewards, ess, torch.arange(4).expand(2, 4))
+    cut = Score(0, rewards, rewards, ess, torch.arange(2).expand(2, 2))
+    assert kept.resampled.tolist() == [False, False]
+    assert cut.resampled.tolist() == [True, True]
+
+
 # --- rewards
 
 
@@ -293,6 +369,11 @@ def test_the_saved_pngs_score_as_reported_and_the_manifest_repeats_the_run(tmp_p
     text = json.loads(Image.open(folder / "0001-02.png").text["parameters"])
     assert text["prompt"] == 'say "ü"'
     assert text["reward"] == out.rewards[1, 2].item()
+    assert "prompts" not in text["run"]
+    assert manifest["reward"] == "brightness"
+    assert (manifest["prompts_per_call"], manifest["halvings"]) == (1, 0)
+    assert (manifest["adapters"], manifest["preview"], manifest["decode"]) == ([], None, False)
+    assert manifest["settings"]["noise"] == 1.0
     lineage = json.loads((folder / "lineage.json").read_text(encoding="utf-8"))
     assert lineage["scores"][0]["ancestors"] == out.lineage.scores[0].ancestors.tolist()
     again = steer(
@@ -374,6 +455,13 @@ def test_ctrl_c_keeps_the_finished_prompts():
     [
         ({"num_inference_step": 5}, r"no keyword num_inference_step=; did you mean num_inference_"),
         ({"callback": print}, "takes no keyword callback="),
+        ({"particle": 2}, r"no keyword particle=; did you mean particles="),
+        ({"potential": "max"}, r"potential is a field .* settings=FeynmanKac\(potential="),
+        ({"num_inference_steps": "6"}, "num_inference_steps='6': pass a whole number"),
+        ({"settings": {"noise": 1.0}}, r"settings is a dict; pass FeynmanKac\("),
+        ({"prompts": None}, "prompts=None: pass one text or more"),
+        ({"decode": 3}, "decode=3: pass a function from latents"),
+        ({"preview": "taesd"}, "preview= is a str; pass a decoder"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt= clashes .* pass particles="),
         ({"generator": None}, "generator= clashes .* seed="),
         ({"latents": torch.zeros(1)}, "latents= clashes"),
@@ -417,6 +505,15 @@ def test_pipelines_that_cannot_work_are_refused():
         steer("sd", PROMPT, brightness)
     with pytest.raises(ValueError, match="latents of 16 channels but this pipeline's have 4"):
         steer(pipe, PROMPT, brightness, preview=AutoencoderTiny(latent_channels=16), **keywords)
+    with pytest.raises(ValueError, match="of 8 pixels a side but this pipeline's have 2"):
+        steer(pipe, PROMPT, brightness, preview=AutoencoderTiny(), **keywords)
+    half = family("sd")[0].vae.half()
+    with pytest.raises(ValueError, match=r"preview= is torch.float16 .* preview.to\(torch.float32"):
+        steer(pipe, PROMPT, brightness, preview=half, **keywords)
+    with pytest.raises(ValueError, match=r"decode= returned \(2, 4, 8, 8\) for 2 latents"):
+        steer(pipe, PROMPT, brightness, 2, decode=lambda x: x, progress=False, **keywords)
+    with pytest.raises(ValueError, match=r"only= is an argument of steer_each"):
+        steer(pipe, PROMPT, brightness, only=[0], **keywords)
     pipe, keywords = family("sd3")
     pipe.text_encoder_3.train()
     match = r"pipe.text_encoder_3 is in training mode.*pipe.text_encoder_3.eval\(\)"
@@ -435,6 +532,27 @@ def test_pipelines_that_cannot_work_are_refused():
     keywords.pop("num_frames")
     with pytest.raises(ValueError, match="num_frames=81: a reward scores pictures"):
         steer(pipe, PROMPT, brightness, progress=False, **keywords)
+
+
+def test_a_fraction_of_the_steps_is_rounded_as_the_pipeline_rounds_it():
+    """Of 10 * 0.25 steps SD takes the floor, SD3 the ceiling; only the latter has a step 1 of 3."""
+    settings = FeynmanKac(num_scores=1, score_from=0.3, score_to=0.4, min_ess=1.0)
+    # SD3 with a generator a row wants an image a row
+    call = {"image": [picture()] * 2, "num_inference_steps": 10, "strength": 0.25}
+    pipe = StableDiffusion3Img2ImgPipeline(**sd3().components)
+    out = steer(pipe, PROMPT, brightness, 2, settings, progress=False, **call)
+    assert out.lineage.num_steps == 3
+    pipe, _ = family("img2img")
+    with pytest.raises(ValueError, match=r"no step to score .* of 2 steps"):
+        steer(pipe, PROMPT, brightness, 2, settings, progress=False, **call)
+
+
+def test_a_text_that_is_no_prompt_goes_to_the_pipeline_as_it_is():
+    keywords = {"system_prompt": "be brief", "negative_prompt_2": "x"}
+    defaults = dict.fromkeys(["prompt", *keywords])
+    dealt = PipelineCall(keywords, defaults, ("a", "b")).for_prompts([0, 1], 1, [])
+    assert dealt["system_prompt"] == "be brief"
+    assert dealt["negative_prompt_2"] == ["x", "x"]
 
 
 def test_prompt_embeds_stand_in_for_the_text_that_the_network_sees():

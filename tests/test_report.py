@@ -102,7 +102,7 @@ def test_nothing_to_draw_is_an_error():
         report.history([])
 
 
-def test_load_reads_what_was_saved(tmp_path):
+def test_rows_and_traces_are_what_was_saved(tmp_path):
     """Against files written here by hand, in the form of Steered.save."""
     for name, rewards in {"steered": [0.5, 1.0], "plain": [0.2, 0.1]}.items():
         folder = tmp_path / name
@@ -118,7 +118,8 @@ def test_load_reads_what_was_saved(tmp_path):
         scores = [{"step": 3, "rewards": [[0.1, 0.4]], "ess": [1.5], "ancestors": [[0, 1]]}]
         (folder / "manifest.json").write_text(json.dumps({"results": results}))
         (folder / "lineage.json").write_text(json.dumps({"num_steps": 9, "scores": scores}))
-    (shown,), (trace,) = report.load(tmp_path / "steered", tmp_path / "plain")
+    (shown,) = report.rows(tmp_path / "steered", tmp_path / "plain")
+    (trace,) = report.traces(tmp_path / "steered")
     assert shown.prompt == "a cat"
     assert (shown.rewards, shown.plain_rewards) == ([0.5, 1.0], [0.2, 0.1])
     assert shown.steered[1].getpixel((0, 0)) == (51, 51, 255)
@@ -126,4 +127,4 @@ def test_load_reads_what_was_saved(tmp_path):
     assert trace.rewards == [[0.1, 0.4], [0.5, 1.0]]
     # weights 1/4 and 3/4: 1 / (1/16 + 9/16)
     torch.testing.assert_close(torch.tensor(trace.ess), torch.tensor([1.5, 1.6]))
-    assert report.load(tmp_path / "steered", tmp_path / "none")[0][0].plain == ()
+    assert report.rows(tmp_path / "steered", tmp_path / "none")[0].plain == ()

@@ -58,12 +58,6 @@ def test_boxes_are_in_pixels_of_the_picture_given():
         np.testing.assert_allclose(np.array(big[0].box), 2 * np.array(small[0].box), atol=2.1)
 
 
-def test_palette_and_shapes_are_the_worlds():
-    assert objects.COLOURS == world.COLOURS
-    assert objects.SHAPES == world.SHAPES
-    assert objects.DIRECTIONS == world.OFFSETS
-
-
 def test_empty_and_noisy_pictures_hold_no_things():
     noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert detect(torch.cat([noise, torch.zeros(1, 3, 64, 64)])) == [[], [], []]

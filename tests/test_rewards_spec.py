@@ -141,12 +141,18 @@ def test_round_trip_through_str_gives_an_equal_reward():
         "clip(random:0, scale=logit) + 1e-05*jpeg(mode=compressibility)",
     ):
         reward = rewards.load(text)
-        again = rewards.load(str(reward))
+        assert reward.spec == str(reward)
+        again = rewards.load(reward.spec)
         assert again == reward
         assert hash(again) == hash(reward)
         assert str(again) == str(reward)
         torch.testing.assert_close(again(IMAGES, PROMPTS), reward(IMAGES, PROMPTS))
     assert rewards.load("jpeg") != rewards.load("2*jpeg")
+
+
+def test_the_spec_keeps_the_arguments_that_the_name_leaves_out():
+    reward = rewards.load("jpeg(mode=incompressibility)")
+    assert (reward.name, reward.spec) == ("jpeg", "jpeg(mode=incompressibility)")
 
 
 def test_mappings_callables_and_classes_load():
@@ -161,7 +167,7 @@ def test_mappings_callables_and_classes_load():
     assert rewards.load(str(plain)) == plain
     assert rewards.load(plain) is plain
     assert rewards.load(f"{HERE}:Scaled").evaluate(IMAGES, PROMPTS)[0].shape == (2,)
-    with pytest.raises(TypeError, match="callable"):
+    with pytest.raises(ValueError, match="callable"):
         rewards.load(3)  # pyright: ignore[reportArgumentType]
 
 
@@ -194,6 +200,19 @@ def test_the_range_of_a_sum_follows_the_signs():
         ("jpeg + jpeg", "two components are called 'jpeg'"),
         ("1e999*jpeg", "must be finite"),
         ("no_such_module:f", "cannot be imported"),
+        ("clip(/nowhere)", "no CLIP folder '/nowhere'"),
+        ("clip(3)", "source is 3"),
+        ("clip(random:0, scale=3)", "scale 3 is unknown"),
+        ("clip(random:0, batch_size=two)", "batch_size is 'two'"),
+        ("ocr(3)", "mode 3 is unknown"),
+        ("ocr(limit_side_len=big)", "limit_side_len is 'big'"),
+        ("ocr(upscale=x)", "upscale is 'x'"),
+        ("ocr(detect=no)", "detect is 'no'"),
+        ("math:pi", "callable"),
+        ("os:system", "the reward system is called as f"),
+        (lambda images: images, "missing|too many"),
+        (f"{HERE}:Scaled(1, 2)", r"Scaled\(1, 2\) cannot be made"),
+        (f"{HERE}:Scaled(rate=2)", r"Scaled\(rate=2\) cannot be made"),
         (f"{HERE}:no_such_function", "cannot be imported"),
         ({"jpeg + jpeg": 1.0}, "is a sum"),
         ({}, "at least one"),

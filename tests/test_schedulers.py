@@ -237,3 +237,13 @@ def test_replacing_a_solver_is_logged_once_and_a_distilled_one_warns(caplog):
     said = [record.getMessage() for record in caplog.records]
     assert sum("PNDMScheduler is replaced by DDIM" in line for line in said) == 1
     assert sum("distilled" in line for line in said) == 2
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "noise"), [(DDIMScheduler(), 1.0), (FlowMatchEulerDiscreteScheduler(), 0.5)]
+)
+def test_the_noise_that_nobody_named_is_that_of_the_kind_of_scheduler(scheduler, noise):
+    made = stochastic(scheduler)
+    assert made.chain.noise == noise
+    assert stochastic(made, None).chain.noise == noise
+    assert stochastic(made, 0.0).chain.noise == 0.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from chains import gaussian_kernel, linear, seeded
 
-from steering import filter as fk
 from steering.filter import FeynmanKac, particle_filter
+from steering.settings import scored_steps
 
 
 @pytest.mark.parametrize(
@@ -68,4 +68,4 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(
     ],
 )
 def test_scored_steps(num_steps: int, fields: dict, expected: tuple[int, ...]) -> None:
-    assert fk.scored_steps(num_steps, FeynmanKac(**fields)) == expected
+    assert scored_steps(num_steps, FeynmanKac(**fields)) == expected

@@ -66,7 +66,14 @@ def refused(capsys, *argv: str) -> str:
         (["--score-from", "0.9", "--score-to", "1.0", "--steps", "4"], "no step to score"),
         (["--funnel", "2,4", "--num-scores", "2"], "grows"),
         (["--funnel", "9,9,9,9", "--steps", "20"], "grows"),
-        (["--funnel", "a"], "--funnel"),
+        (["--funnel", "a"], "--funnel.*'a'.*1 or more"),
+        (["--funnel", "8,4.5"], "--funnel.*'4.5'.*1 or more"),
+        (["--noise", "2"], "noise"),
+        (["--reward", "clip(/nowhere)"], "no CLIP folder '/nowhere'"),
+        (["--reward", "clip(random:0, batch_size=two)"], "batch_size is 'two'"),
+        (["--reward", "ocr(upscale=x)"], "upscale is 'x'"),
+        (["--reward", "math:pi"], "callable"),
+        (["--reward", "os:system"], "the reward system is called as f"),
         (["--device", "cuda:99"], "--device|device cuda:99"),
         (["--dtype", "float8"], "float16"),
         (["--model", "tiny-sd33"], "tiny-sd3"),
@@ -96,11 +103,16 @@ def test_refused_before_a_model_is_loaded(capsys, arguments, said):
         ("seed.jsonl", b'{"prompt": "a", "seed": "1"}\n', "line 1 has the seed '1'"),
         ("bool.jsonl", b'{"prompt": "a", "seed": true}\n', "line 1 has the seed True"),
         ("ref.jsonl", b'{"prompt": "a", "references": ["no.png"]}\n', "line 1 names the picture"),
+        ("text.jsonl", b'{"prompt": "a", "references": ["text.png"]}\n', "is no picture"),
+        ("cut.jsonl", b'{"prompt": "a", "references": ["cut.png"]}\n', "is no picture"),
         ("refs.jsonl", b'{"prompt": "a", "references": "no.png"}\n', "line 1 has references"),
         ("half.jsonl", b'{"prompt": "\\ud83d"}\n', "not UTF-8"),
     ],
 )
 def test_bad_prompt_files_are_refused(capsys, tmp_path, name, content, said):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     if content is not None:
         (tmp_path / name).write_bytes(content)
     message = refused(capsys, "--prompt-file", str(tmp_path / name), "--reward", "jpeg")
@@ -147,7 +159,17 @@ def test_hub_id_without_network_names_the_folder_option(capsys, tmp_path, model,
     )
     arguments = ["a cat", *SMALL, "--model", model, "--out", str(tmp_path / "out")]
     message = refused(capsys, *arguments, flag, "nobody/has-this")
-    assert "nobody/has-this; with no network, give a folder" in message
+    assert message.endswith("nobody/has-this; with no network, give a folder that holds it\n")
+
+
+@pytest.mark.usefixtures("no_model")
+def test_default_reward_without_network_names_the_folder_option(capsys, model, monkeypatch):
+    def no_session():
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.get_session", no_session)
+    monkeypatch.setattr("rewards.towers._TOWERS", {})
+    assert "give a folder" in refused(capsys, "a cat", "--model", model)
 
 
 def test_keyword_that_the_pipeline_lacks_is_refused(capsys, tmp_path, model, monkeypatch):
@@ -299,6 +321,38 @@ def test_interrupted_run_keeps_what_is_finished_and_resumes_to_the_same(
         twin = tmp_path / path.relative_to(out)
         with Image.open(path) as one, Image.open(twin) as other:
             assert one.tobytes() == other.tobytes()
+
+
+def test_resume_compares_the_dtype_that_auto_stands_for(finished, capsys, monkeypatch):
+    """As on a machine with an accelerator, where auto is a half type."""
+    out, arguments = finished
+    settings = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["dtype"] == "float32"
+    monkeypatch.setattr(script.loading, "pick_dtype", lambda name, device: torch.bfloat16)
+    assert "dtype='float32', not 'bfloat16'" in refused(capsys, *arguments, "--resume")
+
+
+@pytest.mark.parametrize("settings", [["--particles", "1"], ["--reward-scale", "0"]])
+def test_a_run_without_scores_on_the_way_needs_no_step_for_them(model, tmp_path, settings):
+    arguments = ["one", "--model", model, "--reward", "jpeg", "--particles", "2", "--steps", "1"]
+    assert script.main([*arguments, *settings, "--out", str(tmp_path)]) == 0
+
+
+def test_one_grid_of_pictures_is_in_memory_at_a_time(finished, tmp_path, monkeypatch):
+    """Read by read: a grid is drawn before the next one's pictures are opened."""
+    out, _ = finished
+    events = []
+    rows, comparison = script.runs.report.rows, script.runs.report.comparison
+    monkeypatch.setattr(
+        script.runs.report, "rows", lambda *args: [events.append("read"), rows(*args)][1]
+    )
+    monkeypatch.setattr(
+        script.runs.report, "comparison", lambda page: [events.append("draw"), comparison(page)][1]
+    )
+    monkeypatch.setattr(script.runs, "_ROWS_PER_GRID", 2)
+    paths = script.runs.draw(tmp_path, folders(out))
+    assert [path.name for path in paths] == ["grid-2.png", "grid.png", "history.png"]
+    assert events == ["read", "read", "draw", "read", "draw"]
 
 
 def test_prompts_per_call_share_a_folder(model, tmp_path):

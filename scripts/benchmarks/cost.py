@@ -41,11 +41,11 @@ def measure(model: str, k: int, pairs: int, reward_spec: str, preview: bool) -> 
     reward = rewards.load(reward_spec)
     settings = FeynmanKac()
     plain_pipe = copy.copy(pipe)
-    plain_pipe.scheduler = stochastic(pipe.scheduler, settings.noise)
     decoder = tiny.preview() if preview else None
 
     def plain() -> object:
         draws = generators(0, [PROMPT], k)
+        vars(plain_pipe)["scheduler"] = stochastic(pipe.scheduler, settings.noise, draws)
         return plain_pipe(PROMPT, num_images_per_prompt=k, generator=draws, **keywords)
 
     def steered() -> object:
@@ -60,7 +60,8 @@ def measure(model: str, k: int, pairs: int, reward_spec: str, preview: bool) -> 
             **keywords,
         )
 
-    plain(), steered()
+    plain()
+    steered()
     ratios = []
     for pair in range(pairs):
         # Which comes first changes, so that a drift in speed favours neither.

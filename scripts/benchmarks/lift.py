@@ -85,12 +85,17 @@ def run(model: str, task: str, k: int, seed: int, settings: FeynmanKac, count: i
 
 
 def cells(args: argparse.Namespace, settings: FeynmanKac) -> list[tuple[str, int, int, FeynmanKac]]:
-    """(method, k, seed, settings): one best-of run at the largest k, FK at every k."""
+    """(method, k, seed, settings): one best-of run at the largest k, FK at every k.
+
+    "stock" is best-of-k of the noiseless sampler, another p: the first thing a reader asks for.
+    """
     best_of = replace(settings, min_ess=0.0)
+    baselines = {"best-of": best_of, "stock": replace(best_of, noise=0.0)}
     todo = []
     for seed in args.seeds:
-        if args.method in ("all", "best-of"):
-            todo.append(("best-of", max(args.particles), seed, best_of))
+        for name, baseline in baselines.items():
+            if args.method in ("all", name):
+                todo.append((name, max(args.particles), seed, baseline))
         if args.method in ("all", "fk"):
             todo += [("fk", k, seed, settings) for k in args.particles if k > 1]
     return todo
@@ -153,15 +158,19 @@ def table(rows: list[dict]) -> str:
             f"| k | | reward | {other} |",
             "|---|---|---|---|",
         ]
-        if base:
-            plain = chosen(base, 1)
-            lines.append(f"| 1 | plain | {interval(plain[0])} | {interval(plain[1])} |")
+        stock = [r for r in rows if (r["model"], r["task"], r["method"]) == (model, task, "stock")]
+        for title, single in (("plain", base), ("plain, stock sampler", stock)):
+            if single:
+                reward, held_out = chosen(single, 1)
+                lines.append(f"| 1 | {title} | {interval(reward)} | {interval(held_out)} |")
         for k in sorted({r["k"] for r in mine if r["method"] == "fk"}):
             fk = chosen([r for r in mine if r["method"] == "fk" and r["k"] == k], k)
             values = {"FK": fk}
             if wide := [r for r in base if r["k"] >= k]:
                 best = chosen(wide, k)
                 values = {"best of k": best, "FK": fk, "FK - best of k": fk - best}
+            if deep := [r for r in stock if r["k"] >= k]:
+                values = {"best of k, stock sampler": chosen(deep, k)} | values
             for method, (reward, held_out) in values.items():
                 lines.append(f"| {k} | {method} | {interval(reward)} | {interval(held_out)} |")
     return "\n".join(lines)
@@ -175,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--particles", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--method", choices=("all", "best-of", "fk"), default="all")
+    parser.add_argument("--method", choices=("all", "best-of", "stock", "fk"), default="all")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="FeynmanKac")
     parser.add_argument("--out", type=Path, default=Path("runs/lift.jsonl"))
     parser.add_argument("--table", action="store_true", help="only print what is there")

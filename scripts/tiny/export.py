@@ -1,4 +1,4 @@
-"""Put trained weights into the packages: fp16 safetensors, configurations, licence and size check.
+"""Put trained weights into the packages: fp16 safetensors, configurations and a size check.
 
 python -m scripts.tiny.export --run runs/tiny
 """

@@ -20,22 +20,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 64
+from rewards.objects import COLOURS, DIRECTIONS, SHAPES, SIZE
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "text")
-COLOURS = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 20),
-    "yellow": (245, 220, 40),
-    "green": (40, 170, 70),
-    "blue": (40, 90, 220),
-    "purple": (150, 60, 190),
-}
 INKS = COLOURS | {"black": (20, 20, 20), "white": (250, 250, 250)}
 BACKGROUNDS = ((248, 248, 248), (205, 205, 205), (28, 32, 48), (12, 12, 12))
-SHAPES = ("circle", "square", "triangle", "star", "cross")
 NUMBERS = ("one", "two", "three", "four")
-RELATIONS = ("left of", "right of", "above", "below")
-OFFSETS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+RELATIONS = tuple(DIRECTIONS)
 FONT_SIZE = 20
 CELL = 16
 
@@ -155,7 +146,7 @@ def _pair_scene(rng, task: str, background, unseen: bool) -> Scene:
         held_out = (s1, relation, s2) in UNSEEN_POSITIONS
         if s1 != s2 and c1 != c2 and (task != "position" or held_out == unseen):
             break
-    first, second = _pair_layout(rng, OFFSETS[relation])
+    first, second = _pair_layout(rng, DIRECTIONS[relation])
     things = (Thing(s1, c1, *first), Thing(s2, c2, *second))
     # Half of the position prompts name colours too.
     named = task == "color_attr" or (task == "position" and bool(rng.integers(2)))

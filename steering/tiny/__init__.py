@@ -6,18 +6,12 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NAMES", "PROMPTS", "call_defaults", "load", "preview"]
+__all__ = ["NAMES", "call_defaults", "load", "preview"]
 
 FOLDER = Path(__file__).parent
 NAMES = ("tiny-sd3", "tiny-sd")
-PROMPTS = (
-    'the word "CRAB"',
-    'the word "HIVE" in red',
-    "a purple star left of a green circle",
-    "three triangles",
-)
-# The stock SD3 call appends 256 tokens of T5, which are zeros here. The tiny transformer was trained
-# to ignore them: leaving out all but one gives the same pictures in a third of the time.
+# The stock SD3 call appends 256 tokens of T5, which are zeros here. The tiny transformer was
+# trained to ignore them: leaving out all but one gives the same pictures in a third of the time.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny-sd3": {"num_inference_steps": 20, "guidance_scale": 3.0, "max_sequence_length": 1},
     "tiny-sd": {"num_inference_steps": 20, "guidance_scale": 3.0},
