@@ -29,6 +29,8 @@ __all__ = [
 
 
 class Resampler(Protocol):
+    """weights (b, k), num, generator -> ancestors (b, num) int64, as the module says."""
+
     def __call__(
         self, weights: Tensor, num: int, generator: Generator | Sequence[Generator]
     ) -> Tensor: ...

@@ -52,21 +52,9 @@ def fit(
         print(f"resumed {checkpoint} at step {step}, {spent / 60:.1f} min", flush=True)
 
     def save() -> None:
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = checkpoint.with_suffix(".partial")
-        torch.save(
-            {
-                "weights": modules.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema,
-                "generator": generator.get_state(),
-                "step": step,
-                "spent": spent,
-                "smooth": smooth,
-            },
-            partial,
-        )
-        partial.replace(checkpoint)
+        state = {"weights": modules.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+        numbers = {"step": step, "spent": spent, "smooth": smooth}
+        _write(checkpoint, state | numbers | {"generator": generator.get_state()})
 
     modules.train()
     start, first = time.monotonic() - spent, step
@@ -96,6 +84,14 @@ def fit(
     modules.load_state_dict(ema)
     modules.eval()
     return {"images": step * batch, "minutes": spent / 60, "loss": smooth}
+
+
+def _write(file: Path, state: dict) -> None:
+    """Whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)
 
 
 def _decay(share: float) -> float:

@@ -1,0 +1,44 @@
+"""The benchmarks run, train and resume: small sizes of what the README's commands call."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from scripts.benchmarks import cost, lift
+from scripts.tiny.fit import fit
+from steering import FeynmanKac
+
+
+def test_cost_runs_both_sides_of_a_pair():
+    (ratio,) = cost.measure("tiny-sd3", 2, 1, "jpeg", preview=True)
+    assert np.isfinite(ratio)
+
+
+def test_best_of_fewer_particles_is_read_off_the_larger_run():
+    row = {"rewards": [[0.1, 0.9, 0.5], [0.3, 0.2, 0.8]], "held_out": [[1, 0, 0], [0, 1, 1]]}
+    assert lift.chosen([row], 1).tolist() == [[0.1, 0.3], [1, 0]]
+    assert lift.chosen([row], 2).tolist() == [[0.9, 0.3], [0, 0]]
+    assert lift.chosen([row], 3).tolist() == [[0.9, 0.8], [0, 1]]
+
+
+def test_settings_are_read_from_words():
+    settings = lift.parse_settings(["potential=max", "reward_scale=5", "funnel=[8,4,2,1]"])
+    assert settings == FeynmanKac(potential="max", reward_scale=5, funnel=(8, 4, 2, 1))
+
+
+def test_training_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
+    line = nn.Linear(1, 1)
+    modules = nn.ModuleDict({"line": line})
+    start = line.weight.detach().clone()
+
+    def loss(generator):
+        return line(torch.randn(8, 1, generator=generator)).square().mean()
+
+    sizes = {"batch": 8, "lr": 1e-2, "every": 5}
+    first = fit(modules, loss, tmp_path / "a.pt", minutes=0.01, **sizes)
+    assert first["images"] > 0
+    assert not torch.equal(line.weight, start)
+    kept = line.weight.detach().clone()
+    again = fit(modules, loss, tmp_path / "a.pt", minutes=0, **sizes)
+    assert again["images"] == first["images"]
+    assert torch.equal(line.weight, kept)
