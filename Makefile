@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DEV := .venv/.dev
 DEMO_OUT ?= out/demo
 DEMO_ARGS ?= --particles 8 --steps 20
 
@@ -14,12 +15,17 @@ help:
 	@echo "make lint          ruff and pyright"
 	@echo "make wheel         build the wheel and check what it contains"
 
-setup: $(READY)
+setup: $(DEV)
 
-# The stamp makes every later call quick; a change of pyproject.toml installs again.
+# The stamps make every later call quick; a change of pyproject.toml installs again. The demo needs
+# only what users get, the rest also the extra "dev".
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Tilt needs Python 3.11 or newer, but $(PYTHON) is %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
@@ -32,16 +38,16 @@ demo-objects: $(READY)
 	$(BIN)/python scripts/steer.py 'a purple star left of a green circle' 'three triangles' \
 	  --model tiny-sd3 --reward 'clip(tiny)' --reward-scale 100 --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
 
-test: $(READY)
+test: $(DEV)
 	$(BIN)/python -m pytest -q
 
-test-slow: $(READY)
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -q -m slow
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-wheel: $(READY)
+wheel: $(DEV)
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py

@@ -44,8 +44,9 @@ class Reward(Protocol):
     images: float (n, 3, h, w) in [0, 1], any device; prompts: n strings; references: pictures
     to compare with, for the few rewards that need them. Returns float32 (n,) on the images'
     device, higher is better. Values outside [0, 1] are refused (tolerance 1e-3), never rescaled.
-    A reward may also have `check(prompts)`, which refuses prompts it cannot score, and
-    `evaluate(images, prompts, *, references=None) -> (total, {name: scores})`.
+    A reward may also have `check(prompts)`, which refuses prompts it cannot score,
+    `evaluate(images, prompts, *, references=None) -> (total, {name: scores})`, and `spec`, the
+    text form that `load` makes the same reward from.
     """
 
     name: str
@@ -90,13 +91,21 @@ def _entry(text: str, weight: float, device: torch.device | str | None) -> Part:
 
 def _callable_part(reward: Any) -> Part:
     if isinstance(reward, Reward):
-        return Part(reward.name, 1.0, reward, Call(reward.name))
+        return Part(reward.name, 1.0, reward, _call_of(reward))
     wrapped = Function(reward)
     module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
     importable = name and "<" not in name
     return Part(
         wrapped.name, 1.0, wrapped, Call(f"{module}:{name}" if importable else wrapped.name)
     )
+
+
+def _call_of(reward: Reward) -> Call:
+    """How it was made, where it says so, as the built-in rewards do; else its name."""
+    spec = getattr(reward, "spec", None)
+    if spec and len(terms := parse(spec)) == 1 and terms[0].weight == 1:
+        return terms[0].call
+    return Call(reward.name)
 
 
 def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .images import check_inputs
+from .spec import written
 from .towers import WordTokenizer, build, towers
 
 __all__ = ["SCALES", "ClipReward", "WordTokenizer", "build"]
@@ -65,6 +66,7 @@ class ClipReward:
                 f"batch_size is {batch_size!r} but must be a whole number, at least 1; leave it out"
             )
         self.name = "clip"
+        self.spec = written("clip", ClipReward, source=source, scale=scale, batch_size=batch_size)
         self.scale = scale
         self.batch_size = batch_size
         self.device = None if device is None else torch.device(device)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import check_inputs, to_uint8
+from .spec import written
 
 __all__ = ["JpegReward"]
 
@@ -33,6 +34,7 @@ class JpegReward:
         if mode not in SIGNS:
             raise ValueError(f"the JPEG mode {mode!r} is unknown; take one of {list(SIGNS)}")
         self.name = "jpeg"
+        self.spec = written("jpeg", JpegReward, mode=mode)
         self.mode = mode
         self.range: tuple[float | None, float | None] = (
             (None, 0.0) if mode == "compressibility" else (0.0, None)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .images import check_inputs, resize
+from .spec import written
 
 __all__ = [
     "COLOURS",
@@ -88,6 +89,7 @@ class ObjectsReward:
         if mode not in MODES:
             raise ValueError(f"the objects mode {mode!r} is unknown; take one of {list(MODES)}")
         self.name = "objects"
+        self.spec = written("objects", ObjectsReward, mode=mode)
         self.mode = mode
 
     def check(self, prompts: Sequence[str]) -> None:

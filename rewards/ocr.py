@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .images import check_inputs, to_uint8
+from .spec import written
 
 __all__ = ["MODES", "OcrReward", "Reader", "distance", "quoted_text", "reader"]
 
@@ -114,6 +115,14 @@ class OcrReward:
                 f"the OCR mode {mode!r} is unknown; did you mean {close[0]!r} of {list(MODES)}?"
             )
         self.name = "ocr"
+        self.spec = written(
+            "ocr",
+            OcrReward,
+            mode=mode,
+            limit_side_len=limit_side_len,
+            upscale=upscale,
+            detect=detect,
+        )
         self.mode = mode
         self.range: tuple[float | None, float | None] = (None, 0.0) if mode == "cer" else (0.0, 1.0)
         self.reader = reader(limit_side_len, upscale, detect)

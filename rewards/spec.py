@@ -12,11 +12,13 @@ Weights left out are 1; a weight of 0 is evaluated and logged but not added. Two
 one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
 """
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Call", "Term", "Value", "format_terms", "parse"]
+__all__ = ["Call", "Term", "Value", "format_terms", "parse", "written"]
 
 Value = str | int | float | bool | None
 
@@ -71,6 +73,14 @@ def format_terms(terms: tuple[Term, ...]) -> str:
         text += "" if size == 1 else f"{_number(size)}*"
         text += str(term.call)
     return text
+
+
+def written(name: str, made_by: Callable[..., Any], **arguments: Value) -> str:
+    """The spec of one reward: `name`, and those arguments that are not `made_by`'s defaults."""
+    parameters = inspect.signature(made_by).parameters
+    given = [(key, arguments[key]) for key in parameters if key in arguments]
+    kwargs = tuple((key, value) for key, value in given if value != parameters[key].default)
+    return str(Call(name, (), kwargs))
 
 
 def _number(value: float) -> str:

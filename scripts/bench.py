@@ -2,6 +2,7 @@
 
     python -m scripts.bench closed-forms     the filter against exact answers
     python -m scripts.bench lift             plain, best-of-k and FK on the embedded models
+    python -m scripts.bench foresight        what a score in mid-run says of the end
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
 
 `python -m scripts.bench NAME --help` says more.
@@ -12,7 +13,12 @@ from __future__ import annotations
 import argparse
 import importlib
 
-COMMANDS = {"closed-forms": "closed_forms", "lift": "lift", "cost": "cost"}
+COMMANDS = {
+    "closed-forms": "closed_forms",
+    "lift": "lift",
+    "foresight": "foresight",
+    "cost": "cost",
+}
 
 
 def main(argv: list[str] | None = None) -> None:

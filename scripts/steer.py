@@ -7,20 +7,22 @@ the pipeline's own call, one population of particles a prompt.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
+import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 import rewards
 from steering import FeynmanKac, loading, runs, tiny
+from steering.manifest import _PACKAGES, _versions
 from steering.prompts import Prompt, read
 from steering.settings import population_sizes, scored_steps
 
@@ -63,10 +65,12 @@ FIELD_HELP = {
     "noise": "noise of each move: DDIM's eta (default: 1), or its share of sigma for flow models "
     "(default: 0.5)",
     "tempering": "how λ grows: none, linear or adaptive",
-    "funnel": "particles left after each scored step, as in 8,4,2; empty keeps all",
+    "funnel": "particles left after each scored step, one number for each of --num-scores, as in "
+    "8,4,4,2; empty keeps all",
 }
 # What may differ between a run and its continuation: it changes speed or memory, not the target.
-NOT_COMPARED = {"out", "resume", "prompts", "prompt_file", "max_batch", "attention", "device"}
+MACHINE = {"device", "attention", "max_batch"}
+SAID_ELSEWHERE = {"out", "resume", "prompts", "prompt_file"}  # in the manifest's other entries
 
 
 class _Parser(argparse.ArgumentParser):
@@ -165,46 +169,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def open_folder(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Path:
+def open_folder(
+    args: argparse.Namespace, prompts: Sequence[Prompt], command: Sequence[str]
+) -> Path:
     """Make --out, with all that it takes to repeat the run; or check it, where it is resumed."""
     if args.resume and args.out is None:
         raise ValueError("--resume needs --out, the folder of the run to carry on")
-    out = args.out or Path("out") / datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    options = {name: value for name, value in vars(args).items() if name not in SAID_ELSEWHERE}
     manifest = {
-        "settings": {name: value for name, value in vars(args).items() if name not in NOT_COMPARED},
+        "settings": {name: options[name] for name in options if name not in MACHINE},
+        "machine": {name: options[name] for name in options if name in MACHINE},
         "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": ["steer.py", *command],
+        "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
     }
+    out = args.out or runs.new_folder(Path("out"))
     runs.open_run(out, manifest, resume=args.resume)
     return out
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """The prompts of one seed, in batches that share a call of the pipeline and a folder."""
-
-    seed: int
-    prompts: list[Prompt]
-    batches: dict[Path, Sequence[int]]  # folder -> which of `prompts`
-
-    def pending(self) -> dict[Path, Sequence[int]]:
-        return {folder: which for folder, which in self.batches.items() if not folder.exists()}
-
-
-def divide(out: Path, prompts: Sequence[Prompt], size: int) -> list[Share]:
-    """The prompts by seed, at most `size` a batch."""
-    of_seed: dict[int, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        of_seed.setdefault(prompt.seed or 0, []).append(index)
-    shares = []
-    for seed, indices in of_seed.items():
-        batches = {}
-        for start in range(0, len(indices), size):
-            first = indices[start]
-            folder = out / runs.folder_name(first, prompts[first].text)
-            batches[folder] = range(start, min(start + size, len(indices)))
-        shares.append(Share(seed, [prompts[i] for i in indices], batches))
-    return shares
 
 
 def read_prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -240,56 +221,7 @@ def check_window(settings: FeynmanKac, args: argparse.Namespace, call: dict[str,
         population_sizes(args.particles, len(scored), settings)
 
 
-def start(
-    args: argparse.Namespace, settings: FeynmanKac, reward: Any, shares: Sequence[Share]
-) -> Iterator[tuple[Path, dict[str, Steered]]]:
-    """Load the model and check everything; what it returns then steers a batch at a time."""
-    from steering.pipeline import steer_each
-
-    device = loading.pick_device(args.device)
-    dtype = loading.DTYPES[args.dtype]
-    pipe = loading.load_pipeline(args.model, dtype, args.lora).to(device)
-    preview = loading.load_preview(args.preview, args.model, dtype)
-    loading.set_attention(pipe, args.attention)
-    pipe.set_progress_bar_config(disable=True)  # steer_each() has a bar over all prompts
-
-    def begin(share: Share, settings: FeynmanKac, progress: bool) -> Iterator[Steered]:
-        pictures = [
-            [Image.open(name).convert("RGB") for name in prompt.references]
-            for prompt in share.prompts
-        ]
-        return steer_each(
-            pipe,
-            [prompt.text for prompt in share.prompts],
-            reward,
-            args.particles,
-            settings,
-            seed=share.seed,
-            preview=None if preview is None else preview.to(device),
-            max_batch=args.max_batch,
-            prompts_per_call=args.prompts_per_call,
-            progress=progress,
-            references=pictures if any(pictures) else None,
-            only=[i for which in share.pending().values() for i in which],
-            **call_keywords(args),
-        )
-
-    # Without resampling the chain is the plain one: particle 0 is the plain sample, and the one of
-    # highest reward the best of k.
-    plain = dataclasses.replace(settings, min_ess=0.0, funnel=())
-    kinds = {"steered": settings} | ({"plain": plain} if args.compare else {})
-    begun = [
-        (share, {kind: begin(share, kinds[kind], kind == "steered") for kind in kinds})
-        for share in shares
-    ]
-    return (
-        (folder, {kind: next(results) for kind, results in streams.items()})
-        for share, streams in begun
-        for folder in share.pending()
-    )
-
-
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Refuse what cannot work, the cheapest check first; then steer what is not finished yet."""
     prompts = read_prompts(args)
     settings = FeynmanKac(**{name: getattr(args, name) for name in FIELD_HELP})
@@ -297,18 +229,17 @@ def run(args: argparse.Namespace) -> int:
     loading.check_name(args.model)
     device = loading.pick_device(args.device)
     # by their names, so that a continuation on another machine cannot mix what auto stands for
+    args.device = str(device)
     args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.reward = args.reward or ("clip(tiny)" if args.model in tiny.NAMES else "clip")
     reward = rewards.load(args.reward, device)
     reward.check([prompt.text for prompt in prompts])
-    out = open_folder(args, prompts)
-    shares = divide(out, prompts, args.prompts_per_call)
+    out = open_folder(args, prompts, command)
+    shares = runs.divide(out, prompts, args.prompts_per_call)
     folders = sorted(folder for share in shares for folder in share.batches)
-    shares = [share for share in shares if share.pending()]
     try:
-        if shares:
-            total = sum(len(share.pending()) for share in shares)
-            keep_all(start(args, settings, reward, shares), total)
+        finish(args, settings, reward, shares)
+        drawn = runs.draw(out, folders)
     except KeyboardInterrupt:
         done = sum(folder.exists() for folder in folders)
         print(
@@ -317,18 +248,67 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    for path in runs.draw(out, folders):
+    for path in drawn:
         print(path)
     return 0
 
 
-def keep_all(work: Iterator[tuple[Path, dict[str, Steered]]], total: int) -> None:
+def finish(
+    args: argparse.Namespace, settings: FeynmanKac, reward: Any, shares: Sequence[runs.Share]
+) -> None:
+    """Load the model, check that it is the one that drew what is there, and draw the rest."""
+    pending = [share for share in shares if share.pending()]
+    if not pending and args.model not in tiny.NAMES:  # those are there in a second
+        return
+    pipe, preview = load(args)
+    done = [folder for share in shares for folder in share.batches if folder.exists()]
+    runs.check_weights(done, pipe, preview)
+    if pending:
+        kinds = kinds_of_call(args, settings, preview)
+        runs.check_calls(pipe, reward, pending, kinds)
+        total = sum(len(share.pending()) for share in pending)
+        keep_all(runs.steer_pending(pipe, reward, pending, kinds), total)
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline and its preview decoder (or None), on the device."""
+    dtype = loading.DTYPES[args.dtype]
+    pipe = loading.load_pipeline(args.model, dtype, args.lora).to(args.device)
+    preview = loading.load_preview(args.preview, args.model, dtype)
+    loading.set_attention(pipe, args.attention)
+    pipe.set_progress_bar_config(disable=True)  # steer_each() has a bar over all prompts
+    return pipe, None if preview is None else preview.to(args.device)
+
+
+def kinds_of_call(
+    args: argparse.Namespace, settings: FeynmanKac, preview: Any
+) -> dict[str, dict[str, Any]]:
+    """The keywords of steer_each() for "steered", and with --compare for "plain"."""
+    call = {
+        "particles": args.particles,
+        "preview": preview,
+        "max_batch": args.max_batch,
+        "prompts_per_call": args.prompts_per_call,
+        **call_keywords(args),
+    }
+    kinds = {"steered": call | {"settings": settings}}
+    if args.compare:
+        # Without resampling the chain is the plain one: particle 0 is the plain sample, and the
+        # one of highest reward the best of k.
+        plain = dataclasses.replace(settings, min_ess=0.0, funnel=())
+        kinds["plain"] = call | {"settings": plain, "progress": False}
+    return kinds
+
+
+def keep_all(work: Generator[tuple[Path, dict[str, Steered]], None, None], total: int) -> None:
     """Save each result when it is there and say how it went and how long the rest will take."""
     began = time.monotonic()
-    for done, (folder, results) in enumerate(work, 1):
-        runs.keep(folder, results)
-        left = (time.monotonic() - began) / done * (total - done)
-        tqdm.write(f"{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}")
+    # closing: the bar ends before anything is said about what went wrong
+    with contextlib.closing(work), logging_redirect_tqdm():
+        for done, (folder, results) in enumerate(work, 1):
+            runs.keep(folder, results)
+            left = (time.monotonic() - began) / done * (total - done)
+            tqdm.write(f"{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}")
 
 
 def _summary(results: dict[str, Steered]) -> str:
@@ -350,13 +330,14 @@ def _duration(seconds: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
+    command = sys.argv[1:] if argv is None else argv
     try:
-        return run(parse(argv))
+        return run(parse(command), command)
     except ValueError as error:
         print(f"steer.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("steer.py: interrupted before anything was finished", file=sys.stderr)
+        print("steer.py: interrupted before it began", file=sys.stderr)
         return 130
 
 

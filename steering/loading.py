@@ -59,6 +59,8 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None) -> Any
         else:
             pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, local_files_only=offline)
     if adapter:
+        if not hasattr(pipe, "load_lora_weights"):
+            raise ValueError(f"{type(pipe).__name__} takes no LoRA: leave {lora} out")
         path, offline = adapter
         with _one_sentence(f"the LoRA {lora}", path, offline):
             pipe.load_lora_weights(path, local_files_only=offline)
@@ -200,13 +202,18 @@ def _one_sentence(what: str, path: str = "", offline: bool = False) -> Iterator[
         library.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError) as error:
+    except (
+        OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, AttributeError,
+    ) as error:  # fmt: skip
         if offline and isinstance(error, OSError | ValueError) and not Path(path).exists():
             raise ValueError(
                 f"cannot load {what}; with no network, give a folder that holds it"
             ) from error
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        raise ValueError(f"cannot load {what} ({reason})") from error
+        # a class that model_index.json names, or what a class of another kind lacks
+        unfit = isinstance(error, AttributeError)
+        hint = ": it is of a kind that does not fit here; name one that does" if unfit else ""
+        raise ValueError(f"cannot load {what} ({reason}){hint}") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
         for library in bars:

@@ -1,77 +1,224 @@
-"""What it takes to repeat a run: settings, seeds, versions, model, reward."""
+"""What it takes to repeat a run: settings, seeds, versions, weights, model, reward.
+
+The noise of a particle depends on the seed, its prompt's text, how often that text came before and
+its index alone (`steering.generators`), so a prompt is repeated without the others of its run:
+pass steer_each() the text `occurrence + 1` times, with `only=[occurrence]`.
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
 import importlib.metadata
+import math
 import platform
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
 
 from steering.settings import FeynmanKac
 
-__all__ = ["describe"]
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
-_PACKAGES = ("tilt-diffusion", "torch", "diffusers", "transformers")
+__all__ = ["PER_PROMPT", "describe", "fingerprint", "join", "select"]
+
+PER_PROMPT = ("prompts", "occurrences", "references")  # entries that are lists, one a prompt
+_PACKAGES = (
+    "tilt-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors",
+    "open_clip_torch", "rapidocr", "onnxruntime", "Pillow",
+)  # fmt: skip
+_SAMPLE = 256  # values of a tensor that its fingerprint looks at
 
 
 def describe(
     pipe: DiffusionPipeline,
     settings: FeynmanKac,
     keywords: dict[str, Any],
+    keys: Sequence[tuple[str, int]],
+    references: Sequence[Any] | None = None,
     preview: Any = None,
     **run: Any,
 ) -> dict[str, Any]:
-    """A manifest of JSON values; `run` holds the rest of steer()'s arguments."""
+    """A manifest of JSON values for a whole run; `select` takes some of its prompts.
+
+    keys: every prompt's text, and how often it came before; references: None or one a prompt;
+    `run` holds the rest of steer()'s arguments. The weights are read, so call it once a run.
+    """
+    modules = {n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    weighed = modules if preview is None else modules | {"preview": preview}
     return {
+        "prompts": [text for text, _ in keys],
+        "occurrences": [before for _, before in keys],
+        "references": None if references is None else [_jsonable(item) for item in references],
         "model": pipe.config.get("_name_or_path") or None,
         "pipeline": type(pipe).__name__,
+        "weights": {name: fingerprint(module) for name, module in weighed.items()},
+        "adapters": [entry for n, module in modules.items() for entry in _adapters(n, module)],
+        "attention": {n: found for n, module in modules.items() if (found := _attention(module))},
         "scheduler": type(pipe.scheduler).__name__,
-        "adapters": _adapters(pipe),
+        "scheduler_config": _config(pipe.scheduler),
         "settings": _jsonable(dataclasses.asdict(settings)),
         **_jsonable(run),
         "preview": None if preview is None else _source(preview),
-        "pipeline_keywords": _jsonable(keywords),
+        "pipeline_keywords": {name: _keyword(name, value) for name, value in keywords.items()},
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
     }
 
 
+def select(manifest: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
+    """The manifest of these of its prompts alone."""
+    b = len(manifest["prompts"])
+
+    def chosen(values: Any) -> Any:
+        return None if values is None else [values[i] for i in indices]
+
+    keywords = {
+        name: chosen(value) if _is_dealt(name, value, b) else value
+        for name, value in manifest["pipeline_keywords"].items()
+    }
+    own = {name: chosen(manifest[name]) for name in PER_PROMPT}
+    return manifest | own | {"pipeline_keywords": keywords}
+
+
+def join(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of several parts of a run; halvings is what the last of them came to."""
+    first = manifests[0]
+    sizes = [len(part["prompts"]) for part in manifests]
+
+    def chained(lists: Sequence[Any]) -> Any:
+        return None if lists[0] is None else [value for values in lists for value in values]
+
+    keywords = {}
+    for name, value in first["pipeline_keywords"].items():
+        values = [part["pipeline_keywords"][name] for part in manifests]
+        dealt = all(_is_dealt(name, v, b) for v, b in zip(values, sizes, strict=True))
+        keywords[name] = chained(values) if dealt else value
+    together = {name: chained([part[name] for part in manifests]) for name in PER_PROMPT}
+    halvings = max(part["halvings"] for part in manifests)
+    return first | together | {"pipeline_keywords": keywords, "halvings": halvings}
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """16 hex digits that differ where weights do: of another model, a fine-tune, a LoRA.
+
+    sha256 of name, shape, dtype and a sample of the values of every entry of the state dict. What
+    is on the meta device, as under sequential offload, has no values to look at.
+    """
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+            digest.update(_sample(value))
+    return digest.hexdigest()[:16]
+
+
+def _sample(tensor: Tensor) -> bytes:
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None:  # a quantised weight, made of tensors
+        return b"".join(_sample(getattr(tensor, name)) for name in inner()[0])
+    # odd, so that it meets every column of a matrix whose width is a power of two
+    stride = -(-tensor.numel() // _SAMPLE) | 1
+    if tensor.is_contiguous():
+        return _bytes(tensor.detach().reshape(-1)[::stride])
+    which = torch.arange(0, tensor.numel(), stride, device=tensor.device)  # no copy of it all
+    return _bytes(tensor.detach()[torch.unravel_index(which, tensor.shape)])
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    if tensor.is_meta:
+        return b""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _adapters(component: str, module: torch.nn.Module) -> list[dict[str, Any]]:
+    """The LoRAs in use, with the factor on each: one number, or those of its layers, sorted."""
+    scales: dict[str, set[float]] = {}
+    for layer in module.modules():
+        scaling = getattr(layer, "scaling", None)  # of peft's layers; weight * alpha / rank
+        if isinstance(scaling, dict) and not getattr(layer, "disable_adapters", False):
+            for name in getattr(layer, "active_adapters", ()):
+                if name in scaling:
+                    scales.setdefault(name, set()).add(float(scaling[name]))
+    return [
+        {"name": name, "component": component, "scale": min(s) if len(s) == 1 else sorted(s)}
+        for name, s in scales.items()
+    ]
+
+
+def _attention(module: torch.nn.Module) -> list[str]:
+    """What computes its attention: classes of diffusers' processors, or transformers' name."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    found = set()
+    for layer in module.modules():
+        processor = getattr(layer, "processor", None)
+        if processor is not None:
+            name = type(processor).__name__
+            if hasattr(processor, "_attention_backend"):  # None: what is set for all
+                own = processor._attention_backend
+                backend = own or _AttentionBackendRegistry.get_active_backend()[0]
+                name += f" {getattr(backend, 'value', backend)}"
+            found.add(name)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return sorted(found) or ([implementation] if implementation else [])
+
+
+def _config(scheduler: Any) -> dict[str, Any]:
+    public = {name: v for name, v in scheduler.config.items() if not name.startswith("_")}
+    return _jsonable(public)
+
+
 def _source(model: Any) -> str:
     return model.config.get("_name_or_path") or type(model).__name__
 
 
-def _adapters(pipe: Any) -> list[str]:
-    """The LoRAs in use, where the pipeline can have any."""
-    try:
-        return list(pipe.get_active_adapters())
-    except (AttributeError, ValueError):  # no LoRA for this pipeline, or no peft
-        return []
+def _keyword(name: str, value: Any) -> Any:
+    """Embeddings of prompts row by row, so that they can be told apart."""
+    if "prompt" in name and isinstance(value, Tensor):
+        return [_jsonable(row) for row in value]
+    return _jsonable(value)
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+def _is_dealt(name: str, value: Any, b: int) -> bool:
+    """Whether a keyword of the pipeline has an entry for each of b prompts."""
+    return "prompt" in name and isinstance(value, list) and len(value) == b
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed; a checkout of this package need not be."""
+    found = {}
     for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            found[name] = None
+        except importlib.metadata.PackageNotFoundError:
+            continue
     return found
 
 
 def _jsonable(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)  # JSON has no infinity
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, dict):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return f"tensor {tuple(value.shape)} {value.dtype}"
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)} {value.dtype} {_digest(_bytes(value))}"
+    if isinstance(value, np.ndarray):
+        return f"array {value.shape} {value.dtype} {_digest(value.tobytes())}"
     if isinstance(value, Image.Image):
-        return f"image {value.size} sha256 {hashlib.sha256(value.tobytes()).hexdigest()[:16]}"
+        return f"image {value.size} {_digest(value.tobytes())}"
     return repr(value)
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256 {hashlib.sha256(content).hexdigest()[:16]}"

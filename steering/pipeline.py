@@ -15,6 +15,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from steering.call import PipelineCall, check_pipeline, check_preview
 from steering.decoding import Decoder, Tape, do_nothing, to_tensor, view_of
 from steering.denoiser import Rows, denoisers, perturbed, refuse_step_caches
 from steering.filter import final_log_z
-from steering.manifest import describe
+from steering.manifest import describe, select
 from steering.observer import Filter, needs_scores, refuse_not_finite
 from steering.result import Steered
 from steering.schedulers import stochastic
@@ -345,18 +346,24 @@ class _Run:
             log_z=final_log_z(state).cpu(),
             lineage=particles.lineage,
             latents=latents.unflatten(0, (len(indices), num)).cpu(),
-            manifest=describe(
-                self.pipe,
-                self.settings,
-                self.call.keywords,
-                prompts=self.prompts,
-                reward=self.judge.name,
-                particles=self.k,
-                seed=self.seed,
-                max_batch=self.rows.max_batch,
-                halvings=self.rows.halvings,
-                prompts_per_call=self.prompts_per_call,
-                preview=self.preview,
-                decode=self.decode is not None,
-            ),
+            manifest=select(self._described, indices),
+        )
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        """The manifest of all prompts: it reads the weights, once a run."""
+        return describe(
+            self.pipe,
+            self.settings,
+            self.call.keywords,
+            _keys(self.prompts),
+            references=self.judge._references,
+            preview=self.preview,
+            reward=self.judge.name,
+            particles=self.k,
+            seed=self.seed,
+            max_batch=self.rows.max_batch,
+            halvings=self.rows.halvings,
+            prompts_per_call=self.prompts_per_call,
+            decode=self.decode is not None,
         )

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from steering.weights import ess
 
 __all__ = ["Row", "Trace", "comparison", "history", "rows", "traces"]
 
 _DPI = 100
-_LABEL = 220  # px, the column of the prompts
+_LABEL = 220  # px, the widest that the column of the prompts gets
+_LINE = 16  # of a prompt
 _GAP = 8
 _CAPTION = 18
 _HEADER = 24
+_OUTLINE = 3
+_RED = "#d62728"
 _PER_LINE = 8  # steered particles side by side before the row wraps
 _MOST_LINES = 12  # prompts with a curve of their own before the colours repeat
 
@@ -119,24 +125,40 @@ def _best(rewards: Sequence[float]) -> int:
     return max(range(len(rewards)), key=lambda i: rewards[i])
 
 
-def _row_cells(row: Row, side: int, top: int, compare: bool) -> tuple[list[_Cell], int]:
-    """The cells of one prompt and how many lines of cells it takes."""
-    cells, left = [], _LABEL + _GAP
+def _row_cells(row: Row, side: int, start: tuple[int, int], compare: bool) -> list[_Cell]:
+    """The cells of one prompt from the corner `start`, its steered ones in lines of `_PER_LINE`."""
+    (left, top), cells = start, []
     if compare:
         for i in (0, _best(row.plain_rewards)) if row.plain else ():
             cells.append(_Cell(row.plain[i], f"{row.plain_rewards[i]:.3g}", left, top, False))
             left += side + _GAP
-        left = _LABEL + _GAP + 2 * (side + _GAP) + _GAP
+        left = _steered_from(start[0], side)
     best = _best(row.rewards)
     for i, (image, reward) in enumerate(zip(row.steered, row.rewards, strict=True)):
         x = left + (i % _PER_LINE) * (side + _GAP)
         y = top + (i // _PER_LINE) * (side + _CAPTION + _GAP)
         cells.append(_Cell(image, f"{reward:.3g}", x, y, i == best))
-    return cells, -(-len(row.steered) // _PER_LINE)
+    return cells
 
 
-def _label(text: str, width: int, lines: int) -> str:
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …")) or "(empty)"
+def _steered_from(left: int, side: int) -> int:
+    return left + 2 * (side + _GAP) + _GAP
+
+
+@cache
+def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings along: Pillow's has neither accents nor Greek."""
+    return ImageFont.truetype(str(font_manager.findfont("DejaVu Sans" + style)), size)
+
+
+def _label(text: str, lines: int) -> list[str]:
+    """`text` in at most so many lines, none wider than `_LABEL`."""
+    wrapped = []
+    for characters in range(_LABEL // 6, 7, -1):  # as many as fit: letters differ in width
+        wrapped = textwrap.wrap(text, characters, max_lines=lines, placeholder=" …")
+        if all(_font(12).getlength(line) <= _LABEL for line in wrapped):
+            break
+    return wrapped or ["(empty)"]
 
 
 def comparison(rows: Sequence[Row], *, side: int | None = None) -> Image.Image:
@@ -150,43 +172,42 @@ def comparison(rows: Sequence[Row], *, side: int | None = None) -> Image.Image:
     widest = max(max(row.steered[0].size) for row in rows)
     side = side or min(max(widest, 128), 256)
     compare = any(row.plain for row in rows)
-    cells, tops, top = [], [], _HEADER
+    labels = [_label(row.prompt, max(2, side // _LINE)) for row in rows]
+    column = math.ceil(max(_font(12).getlength(line) for label in labels for line in label))
+    left, top, cells, tops = _GAP + column + 2 * _GAP, _HEADER, [], []
     for row in rows:
-        drawn, lines = _row_cells(row, side, top, compare)
-        cells += drawn
+        cells += _row_cells(row, side, (left, top), compare)
         tops.append(top)
-        top += lines * (side + _CAPTION + _GAP)
+        top += -(-len(row.steered) // _PER_LINE) * (side + _CAPTION + _GAP)
     width = max(cell.left for cell in cells) + side + _GAP
-    figure = Figure(figsize=(width / _DPI, top / _DPI), dpi=_DPI, facecolor="white")
-
-    def write(x: float, y: float, text: str, **style) -> None:
-        # A prompt is not TeX: "$5 and $6" has to come out as typed.
-        figure.text(x / width, 1 - y / top, text, parse_math=False, **style)
-
-    heads = [("plain", 0), ("best of k", 1), ("steered", 2)] if compare else [("steered", 0)]
-    for text, column in heads:
-        x = _LABEL + _GAP + column * (side + _GAP) + (_GAP if column == 2 else 0)
-        write(x, _HEADER / 2, text, va="center", fontsize=9, weight="bold")
-    for row, y in zip(rows, tops, strict=True):
-        label = _label(row.prompt, _LABEL // 7, max(2, side // 16))
-        write(_GAP, y, label, va="top", fontsize=8.5, linespacing=1.3)
+    page = Image.new("RGB", (width, top), "white")
+    draw = ImageDraw.Draw(page)
+    heads = [("plain", left), ("best of k", left + side + _GAP)] if compare else []
+    heads.append(("steered", _steered_from(left, side) if compare else left))
+    for text, x in heads:
+        draw.text((x, _HEADER / 2), text, "black", _font(12, ":bold"), anchor="lm")
+    for label, y in zip(labels, tops, strict=True):
+        for i, line in enumerate(label):
+            draw.text((_GAP, y + i * _LINE), line, "black", _font(12))
     for cell in cells:
-        _draw(figure, cell, side, (width, top))
-        write(
-            cell.left + side / 2, cell.top + side + 3, cell.caption, ha="center", va="top", size=8
-        )
-    return _rendered(figure)
+        _paste(page, cell, side)
+        below = (cell.left + side / 2, cell.top + side + _OUTLINE + 1)
+        draw.text(below, cell.caption, "black", _font(11), anchor="ma")
+    return page
 
 
-def _draw(figure: Figure, cell: _Cell, side: int, size: tuple[int, int]) -> None:
-    width, height = size
-    rect = (cell.left / width, 1 - (cell.top + side) / height, side / width, side / height)
-    axes = figure.add_axes(rect)
-    axes.imshow(cell.image.convert("RGB"), interpolation="antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set(visible=cell.outlined, color="#d62728", linewidth=3)
+def _paste(page: Image.Image, cell: _Cell, side: int) -> None:
+    """The cell's image, as large as fits and in the middle; its outline lies around it."""
+    image, longest = cell.image.convert("RGB"), max(cell.image.size)
+    width, height = (max(1, round(edge * side / longest)) for edge in image.size)
+    # pixels that are shown several times as large are shown as they are
+    nearest, smooth = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
+    image = image.resize((width, height), smooth if side % longest else nearest)
+    x, y = cell.left + (side - width) // 2, cell.top + (side - height) // 2
+    if cell.outlined:
+        box = (x - _OUTLINE, y - _OUTLINE, x + width + _OUTLINE - 1, y + height + _OUTLINE - 1)
+        ImageDraw.Draw(page).rectangle(box, _RED)
+    page.paste(image, (x, y))
 
 
 def history(traces: Sequence[Trace]) -> Image.Image:

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Generator, Tensor
 
 from steering.lineage import Lineage
+from steering.manifest import PER_PROMPT, join, select
 from steering.resampling import multinomial
 from steering.weights import normalize
 
@@ -49,8 +50,9 @@ class Steered:
     def save(self, folder: str | Path) -> Path:
         """Write every image as PNG, `manifest.json` and `lineage.json`.
 
-        Each PNG carries its parameters as text; the manifest lists the files and all prompts, and
-        repeats the run.
+        The manifest repeats the run, and lists the files. Each PNG carries its parameters as text,
+        with what its noise depends on: the seed, the prompt's text and how often that came before
+        (its occurrence), and the particle's index.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,13 +76,16 @@ class Steered:
 
     def _about(self, prompt: int, particle: int) -> dict[str, Any]:
         parts = {name: part[prompt, particle].item() for name, part in self.components.items()}
+        own = select(self.manifest, [prompt])
         return {
             "prompt": self.prompts[prompt],
+            "occurrence": own["occurrences"][0],
+            "references": own["references"][0] if own["references"] else None,
             "particle": particle,
             "reward": self.rewards[prompt, particle].item(),
             "components": parts,
             "log_weight": self.log_weights[prompt, particle].item(),
-            "run": {name: value for name, value in self.manifest.items() if name != "prompts"},
+            "run": {name: value for name, value in own.items() if name not in PER_PROMPT},
         }
 
     @staticmethod
@@ -97,7 +102,7 @@ class Steered:
             log_z=torch.cat([part.log_z for part in parts]),
             lineage=Lineage.join([part.lineage for part in parts]),
             latents=torch.cat([part.latents for part in parts]),
-            manifest=first.manifest,
+            manifest=join([part.manifest for part in parts]),
         )
 
 

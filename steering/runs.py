@@ -1,51 +1,96 @@
-"""The folder of a run: what was asked for in manifest.json, and results, each whole or not there.
+"""A run of many prompts in a folder: manifest.json, which says what was asked for, and results.
 
-A run that was cut off is carried on by asking for the same again: what is finished is skipped.
+Each result is whole or not there, so a run that was cut off is carried on by asking for the same
+again: what is finished is skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from steering import report
+from steering.manifest import fingerprint
+from steering.prompts import Prompt
 
 if TYPE_CHECKING:
     from steering.result import Steered
 
-__all__ = ["draw", "folder_name", "keep", "open_run"]
+__all__ = [
+    "Share",
+    "check_calls",
+    "check_weights",
+    "divide",
+    "draw",
+    "folder_name",
+    "keep",
+    "new_folder",
+    "open_run",
+    "steer_pending",
+]
 
 _ROWS_PER_GRID = 30
+
+
+def new_folder(parent: Path) -> Path:
+    """Make a folder named by the time of day, and by a number where two runs start at once.
+
+    Raises ValueError where it cannot be made.
+    """
+    name, number = datetime.now().strftime("%Y-%m-%d-%H%M%S"), 1
+    while True:
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with _writing(parent), contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)  # fails where another run has just made it
+            return folder
+        number += 1
 
 
 def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
     """Make the folder and its manifest.json, or check that the one there asked for the same.
 
     `manifest["settings"]` and `manifest["prompts"]` have to agree; other entries may differ. Raises
-    ValueError where they do not, where there is a run that is not to be resumed, and where nothing
-    can be written. A run that has not finished anything is none.
+    ValueError where they do not, where there is a run that is not to be resumed or a manifest.json
+    of something else, and where nothing can be written. A run that has not finished anything is
+    none.
     """
-    path = out / "manifest.json"
+    path, part = out / "manifest.json", out / ".manifest.json.part"
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    if path.exists() and any(out.glob("[0-9]*-*/")):
-        if not resume:
-            raise ValueError(f"{out} holds a run: --resume carries it on, another --out spares it")
-        _check_same(_read_manifest(path), json.loads(text), out)
-        return
-    try:
+    with _writing(out):
+        begun = any(out.glob("[0-9]*-*/"))
+        there = begun or path.exists()
+    old = _read_manifest(path) if there else {}
+    if begun and not resume:
+        raise ValueError(f"{out} holds a run: --resume carries it on, another --out spares it")
+    if begun:
+        _check_same(old, json.loads(text), out)
+    with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(".manifest.json.part")
         part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
+        if begun:  # written all the same, to find out now whether the folder takes files
+            part.unlink()
+        else:
+            os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ValueError(
             f"cannot write in {out} ({error.strerror}): choose another --out"
@@ -55,9 +100,14 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if "results" in manifest:  # of one Steered, which has no folders of its own
+            raise ValueError
         return {"settings": dict(manifest["settings"]), "prompts": list(manifest["prompts"])}
     except (OSError, ValueError, LookupError, TypeError):
-        raise ValueError(f"{path} is not the manifest of a run: choose another --out") from None
+        raise ValueError(
+            f"{path} is not the manifest of a run, so {path.parent} holds something else: "
+            "choose another --out"
+        ) from None
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
@@ -79,28 +129,162 @@ def folder_name(index: int, prompt: str) -> str:
     return f"{index:04d}-{words or 'prompt'}"
 
 
+@dataclass(frozen=True)
+class Share:
+    """The prompts of one seed, in batches that share a call of the pipeline and a folder."""
+
+    seed: int
+    prompts: list[Prompt]
+    batches: dict[Path, Sequence[int]]  # folder -> which of `prompts`
+
+    def pending(self) -> dict[Path, Sequence[int]]:
+        """The batches that are not finished."""
+        return {folder: which for folder, which in self.batches.items() if not folder.exists()}
+
+
+def divide(out: Path, prompts: Sequence[Prompt], size: int) -> list[Share]:
+    """The prompts by seed, at most `size` a batch."""
+    of_seed: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        of_seed.setdefault(prompt.seed or 0, []).append(index)
+    shares = []
+    for seed, indices in of_seed.items():
+        batches = {}
+        for start in range(0, len(indices), size):
+            first = indices[start]
+            folder = out / folder_name(first, prompts[first].text)
+            batches[folder] = range(start, min(start + size, len(indices)))
+        shares.append(Share(seed, [prompts[i] for i in indices], batches))
+    return shares
+
+
+def check_weights(folders: Sequence[Path], pipe: Any, preview: Any = None) -> None:
+    """Raise ValueError where `keep` saved results of other weights than those of the pipeline.
+
+    A model may be trained anew under the same name, and one run must not mix the two.
+    """
+    if not folders:
+        return
+    parts = pipe.components | {"preview": preview}
+    modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+    now = {name: fingerprint(module) for name, module in modules.items()}
+    for folder in folders:
+        with _carrying_on(folder.parent):
+            text = (folder / "steered" / "manifest.json").read_text(encoding="utf-8")
+        drawn = json.loads(text).get("weights", {})
+        if drawn != now:
+            other = [n for n in sorted(drawn.keys() | now.keys()) if drawn.get(n) != now.get(n)]
+            raise ValueError(
+                f"{folder} was drawn with other weights than the model has now "
+                f"({', '.join(other)}): delete {folder.parent}, or choose another --out"
+            )
+
+
+def check_calls(
+    pipe: Any, reward: Any, shares: Sequence[Share], kinds: dict[str, dict[str, Any]]
+) -> None:
+    """Raise ValueError for what would be refused when its turn comes, of any seed."""
+    from steering.pipeline import steer_each
+
+    prompts = [prompt for share in shares for prompt in share.prompts]
+    references = [prompt.references for prompt in prompts]  # their names: they are not looked at
+    for call in kinds.values():  # steer_each() checks when it is called, and works when iterated
+        texts = [prompt.text for prompt in prompts]
+        steer_each(pipe, texts, reward, references=_or_none(references), **call)
+
+
+def steer_pending(
+    pipe: Any, reward: Any, shares: Sequence[Share], kinds: dict[str, dict[str, Any]]
+) -> Generator[tuple[Path, dict[str, Steered]], None, None]:
+    """The results of each pending batch and its folder: one share after the other, one bar each."""
+    from steering.pipeline import steer_each
+
+    with _said_once():
+        for share in shares:
+            pending = share.pending()
+            texts = [prompt.text for prompt in share.prompts]
+            given = {
+                "seed": share.seed,
+                "only": [i for which in pending.values() for i in which],
+                "references": _or_none([_pictures(prompt) for prompt in share.prompts]),
+            }
+            streams = [steer_each(pipe, texts, reward, **given, **call) for call in kinds.values()]
+            # strict asks each stream once more at the end, where it closes its bar
+            for folder, *results in zip(pending, *streams, strict=True):
+                yield folder, dict(zip(kinds, results, strict=True))
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """Drop what steer_each() repeats: each seed is a run of its own, with the same to say."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        known = record.getMessage() in said
+        said.add(record.getMessage())
+        return not known
+
+    logger = logging.getLogger("steering.pipeline")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+def _pictures(prompt: Prompt) -> list[Image.Image]:
+    return [Image.open(name).convert("RGB") for name in prompt.references]
+
+
+def _or_none(references: list[Any]) -> list[Any] | None:
+    return references if any(references) else None
+
+
 def keep(folder: Path, results: Mapping[str, Steered]) -> None:
-    """Save each result under its name in `folder`, which appears when all is written."""
+    """Save each result under its name in `folder`, which appears when all is written.
+
+    Raises ValueError where that fails, with nothing left of it.
+    """
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was cut off here
-    for name, result in results.items():
-        result.save(part / name)
-    os.replace(part, folder)
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+    try:
+        with _carrying_on(folder.parent):
+            for name, result in results.items():
+                result.save(part / name)
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
     """Write grid.png (and grid-2.png, ... for many prompts) and history.png of what `keep` saved.
 
     Each holds a result "steered", and a result "plain" (min_ess=0) where there is a comparison.
+    Raises ValueError where that fails.
     """
-    traces = [trace for folder in folders for trace in report.traces(folder / "steered")]
-    paths = [_write(report.history(traces), out / "history.png")]
-    # one grid's pictures at a time: a run may hold more than the memory does
-    rows = (row for folder in folders for row in report.rows(folder / "steered", folder / "plain"))
-    while page := list(itertools.islice(rows, _ROWS_PER_GRID)):
-        name = f"grid-{len(paths)}.png" if len(paths) > 1 else "grid.png"
-        paths.append(_write(report.comparison(page), out / name))
+    with _carrying_on(out):
+        traces = [trace for folder in folders for trace in report.traces(folder / "steered")]
+        paths = [_write(report.history(traces), out / "history.png")]
+        # one grid's pictures at a time: a run may hold more than the memory does
+        rows = (
+            row for folder in folders for row in report.rows(folder / "steered", folder / "plain")
+        )
+        while page := list(itertools.islice(rows, _ROWS_PER_GRID)):
+            name = f"grid-{len(paths)}.png" if len(paths) > 1 else "grid.png"
+            paths.append(_write(report.comparison(page), out / name))
     return sorted(paths)
+
+
+@contextlib.contextmanager
+def _carrying_on(out: Path) -> Iterator[None]:
+    """A full disk, or a file that is gone, becomes one sentence which says how to carry on."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot read or write the files of the run ({error}): what is finished is kept; mend "
+            f"that, then repeat the command with --out {out} --resume to carry on"
+        ) from error
 
 
 def _write(picture: Image.Image, path: Path) -> Path:

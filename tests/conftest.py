@@ -1,5 +1,26 @@
 """One thread a process: the tensors here are tiny, and threads that spin only slow each other."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A random-weight Stable Diffusion in a folder, as pipe.save_pretrained() leaves it."""
+    from tests import tiny_pipelines
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny_pipelines.sd().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail where a model would be loaded: what is refused here is refused before that."""
+
+    def load(*args, **kwargs):
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("steering.loading.load_pipeline", load)

@@ -1,11 +1,12 @@
 """The benchmarks run, train and resume: small sizes of what the README's commands call."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from scripts.benchmarks import cost, lift
-from scripts.tiny.fit import fit
+from scripts.benchmarks import cost, foresight, lift
+from scripts.tiny.fit import fit, split
 from steering import FeynmanKac
 
 
@@ -24,6 +25,35 @@ def test_best_of_fewer_particles_is_read_off_the_larger_run():
 def test_settings_are_read_from_words():
     settings = lift.parse_settings(["potential=max", "reward_scale=5", "funnel=[8,4,2,1]"])
     assert settings == FeynmanKac(potential="max", reward_scale=5, funnel=(8, 4, 2, 1))
+
+
+def test_prompts_that_settings_are_chosen_on_are_not_the_reported_ones():
+    for task in lift.TASKS:
+        test, tune = (set(lift.prompts_of(task, 60, split)) for split in ("test", "tune"))
+        assert len(test) == len(tune) == 60
+        assert not test & tune
+
+
+def test_foresight_correlates_within_prompts_alone():
+    final = np.array([[0.0, 1.0], [5.0, 6.0]])
+    assert foresight.correlation(final, final + [[3.0], [-4.0]]) == pytest.approx(1)
+    assert foresight.correlation(final, np.array([[1.0, 0.0], [2.0, 1.0]])) == pytest.approx(-1)
+    assert foresight.correlation(final, np.array([[1.0, 1.0], [2.0, 2.0]])) == 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_sees_inner_weights_and_their_gradients_as_matrices_of_the_same_memory(layout):
+    inner = nn.Conv2d(16, 24, 3).to(memory_format=layout)
+    modules = nn.ModuleDict({"inner": inner, "conv_in": nn.Conv2d(16, 16, 3)})
+    matrices, others = split(modules)
+    assert list(matrices) == [inner.weight]
+    assert len(others) == 3
+    matrix = matrices[inner.weight]
+    assert matrix.shape == (24, 16 * 9)
+    with torch.no_grad():
+        matrix.copy_(torch.arange(matrix.numel()).view_as(matrix))
+    assert inner.weight.unique().numel() == matrix.numel()
+    assert torch.equal(inner.weight[3].flatten().sort().values, matrix[3])
 
 
 def test_training_writes_a_checkpoint_and_goes_on_from_it(tmp_path):

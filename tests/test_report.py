@@ -49,6 +49,56 @@ def test_the_best_steered_image_alone_is_outlined():
         assert red.max() - red.min() < 140  # one cell of 128 px, not two
 
 
+def label_of(picture: Image.Image) -> np.ndarray:
+    """The pixels of the column of the prompts, below the heads."""
+    left = columns_of(picture, (5, 5, 255)).min()
+    return np.asarray(picture)[24:, : left - 12]
+
+
+def test_the_column_of_the_prompts_is_as_wide_as_they_are():
+    short, longer = (report.comparison([row(compare=False, prompt=p)]) for p in ("x", "x" * 20))
+    assert label_of(short).shape[1] < 60 < label_of(longer).shape[1]
+    both = report.comparison([row(compare=False, prompt=p) for p in ("x", "x" * 20)])
+    assert both.width == longer.width
+
+
+@pytest.mark.parametrize("prompt", ["W" * 500, "a word and " * 99, "ﷺ" * 40])
+def test_no_prompt_is_written_over_the_pictures_or_the_next_row(prompt):
+    picture = report.comparison([row(prompt=prompt, compare=False), row(prompt="x", compare=False)])
+    assert label_of(picture).shape[1] < 240
+    between = np.asarray(picture)[24 + 128 + 18 : 24 + 128 + 26, :240]
+    assert (between == 255).all()
+    for value in (5, 15, 25, 35):
+        assert len(columns_of(picture, (value, value, 255))) == 2 * 128 * 128
+
+
+def test_accents_and_greek_are_written_and_what_the_font_lacks_is_boxes():
+    def drawn(prompt):
+        return label_of(report.comparison([row(compare=False, prompt=prompt)])).tobytes()
+
+    assert len({drawn(letter) for letter in "eéèλσñ猫"}) == 7
+    assert drawn("猫") == drawn("狗")
+
+
+def test_small_pictures_are_enlarged_pixel_by_pixel_and_large_ones_smoothed():
+    checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    small = Image.fromarray(checks)
+    page = np.asarray(report.comparison([Row(prompt="x", steered=[small, small], rewards=[1, 0])]))
+    enlarged = np.kron(checks, np.ones((2, 2), np.uint8))
+    assert np.array_equal(page[24:152, -136:-8, 0], enlarged)
+    large = Image.fromarray(np.tile(checks, (8, 8)))
+    page = np.asarray(report.comparison([Row(prompt="x", steered=[large, large], rewards=[1, 0])]))
+    inner = page[44:260, -244:-28, 0].astype(float)
+    assert np.abs(inner - 127.5).max() < 20  # grey, not one of the two
+
+
+def test_two_thousand_pictures_are_no_trouble():
+    many = [row(k=64, prompt=f"p{i}") for i in range(30)]
+    picture = report.comparison(many, side=32)
+    assert picture.height == 24 + 30 * 8 * (32 + 18 + 8)
+    assert len(columns_of(picture, RED)) > 30 * 300  # one outline a prompt
+
+
 def test_without_a_comparison_there_is_no_empty_column():
     alone = report.comparison([row(compare=False)])
     assert alone.width < report.comparison([row()]).width - 200

@@ -2,8 +2,10 @@
 
     python -m scripts.bench lift --model tiny-sd3 --task ocr --particles 2 4 8 --seeds 0 1
     python -m scripts.bench lift --table
+    python -m scripts.bench lift --split tune --out runs/tune.jsonl --set min_ess=1 reward_scale=30
 
-Prompts are ones that training never saw (scripts/tiny/unseen.json). Best-of-k is `min_ess=0` of the
+Prompts are ones that training never saw (scripts/tiny/unseen.json); settings are chosen on others,
+which it may have seen (`--split tune`). Best-of-k is `min_ess=0` of the
 same chain at the same seeds, so one run at the largest k gives plain (particle 0) and best-of-k for
 every smaller k. Each image is judged twice: by the reward that steered it and by one that did not.
 Rows go to a JSON-lines file; a second call skips what is there. Intervals: 95 %, percentile
@@ -40,14 +42,14 @@ TASKS = {
 }
 
 
-def unseen_prompts(task: str, count: int) -> list[str]:
-    """`count` different prompts that training never saw, equally many of each kind of scene."""
+def prompts_of(task: str, count: int, split: str = "test") -> list[str]:
+    """`count` different prompts, equally many of each kind of scene; "test": all unseen."""
     rng, prompts = np.random.default_rng(2024), []
     kinds = TASKS[task]["scenes"]
     kinds_left = {kind: count // len(kinds) for kind in kinds}
     while any(kinds_left.values()):
         for kind in [k for k, left in kinds_left.items() if left]:
-            prompt = scene(rng, kind, unseen=True).prompt
+            prompt = scene(rng, kind, unseen=split == "test").prompt
             if prompt not in prompts:
                 prompts.append(prompt)
                 kinds_left[kind] -= 1
@@ -60,11 +62,10 @@ def judge(task: str) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndar
     return lambda images, prompts: scorer(to_images(list(images)), list(prompts)).numpy()
 
 
-def run(model: str, task: str, k: int, seed: int, settings: FeynmanKac, count: int) -> dict:
+def run(model: str, task: str, k: int, seed: int, settings: FeynmanKac, prompts: list[str]) -> dict:
     """Steer every prompt once; rewards (b, k) and the judge's scores of every image (b, k)."""
     pipe = tiny.load(model)
     pipe.set_progress_bar_config(disable=True)
-    prompts = unseen_prompts(task, count)
     out = steer(
         pipe,
         prompts,
@@ -184,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--particles", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--split", choices=("test", "tune"), default="test", help="of the prompts")
     parser.add_argument("--method", choices=("all", "best-of", "stock", "fk"), default="all")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="FeynmanKac")
     parser.add_argument("--out", type=Path, default=Path("runs/lift.jsonl"))
@@ -191,7 +193,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = read(args.out)
     if not args.table:
-        settings = parse_settings(args.set)
+        settings, prompts = (
+            parse_settings(args.set),
+            prompts_of(args.task, args.prompts, args.split),
+        )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         label = " ".join(args.set)
         for method, k, seed, chosen_settings in cells(args, settings):
@@ -202,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
                 "k": k,
                 "seed": seed,
                 "prompts": args.prompts,
+                "split": args.split,
                 "label": label,
                 "settings": json.loads(json.dumps(asdict(chosen_settings))),
             }
@@ -209,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             print(head, flush=True)
             with torch.no_grad():
-                row = head | run(args.model, args.task, k, seed, chosen_settings, args.prompts)
+                row = head | run(args.model, args.task, k, seed, chosen_settings, prompts)
             rows.append(row)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -90,9 +90,9 @@ def preview() -> Any:
     """An AutoencoderTiny: a cheaper decoder of the same latents, for scores in mid-run."""
     return AutoencoderTiny(
         encoder_block_out_channels=(16, 16, 16),
-        decoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(16, 16, 16),
         num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(2, 2, 1),
+        num_decoder_blocks=(3, 2, 0),
         latent_channels=LATENT_CHANNELS,
         upsampling_scaling_factor=2,
     )

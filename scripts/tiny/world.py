@@ -7,13 +7,15 @@ Six tasks as in GenEval (Ghosh et al. 2023) and one of writing:
     counting       three stars                     position    a circle left of a star
     text           the word "BIRD" [in red]
 
-Letters stand on a grid of 16 px cells, which is the grid of the latent patches, and characters are
-tokens, so that a network of a few million parameters learns to spell in an hour on a laptop.
+Letters stand on a grid of 16 px cells, which is the grid of the latent patches, pairs and counted
+things near its corners, and characters are tokens, so that a network of a few million parameters
+learns to draw and to spell in an hour or two on a laptop.
 """
 
 from __future__ import annotations
 
 import json
+import string
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ INKS = COLOURS | {"black": (20, 20, 20), "white": (250, 250, 250)}
 BACKGROUNDS = ((248, 248, 248), (205, 205, 205), (28, 32, 48), (12, 12, 12))
 NUMBERS = ("one", "two", "three", "four")
 RELATIONS = tuple(DIRECTIONS)
+ALPHABET = string.ascii_uppercase
 FONT_SIZE = 20
 CELL = 16
 
@@ -95,26 +98,30 @@ def _nonsense(rng: np.random.Generator) -> str:
 def _pair_layout(rng: np.random.Generator, offset: tuple[int, int]):
     """Centres and radii of two things, the first lying at `offset` from the second."""
     dx, dy = offset
-    jitter = rng.uniform(-2, 2, size=4)
-    radii = rng.uniform(10.5, 13, size=2)
-    first = (32 + 15 * dx + jitter[0], 32 + 15 * dy + jitter[1], radii[0])
-    second = (32 - 15 * dx + jitter[2], 32 - 15 * dy + jitter[3], radii[1])
+    jitter = rng.uniform(-1, 1, size=4)
+    radii = rng.uniform(11, 13, size=2)
+    first = (32 + CELL * dx + jitter[0], 32 + CELL * dy + jitter[1], radii[0])
+    second = (32 - CELL * dx + jitter[2], 32 - CELL * dy + jitter[3], radii[1])
     return first, second
 
 
-def scene(rng: np.random.Generator, task: str, unseen: bool = False) -> Scene:
+def scene(
+    rng: np.random.Generator, task: str, unseen: bool = False, slips: float = 0.0
+) -> Scene:
     """Draw a random scene of a task.
+
+    slips: the probability that a letter is drawn as a random one, whatever the prompt says.
 
     `unseen=True` gives what training never sees: held-out words (text), held-out colour-shape
     pairs (colors, color_attr), held-out shape-relation-shape triples (position).
     """
     background = _pick(rng, BACKGROUNDS)
     if task == "text":
-        return _text_scene(rng, background, unseen)
+        return _text_scene(rng, background, unseen, slips)
     if task in ("single_object", "colors"):
         colour, shape = _pick(rng, seen_pairs(unseen and task == "colors"))
-        radius = rng.uniform(13, 20)
-        x, y = rng.uniform(radius + 3, SIZE - radius - 3, size=2)
+        radius = rng.uniform(14, 19)
+        x, y = 32 + rng.uniform(-5, 5, size=2)
         noun = shape if task == "single_object" else f"{colour} {shape}"
         return Scene(article(noun), task, background, (Thing(shape, colour, x, y, radius),))
     if task == "counting":
@@ -125,9 +132,9 @@ def scene(rng: np.random.Generator, task: str, unseen: bool = False) -> Scene:
             Thing(
                 shape,
                 colour,
-                17.5 + 29 * (cell % 2) + rng.uniform(-2, 2),
-                17.5 + 29 * (cell // 2) + rng.uniform(-2, 2),
-                rng.uniform(9.5, 11.5),
+                CELL + 2 * CELL * (cell % 2) + rng.uniform(-1, 1),
+                CELL + 2 * CELL * (cell // 2) + rng.uniform(-1, 1),
+                rng.uniform(10, 12),
             )
             for cell in cells
         )
@@ -155,7 +162,7 @@ def _pair_scene(rng, task: str, background, unseen: bool) -> Scene:
     return Scene(f"{article(a)} {link} {article(b)}", task, background, things)
 
 
-def _text_scene(rng, background, unseen: bool) -> Scene:
+def _text_scene(rng, background, unseen: bool, slips: float) -> Scene:
     if unseen:
         word = _pick(rng, UNSEEN_WORDS)
     else:
@@ -163,6 +170,8 @@ def _text_scene(rng, background, unseen: bool) -> Scene:
     ink = _pick(rng, [name for name in INKS if _contrast(name, background) > 70])
     named = ink in COLOURS and bool(rng.integers(2))
     prompt = f'the word "{word}"' + (f" in {ink}" if named else "")
+    if slips > 0:
+        word = "".join(_pick(rng, ALPHABET) if rng.random() < slips else c for c in word)
     return Scene(prompt, "text", background, word=word, ink=ink, dy=int(rng.integers(-1, 2)))
 
 

@@ -1,0 +1,17 @@
+"""scripts/steer.py called as from a command line."""
+
+from scripts import steer as script
+from steering import tiny
+
+EMBEDDED = (tiny.FOLDER / "tiny-sd3" / "model_index.json").exists()
+SMALL = ["--steps", "5", "--particles", "3", "--num-scores", "2", "--reward", "jpeg"]
+
+
+def refused(capsys, *argv: str) -> str:
+    """The one sentence that these arguments are refused with."""
+    assert script.main([*argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("steer.py: ")
+    assert err.count("\n") == 1
+    return err

@@ -1,0 +1,177 @@
+"""steering.runs: the folder of a run, whose results are whole or not there, and never mixed."""
+
+import contextlib
+import json
+import resource
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from steering import FeynmanKac, runs
+from steering.manifest import fingerprint
+from steering.prompts import Prompt
+from tests import tiny_pipelines
+
+ASKED = {"settings": {"particles": 3}, "prompts": [{"text": "a"}]}
+
+
+class Result:
+    """A Steered as `keep` sees it."""
+
+    def save(self, folder):
+        folder.mkdir(parents=True)
+        (folder / "picture.png").write_bytes(b"picture")
+
+
+RESULTS: Any = {"steered": Result()}
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file can grow: what is written is refused by the system, for root as well."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(runs, "datetime", Stopped)
+    names = [runs.new_folder(tmp_path / "out").name for _ in range(3)]
+    assert names == ["2026-01-02-030405", "2026-01-02-030405-2", "2026-01-02-030405-3"]
+
+
+def test_default_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "out").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"cannot write in .*choose another --out"):
+        runs.new_folder(tmp_path / "out")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ASKED | {"results": {}}),  # as Steered.save() leaves it
+        '{"name": "an app of the web"}',
+        "[]",
+        "no JSON",
+    ],
+)
+def test_manifest_of_something_else_is_refused_and_stays(tmp_path, content, resume):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"not the manifest of a run.*another --out"):
+        runs.open_run(tmp_path, ASKED, resume=resume)
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_results_without_the_manifest_of_their_run_are_not_taken_for_ours(tmp_path, resume):
+    (tmp_path / "0000-holidays").mkdir()
+    with pytest.raises(ValueError, match="not the manifest of a run"):
+        runs.open_run(tmp_path, ASKED, resume=resume)
+
+
+def test_a_run_that_finished_nothing_is_begun_anew(tmp_path):
+    runs.open_run(tmp_path, ASKED, resume=False)
+    other = ASKED | {"settings": {"particles": 4}}
+    runs.open_run(tmp_path, other, resume=False)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == other
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_folder_that_takes_no_files_is_refused(tmp_path, resume):
+    if resume:
+        runs.open_run(tmp_path, ASKED, resume=False)
+        runs.keep(tmp_path / "0000-a", RESULTS)
+    with full_disk(), pytest.raises(ValueError, match=r"cannot write in .*choose another --out"):
+        runs.open_run(tmp_path, ASKED, resume=resume)
+
+
+def test_carrying_on_leaves_the_manifest_as_it_was(tmp_path):
+    runs.open_run(tmp_path, ASKED | {"command": ["first"]}, resume=False)
+    runs.keep(tmp_path / "0000-a", RESULTS)
+    runs.open_run(tmp_path, ASKED | {"command": ["second"]}, resume=True)
+    assert json.loads((tmp_path / "manifest.json").read_text())["command"] == ["first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000-a", "manifest.json"]
+
+
+def test_disk_that_is_full_says_how_to_carry_on(tmp_path):
+    runs.keep(tmp_path / "0000-a", RESULTS)
+    sentence = rf"too large.*is kept; mend that.*--out {tmp_path} --resume"
+    with full_disk(), pytest.raises(ValueError, match=sentence):
+        runs.keep(tmp_path / "0001-b", RESULTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000-a"]
+
+
+def test_pictures_that_are_gone_say_how_to_carry_on(tmp_path):
+    with pytest.raises(ValueError, match=rf"No such file.*0000-a.*--out {tmp_path} --resume"):
+        runs.draw(tmp_path, [tmp_path / "0000-a"])
+
+
+def test_results_of_other_weights_are_refused(tmp_path):
+    unet, vae, preview = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    parts = {"unet": unet, "vae": vae, "preview": preview}
+    weights = {name: fingerprint(part) for name, part in parts.items()}
+    pipe = SimpleNamespace(components={"unet": unet, "vae": vae, "tokenizer": object()})
+    folder = tmp_path / "0000-a"
+    (folder / "steered").mkdir(parents=True)
+    (folder / "steered" / "manifest.json").write_text(json.dumps({"weights": weights}))
+    runs.check_weights([folder], pipe, preview)
+    with torch.no_grad():
+        unet.weight += 1
+    sentence = rf"0000-a was drawn with other weights .*\(unet\).*{tmp_path}.* another --out"
+    with pytest.raises(ValueError, match=sentence):
+        runs.check_weights([folder], pipe, preview)
+    with pytest.raises(ValueError, match=r"\(preview, unet\)"):
+        runs.check_weights([folder], pipe)
+
+
+def shares_of_two_seeds(out, picture):
+    prompts = [Prompt("a", 1), Prompt("b", 2, (str(picture),))]
+    return runs.divide(out, prompts, 1)
+
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
+def compared(images, prompts, *, references=None):
+    return brightness(images, prompts)
+
+
+@pytest.fixture
+def kinds():
+    call = {"particles": 2, "num_inference_steps": 2, "settings": FeynmanKac(min_ess=0)}
+    return {"steered": call, "plain": call | {"progress": False}}
+
+
+def test_every_seed_is_checked_before_any_step(tmp_path, kinds):
+    """What is wrong with the second seed alone, with no look at its picture."""
+    shares = shares_of_two_seeds(tmp_path, tmp_path / "red.png")
+    pipe = tiny_pipelines.sd()
+    runs.check_calls(pipe, compared, shares, kinds)
+    with pytest.raises(ValueError, match="references= was given but this reward takes none"):
+        runs.check_calls(pipe, brightness, shares, kinds)
+
+
+def test_pictures_are_opened_when_their_seed_begins_and_once(tmp_path, kinds, monkeypatch):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    opened, pictures = [], runs._pictures
+    monkeypatch.setattr(runs, "_pictures", lambda p: opened.append(p.text) or pictures(p))
+    shares = shares_of_two_seeds(tmp_path, tmp_path / "red.png")
+    seen = []
+    for folder, results in runs.steer_pending(tiny_pipelines.sd(), compared, shares, kinds):
+        assert list(results) == ["steered", "plain"]
+        seen.append((folder.name, list(opened)))
+    assert seen == [("0000-a", ["a"]), ("0001-b", ["a", "b"])]
