@@ -47,6 +47,7 @@ class ClipReward:
     """
 
     differentiable = True
+    wants_references = False
 
     def __init__(
         self,

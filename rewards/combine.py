@@ -104,6 +104,11 @@ class WeightedSum:
         return all(part.reward.differentiable for part in self.parts if part.weight)
 
     @property
+    def wants_references(self) -> bool:
+        """Whether any component looks at references; one that does not say so may."""
+        return any(getattr(part.reward, "wants_references", True) for part in self.parts)
+
+    @property
     def range(self) -> tuple[float | None, float | None]:
         """Bounds of the total; None where a component has none."""
         counted = [part for part in self.parts if part.weight]

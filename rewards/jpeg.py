@@ -29,6 +29,7 @@ class JpegReward:
     """
 
     differentiable = False
+    wants_references = False
 
     def __init__(self, mode: str = "compressibility") -> None:
         if mode not in SIGNS:

@@ -83,6 +83,7 @@ class ObjectsReward:
     """
 
     differentiable = False
+    wants_references = False
     range = (0.0, 1.0)
 
     def __init__(self, mode: str = "strict") -> None:

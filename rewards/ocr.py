@@ -100,6 +100,7 @@ class OcrReward:
     """
 
     differentiable = False
+    wants_references = False
 
     def __init__(
         self,

@@ -23,6 +23,8 @@ _FROM_PIPELINE = ("Steered", "generators", "steer")
 
 
 def __getattr__(name: str) -> object:
+    if name in ("schedulers", "tiny"):
+        return importlib.import_module(f"steering.{name}")
     if name in _FROM_PIPELINE:
         return getattr(importlib.import_module("steering.pipeline"), name)
     raise AttributeError(f"module 'steering' has no attribute {name!r}")

@@ -70,6 +70,8 @@ class PipelineCall:
         for name in call._per_prompt():
             call._check_length(name)
         call._check_steps()
+        if not hasattr(getattr(pipe, "controlnet", None), "nets"):  # else one for each of them
+            call._check_pictures()
         return call
 
     def value(self, name: str) -> Any:
@@ -93,9 +95,21 @@ class PipelineCall:
         floor, ceiling = int(steps * strength), steps - int(steps - steps * strength)
         return tuple({min(floor, steps): None, min(ceiling, steps): None})
 
+    def _check_pictures(self) -> None:
+        for name in ("image", "mask_image", "control_image"):
+            value = self.keywords.get(name)
+            several = value if isinstance(value, list | tuple) else ()
+            if any(picture is not several[0] for picture in several):
+                raise ValueError(
+                    f"{name}= holds different pictures, which a pipeline deals out to the "
+                    "particles in turn; steer the prompts of each picture in a call of their own."
+                )
+
     def _check_steps(self) -> None:
         steps = self.value("num_inference_steps")
-        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool)):
+        if steps is None:
+            return
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"num_inference_steps={steps!r}: pass a whole number of 1 or more.")
 
     def check_packing(self, prompts_per_call: int) -> None:

@@ -4,7 +4,8 @@ The pipeline calls it as it would the network. Arguments with the batch's rows a
 else is passed on as it is; the module itself is not patched, so compiled ones keep their graph.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,15 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-__all__ = ["Denoiser", "Rows", "denoisers", "networks", "perturbed", "refuse_step_caches"]
+__all__ = [
+    "Denoiser",
+    "Rows",
+    "denoisers",
+    "networks",
+    "perturbed",
+    "refuse_step_caches",
+    "undisturbed",
+]
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
 # Positions of tokens, (tokens, 3): their first axis is never the batch.
@@ -49,8 +58,8 @@ class Rows:
         return live, (copies * len(self.live) + self.source).flatten()
 
     def chunk(self, n: int) -> int:
-        size = -(-n // 2**self.halvings)
-        return size if self.max_batch is None else min(size, self.max_batch)
+        size = n if self.max_batch is None else min(n, self.max_batch)
+        return -(-size // 2**self.halvings)
 
 
 class Denoiser:
@@ -164,6 +173,30 @@ def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:
         for net in networks(pipe).values()
         for processor in getattr(net, "attn_processors", {}).values()
     )
+
+
+@contextlib.contextmanager
+def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Put back what a call that is cut off would leave on the user's networks.
+
+    That is the attention processors of perturbed attention, and the precision of a decoder that
+    its pipeline raises while it works (SDXL in float16).
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    dtype = getattr(vae, "dtype", None)
+    processors = {
+        name: dict(net.attn_processors)  # type: ignore[arg-type]
+        for name, net in networks(pipe).items()
+        if hasattr(pipe, "pag_attn_processors") and hasattr(net, "attn_processors")
+    }
+    try:
+        yield
+    except BaseException:
+        for name, before in processors.items():
+            getattr(pipe, name).set_attn_processor(before)
+        if dtype is not None and vae.dtype != dtype:
+            vae.to(dtype)
+        raise
 
 
 def refuse_step_caches(pipe: DiffusionPipeline) -> None:

@@ -12,7 +12,7 @@ from steering.lineage import Lineage, Score
 from steering.schedulers import Look
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 
-__all__ = ["Filter", "needs_scores", "refuse_not_finite"]
+__all__ = ["Filter", "needs_scores", "refuse_not_finite", "way_out"]
 
 
 class Filter:
@@ -75,8 +75,14 @@ class Filter:
         if noiseless and self._settings.reward_scale != 0:
             raise ValueError(
                 f"No step from {steps[0]} on draws noise, so the copies of a particle would stay "
-                "copies; set FeynmanKac(noise=...) above 0, or min_ess=0 for best-of-k."
+                f"copies; {way_out(self._settings)}"
             )
+        for step, size, before in zip(steps, sizes, (self.k, *sizes), strict=False):
+            if size < before and look.stds[step] == 0 and self._settings.reward_scale != 0:
+                raise ValueError(
+                    f"The funnel shrinks at step {step}, which draws no noise to tell copies "
+                    "apart; move the window with score_from or score_to."
+                )
         self._sizes = dict(zip(steps, sizes, strict=True))
 
     def _keep(
@@ -117,6 +123,12 @@ def needs_scores(settings: FeynmanKac, k: int) -> bool:
     """Whether scores before the last can change anything."""
     resamples = settings.reward_scale != 0 and settings.min_ess > 0 and k > 1
     return resamples or settings.funnel != ()
+
+
+def way_out(settings: FeynmanKac) -> str:
+    """What to do about a chain whose moves draw no noise."""
+    without = "min_ess=0 and no funnel" if settings.funnel else "min_ess=0"
+    return f"set FeynmanKac(noise=...) above 0, or {without} for best-of-k."
 
 
 def refuse_not_finite(rewards: Tensor, describe: Callable[[int, int], str], where: str) -> None:

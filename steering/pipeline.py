@@ -25,10 +25,10 @@ from tqdm.auto import tqdm
 
 from steering.call import PipelineCall, check_pipeline, check_preview
 from steering.decoding import Decoder, Tape, do_nothing, to_tensor, view_of
-from steering.denoiser import Rows, denoisers, perturbed, refuse_step_caches
+from steering.denoiser import Rows, denoisers, perturbed, refuse_step_caches, undisturbed
 from steering.filter import final_log_z
 from steering.manifest import describe, select
-from steering.observer import Filter, needs_scores, refuse_not_finite
+from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
 from steering.result import Steered
 from steering.schedulers import stochastic
 from steering.scoring import Judge, RewardFunction
@@ -89,7 +89,8 @@ def steer(
     pipeline's own call.
 
     Raises ValueError before any step for what cannot work, and during the run for a reward that is
-    not finite. After Ctrl-C the exception's `finished` is the Steered of the finished prompts.
+    not finite. Whatever cuts the run off, Ctrl-C too, the exception's `finished` is the Steered of
+    the finished prompts, or None.
     """
     if "only" in pipe_kwargs:
         raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")
@@ -111,8 +112,8 @@ def steer(
             **pipe_kwargs,
         ):
             parts.append(part)  # one by one: what is finished outlives an interrupt
-    except KeyboardInterrupt as interrupt:
-        interrupt.finished = Steered.join(parts) if parts else None  # type: ignore[attr-defined]
+    except BaseException as cut:
+        cut.finished = Steered.join(parts) if parts else None  # type: ignore[attr-defined]
         raise
     return Steered.join(parts)
 
@@ -202,13 +203,15 @@ def _each(run: "_Run", groups: list[Sequence[int]], progress: bool) -> Iterator[
                 result = run.steered(indices, on_step)
             resampled |= any(score.resampled.any() for score in result.lineage.scores)
             if number == len(groups) - 1 and result.lineage.scores and not resampled:
-                _say_that_nothing_moved(run.settings)
+                _say_that_nothing_moved(run.settings, run.k)
             yield result
 
 
-def _say_that_nothing_moved(settings: FeynmanKac) -> None:
+def _say_that_nothing_moved(settings: FeynmanKac, k: int) -> None:
     if settings.min_ess > 0 and settings.reward_scale != 0:
-        logger.warning("No score resampled: the run is best-of-k; raise reward_scale.")
+        # an effective sample size is never below 1
+        what = "min_ess" if settings.min_ess * k <= 1 else "reward_scale"
+        logger.warning("No score resampled: the run is best-of-k; raise %s.", what)
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -265,8 +268,8 @@ class _Run:
             return
         if self.settings.noise == 0 and self.settings.reward_scale != 0:
             raise ValueError(
-                "noise=0 leaves no noise to tell the copies of a particle apart; set "
-                "FeynmanKac(noise=...) above 0, or min_ess=0 for best-of-k."
+                "noise=0 leaves no noise to tell the copies of a particle apart; "
+                + way_out(self.settings)
             )
         self._check_window()
 
@@ -302,7 +305,7 @@ class _Run:
             call,
             preview=self.preview,
             decode=self.decode,
-            chunk=-(-_DECODE_CHUNK // 2**rows.halvings),
+            chunk=-(-min(_DECODE_CHUNK, len(noise)) // 2**rows.halvings),
         )
         particles = Filter(
             len(indices),
@@ -324,8 +327,9 @@ class _Run:
             replaced |= denoisers(self.pipe, rows)
         view = view_of(self.pipe, **replaced)
         tape.record(view)
-        latents = view(**call, output_type="latent")[0]
-        return self._result(indices, particles.living(latents), decoder, particles)
+        with undisturbed(self.pipe):
+            latents = view(**call, output_type="latent")[0]
+            return self._result(indices, particles.living(latents), decoder, particles)
 
     def _result(
         self, indices: Sequence[int], latents: Tensor, decoder: Decoder, particles: Filter
@@ -357,7 +361,7 @@ class _Run:
             self.settings,
             self.call.keywords,
             _keys(self.prompts),
-            references=self.judge._references,
+            references=self.judge.references,
             preview=self.preview,
             reward=self.judge.name,
             particles=self.k,

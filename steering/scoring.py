@@ -30,7 +30,7 @@ class Judge:
                 f"reward is a {type(reward).__name__}; pass a function of (images, prompts), such "
                 'as rewards.load("clip") returns.'
             )
-        if references is not None and "references" not in inspect.signature(reward).parameters:
+        if references is not None and not _wants_references(reward):
             raise ValueError(
                 "references= was given but this reward takes none; leave it out, or use a reward "
                 "that has a references= keyword."
@@ -45,7 +45,7 @@ class Judge:
             check(list(prompts))
         named = (getattr(reward, attribute, None) for attribute in ("spec", "name", "__name__"))
         self.name = next((str(name) for name in named if name), type(reward).__name__)
-        self._reward, self._prompts, self._references = reward, prompts, references
+        self._reward, self._prompts, self.references = reward, prompts, references
 
     @torch.no_grad()
     def score(self, images: Tensor, indices: Sequence[int]) -> Tensor:
@@ -68,9 +68,9 @@ class Judge:
         k = len(images) // len(indices)
         rows = [i for i in indices for _ in range(k)]
         prompts = [self._prompts[i] for i in rows]
-        if self._references is None:
+        if self.references is None:
             return function(images, prompts)
-        return function(images, prompts, references=[self._references[i] for i in rows])
+        return function(images, prompts, references=[self.references[i] for i in rows])
 
     def _shaped(self, scores: Any, images: Tensor, b: int) -> Tensor:
         scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device)
@@ -80,3 +80,9 @@ class Judge:
                 f"images; return one number an image, ({len(images)},)."
             )
         return scores.reshape(b, -1)
+
+
+def _wants_references(reward: Any) -> bool:
+    """What the reward says of itself, else whether it has such a parameter."""
+    says = getattr(reward, "wants_references", None)
+    return "references" in inspect.signature(reward).parameters if says is None else bool(says)

@@ -9,7 +9,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> str:
     """A random-weight Stable Diffusion in a folder, as pipe.save_pretrained() leaves it."""
-    from tests import tiny_pipelines
+    import tiny_pipelines
 
     folder = tmp_path_factory.mktemp("model")
     tiny_pipelines.sd().save_pretrained(folder)

@@ -3,10 +3,10 @@
 import json
 
 import pytest
+import tiny_pipelines
 import torch
 
 from steering.loading import load_pipeline
-from tests import tiny_pipelines
 
 
 @pytest.mark.parametrize("kind", ["NoSuchPipeline", "UNet2DConditionModel"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-from tiny_pipelines import FAMILIES, family, sd3
+from tiny_pipelines import FAMILIES, family, sd3, steps_where_stock_ddim_is_nan
 
 from steering import FeynmanKac, generators, steer
 from steering.schedulers import stochastic
@@ -114,11 +114,13 @@ def test_steering_raises_the_reward_of_the_chain_it_steers(name):
 
 def test_zero_terminal_snr_is_finite_where_stock_ddim_is_not():
     pipe, keywords = family("sdxl-zero-snr")
-    keywords = {**keywords, "num_inference_steps": 20}
+    keywords = {**keywords, "num_inference_steps": steps_where_stock_ddim_is_nan()}
     stock = own_call(pipe, {**keywords, "eta": 1.0}, 2, 1.0, "latent", scheduler=pipe.scheduler)
     assert stock.isnan().any()
     settings = FeynmanKac(noise=1.0, reward_scale=300.0, min_ess=1.0)
     out = steer(pipe, PROMPT, brightness, 2, settings, progress=False, **keywords)
+    assert out.latents.isfinite().all()
+    out = steer(pipe, PROMPT, brightness, 2, settings, progress=False, num_inference_steps=20)
     assert out.latents.isfinite().all()
 
 

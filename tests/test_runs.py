@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 from PIL import Image
 
 from steering import FeynmanKac, runs
 from steering.manifest import fingerprint
 from steering.prompts import Prompt
-from tests import tiny_pipelines
 
 ASKED = {"settings": {"particles": 3}, "prompts": [{"text": "a"}]}
 

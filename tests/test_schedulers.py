@@ -22,7 +22,7 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
-from tiny_pipelines import ddim
+from tiny_pipelines import ddim, steps_where_stock_ddim_is_nan
 
 from steering.schedulers import StochasticDDIM, StochasticFlow, stochastic
 from steering.transitions import ddim_transition
@@ -80,17 +80,18 @@ def test_the_last_move_of_a_flow_is_noiseless_and_the_first_finite():
 def test_zero_terminal_snr_is_clamped_where_the_stock_step_is_nan():
     config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     stock = ddim(timestep_spacing="trailing", **config)
-    theirs = run(stock, 20, generator=seeded(), eta=1.0)
+    steps = steps_where_stock_ddim_is_nan()
+    theirs = run(stock, steps, generator=seeded(), eta=1.0)
     assert theirs[0].isnan().all()
     scheduler = stochastic(stock, 1.0)
-    ours = run(scheduler, 20, generator=seeded())
+    ours = run(scheduler, steps, generator=seeded())
     assert all(state.isfinite().all() for state in ours)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7))
     t, z = (
         scheduler.timesteps[0],
         torch.stack([torch.randn(SHAPE[1:], generator=g) for g in seeded()]),
     )
-    alpha_bar = stock.alphas_cumprod[t], stock.alphas_cumprod[t - 50]
+    alpha_bar = stock.alphas_cumprod[t], stock.alphas_cumprod[t - 1000 // steps]
     move = ddim_transition(network(x, t), x, *alpha_bar, 1.0, "v_prediction")
     torch.testing.assert_close(ours[0], move.mean + move.std * z)
 

@@ -6,11 +6,11 @@ import shlex
 
 import pytest
 import torch
+from command_line import EMBEDDED, SMALL, refused
 from PIL import Image
 
 from scripts import steer as script
 from steering import FeynmanKac
-from tests.command_line import EMBEDDED, SMALL, refused
 
 
 @pytest.mark.usefixtures("no_model")

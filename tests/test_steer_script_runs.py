@@ -6,7 +6,9 @@ import json
 import shutil
 
 import pytest
+import tiny_pipelines
 import torch
+from command_line import EMBEDDED, SMALL, refused
 from PIL import Image
 from tqdm import tqdm
 
@@ -14,8 +16,6 @@ import rewards
 from rewards.images import to_images
 from scripts import steer as script
 from steering import FeynmanKac
-from tests import tiny_pipelines
-from tests.command_line import EMBEDDED, SMALL, refused
 
 
 @pytest.fixture(scope="session")

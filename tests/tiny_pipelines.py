@@ -218,6 +218,21 @@ def sdxl(scheduler=None):
     )
 
 
+def steps_where_stock_ddim_is_nan():
+    """A number of steps at which 1 - ᾱ' - σ² rounds below 0 at zero terminal SNR and eta 1.
+
+    Which ones do depends on the processor: 20 on some, 16 to 19 on others.
+    """
+    scheduler = sdxl_zero_snr().scheduler
+    x = torch.ones(1, 1, 1, 1)
+    for steps in range(20, 60):
+        scheduler.set_timesteps(steps)
+        move = scheduler.step(x, int(scheduler.timesteps[0]), x, eta=1.0, variance_noise=x)
+        if move.prev_sample.isnan().any():
+            return steps
+    raise AssertionError("stock DDIM is finite at every number of steps: nothing to compare with")
+
+
 def sdxl_zero_snr():
     """v-prediction with zero terminal SNR: stock DDIM at eta 1 and 20 steps gives NaN."""
     return sdxl(

@@ -23,12 +23,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import rewards
 from rewards.images import to_images
 from rewards.objects import ObjectsReward
 from rewards.ocr import OcrReward
 from steering import FeynmanKac, steer, tiny
+from steering.manifest import fingerprint
 
 from ..tiny.world import scene
 
@@ -36,7 +38,7 @@ TASKS = {
     "ocr": {"reward": "ocr(mode=strict)", "scenes": ("text",), "judge": "OCR exact at 160 px"},
     "clip": {
         "reward": "clip(tiny)",
-        "scenes": ("position", "color_attr", "colors"),
+        "scenes": ("position", "color_attr"),
         "judge": "attribute detector",
     },
 }
@@ -139,27 +141,34 @@ def interval(values: np.ndarray, seed: int = 0) -> str:
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
+def _group(row: dict) -> tuple:
+    """What rows must share to be compared."""
+    return tuple(row[name] for name in ("model", "task", "split", "prompts", "weights"))
+
+
 def table(rows: list[dict]) -> str:
     """Markdown: plain, best-of-k and FK at each k, and FK minus best-of-k, paired."""
     lines = []
-    for key in sorted({(r["model"], r["task"], r["label"]) for r in rows}):
-        model, task, label = key
-        mine = [r for r in rows if (r["model"], r["task"], r["label"]) == key]
+    for key in sorted({(*_group(r), r["label"]) for r in rows if r["method"] == "fk"}):
+        *group, label = key
+        model, task, split = group[:3]
+        same = [r for r in rows if _group(r) == tuple(group)]
+        mine = [r for r in same if r["label"] == label]
         base = [
             r
-            for r in rows
-            if (r["model"], r["task"], r["method"]) == (model, task, "best-of")
-            and r["settings"]["noise"] == mine[0]["settings"]["noise"]
+            for r in same
+            if r["method"] == "best-of" and r["settings"]["noise"] == mine[0]["settings"]["noise"]
         ]
         name, other = TASKS[task]["reward"], TASKS[task]["judge"]
+        prompts = "unseen prompts" if split == "test" else "tuning prompts"
         seeds = len({r["seed"] for r in mine})
         lines += [
-            f"\n**{model}, steered on `{name}`** ({len(mine[0]['rewards'])} unseen prompts,"
+            f"\n**{model}, steered on `{name}`** ({len(mine[0]['rewards'])} {prompts},"
             f" {seeds} seeds{', ' + label if label else ''})\n",
             f"| k | | reward | {other} |",
             "|---|---|---|---|",
         ]
-        stock = [r for r in rows if (r["model"], r["task"], r["method"]) == (model, task, "stock")]
+        stock = [r for r in same if r["method"] == "stock"]
         for title, single in (("plain", base), ("plain, stock sampler", stock)):
             if single:
                 reward, held_out = chosen(single, 1)
@@ -193,9 +202,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = read(args.out)
     if not args.table:
-        settings, prompts = (
-            parse_settings(args.set),
-            prompts_of(args.task, args.prompts, args.split),
+        settings = parse_settings(args.set)
+        prompts = prompts_of(args.task, args.prompts, args.split)
+        networks = tiny.load(args.model).components.values()
+        weights = "-".join(
+            fingerprint(part)[:4] for part in networks if isinstance(part, nn.Module)
         )
         args.out.parent.mkdir(parents=True, exist_ok=True)
         label = " ".join(args.set)
@@ -208,6 +219,7 @@ def main(argv: list[str] | None = None) -> None:
                 "seed": seed,
                 "prompts": args.prompts,
                 "split": args.split,
+                "weights": weights,
                 "label": label,
                 "settings": json.loads(json.dumps(asdict(chosen_settings))),
             }

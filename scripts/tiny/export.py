@@ -1,6 +1,7 @@
 """Put trained weights into the packages: fp16 safetensors, configurations and a size check.
 
 python -m scripts.tiny.export --run runs/tiny
+python -m scripts.tiny.export --run runs/tiny --mix runs/slips --share 0.75
 """
 
 from __future__ import annotations
@@ -41,6 +42,15 @@ def export_folder(source: Path, target: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def mix(folder: Path, other: Path, share: float) -> None:
+    """Move the weights in `folder` by `share` of the way to those of the same names in `other`."""
+    for file in folder.rglob("*.safetensors"):
+        ours, theirs = load_file(file), load_file(other / file.relative_to(folder))
+        mixed = {name: ours[name].float().lerp(theirs[name].float(), share).half() for name in ours}
+        save_file(mixed, file, metadata={"format": "pt"})
+        file.chmod(0o644)
+
+
 def embedded_bytes() -> int:
     """The size of all embedded weights."""
     files = [*ROOT.glob("steering/tiny/**/*.safetensors"), *ROOT.glob("rewards/**/*.safetensors")]
@@ -51,10 +61,16 @@ def main(argv: list[str] | None = None) -> None:
     """Export everything that the run folder holds."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
+    parser.add_argument("--mix", type=Path, help="another run: average the pipelines with its own")
+    parser.add_argument(
+        "--share", type=float, default=0.75, help="of the other run in that average"
+    )
     args = parser.parse_args(argv)
     for name in (*PIPELINES, "preview"):
         if (args.run / name).is_dir():
             export_folder(args.run / name, ROOT / "steering" / "tiny" / name)
+        if args.mix is not None and name in PIPELINES:
+            mix(ROOT / "steering" / "tiny" / name, args.mix / name, args.share)
     if (args.run / "clip").is_dir():
         export_folder(args.run / "clip", ROOT / "rewards" / "tiny" / "clip")
     size = embedded_bytes()

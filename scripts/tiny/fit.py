@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,11 @@ def fit(
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
     matrices, others = split(modules)
-    optimizers = (
-        torch.optim.Muon(matrices.values(), lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01),
-    )
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if matrices:
+        settings: Any = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices.values(), lr, **settings))
     ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     step, spent, smooth = 0, 0.0, float("nan")

@@ -25,18 +25,16 @@ from .fit import device, fit
 from .train_vae import encode, pictures
 
 DROP = 0.1  # share of prompts replaced by "" for classifier-free guidance
-# Pictures that spell as the prompt says teach these networks to spell without fault, which leaves
-# nothing to steer. So half of the letters are drawn at random; guidance mends most of them.
-SLIPS = 0.5
 LARGEST_WEIGHT = 50.0  # reached near t = 850 of 1000
 T5_TOKENS = 256  # zeros that the pipeline appends unless max_sequence_length says otherwise
 
 
-def cached_latents(run: Path, count: int) -> tuple[Tensor, list[str]]:
+def cached_latents(run: Path, count: int, slips: float) -> tuple[Tensor, list[str]]:
     """Scaled latents (n,8,16,16) in bf16 of `count` seen pictures, made once, and their prompts."""
-    file, prompts_file = run / f"latents-{count}.safetensors", run / f"prompts-{count}.json"
+    name = f"{count}-slips-{slips:g}"
+    file, prompts_file = run / f"latents-{name}.safetensors", run / f"prompts-{name}.json"
     if not file.exists():
-        images, prompts = pictures(count, seed=3, slips=SLIPS)
+        images, prompts = pictures(count, seed=3, slips=slips)
         vae = models.AutoencoderKL.from_pretrained(run / "vae")
         prompts_file.write_text(json.dumps(prompts))
         save_file({"latents": encode(vae, images)}, file)
@@ -105,10 +103,11 @@ def train(
     batch: int,
     lr: float,
     count: int,
+    slips: float,
     start: Path | None = None,
 ) -> None:
     """Train `name`, from the weights in `start` or from nothing; save it in fp32 under `run`."""
-    latents, prompts = cached_latents(run, count)
+    latents, prompts = cached_latents(run, count, slips)
     vae: Any = models.AutoencoderKL.from_pretrained(run / "vae")
     pipe = {"tiny-sd3": models.tiny_sd3, "tiny-sd": models.tiny_sd}[name](vae)
     if start is not None:
@@ -150,10 +149,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--pictures", type=int, default=50_000, help="size of the training set")
+    slips = "share of letters drawn at random: a network that spells without fault is no test"
+    parser.add_argument("--slips", type=float, default=0.25, help=slips)
     parser.add_argument("--start", type=Path, help="an exported pipeline to train on from")
     args = parser.parse_args(argv)
     torch.manual_seed(0)  # the initial weights; a script may
-    train(args.model, args.run, args.minutes, args.batch, args.lr, args.pictures, args.start)
+    sizes = (args.minutes, args.batch, args.lr, args.pictures, args.slips)
+    train(args.model, args.run, *sizes, args.start)
 
 
 if __name__ == "__main__":

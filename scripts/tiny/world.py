@@ -105,9 +105,7 @@ def _pair_layout(rng: np.random.Generator, offset: tuple[int, int]):
     return first, second
 
 
-def scene(
-    rng: np.random.Generator, task: str, unseen: bool = False, slips: float = 0.0
-) -> Scene:
+def scene(rng: np.random.Generator, task: str, unseen: bool = False, slips: float = 0.0) -> Scene:
     """Draw a random scene of a task.
 
     slips: the probability that a letter is drawn as a random one, whatever the prompt says.

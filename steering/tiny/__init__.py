@@ -13,8 +13,8 @@ NAMES = ("tiny-sd3", "tiny-sd")
 # The stock SD3 call appends 256 tokens of T5, which are zeros here. The tiny transformer was
 # trained to ignore them: leaving out all but one gives the same pictures in a third of the time.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "tiny-sd3": {"num_inference_steps": 20, "guidance_scale": 1.5, "max_sequence_length": 1},
-    "tiny-sd": {"num_inference_steps": 20, "guidance_scale": 1.5},
+    "tiny-sd3": {"num_inference_steps": 20, "guidance_scale": 2.0, "max_sequence_length": 1},
+    "tiny-sd": {"num_inference_steps": 20, "guidance_scale": 2.0},
 }
 
 
@@ -30,9 +30,11 @@ def load(name: str) -> Any:
 
 def preview() -> Any:
     """The AutoencoderTiny that decodes both pipelines' latents, for scores in mid-run."""
+    import torch
     from diffusers import AutoencoderTiny
 
-    return AutoencoderTiny.from_pretrained(str(FOLDER / "preview"), local_files_only=True)
+    decoder: Any = AutoencoderTiny.from_pretrained(str(FOLDER / "preview"), local_files_only=True)
+    return decoder.to(memory_format=torch.channels_last)  # on a CPU, half the time
 
 
 def call_defaults(name: str) -> dict[str, Any]:
