@@ -54,7 +54,7 @@ a prompt file is text, one prompt a line, or .jsonl, one object a line:
 """
 
 FIELD_HELP = {
-    "reward_scale": "λ, how hard the reward pulls: 10 suits rewards in [0, 1] such as ocr, 100 a "
+    "reward_scale": "λ, how hard the reward pulls: 30 suits rewards in [0, 1] such as ocr, 100 a "
     "CLIP cosine, which differs by hundredths",
     "potential": "what a score weighs by: difference, max, sum or immediate",
     "resampler": "multinomial, stratified, systematic, residual or ssp",

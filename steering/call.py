@@ -98,7 +98,7 @@ class PipelineCall:
     def _check_pictures(self) -> None:
         for name in ("image", "mask_image", "control_image"):
             value = self.keywords.get(name)
-            several = value if isinstance(value, list | tuple) else ()
+            several = list(value) if isinstance(value, list | tuple) else []
             if any(picture is not several[0] for picture in several):
                 raise ValueError(
                     f"{name}= holds different pictures, which a pipeline deals out to the "

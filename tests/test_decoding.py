@@ -7,9 +7,10 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
+from middle import Settings
 from tiny_pipelines import FAMILIES, family, sd
 
-from steering import FeynmanKac, steer
+from steering import steer
 from steering.decoding import Decoder, Tape, to_pil, to_tensor, view_of
 
 PROMPT = "a red cube"
@@ -28,7 +29,7 @@ def test_the_reward_sees_images_of_one_size_in_range(name):
         seen.append(images)
         return images.mean((1, 2, 3))
 
-    settings = FeynmanKac(num_scores=2, score_from=0.3)
+    settings = Settings(num_scores=2, score_from=0.3)
     out = steer(pipe, PROMPT, reward, 3, settings, progress=False, **keywords)
     final = to_tensor(out.images[0], "cpu")
     assert len(seen) >= 2
@@ -47,7 +48,7 @@ def test_images_along_the_way_are_the_stock_decode_of_the_predicted_latents(monk
     monkeypatch.setattr(
         Decoder, "images", lambda self, x0: (seen.append((x0, real(self, x0))), seen[-1][1])[1]
     )
-    settings = FeynmanKac(num_scores=2, score_from=0.3)
+    settings = Settings(num_scores=2, score_from=0.3)
     steer(pipe, PROMPT, brightness, 3, settings, progress=False, **keywords)
     assert seen
     for x0, images in seen:
@@ -73,7 +74,7 @@ def test_the_head_is_encoded_once_and_nothing_is_decoded_twice(monkeypatch):
     counted(type(pipe), "encode_prompt")
     counted(pipe.vae, "encode")
     counted(pipe.vae, "decode")
-    settings = FeynmanKac(num_scores=2, score_from=0.3)
+    settings = Settings(num_scores=2, score_from=0.3)
     steer(pipe, PROMPT, brightness, 3, settings, progress=False, **keywords)
     assert calls == {"encode_prompt": 1, "encode": 1, "decode": 3}
 
@@ -92,7 +93,7 @@ def test_a_preview_decodes_along_the_way_and_the_pipeline_at_the_end():
         seen.append(images)
         return images.mean((1, 2, 3))
 
-    settings = FeynmanKac(num_scores=1, score_from=0.5, reward_scale=0.001)
+    settings = Settings(num_scores=1, score_from=0.5, reward_scale=0.001)
     out = steer(pipe, PROMPT, reward, 2, settings, preview=preview, progress=False, **keywords)
     whole = steer(pipe, PROMPT, brightness, 2, settings, progress=False, **keywords)
     assert torch.equal(out.latents, whole.latents)
@@ -109,7 +110,7 @@ def test_decode_lets_a_pipeline_in_whose_tail_cannot_be_reached():
         shapes.append(tuple(latents.shape))
         return latents[:, :3].sigmoid()
 
-    settings = FeynmanKac(num_scores=1, score_from=0.5)
+    settings = Settings(num_scores=1, score_from=0.5)
     out = steer(pipe, PROMPT, brightness, 2, settings, decode=decode, progress=False, **keywords)
     expected = to_pil(out.latents[0][:, :3].sigmoid())
     assert all(
@@ -167,7 +168,7 @@ def test_the_safety_checker_sees_the_final_images_alone_and_the_reward_what_it_r
         seen.append(images)
         return images.mean((1, 2, 3))
 
-    settings = FeynmanKac(num_scores=1, score_from=0.5, reward_scale=0.001)
+    settings = Settings(num_scores=1, score_from=0.5, reward_scale=0.001)
     out = steer(pipe, PROMPT, reward, 2, settings, progress=False, **keywords)
     assert np.asarray(out.images[0][1]).max() == 0
     assert out.rewards[0, 1] == 0

@@ -14,10 +14,11 @@ from chains import (
     run_gaussian,
     seeded,
 )
+from middle import Settings
 from torch import Tensor
 
 from steering import filter as fk
-from steering.filter import FeynmanKac, FilterState, Transition, particle_filter
+from steering.filter import FilterState, Transition, particle_filter
 from steering.resampling import RESAMPLERS
 from steering.settings import scored_steps
 from steering.weights import ess
@@ -41,7 +42,7 @@ def plain_chain(b: int, k: int, seed: int) -> Tensor:
 def test_a_scale_of_zero_changes_no_bit(
     potential: str, resampler: str, tempering: str, min_ess: float
 ) -> None:
-    settings = FeynmanKac(
+    settings = Settings(
         reward_scale=0, potential=potential, resampler=resampler, tempering=tempering,
         min_ess=min_ess,
     )  # fmt: skip
@@ -52,7 +53,7 @@ def test_a_scale_of_zero_changes_no_bit(
 
 
 def test_a_scale_of_zero_keeps_the_first_particles_of_a_funnel() -> None:
-    settings = FeynmanKac(reward_scale=0, funnel=(4, 3, 3, 2))
+    settings = Settings(reward_scale=0, funnel=(4, 3, 3, 2))
     x = torch.randn(3, 4, generator=seeded(), dtype=torch.float64)
     sizes = []
     for population in particle_filter(x, gaussian_kernel, linear, 20, settings, generator=seeded()):
@@ -66,7 +67,7 @@ def test_a_scale_of_zero_keeps_the_first_particles_of_a_funnel() -> None:
 @every_resampler
 @pytest.mark.parametrize("min_ess", [0.5, 1.0])
 def test_one_particle_is_the_plain_chain(resampler: str, min_ess: float) -> None:
-    settings = FeynmanKac(reward_scale=10, resampler=resampler, min_ess=min_ess)
+    settings = Settings(reward_scale=10, resampler=resampler, min_ess=min_ess)
     final = run_gaussian(linear, settings, k=1, runs=5, seed=2)
     assert torch.equal(final.x, plain_chain(5, 1, seed=2))
     torch.testing.assert_close(final.log_z, 10 * final.x[:, 0])
@@ -75,7 +76,7 @@ def test_one_particle_is_the_plain_chain(resampler: str, min_ess: float) -> None
 @every_potential
 @every_tempering
 def test_without_resampling_it_is_best_of_k(potential: str, tempering: str) -> None:
-    settings = FeynmanKac(reward_scale=3.7, potential=potential, tempering=tempering, min_ess=0)
+    settings = Settings(reward_scale=3.7, potential=potential, tempering=tempering, min_ess=0)
     final = run_gaussian(linear, settings, k=8, runs=20, seed=4)
     x = plain_chain(20, 8, seed=4)
     assert torch.equal(final.x, x)
@@ -83,7 +84,7 @@ def test_without_resampling_it_is_best_of_k(potential: str, tempering: str) -> N
 
 
 def test_min_ess_of_one_resamples_at_every_score() -> None:
-    settings = FeynmanKac(min_ess=1.0)
+    settings = Settings(min_ess=1.0)
     x, generator = torch.randn(9, 8, generator=seeded(), dtype=torch.float64), seeded(3)
     for population in particle_filter(
         x, gaussian_kernel, linear, 20, settings, generator=generator
@@ -98,7 +99,7 @@ def test_min_ess_of_one_resamples_at_every_score() -> None:
 
 
 def test_weights_are_kept_where_the_ess_is_high_and_folded_where_it_is_low() -> None:
-    settings = FeynmanKac(reward_scale=1.0, min_ess=0.5)
+    settings = Settings(reward_scale=1.0, min_ess=0.5)
     rewards = torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.0, 0.0, 0.0, 9.0]])
     weighed = fk.weigh(fk.start(2, 4), rewards, settings, 0.5)
     state, ancestors, _ = fk.resample(weighed, settings, [seeded(0), seeded(1)])
@@ -112,7 +113,7 @@ def test_weights_are_kept_where_the_ess_is_high_and_folded_where_it_is_low() -> 
 
 @pytest.mark.parametrize("stochastic", [False, torch.tensor(False)])
 def test_no_resampling_before_a_noiseless_move(stochastic: bool | Tensor) -> None:
-    settings = FeynmanKac(min_ess=1.0)
+    settings = Settings(min_ess=1.0)
     weighed = fk.weigh(fk.start(1, 3), torch.tensor([[0.0, 1.0, 5.0]]), settings, 0.5)
     state, ancestors, sizes = fk.resample(weighed, settings, seeded(), stochastic=stochastic)
     assert torch.equal(state.log_weights, weighed.log_weights)
@@ -121,7 +122,7 @@ def test_no_resampling_before_a_noiseless_move(stochastic: bool | Tensor) -> Non
 
 
 def test_a_noiseless_chain_is_weighted_and_never_resampled() -> None:
-    settings = FeynmanKac(min_ess=1.0)
+    settings = Settings(min_ess=1.0)
     x = torch.randn(4, 6, generator=seeded(), dtype=torch.float64)
 
     def kernel(step: int, x: Tensor) -> Transition:
@@ -133,7 +134,7 @@ def test_a_noiseless_chain_is_weighted_and_never_resampled() -> None:
 
 
 def test_a_prompt_is_resampled_alike_alone_and_among_others() -> None:
-    settings = FeynmanKac(reward_scale=3.0)
+    settings = Settings(reward_scale=3.0)
     rewards = torch.randn(4, 3, 8, generator=seeded(), dtype=torch.float64)  # scores, b, k
 
     def run(prompts: slice) -> tuple[FilterState, list[Tensor]]:
@@ -158,7 +159,7 @@ def test_a_prompt_is_resampled_alike_alone_and_among_others() -> None:
 @every_resampler
 @every_tempering
 def test_a_score_never_waits_for_the_gpu(resampler: str, tempering: str) -> None:
-    settings = FeynmanKac(resampler=resampler, tempering=tempering)
+    settings = Settings(resampler=resampler, tempering=tempering)
     generators = [seeded(i) for i in range(3)]
     rewards = torch.randn(2, 3, 8, generator=seeded(9)).cuda()
     noisy = torch.tensor(True).cuda()
@@ -184,7 +185,7 @@ def test_the_gpu_draws_the_ancestors_of_the_cpu(resampler: str) -> None:
 
 
 def test_populations_step_by_step() -> None:
-    settings = FeynmanKac(reward_scale=2.0, num_scores=3, funnel=(8, 5, 2))
+    settings = Settings(reward_scale=2.0, num_scores=3, funnel=(8, 5, 2))
     x, generator = torch.randn(2, 8, 3, generator=seeded()), seeded(1)
 
     def kernel(step: int, x: Tensor) -> Transition:
@@ -216,7 +217,7 @@ def test_a_reward_that_is_not_finite_is_named(value: float) -> None:
         return Transition(x, torch.ones(()), x)
 
     with pytest.raises(ValueError, match=rf"prompt 1, particle 2 at step 2 is {value}"):
-        last(particle_filter(x, kernel, reward, 10, FeynmanKac(), generator=seeded()))
+        last(particle_filter(x, kernel, reward, 10, Settings(), generator=seeded()))
 
 
 def test_a_reward_or_kernel_of_the_wrong_shape_is_refused() -> None:
@@ -229,6 +230,6 @@ def test_a_reward_or_kernel_of_the_wrong_shape_is_refused() -> None:
         return Transition(x[:, :2], torch.ones(()), x)
 
     with pytest.raises(ValueError, match=r"reward returned shape \(2, 3, 4\)"):
-        last(particle_filter(x, good, linear, 10, FeynmanKac(), generator=seeded()))
+        last(particle_filter(x, good, linear, 10, Settings(), generator=seeded()))
     with pytest.raises(ValueError, match=r"return the shape of x, \(2, 3, 4\)"):
-        last(particle_filter(x, bad, linear, 10, FeynmanKac(), generator=seeded()))
+        last(particle_filter(x, bad, linear, 10, Settings(), generator=seeded()))

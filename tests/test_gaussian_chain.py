@@ -25,9 +25,10 @@ from chains import (
     seeded,
     steered_means,
 )
+from middle import Settings
 
 from steering import filter as fk
-from steering.filter import FeynmanKac, particle_filter
+from steering.filter import particle_filter
 from steering.potentials import POTENTIALS
 from steering.resampling import RESAMPLERS
 
@@ -39,7 +40,7 @@ def test_z_of_the_gaussian_chain(potential: str, resampler: str, min_ess: float)
     # Small scales for those whose closing weight undoes many rewards: where the weights have
     # heavy tails a standard error says nothing.
     scale = {"difference": 1.5, "max": 0.75, "sum": 0.25, "immediate": 0.75}[potential]
-    settings = FeynmanKac(
+    settings = Settings(
         reward_scale=scale, potential=potential, resampler=resampler, min_ess=min_ess
     )
     seed = 10 * list(POTENTIALS).index(potential) + list(RESAMPLERS).index(resampler)
@@ -50,7 +51,7 @@ def test_z_of_the_gaussian_chain(potential: str, resampler: str, min_ess: float)
 @every_resampler
 @pytest.mark.parametrize("k", [2, 16, 64])
 def test_z_of_the_gaussian_chain_with_a_quadratic_reward(resampler: str, k: int) -> None:
-    settings = FeynmanKac(reward_scale=3.0, resampler=resampler)
+    settings = Settings(reward_scale=3.0, resampler=resampler)
     final = run_gaussian(quadratic, settings, k, runs=8192 // k, seed=k)
     assert abs(errors_from_z(final, gaussian_answer(quadratic, 3.0)[0])) < 4
 
@@ -58,7 +59,7 @@ def test_z_of_the_gaussian_chain_with_a_quadratic_reward(resampler: str, k: int)
 @every_tempering
 @pytest.mark.parametrize("funnel", [(), (16, 8, 8, 4)])
 def test_z_with_tempering_and_a_funnel(tempering: str, funnel: tuple[int, ...]) -> None:
-    settings = FeynmanKac(reward_scale=1.5, tempering=tempering, funnel=funnel)
+    settings = Settings(reward_scale=1.5, tempering=tempering, funnel=funnel)
     final = run_gaussian(linear, settings, k=16, runs=4096, seed=3)
     assert final.x.shape == (4096, funnel[-1] if funnel else 16)
     assert abs(errors_from_z(final, gaussian_answer(linear, 1.5)[0])) < 4
@@ -67,7 +68,7 @@ def test_z_with_tempering_and_a_funnel(tempering: str, funnel: tuple[int, ...]) 
 @pytest.mark.parametrize("reward", [linear, quadratic])
 @pytest.mark.parametrize("min_ess", [0.5, 1.0])
 def test_the_steered_mean_converges(reward: Callable, min_ess: float) -> None:
-    settings = FeynmanKac(reward_scale=1.5, min_ess=min_ess)
+    settings = Settings(reward_scale=1.5, min_ess=min_ess)
     _, mean = gaussian_answer(reward, 1.5)
     small = steered_means(run_gaussian(reward, settings, k=64, runs=1024, seed=5))
     large = steered_means(run_gaussian(reward, settings, k=1024, runs=64, seed=6))
@@ -89,7 +90,7 @@ def test_the_gaussian_chain_rejects_planted_bugs(
     name: str, bug: Callable, potential: str, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fk, name, bug)
-    settings = FeynmanKac(reward_scale=scale, potential=potential)
+    settings = Settings(reward_scale=scale, potential=potential)
     z, mean = gaussian_answer(linear, scale)
     assert abs(errors_from_z(run_gaussian(linear, settings, 4, 4096, seed=0), z)) > 4
     means = steered_means(run_gaussian(linear, settings, 1024, 64, seed=6))
@@ -98,7 +99,7 @@ def test_the_gaussian_chain_rejects_planted_bugs(
 
 def siblings_differ() -> bool:
     """Whether no two particles that descend from one parent are equal, where some have siblings."""
-    settings = FeynmanKac(reward_scale=5.0, min_ess=1.0)
+    settings = Settings(reward_scale=5.0, min_ess=1.0)
     generator = seeded(1)
     x = torch.randn(50, 8, generator=generator, dtype=torch.float64)
     related = False
@@ -122,7 +123,7 @@ def test_children_that_share_their_noise_are_noticed(monkeypatch: pytest.MonkeyP
 
 
 def test_rewards_belong_to_the_states_they_weigh() -> None:
-    settings = FeynmanKac(min_ess=1.0)
+    settings = Settings(min_ess=1.0)
     x, generator = torch.randn(3, 8, generator=seeded(), dtype=torch.float64), seeded(1)
     for population in particle_filter(
         x, gaussian_kernel, linear, 20, settings, generator=generator

@@ -20,10 +20,11 @@ from diffusers import (
     StableDiffusionPAGPipeline,
 )
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
+from middle import Settings
 from PIL import Image
 from tiny_pipelines import family, picture, sd, sd3
 
-from steering import FeynmanKac, Steered, steer
+from steering import Steered, steer
 from steering.call import PipelineCall
 from steering.denoiser import Rows, perturbed
 from steering.lineage import Score
@@ -32,7 +33,7 @@ from steering.pipeline import steer_each
 from steering.schedulers import Chain, Look
 
 PROMPT = "a red cube"
-SHARP = FeynmanKac(reward_scale=300.0, min_ess=1.0)
+SHARP = Settings(reward_scale=300.0, min_ess=1.0)
 
 
 def brightness(images, prompts):
@@ -153,7 +154,7 @@ def test_a_callback_of_the_users_runs_on_the_copy():
 
 def observed(stds):
     """A filter of 3 particles that sees steps with these stds; its rows and what it recorded."""
-    settings = FeynmanKac(min_ess=1.0, reward_scale=5.0, num_scores=2, score_from=0.3)
+    settings = Settings(min_ess=1.0, reward_scale=5.0, num_scores=2, score_from=0.3)
     particles = Filter(
         1,
         3,
@@ -190,7 +191,7 @@ def test_a_funnel_shrinks_the_networks_batch_and_the_result(monkeypatch):
     monkeypatch.setattr(
         pipe.unet, "forward", lambda x, *args, **kw: (rows.append(len(x)), real(x, *args, **kw))[1]
     )
-    settings = FeynmanKac(num_scores=2, score_from=0.2, score_to=0.6, funnel=(4, 2))
+    settings = Settings(num_scores=2, score_from=0.2, score_to=0.6, funnel=(4, 2))
     out = steer(pipe, [PROMPT, "two"], brightness, 6, settings, progress=False, **keywords)
     # the latents of a step are resampled before its move, so the next evaluation is smaller
     scored = [score.step for score in out.lineage.scores]
@@ -219,7 +220,7 @@ def test_a_funnel_shrinks_the_networks_batch_and_the_result(monkeypatch):
     "change",
     [
         {"max_batch": 1},
-        {"settings": FeynmanKac(num_scores=2, funnel=(2, 1))},
+        {"settings": Settings(num_scores=2, funnel=(2, 1))},
         {"decode": lambda latents: latents[:, :3].sigmoid()},
     ],
 )
@@ -241,7 +242,7 @@ def test_perturbed_attention_is_never_cut(monkeypatch):
     """Its layers take the batch for three equal parts, whatever rows it is given."""
     pipe = sd(StableDiffusionPAGPipeline, pag_applied_layers="mid")
     call = {"progress": False, "num_inference_steps": 6}
-    funnel = FeynmanKac(num_scores=1, funnel=(1,))
+    funnel = Settings(num_scores=1, funnel=(1,))
     for change in ({"max_batch": 2}, {"settings": funnel}):
         with pytest.raises(ValueError, match=r"Perturbed attention .* leave max_batch= and funnel"):
             steer(pipe, PROMPT, brightness, 2, **change, **call)
@@ -267,7 +268,7 @@ def test_perturbed_attention_is_never_cut(monkeypatch):
 def test_a_run_that_never_resampled_says_so_once(caplog):
     pipe, keywords = family("sd")
     say = "No score resampled: the run is best-of-k; raise reward_scale."
-    weak, none = FeynmanKac(reward_scale=1e-6), FeynmanKac(min_ess=0.0)
+    weak, none = Settings(reward_scale=1e-6), Settings(min_ess=0.0)
     for settings, times in ((weak, 1), (none, 0), (SHARP, 0)):
         caplog.clear()
         steer(pipe, ["a", "b"], brightness, 3, settings, progress=False, **keywords)
@@ -303,7 +304,7 @@ def test_a_reward_that_is_not_finite_names_prompt_particle_and_step():
     def infinite(images, prompts):
         return images.mean((1, 2, 3)) / 0
 
-    plain = FeynmanKac(min_ess=0.0)
+    plain = Settings(min_ess=0.0)
     with pytest.raises(ValueError, match=r"prompt 1, 'b', particle 0 is inf at the final image"):
         for _ in steer_each(
             pipe, ["a", "b"], infinite, 2, plain, progress=False, only=[1], **keywords
@@ -337,7 +338,7 @@ def test_a_reward_may_have_parts_references_and_a_check():
     pipe, keywords = family("sd")
     reward = Full()
     prompts = ["x", "y"]
-    settings = FeynmanKac(num_scores=1, score_from=0.5)
+    settings = Settings(num_scores=1, score_from=0.5)
     out = steer(
         pipe, prompts, reward, 2, settings, references=["rx", "ry"], progress=False, **keywords
     )
@@ -381,7 +382,7 @@ def test_the_saved_pngs_score_as_reported_and_the_manifest_repeats_the_run(tmp_p
         manifest["prompts"],
         brightness,
         manifest["particles"],
-        FeynmanKac(**manifest["settings"] | {"funnel": tuple(manifest["settings"]["funnel"])}),
+        Settings(**manifest["settings"] | {"funnel": tuple(manifest["settings"]["funnel"])}),
         manifest["seed"],
         progress=False,
         **manifest["pipeline_keywords"],
@@ -433,7 +434,7 @@ def test_out_of_memory_halves_the_networks_batch_once_and_goes_on(monkeypatch, c
 
 def test_ctrl_c_keeps_the_finished_prompts():
     pipe, keywords = family("sd")
-    plain = FeynmanKac(min_ess=0.0)
+    plain = Settings(min_ess=0.0)
 
     def impatient(images, prompts):
         if prompts[0] == "two":
@@ -478,10 +479,10 @@ def test_ctrl_c_keeps_the_finished_prompts():
         ({"negative_prompt": ["x"] * 3}, "negative_prompt= has 3 entries for 2 prompts"),
         ({"references": ["x"], "reward": Full()}, "references= has 1 entries for 2 prompts"),
         ({"reward": "clip"}, "reward is a str; pass a function"),
-        ({"settings": FeynmanKac(noise=0.0)}, r"noise=0 .* min_ess=0 for best-of-k"),
-        ({"settings": FeynmanKac(score_from=0.9, score_to=0.95)}, "no step to score between"),
-        ({"settings": FeynmanKac(num_scores=2, funnel=(8, 2))}, "start with 8 particles or lower"),
-        ({"settings": FeynmanKac(num_scores=5, funnel=(2,) * 5)}, "only 3 steps are scored"),
+        ({"settings": Settings(noise=0.0)}, r"noise=0 .* min_ess=0 for best-of-k"),
+        ({"settings": Settings(score_from=0.9, score_to=0.95)}, "no step to score between"),
+        ({"settings": Settings(num_scores=2, funnel=(8, 2))}, "start with 8 particles or lower"),
+        ({"settings": Settings(num_scores=5, funnel=(2,) * 5)}, "only 3 steps are scored"),
     ],
 )
 def test_bad_input_is_refused_before_any_step(monkeypatch, change, message):
@@ -536,7 +537,7 @@ def test_pipelines_that_cannot_work_are_refused():
 
 def test_a_fraction_of_the_steps_is_rounded_as_the_pipeline_rounds_it():
     """Of 10 * 0.25 steps SD takes the floor, SD3 the ceiling; only the latter has a step 1 of 3."""
-    settings = FeynmanKac(num_scores=1, score_from=0.3, score_to=0.4, min_ess=1.0)
+    settings = Settings(num_scores=1, score_from=0.3, score_to=0.4, min_ess=1.0)
     # SD3 with a generator a row wants an image a row
     call = {"image": [picture()] * 2, "num_inference_steps": 10, "strength": 0.25}
     pipe = StableDiffusion3Img2ImgPipeline(**sd3().components)

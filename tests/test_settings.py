@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from chains import gaussian_kernel, linear, seeded
+from middle import Settings
 
-from steering.filter import FeynmanKac, particle_filter
+from steering.filter import particle_filter
 from steering.settings import scored_steps
 
 
@@ -32,7 +33,7 @@ from steering.settings import scored_steps
 )
 def test_bad_settings_are_refused(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FeynmanKac(**fields)
+        Settings(**fields)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         particle_filter(
-            torch.zeros(1, k), gaussian_kernel, linear, num_steps, FeynmanKac(**fields),
+            torch.zeros(1, k), gaussian_kernel, linear, num_steps, Settings(**fields),
             generator=seeded(),
         )  # fmt: skip
 
@@ -68,4 +69,4 @@ def test_settings_that_do_not_fit_are_refused_before_the_first_step(
     ],
 )
 def test_scored_steps(num_steps: int, fields: dict, expected: tuple[int, ...]) -> None:
-    assert scored_steps(num_steps, FeynmanKac(**fields)) == expected
+    assert scored_steps(num_steps, Settings(**fields)) == expected

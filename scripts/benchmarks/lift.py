@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,10 +65,19 @@ def judge(task: str) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndar
     return lambda images, prompts: scorer(to_images(list(images)), list(prompts)).numpy()
 
 
-def run(model: str, task: str, k: int, seed: int, settings: FeynmanKac, prompts: list[str]) -> dict:
+def run(
+    model: str,
+    task: str,
+    k: int,
+    seed: int,
+    settings: FeynmanKac,
+    prompts: list[str],
+    guidance: float,
+) -> dict:
     """Steer every prompt once; rewards (b, k) and the judge's scores of every image (b, k)."""
     pipe = tiny.load(model)
     pipe.set_progress_bar_config(disable=True)
+    keywords: Any = tiny.call_defaults(model) | {"guidance_scale": guidance}
     out = steer(
         pipe,
         prompts,
@@ -77,7 +87,7 @@ def run(model: str, task: str, k: int, seed: int, settings: FeynmanKac, prompts:
         seed=seed,
         preview=tiny.preview(),
         prompts_per_call=4,
-        **tiny.call_defaults(model),
+        **keywords,
     )
     check = judge(task)
     held_out = [
@@ -143,7 +153,9 @@ def interval(values: np.ndarray, seed: int = 0) -> str:
 
 def _group(row: dict) -> tuple:
     """What rows must share to be compared."""
-    return tuple(row[name] for name in ("model", "task", "split", "prompts", "weights"))
+    return tuple(
+        row[name] for name in ("model", "task", "split", "prompts", "weights", "guidance_scale")
+    )
 
 
 def table(rows: list[dict]) -> str:
@@ -151,7 +163,7 @@ def table(rows: list[dict]) -> str:
     lines = []
     for key in sorted({(*_group(r), r["label"]) for r in rows if r["method"] == "fk"}):
         *group, label = key
-        model, task, split = group[:3]
+        model, task, split, _, _, guidance = group
         same = [r for r in rows if _group(r) == tuple(group)]
         mine = [r for r in same if r["label"] == label]
         base = [
@@ -164,7 +176,7 @@ def table(rows: list[dict]) -> str:
         seeds = len({r["seed"] for r in mine})
         lines += [
             f"\n**{model}, steered on `{name}`** ({len(mine[0]['rewards'])} {prompts},"
-            f" {seeds} seeds{', ' + label if label else ''})\n",
+            f" guidance {guidance:g}, {seeds} seeds{', ' + label if label else ''})\n",
             f"| k | | reward | {other} |",
             "|---|---|---|---|",
         ]
@@ -195,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--split", choices=("test", "tune"), default="test", help="of the prompts")
+    add = parser.add_argument
+    add("--guidance-scale", type=float, default=1.0, help="less leaves more to steer")
     parser.add_argument("--method", choices=("all", "best-of", "stock", "fk"), default="all")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="FeynmanKac")
     parser.add_argument("--out", type=Path, default=Path("runs/lift.jsonl"))
@@ -220,6 +234,7 @@ def main(argv: list[str] | None = None) -> None:
                 "prompts": args.prompts,
                 "split": args.split,
                 "weights": weights,
+                "guidance_scale": args.guidance_scale,
                 "label": label,
                 "settings": json.loads(json.dumps(asdict(chosen_settings))),
             }
@@ -227,7 +242,9 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             print(head, flush=True)
             with torch.no_grad():
-                row = head | run(args.model, args.task, k, seed, chosen_settings, prompts)
+                row = head | run(
+                    args.model, args.task, k, seed, chosen_settings, prompts, args.guidance_scale
+                )
             rows.append(row)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
