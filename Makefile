@@ -32,7 +32,7 @@ $(DEV): $(READY)
 # A second call finds the pictures of the first and says where they are.
 demo: $(READY)
 	$(BIN)/python scripts/steer.py 'the word "CRAB"' 'the word "HIVE" in red' 'the word "SOAP"' 'the word "CAT"' \
-	  --model tiny-sd3 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
+	  --model tiny-sd3 --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
 
 demo-objects: $(READY)
 	$(BIN)/python scripts/steer.py 'a purple star left of a green circle' 'three triangles' \
