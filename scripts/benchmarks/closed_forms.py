@@ -128,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     potential=case.potential,
                     resampler=resampler,
                     min_ess=min_ess,
+                    score_from=0.2,
+                    score_to=0.8,
                 )
                 cells = []
                 for k in SIZES:
