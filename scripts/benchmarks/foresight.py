@@ -14,30 +14,17 @@ import argparse
 
 import numpy as np
 
-import rewards
-from steering import FeynmanKac, steer, tiny
+from steering import FeynmanKac, tiny
 
-from .lift import TASKS, prompts_of
+from .lift import TASKS, prompts_of, steered
 
 
 def rewards_on_the_way(
     model: str, task: str, k: int, count: int, seed: int
 ) -> dict[int, np.ndarray]:
     """{step: (b, k) rewards of the predicted images}; the number of steps stands for the end."""
-    pipe = tiny.load(model)
-    pipe.set_progress_bar_config(disable=True)
     every = FeynmanKac(min_ess=1e-9, num_scores=1000, score_from=0.0, score_to=1.0)
-    out = steer(
-        pipe,
-        prompts_of(task, count, "tune"),
-        rewards.load(TASKS[task]["reward"]),
-        particles=k,
-        settings=every,
-        seed=seed,
-        preview=tiny.preview(),
-        prompts_per_call=4,
-        **tiny.call_defaults(model),
-    )
+    out = steered(model, task, k, seed, every, prompts_of(task, count, "tune"))
     seen = {score.step: score.rewards.numpy() for score in out.lineage.scores}
     return seen | {out.lineage.num_steps: out.rewards.numpy()}
 

@@ -30,7 +30,7 @@ import rewards
 from rewards.images import to_images
 from rewards.objects import ObjectsReward
 from rewards.ocr import OcrReward
-from steering import FeynmanKac, steer, tiny
+from steering import FeynmanKac, Steered, steer, tiny
 from steering.manifest import fingerprint
 
 from ..tiny.world import scene
@@ -65,20 +65,20 @@ def judge(task: str) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndar
     return lambda images, prompts: scorer(to_images(list(images)), list(prompts)).numpy()
 
 
-def run(
+def steered(
     model: str,
     task: str,
     k: int,
     seed: int,
     settings: FeynmanKac,
     prompts: list[str],
-    guidance: float,
-) -> dict:
-    """Steer every prompt once; rewards (b, k) and the judge's scores of every image (b, k)."""
+    **call: Any,
+) -> Steered:
+    """Steer every prompt once by the task's reward; `call` over the embedded model's defaults."""
     pipe = tiny.load(model)
     pipe.set_progress_bar_config(disable=True)
-    keywords: Any = tiny.call_defaults(model) | {"guidance_scale": guidance}
-    out = steer(
+    keywords: Any = tiny.call_defaults(model) | call
+    return steer(
         pipe,
         prompts,
         rewards.load(TASKS[task]["reward"]),
@@ -89,10 +89,14 @@ def run(
         prompts_per_call=4,
         **keywords,
     )
+
+
+def judged(out: Steered, task: str) -> dict:
+    """Rewards (b, k) and the judge's scores of every image (b, k)."""
     check = judge(task)
     held_out = [
         check(images, [prompt] * len(images)).tolist()
-        for images, prompt in zip(out.images, prompts, strict=True)
+        for images, prompt in zip(out.images, out.prompts, strict=True)
     ]
     return {"rewards": out.rewards.tolist(), "held_out": held_out}
 
@@ -242,9 +246,16 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             print(head, flush=True)
             with torch.no_grad():
-                row = head | run(
-                    args.model, args.task, k, seed, chosen_settings, prompts, args.guidance_scale
+                out = steered(
+                    args.model,
+                    args.task,
+                    k,
+                    seed,
+                    chosen_settings,
+                    prompts,
+                    guidance_scale=args.guidance_scale,
                 )
+                row = head | judged(out, args.task)
             rows.append(row)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

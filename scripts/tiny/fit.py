@@ -41,11 +41,7 @@ def fit(
     """
     parameters = [p for p in modules.parameters() if p.requires_grad]
     matrices, others = split(modules)
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01)
-    optimizers: list[torch.optim.Optimizer] = [adamw]
-    if matrices:
-        settings: Any = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices.values(), lr, **settings))
+    optimizers = _optimizers(matrices, others, lr)
     ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     step, spent, smooth = 0, 0.0, float("nan")
@@ -75,10 +71,7 @@ def fit(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for weight, matrix in matrices.items():
             matrix.grad = None if weight.grad is None else _flat(weight.grad, weight)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+        _step(optimizers, rate)
         step += 1
         _average(ema, modules, min(ema_decay, (1 + step) / (10 + step)))
         spent = time.monotonic() - start
@@ -113,6 +106,24 @@ def split(modules: nn.Module) -> tuple[dict[nn.Parameter, nn.Parameter], list[nn
         else:
             others.append(weight)
     return matrices, others
+
+
+def _optimizers(
+    matrices: dict[nn.Parameter, nn.Parameter], others: list[nn.Parameter], lr: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon where there are matrices, whose updates are scaled to the size of AdamW's."""
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.01)
+    if not matrices:
+        return [adamw]
+    settings: Any = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    return [adamw, torch.optim.Muon(matrices.values(), lr, **settings)]
+
+
+def _step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
 
 
 def _flat(value: Tensor, weight: Tensor) -> Tensor:

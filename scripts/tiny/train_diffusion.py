@@ -25,7 +25,7 @@ from .fit import device, fit
 from .train_vae import encode, pictures
 
 DROP = 0.1  # share of prompts replaced by "" for classifier-free guidance
-LARGEST_WEIGHT = 50.0  # reached near t = 850 of 1000
+LARGEST_WEIGHT = 50.0  # reached near t = 870 of 1000
 T5_TOKENS = 256  # zeros that the pipeline appends unless max_sequence_length says otherwise
 
 
