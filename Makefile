@@ -36,7 +36,7 @@ demo: $(READY)
 
 demo-objects: $(READY)
 	$(BIN)/python scripts/steer.py 'a purple star left of a green circle' 'three triangles' \
-	  --model tiny-sd3 --reward 'clip(tiny)' --reward-scale 100 --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
+	  --model tiny-sd3 --reward 'clip(tiny)' --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
 
 test: $(DEV)
 	$(BIN)/python -m pytest -q

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
-import platform
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -22,7 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import rewards
 from steering import FeynmanKac, loading, runs, tiny
-from steering.manifest import _PACKAGES, _versions
+from steering.manifest import versions
 from steering.prompts import Prompt, read
 from steering.settings import population_sizes, scored_steps
 
@@ -35,27 +34,24 @@ examples:
   python scripts/steer.py 'the word "CRAB"' --model tiny-sd3 --reward ocr --compare
 
   # several prompts from a file, two rewards
-  python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg" \\
-    --reward-scale 100
+  python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"
 
   # carry on where an interrupted run stopped
-  python scripts/steer.py --prompt-file prompts.txt --reward-scale 100 --out out/many --resume
+  python scripts/steer.py --prompt-file prompts.txt --out out/many --resume
 
   # halve the population twice on the way, k = 8, 4, 2
-  python scripts/steer.py "two red stars" --model tiny-sd --reward-scale 100 \\
-    --num-scores 2 --funnel 4,2
+  python scripts/steer.py "two red stars" --model tiny-sd --num-scores 2 --funnel 4,2
 
   # a model from the hub or from a folder that pipe.save_pretrained() wrote
   python scripts/steer.py "a corgi" --model stabilityai/stable-diffusion-3.5-medium \\
-    --reward-scale 100 --max-batch 4
+    --max-batch 4
 
 a prompt file is text, one prompt a line, or .jsonl, one object a line:
   {"prompt": "a red circle", "seed": 3, "references": ["circle.png"]}
 """
 
 FIELD_HELP = {
-    "reward_scale": "λ, how hard the reward pulls: 30 suits rewards in [0, 1] such as ocr, 100 a "
-    "CLIP cosine, which differs by hundredths",
+    "reward_scale": "λ: a reward higher by 1/λ makes a picture e times as likely",
     "potential": "what a score weighs by: difference, max, sum or immediate",
     "resampler": "multinomial, stratified, systematic, residual or ssp",
     "min_ess": "resample where the effective sample size is below this share of the particles",
@@ -66,7 +62,7 @@ FIELD_HELP = {
     "(default: 0.5)",
     "tempering": "how λ grows: none, linear or adaptive",
     "funnel": "particles left after each scored step, one number for each of --num-scores, as in "
-    "8,4,4,2; empty keeps all",
+    "8,8,8,4,4,4,2,2; empty keeps all",
 }
 # What may differ between a run and its continuation: it changes speed or memory, not the target.
 MACHINE = {"device", "attention", "max_batch"}
@@ -181,7 +177,7 @@ def open_folder(
         "machine": {name: options[name] for name in options if name in MACHINE},
         "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
         "command": ["steer.py", *command],
-        "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
+        "versions": versions(),
     }
     out = args.out or runs.new_folder(Path("out"))
     runs.open_run(out, manifest, resume=args.resume)

@@ -25,7 +25,7 @@ from steering.settings import FeynmanKac
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["PER_PROMPT", "describe", "fingerprint", "join", "select"]
+__all__ = ["PER_PROMPT", "describe", "fingerprint", "join", "select", "versions"]
 
 PER_PROMPT = ("prompts", "occurrences", "references")  # entries that are lists, one a prompt
 _PACKAGES = (
@@ -68,7 +68,7 @@ def describe(
         "pipeline_keywords": {name: _keyword(name, value) for name, value in keywords.items()},
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version(), **_versions(_PACKAGES)},
+        "versions": versions(),
     }
 
 
@@ -191,10 +191,13 @@ def _is_dealt(name: str, value: Any, b: int) -> bool:
     return "prompt" in name and isinstance(value, list) and len(value) == b
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of those that are installed; a checkout of this package need not be."""
-    found = {}
-    for name in packages:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a picture; those that are not installed left out.
+
+    A checkout of this package itself need not be installed.
+    """
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

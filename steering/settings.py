@@ -16,18 +16,19 @@ class FeynmanKac:
     """Settings of the filter; each is checked when it is made and a bad one is a ValueError.
 
     The defaults are those that beat best-of-k on the embedded models (README): what a picture shows
-    is decided early, and a score that comes later has nothing left to choose between.
+    is decided early, and a score that comes later has nothing left to choose between. How far
+    adaptive tempering goes at each score follows from the scores, so λ need not be tuned to them.
     """
 
-    reward_scale: float = 30.0  # λ; any finite number, 0 leaves the model alone
+    reward_scale: float = 100.0  # λ; any finite number, 0 leaves the model alone
     potential: str = "difference"  # difference | max | sum | immediate
     resampler: str = "ssp"  # multinomial | stratified | systematic | residual | ssp
     min_ess: float = 1.0  # resample where ess < min_ess*k; 0 never (best-of-k), 1 at every score
-    num_scores: int = 4  # at most so many scored steps, besides the final image
+    num_scores: int = 8  # at most so many scored steps, besides the final image
     score_from: float = 0.05  # the first and the last of them, as fractions of the executed steps
-    score_to: float = 0.4
+    score_to: float = 0.7
     noise: float | None = None  # VP: DDIM's eta; flow: eta = noise * sigma_next; see stochastic()
-    tempering: str = "none"  # none | linear | adaptive
+    tempering: str = "adaptive"  # none | linear | adaptive
     funnel: tuple[int, ...] = ()  # population after each scored step; () keeps k
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from steering import FeynmanKac
 
 
 def test_cost_runs_both_sides_of_a_pair():
-    (ratio,) = cost.measure("tiny-sd3", 2, 1, "jpeg", preview=True)
+    (ratio,) = cost.measure("tiny-sd3", 2, 1, "jpeg", preview=True, num_scores=2)
     assert np.isfinite(ratio)
 
 
@@ -23,8 +23,8 @@ def test_best_of_fewer_particles_is_read_off_the_larger_run():
 
 
 def test_settings_are_read_from_words():
-    settings = lift.parse_settings(["potential=max", "reward_scale=5", "funnel=[8,4,2,1]"])
-    assert settings == FeynmanKac(potential="max", reward_scale=5, funnel=(8, 4, 2, 1))
+    settings = lift.parse_settings(["potential=max", "reward_scale=5", "funnel=[4,2]", "num_scores=2"])
+    assert settings == FeynmanKac(potential="max", reward_scale=5, funnel=(4, 2), num_scores=2)
 
 
 def test_prompts_that_settings_are_chosen_on_are_not_the_reported_ones():

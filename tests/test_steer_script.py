@@ -32,7 +32,7 @@ from steering import FeynmanKac
         (["--score-from", "0.9", "--score-to", "0.1"], "score_from"),
         (["--score-from", "0.9", "--score-to", "1.0", "--steps", "4"], "no step to score"),
         (["--funnel", "2,4", "--num-scores", "2"], "grows"),
-        (["--funnel", "9,9,9,9", "--steps", "20"], "grows"),
+        (["--funnel", "9,9", "--num-scores", "2", "--steps", "20"], "grows"),
         (["--funnel", "a"], "--funnel.*'a'.*1 or more"),
         (["--funnel", "8,4.5"], "--funnel.*'4.5'.*1 or more"),
         (["--noise", "2"], "noise"),

@@ -128,7 +128,7 @@ def test_resume_of_a_finished_run_loads_nothing(finished, capsys):
     ("more", "said"),
     [
         (["--particles", "4"], "particles=3, not 4"),
-        (["--reward-scale", "3"], "reward_scale=30.0, not 3.0"),
+        (["--reward-scale", "3"], "reward_scale=100.0, not 3.0"),
         (["another prompt"], "other prompts"),
     ],
 )

@@ -130,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     min_ess=min_ess,
                     score_from=0.2,
                     score_to=0.8,
+                    num_scores=4,
+                    tempering="none",
                 )
                 cells = []
                 for k in SIZES:

@@ -3,7 +3,8 @@
     python -m scripts.bench cost --model tiny-sd3 --particles 8 --pairs 9
 
 The plain run is the pipeline's own call for one prompt and k images with the same chain; the
-steered one scores four times in mid-run through the preview decoder and once at the end. Machines
+steered one scores `--num-scores` times in mid-run, through the preview decoder or the pipeline's
+own, and once at the end. Machines
 are shared and their speed drifts, so the two alternate and the figure is the ratio pair by pair.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import platform
 import statistics
 import time
@@ -33,13 +35,15 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: str, k: int, pairs: int, reward_spec: str, preview: bool) -> list[float]:
+def measure(
+    model: str, k: int, pairs: int, reward_spec: str, preview: bool, num_scores: int
+) -> list[float]:
     """The ratios steered/plain of alternating pairs, after one warm-up of each."""
     pipe = tiny.load(model)
     pipe.set_progress_bar_config(disable=True)
     keywords = tiny.call_defaults(model)
     reward = rewards.load(reward_spec)
-    settings = FeynmanKac()
+    settings = FeynmanKac(num_scores=num_scores)
     plain_pipe = copy.copy(pipe)
     decoder = tiny.preview() if preview else None
 
@@ -77,21 +81,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", nargs="+", choices=tiny.NAMES, default=list(tiny.NAMES))
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--num-scores", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--reward", default="clip(tiny)")
     args = parser.parse_args(argv)
     print(
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.machine()} CPU,"
         f" {torch.get_num_threads()} threads, float32, {args.reward}, {args.pairs} pairs\n"
     )
-    print("| model | k | decoder | steered / plain: median [min, max] |\n|---|---|---|---|")
-    for model in args.model:
-        for preview in (True, False):
-            ratios = measure(model, args.particles, args.pairs, args.reward, preview)
-            print(
-                f"| {model} | {args.particles} | {'preview' if preview else 'full'} |"
-                f" {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}] |",
-                flush=True,
-            )
+    print("| model | k | scores | decoder | steered / plain: median [min, max] |")
+    print("|---|---|---|---|---|")
+    for model, count, preview in itertools.product(args.model, args.num_scores, (True, False)):
+        ratios = measure(model, args.particles, args.pairs, args.reward, preview, count)
+        print(
+            f"| {model} | {args.particles} | {count} | {'preview' if preview else 'full'} |"
+            f" {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}] |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
