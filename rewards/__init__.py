@@ -15,25 +15,32 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .combine import Function, Part, WeightedSum, default_name
-from .spec import Call, Term, parse
+from .combine import Function, Part, WeightedSum, call_of, default_name
+from .spec import AGGREGATORS, Call, Term, aggregator, parse
 
-__all__ = ["Reward", "WeightedSum", "available", "load"]
+__all__ = ["Reward", "WeightedSum", "aggregators", "available", "load"]
 
 # name -> (module, class, description); the modules import their models only when constructed
 REWARDS = {
+    "aesthetic": ("rewards.aesthetic", "AestheticReward", "how pleasing LAION's raters find it"),
     "clip": ("rewards.clip", "ClipReward", "cosine of picture and prompt in CLIP's space"),
+    "dino": ("rewards.dino", "DinoReward", "likeness to reference pictures in DINO's features"),
+    "hps": ("rewards.hps", "HpsReward", "human preference score, v2 or v2.1"),
+    "imagereward": ("rewards.imagereward", "ImageRewardReward", "preference learned on BLIP"),
     "jpeg": (
         "rewards.jpeg",
         "JpegReward",
         "size as JPEG: small (default) or large files score high",
     ),
+    "judge": ("rewards.judge", "JudgeReward", "a vision-language model's answer to a question"),
     "objects": (
         "rewards.objects",
         "ObjectsReward",
-        "shapes and colours of the embedded world, checked",
+        "the things, counts, colours and places a prompt asks for, detected",
     ),
     "ocr": ("rewards.ocr", "OcrReward", "the prompt's quoted text, as RapidOCR reads it"),
+    "pickscore": ("rewards.pickscore", "PickScoreReward", "preference of Pick-a-Pic's users"),
+    "siglip": ("rewards.siglip", "SiglipReward", "SigLIP's match of picture and prompt"),
 }
 
 
@@ -61,6 +68,11 @@ class Reward(Protocol):
 def available() -> dict[str, str]:
     """The built-in rewards: name -> one line."""
     return {name: description for name, (_, _, description) in sorted(REWARDS.items())}
+
+
+def aggregators() -> dict[str, str]:
+    """What makes one reward of others in a spec, `min(clip, ocr)`: name -> one line."""
+    return {name: description for name, (_, _, description) in sorted(AGGREGATORS.items())}
 
 
 def load(
@@ -91,7 +103,7 @@ def _entry(text: str, weight: float, device: torch.device | str | None) -> Part:
 
 def _callable_part(reward: Any) -> Part:
     if isinstance(reward, Reward):
-        return Part(reward.name, 1.0, reward, _call_of(reward))
+        return Part(reward.name, 1.0, reward, call_of(reward, Call(reward.name)))
     wrapped = Function(reward)
     module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
     importable = name and "<" not in name
@@ -100,21 +112,16 @@ def _callable_part(reward: Any) -> Part:
     )
 
 
-def _call_of(reward: Reward) -> Call:
-    """How it was made, where it says so, as the built-in rewards do; else its name."""
-    spec = getattr(reward, "spec", None)
-    if spec and len(terms := parse(spec)) == 1 and terms[0].weight == 1:
-        return terms[0].call
-    return Call(reward.name)
-
-
 def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:
     call, weight, name = term.call, term.weight * factor, term.alias or default_name(term.call)
     if ":" in call.name:
         return Part(name, weight, _imported(call), call)
+    if call.name in AGGREGATORS:
+        return _aggregate(call, term.alias, weight, device)
     if call.name not in REWARDS:
-        close = get_close_matches(call.name, REWARDS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {sorted(REWARDS)}"
+        known = sorted(REWARDS | AGGREGATORS)
+        close = get_close_matches(call.name, known, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known are {known}"
         raise ValueError(f"there is no reward {call.name!r}; {hint}")
     module, attribute, _ = REWARDS[call.name]
     factory = getattr(importlib.import_module(module), attribute)
@@ -133,6 +140,19 @@ def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:
     extra = {"device": device} if "device" in inspect.signature(factory).parameters else {}
     named = Call(call.name, (), tuple((key, given[key]) for key in parameters if key in given))
     return Part(name, weight, _made(named, factory, (), given | extra), named)
+
+
+def _aggregate(call: Call, alias: str, weight: float, device: torch.device | str | None) -> Part:
+    function, options = aggregator(call.name)
+    members = [WeightedSum([_part(term, 1.0, device) for term in terms]) for terms in call.sums]
+    given = dict(call.kwargs)
+    for key, parameter in options.items():
+        if parameter.default is parameter.empty and key not in given:
+            raise ValueError(f"{call.name} needs the argument {key}=, which {call} leaves out")
+    reward = _made(call, function, members, given)
+    ordered = tuple((key, given[key]) for key in options if key in given)
+    named = Call(call.name, (), ordered, tuple(member.terms for member in members))
+    return Part(alias or default_name(named), weight, reward, named)
 
 
 def _made(call: Call, factory: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The weighted sum of rewards, with the value of every component beside the total.
+"""Rewards made of rewards, with the value of every component beside the total.
 
 Legend: n images.
 """
@@ -9,15 +9,18 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .images import check_inputs
-from .spec import Call, Term, format_terms
+from .sharing import sharing
+from .spec import Call, Term, format_terms, parse
 
-__all__ = ["Function", "Part", "WeightedSum"]
+__all__ = ["Aggregate", "Function", "Part", "WeightedSum", "call_of", "default_name"]
+
+Range = tuple[float | None, float | None]
 
 
 class Function:
@@ -78,18 +81,15 @@ class WeightedSum:
     """total = Σ weight · component, each component also returned by itself, unweighted.
 
     A component of weight 0 is evaluated and reported but never added (so it may be infinite),
-    and passes no gradient. `evaluate` gives total and components from one evaluation.
+    and passes no gradient. `evaluate` gives total and components from one evaluation; the
+    components of an aggregator come after its own value. A NaN, a component's word for "no
+    answer", stays one in the total.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
-        names = [part.name for part in parts]
         if not parts:
             raise ValueError("a sum of rewards needs at least one; write for example 'clip + ocr'")
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(
-                    f"two components are called {name!r}; name them, a={name}(...) + b={name}(...)"
-                )
+        _refuse_twins(component_names(parts))
         self.parts = tuple(parts)
 
     @property
@@ -109,7 +109,7 @@ class WeightedSum:
         return any(getattr(part.reward, "wants_references", True) for part in self.parts)
 
     @property
-    def range(self) -> tuple[float | None, float | None]:
+    def range(self) -> Range:
         """Bounds of the total; None where a component has none."""
         counted = [part for part in self.parts if part.weight]
         ends = [part.reward.range[:: 1 if part.weight > 0 else -1] for part in counted]
@@ -140,16 +140,16 @@ class WeightedSum:
     ) -> dict[str, Tensor]:
         """{name: scores (n,)}, unweighted, in the order of the spec."""
         found = {}
-        for part in self.parts:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and part.weight != 0):
-                scores = part.reward(images, prompts, references=references)
-            if scores.shape != (len(images),):
-                raise ValueError(
-                    f"reward {part.name} returned shape {tuple(scores.shape)} for "
-                    f"{len(images)} images; it must return one number an image"
-                )
-            found[part.name] = scores
+        with sharing():
+            for part in self.parts:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and part.weight != 0):
+                    found |= _scored(part, images, prompts, references)
         return found
+
+    @property
+    def counts(self) -> bool:
+        """Whether any component has a weight other than 0."""
+        return any(part.weight for part in self.parts)
 
     def check(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that a component cannot score, before any work is done."""
@@ -183,6 +183,108 @@ class WeightedSum:
         return hash(self.terms)
 
 
+class Scores(Protocol):
+    """(images, prompts, references) -> the score (n,) and those of the components by name."""
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], references: Any, /
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """One reward made of others; rewards.aggregate, .shape, .augment and .calibrate have them.
+
+    members: the sums that it is made of; score: what it makes of them; references: whether it
+    looks at reference pictures itself. A member whose weights are all 0 is only logged.
+    """
+
+    name: str
+    spec: str
+    members: tuple[WeightedSum, ...]
+    score: Scores
+    range: Range
+    references: bool = False
+
+    def __post_init__(self) -> None:
+        _refuse_twins([name for member in self.members for name in component_names(member.parts)])
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether every component that counts is."""
+        return all(member.differentiable for member in self.members)
+
+    @property
+    def wants_references(self) -> bool:
+        """Whether it, or any component, looks at references."""
+        return self.references or any(member.wants_references for member in self.members)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that a component cannot score, before any work is done."""
+        for member in self.members:
+            member.check(prompts)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
+        return self.evaluate(images, prompts, references=references)[0]
+
+    def evaluate(
+        self, images: Tensor, prompts: Sequence[str], *, references: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Score (n,) and {name: component (n,)}, float32 on the images' device."""
+        check_inputs(images, prompts)
+        with sharing():
+            return self.score(images, prompts, references)
+
+
+def _scored(part: Part, images: Tensor, prompts: Sequence[str], references: Any) -> dict[str, Any]:
+    """The scores of one component, and after them those of the components that it is made of."""
+    inner = {}
+    if isinstance(part.reward, Aggregate):
+        scores, inner = part.reward.evaluate(images, prompts, references=references)
+    else:
+        scores = part.reward(images, prompts, references=references)
+    if scores.shape != (len(images),):
+        raise ValueError(
+            f"reward {part.name} returned shape {tuple(scores.shape)} for "
+            f"{len(images)} images; it must return one number an image"
+        )
+    return {part.name: scores, **inner}
+
+
+def component_names(parts: Sequence[Part]) -> list[str]:
+    """What `evaluate` reports, in that order."""
+    names = []
+    for part in parts:
+        names.append(part.name)
+        if isinstance(part.reward, Aggregate):
+            for member in part.reward.members:
+                names += component_names(member.parts)
+    return names
+
+
+def _refuse_twins(names: Sequence[str]) -> None:
+    # from the end, for twins inside aggregators make twins of the aggregators' names
+    for name in reversed(names):
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two components are called {name!r}; name them, a={name}(...) + b={name}(...)"
+            )
+
+
+def call_of(reward: Any, otherwise: Call) -> Call:
+    """How a reward was made, where its `spec` says so, as that of the built-in ones does."""
+    spec = getattr(reward, "spec", None)
+    if spec and len(terms := parse(spec)) == 1 and terms[0].weight == 1:
+        return terms[0].call
+    return otherwise
+
+
 def default_name(call: Call) -> str:
-    """The name a component is reported under unless an alias says otherwise."""
+    """The name a component is reported under unless an alias says otherwise.
+
+    An aggregator of a single reward adds that one's name to its own: `clip_above_ocr`.
+    """
+    if [len(terms) for terms in call.sums] == [1]:
+        (term,) = call.sums[0]
+        return f"{call.name}_{term.alias or default_name(term.call)}"
     return call.name.rpartition(":")[2].rpartition(".")[2]

@@ -13,30 +13,46 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .card import Card
 from .images import check_inputs, to_uint8
 from .spec import written
+from .towers import check_scale
 
 __all__ = ["JpegReward"]
 
 QUALITY = 95
 SIGNS = {"compressibility": -1.0, "incompressibility": 1.0}
+# Flow-GRPO divides the one by 500 and leaves the other as it is
+SCALES = {
+    "kilobytes": {"compressibility": 1.0, "incompressibility": 1.0},
+    "flow_grpo": {"compressibility": 1 / 500, "incompressibility": 1.0},
+}
 
 
 class JpegReward:
     """-KB (compressibility) or +KB (incompressibility) at quality 95; 1 KB is 1000 bytes.
 
-    The size depends on the JPEG library that Pillow was built with, so compare it with itself.
+    scale: kilobytes as DDPO, or flow_grpo, where compressibility is -KB/500. The size depends on
+    the JPEG library that Pillow was built with, so compare it with itself.
     """
 
     differentiable = False
     wants_references = False
+    card = Card(
+        weights="",
+        size="",
+        licence="no weights",
+        range="(-inf, 0] or [0, inf)",
+        citation="Black et al. 2023, DDPO",
+    )
 
-    def __init__(self, mode: str = "compressibility") -> None:
+    def __init__(self, mode: str = "compressibility", scale: str = "kilobytes") -> None:
         if mode not in SIGNS:
             raise ValueError(f"the JPEG mode {mode!r} is unknown; take one of {list(SIGNS)}")
+        check_scale(scale, SCALES, "JPEG")
         self.name = "jpeg"
-        self.spec = written("jpeg", JpegReward, mode=mode)
-        self.mode = mode
+        self.spec = written("jpeg", JpegReward, mode=mode, scale=scale)
+        self.mode, self.scale = mode, scale
         self.range: tuple[float | None, float | None] = (
             (None, 0.0) if mode == "compressibility" else (0.0, None)
         )
@@ -44,7 +60,8 @@ class JpegReward:
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
         check_inputs(images, prompts)
         sizes = [_kilobytes(picture) for picture in to_uint8(images)]
-        return SIGNS[self.mode] * torch.tensor(sizes, dtype=torch.float32, device=images.device)
+        factor = SIGNS[self.mode] * SCALES[self.scale][self.mode]
+        return factor * torch.tensor(sizes, dtype=torch.float32, device=images.device)
 
 
 def _kilobytes(picture: Any) -> float:

@@ -1,31 +1,49 @@
-"""A detector for the embedded world's coloured shapes, and a GenEval-like check of its prompts.
+"""Does the picture show the things that the prompt asks for: GenEval's protocol, any detector.
 
-Pixels are explained as background mixed with one colour of the palette, connected pixels of one
-colour are a thing, and its shape is the template that overlaps it best after moment matching.
-GenEval: Ghosh et al. 2023. Legend: n images, h w their size.
+What a prompt asks for comes from a metadata file, or from its text where that is one of the
+embedded world (rewards.world) or made like GenEval's own (rewards.geneval, which has the rules).
+What is there comes from a detector: `world`, the embedded world's; `owlv2` or `grounding_dino`
+for photographs (rewards.detectors); or `module:function`, one of one's own.
+
+GenEval's detector is a Mask2Former of COCO's classes, whose confidence it cuts at 0.3, and at
+0.9 for counting, and which gives a thing one box and a mask. Zero-shot detectors put their
+scores elsewhere, give boxes only, often several a thing, and tell apart only the classes that
+the prompt names. Their thresholds and overlaps below are starting points, NOT calibrated, as no
+weights were at hand: choose them on pictures of one's own, and do not compare scores with
+published figures of GenEval.
+Legend: n images.
 """
 
 from __future__ import annotations
 
-import re
+import importlib
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
+from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images import check_inputs, resize
+from . import geneval, world
+from .card import Card
+from .detectors import Detector, GroundingDino, Owlv2
+from .geneval import Detection, Entry, Expected
+from .images import check_inputs
+from .sharing import shared
 from .spec import written
+from .towers import Towers, check_batch_size, towers
+from .world import COLOURS, DIRECTIONS, SHAPES, SIZE, detect, expectations, holds
 
 __all__ = [
     "COLOURS",
     "DIRECTIONS",
     "SHAPES",
     "SIZE",
+    "ClipColours",
     "Detection",
     "Expected",
     "ObjectsReward",
@@ -34,220 +52,255 @@ __all__ = [
     "holds",
 ]
 
-# the embedded world, which scripts/tiny/world.py draws
-SIZE = 64
-COLOURS = {
-    "red": (220, 40, 40),
-    "orange": (245, 140, 20),
-    "yellow": (245, 220, 40),
-    "green": (40, 170, 70),
-    "blue": (40, 90, 220),
-    "purple": (150, 60, 190),
+GREY = 0x99 / 255  # GenEval's background of a thing that is cut out by its mask
+TEMPLATES = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
+MODES = {"strict": geneval.strict, "exactly": geneval.exactly, "share": geneval.share}
+
+
+@dataclass(frozen=True)
+class Usual:
+    """A detector's own: weights, thresholds (also for counting), overlap of doubles to drop."""
+
+    source: str | None
+    threshold: float
+    counting_threshold: float
+    overlap: float
+
+
+# GenEval's thresholds and overlap for a detector of one's own; the world's has no false alarms
+OWN = Usual(None, 0.3, 0.9, 1.0)
+DETECTORS = {
+    "world": Usual(None, 0.0, 0.0, 1.0),
+    # transformers' example cuts at 0.1; every patch may propose the same thing again
+    "owlv2": Usual("google/owlv2-base-patch16-ensemble", 0.2, 0.3, 0.5),
+    # the authors' demonstration cuts at 0.35
+    "grounding_dino": Usual("IDEA-Research/grounding-dino-tiny", 0.35, 0.35, 0.7),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross")
-COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-SMALLEST = 40  # pixels of the 64x64 picture; things drawn in the world have 125 and more
-OVERLAP = 0.6  # intersection over union with its template that a thing must have
-MODES = ("strict", "share")
-
-NOUN = rf"(?P<count{{0}}>{'|'.join(COUNTS)})( (?P<colour{{0}}>{'|'.join(COLOURS)}))?"
-NOUN += rf" (?P<shape{{0}}>{'|'.join(SHAPES)})(es|s)?"
-GRAMMAR = re.compile(rf"{NOUN.format(1)}( (?P<link>and|{'|'.join(DIRECTIONS)}) {NOUN.format(2)})?")
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One thing: box (left, top, right, bottom) in pixels of the picture, score its overlap."""
-
-    shape: str
-    colour: str
-    box: tuple[float, float, float, float]
-    score: float
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a noun phrase of a prompt asks for; colour "" is any."""
-
-    shape: str
-    colour: str
-    count: int
 
 
 class ObjectsReward:
-    """Whether the picture shows what a prompt of the embedded world asks for.
+    """Whether what is detected is what the prompt asks for, in [0, 1].
 
-    Checked: each kind of thing in exactly its number, nothing else, and the relation if there
-    is one. strict: 1 if all hold, else 0. share: the share that holds.
+    strict: 1 if the picture is correct by GenEval's evaluation (at least so many of each thing,
+    the most confident ones in their colours and places), else 0. exactly: 1 if the numbers are
+    equal, too. share: the mean of what is asked for, thing by thing. See rewards.geneval. In the
+    embedded world, whose prompts leave out nothing, strict is exactly.
+
+    Args: detector and source, see rewards.detectors (None: the usual weights); metadata, a file
+    in GenEval's format, looked up by prompt; colours, the CLIP that names the colours where the
+    detector does not (see rewards.towers); threshold and counting_threshold, confidences to
+    exceed, and overlap, the intersection over union at which the lesser of two things of a class
+    is dropped (None: the detector's usual); batch_size, images evaluated at once; device, where
+    the models live (None: where the images are).
     """
 
     differentiable = False
     wants_references = False
-    range = (0.0, 1.0)
+    range: tuple[float | None, float | None] = (0.0, 1.0)
+    card = Card(
+        weights="none for the embedded world; google/owlv2-base-patch16-ensemble or "
+        "IDEA-Research/grounding-dino-tiny, and CLIP for colours",
+        size="0.6-0.7 GB",
+        licence="Apache-2.0 (OWLv2, Grounding DINO)",
+        range="[0, 1]",
+        citation="Ghosh et al. 2023, GenEval, arXiv 2310.11513; Minderer et al. 2023, OWLv2, "
+        "arXiv 2306.09683; Liu et al. 2023, Grounding DINO, arXiv 2303.05499",
+    )
 
-    def __init__(self, mode: str = "strict") -> None:
+    def __init__(
+        self,
+        mode: str = "strict",
+        detector: str = "world",
+        source: str | None = None,
+        *,
+        metadata: str | None = None,
+        colours: str = "ViT-L-14/openai",
+        threshold: float | None = None,
+        counting_threshold: float | None = None,
+        overlap: float | None = None,
+        batch_size: int = 8,
+        device: torch.device | str | None = None,
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"the objects mode {mode!r} is unknown; take one of {list(MODES)}")
+        check_batch_size(batch_size)
         self.name = "objects"
-        self.spec = written("objects", ObjectsReward, mode=mode)
-        self.mode = mode
+        self.spec = written(
+            "objects",
+            ObjectsReward,
+            mode=mode,
+            detector=detector,
+            source=source,
+            metadata=metadata,
+            colours=colours,
+            threshold=threshold,
+            counting_threshold=counting_threshold,
+            overlap=overlap,
+            batch_size=batch_size,
+        )
+        self.mode, self.batch_size = mode, batch_size
+        given = {
+            "source": source,
+            "threshold": threshold,
+            "counting_threshold": counting_threshold,
+            "overlap": overlap,
+        }
+        self.usual = _usual(detector, {k: v for k, v in given.items() if v is not None})
+        self.entries = {} if metadata is None else geneval.read_metadata(metadata)
+        self.detector = _detector(detector, self.usual, device)
+        self.colours = ClipColours(colours, device)
+        self._settings = (metadata, colours, self.usual)
+
+    def entry(self, prompt: str) -> Entry:
+        """What a prompt asks for; its `tag` is the task. ValueError where nothing is known."""
+        text = prompt.strip()
+        entry = self.entries.get(text) or world.parse(text) or geneval.parse(text)
+        if entry is None:
+            raise ValueError(
+                f"the objects reward cannot score the prompt {prompt!r}; it knows those of "
+                + ("its metadata file, " if self.entries else "")
+                + "the embedded world, as in 'three stars' or 'a red circle left of a blue "
+                "square', and GenEval's, as in 'a photo of two dogs'; give others in a file, "
+                "metadata=FILE"
+            )
+        if self.detector is detect and not set(entry.names) <= set(SHAPES):
+            raise ValueError(
+                f"the embedded world has no things such as the prompt {prompt!r} asks for; choose "
+                "a detector for photographs, as in objects(detector=owlv2)"
+            )
+        return entry
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that are not of the embedded world."""
+        """Refuse prompts of which nobody knows what they ask for."""
         for prompt in prompts:
-            expectations(prompt)
+            self.entry(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
+        found = self.detections(images, prompts)
+        judge = MODES[self.mode]
+        scores = [judge(self.entry(p), things) for p, things in zip(prompts, found, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def detections(self, images: Tensor, prompts: Sequence[str]) -> list[list[Detection]]:
+        """What is judged in each picture: the things its prompt names, the most confident first."""
         check_inputs(images, prompts)
-        self.check(prompts)
-        shares = []
-        for prompt, found in zip(prompts, detect(images), strict=True):
-            checks = holds(prompt, found)
-            shares.append(sum(checks) / len(checks))
-        scores = torch.tensor(shares, dtype=torch.float32, device=images.device)
-        return scores if self.mode == "share" else (scores == 1).float()
+        entries = [self.entry(prompt) for prompt in prompts]
+        # two modes of one setting look at the same pictures once
+        known = shared(self.detector, images, dict[Any, list[list[Detection]]])
+        key = (tuple(prompts), self._settings)
+        if key not in known:
+            known[key] = [
+                things
+                for start in range(0, len(images), self.batch_size)
+                for things in self._chunk(
+                    images[start : start + self.batch_size].detach(),
+                    entries[start : start + self.batch_size],
+                )
+            ]
+        return known[key]
+
+    def _chunk(self, images: Tensor, entries: Sequence[Entry]) -> list[list[Detection]]:
+        found = self.detector(images, [entry.names for entry in entries])
+        if len(found) != len(images):
+            raise ValueError(f"the detector gave {len(found)} lists for {len(images)} images")
+        return [self._seen(*one) for one in zip(images, entries, found, strict=True)]
+
+    def _seen(self, image: Tensor, entry: Entry, found: Sequence[Detection]) -> list[Detection]:
+        """GenEval's choice of the detections, with the colours that the entry asks about."""
+        counting = entry.tag == "counting"
+        threshold = self.usual.counting_threshold if counting else self.usual.threshold
+        chosen = geneval.select(found, threshold, self.usual.overlap)
+        coloured = {e.name for e in entry.include if e.colour}
+        plain = [i for i, d in enumerate(chosen) if d.name in coloured and not d.colour]
+        if plain:
+            colours = self.colours(image, [chosen[i] for i in plain])
+            for i, colour in zip(plain, colours, strict=True):
+                chosen[i] = replace(chosen[i], colour=colour)
+        return chosen
 
 
-def expectations(prompt: str) -> tuple[list[Expected], str]:
-    """What a prompt asks for, and the relation of the first thing to the second ("" if none)."""
-    match = GRAMMAR.fullmatch(prompt.strip().lower())
-    if match is None:
+class ClipColours:
+    """GenEval's colours of things: CLIP between ten words, of three phrases' mean features each.
+
+    A thing is cut out by its box, and where it has a mask the rest of the box is made grey.
+    GenEval's masks come from its detector; a box alone shows some background too.
+    """
+
+    def __init__(self, source: str, device: torch.device | str | None = None) -> None:
+        self.source = source
+        self.device = None if device is None else torch.device(device)
+        self._towers: Towers | None = None  # loaded when a prompt names a colour
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, found: Sequence[Detection]) -> list[str]:
+        """The colour of each thing in the picture (3, h, w)."""
+        clip = self._towers = self._towers or towers(self.source, self.device)
+        device = self.device or image.device
+        clip.to(device)
+        words = []
+        for thing in found:
+            phrases = [t.format(c=c, n=thing.name) for c in geneval.COLOURS for t in TEMPLATES]
+            features = clip.text_features(phrases).unflatten(0, (-1, len(TEMPLATES)))
+            colours = F.normalize(features.mean(1), dim=-1)
+            seen = clip.image_features(cut(image, thing)[None].to(device))[0]
+            words.append(geneval.COLOURS[int((colours.to(device) @ seen).argmax())])
+        return words
+
+
+def cut(image: Tensor, thing: Detection) -> Tensor:
+    """The picture (3, h, w) within a thing's box, to whole pixels, one of them at least."""
+    h, w = image.shape[1:]
+    left, top, right, bottom = (round(side) for side in thing.box)
+    left, top = min(max(left, 0), w - 1), min(max(top, 0), h - 1)
+    right, bottom = min(max(right, left + 1), w), min(max(bottom, top + 1), h)
+    if thing.mask is not None:
+        image = image.where(torch.as_tensor(thing.mask, device=image.device).bool(), GREY)
+    return image[:, top:bottom, left:right]
+
+
+def _usual(detector: str, given: dict[str, Any]) -> Usual:
+    """The detector's settings, those given instead of its own."""
+    if not isinstance(detector, str) or (detector not in DETECTORS and ":" not in detector):
+        close = get_close_matches(str(detector), DETECTORS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"take one of {list(DETECTORS)}"
+        raise ValueError(f"the detector {detector!r} is unknown; {hint} (or module:function)")
+    usual = DETECTORS.get(detector, OWN)
+    if "source" in given and usual.source is None:
         raise ValueError(
-            f"the objects reward cannot score the prompt {prompt!r}; it knows those of the "
-            "embedded world, as in 'three stars' or 'a red circle left of a blue square'"
+            f"the detector {detector} takes no source but got {given['source']!r}; leave it out"
         )
-    wanted = [
-        Expected(match[f"shape{i}"], match[f"colour{i}"] or "", COUNTS[match[f"count{i}"]])
-        for i in (1, 2)
-        if match[f"shape{i}"]
-    ]
-    return wanted, match["link"] if match["link"] in DIRECTIONS else ""
+    for name, value in given.items():
+        if name != "source" and (isinstance(value, bool | str) or not 0 <= value <= 1):
+            raise ValueError(f"{name} is {value!r} but must lie in [0, 1]; leave it out")
+    return replace(usual, **given)
 
 
-def holds(prompt: str, found: Sequence[Detection]) -> list[bool]:
-    """Which of a prompt's conditions the detections meet: each count, no others, the relation."""
-    wanted, relation = expectations(prompt)
-    groups = [
-        [d for d in found if d.shape == e.shape and e.colour in ("", d.colour)] for e in wanted
-    ]
-    checks = [len(group) == e.count for group, e in zip(groups, wanted, strict=True)]
-    checks.append(len(found) == sum(e.count for e in wanted))
-    if relation:
-        checks.append(any(_lies(a, b, relation) for a in groups[0] for b in groups[1]))
-    return checks
+_DETECTORS: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+_LOADING = threading.Lock()
 
 
-def _lies(a: Detection, b: Detection, relation: str) -> bool:
-    """GenEval's rule: the offset of the centres less a tenth of the sizes, by direction."""
-    offset = []
-    for low, high in ((0, 2), (1, 3)):
-        distance = (a.box[low] + a.box[high] - b.box[low] - b.box[high]) / 2
-        slack = 0.1 * (a.box[high] - a.box[low] + b.box[high] - b.box[low])
-        offset.append(np.sign(distance) * max(abs(distance) - slack, 0.0))
-    length = float(np.hypot(*offset))
-    along = float(np.dot(offset, DIRECTIONS[relation]))
-    return length > 0 and along / length > 0.5
-
-
-def detect(images: Tensor) -> list[list[Detection]]:
-    """The things in each picture (n, 3, h, w), left to right."""
-    check_inputs(images, [""] * len(images))
-    h, w = images.shape[2:]
-    x = resize(images.detach().float().cpu(), (SIZE, SIZE))
-    labels = _components(_masks(x)).numpy()
-    scale = np.array([w, h, w, h]) / SIZE
-    found = []
-    for picture in labels:
-        things = []
-        for colour, plane in zip(COLOURS, picture, strict=True):
-            for label in np.unique(plane[plane > 0]):
-                thing = _thing(plane == label, colour, scale)
-                if thing is not None:
-                    things.append(thing)
-        found.append(sorted(things, key=lambda thing: thing.box))
+def _detector(name: str, usual: Usual, device: torch.device | str | None) -> Detector:
+    """The detector of a name, loaded once for all rewards that look alike."""
+    if name == "world":
+        return detect
+    if ":" in name:
+        return _imported(name)
+    kind = {"owlv2": Owlv2, "grounding_dino": GroundingDino}[name]
+    floor = min(usual.threshold, usual.counting_threshold)
+    key = (name, usual.source, floor, str(device))
+    with _LOADING:
+        found = _DETECTORS.get(key)
+        if found is None:
+            found = _DETECTORS[key] = kind(str(usual.source), floor, device)
     return found
 
 
-def _masks(x: Tensor) -> Tensor:
-    """(n, colours, h, w): the pixels that are more than half of that colour.
-
-    A pixel is background + a·(colour - background), 0 <= a <= 1, for the colour that leaves the
-    smallest residual: so the soft edge of a yellow thing on black is not taken for green.
-    """
-    border = torch.cat([x[:, :, :2].flatten(2), x[:, :, -2:].flatten(2)], 2)
-    border = torch.cat([border, x[..., :2].flatten(2), x[..., -2:].flatten(2)], 2)
-    background = border.median(2).values[:, None, :, None, None]  # (n, 1, 3, 1, 1)
-    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)  # noise
-    palette = torch.tensor(list(COLOURS.values()), dtype=x.dtype).view(1, -1, 3, 1, 1) / 255
-    towards = palette - background
-    away = x[:, None] - background
-    share = (away * towards).sum(2) / (towards * towards).sum(2).clamp(min=1e-4)
-    residual = (away - share.clamp(0, 1).unsqueeze(2) * towards).pow(2).sum(2)
-    best = residual.argmin(1, keepdim=True)
-    mine = torch.arange(palette.shape[1]).view(1, -1, 1, 1) == best
-    return mine & (share > 0.5)
-
-
-def _components(masks: Tensor) -> Tensor:
-    """Connected components (8 neighbours) of (n, c, h, w): 0 outside, else one number each."""
-    h, w = masks.shape[2:]
-    labels = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, 1, h, w) * masks
-    while True:
-        spread = F.max_pool2d(labels, 3, 1, 1) * masks
-        if torch.equal(spread, labels):
-            return labels.long()
-        labels = spread
-
-
-def _thing(mask: np.ndarray, colour: str, scale: np.ndarray) -> Detection | None:
-    area = int(mask.sum())
-    if area < SMALLEST:
-        return None
-    rows, columns = np.nonzero(mask)
-    centre = np.array([columns.mean(), rows.mean()]) + 0.5
-    overlaps = {shape: _overlap(mask, shape, centre, area) for shape in SHAPES}
-    shape = max(overlaps, key=lambda name: overlaps[name])
-    if overlaps[shape] < OVERLAP:
-        return None
-    box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) * scale
-    left, top, right, bottom = (float(side) for side in box)
-    return Detection(shape, colour, (left, top, right, bottom), overlaps[shape])
-
-
-def _overlap(mask: np.ndarray, shape: str, centre: np.ndarray, area: int) -> float:
-    """Intersection over union with the template of the same area and centroid."""
-    unit_area, offset = _moments(shape)
-    radius = np.sqrt(area / unit_area)
-    middle = centre - radius * np.array([0.0, offset])
-    pixels = np.arange(SIZE) + 0.5
-    u, v = np.meshgrid((pixels - middle[0]) / radius, (pixels - middle[1]) / radius)
-    template = _inside(shape, u, v)
-    return float((template & mask).sum() / (template | mask).sum())
-
-
-@cache
-def _moments(shape: str) -> tuple[float, float]:
-    """Area and vertical centroid of a shape of radius 1."""
-    grid = (np.arange(400) + 0.5) / 160 - 1.25
-    u, v = np.meshgrid(grid, grid)
-    inside = _inside(shape, u, v)
-    return float(inside.sum() / 160**2), float(v[inside].mean())
-
-
-def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether points (u to the right, v down) lie in a shape of radius 1 around the origin."""
-    if shape == "circle":
-        return u * u + v * v <= 0.95**2
-    if shape == "square":
-        return np.maximum(abs(u), abs(v)) <= 0.82
-    if shape == "cross":
-        return (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1)
-    if shape == "triangle":
-        return (v <= 0.8) & (abs(u) <= 0.95 * (v + 1) / 1.8)
-    # a five-pointed star: fold the plane to half of one point, then one edge decides
-    angle = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-    radius = np.hypot(u, v)
-    along, across = radius * np.cos(angle), radius * np.sin(angle)
-    inner = 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-    return (along - 1.05) * inner[1] + across * (1.05 - inner[0]) <= 0
+def _imported(name: str) -> Detector:
+    module, _, attribute = name.partition(":")
+    try:
+        found: Detector = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the detector {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"the detector {name!r} is no function of images and names; give one")
+    return found

@@ -3,6 +3,8 @@
     sum    = [sign] term { sign term }
     term   = [alias "="] [number "*"] [alias "="] call ["*" number]     (one alias, one weight)
     call   = name ["(" [argument {"," argument}] ")"]
+           | aggregator "(" sum {"," sum} {"," name "=" value} ")"
+    argument = [name "="] value
     name   = identifier | module ":" attribute
     value  = number | true | false | none | word | quoted
 
@@ -10,17 +12,35 @@ A word holds letters, digits and ``_ . : / ~ + -`` (so ``ViT-B-32/laion2b_s34b_b
 ``random:0`` need no quotes); anything else is quoted, '...' or "...", with backslash escapes.
 Weights left out are 1; a weight of 0 is evaluated and logged but not added. Two components of
 one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
+
+The names in AGGREGATORS take sums and make one score of them, ``min(clip, 0.5*ocr)`` or
+``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last.
 """
 
+from __future__ import annotations
+
+import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["Call", "Term", "Value", "format_terms", "parse", "written"]
+__all__ = [
+    "AGGREGATORS",
+    "Call",
+    "Term",
+    "Value",
+    "aggregator",
+    "chosen",
+    "format_terms",
+    "parse",
+    "written",
+]
 
 Value = str | int | float | bool | None
+Named = tuple[tuple[str, Value], ...]
 
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
@@ -28,22 +48,45 @@ PATH = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 NAME = rf"{PATH}:{PATH}|[^\W\d]\w*"
 WORD = r"[\w.:/~+-]+"
 # outside parentheses "-" is a sign; inside it may belong to a word
-OUTSIDE = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{NAME})|(?P<mark>[-+*=(]))")
+OUTSIDE = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{NAME})|(?P<mark>[-+*=(),]))")
 INSIDE = re.compile(rf"\s*(?:(?P<quoted>{QUOTED})|(?P<word>{WORD})|(?P<mark>[=,)]))")
+OPTION = re.compile(r"\s*([^\W\d]\w*)\s*=")
+LONE_VALUE = re.compile(rf"\s*(?:{QUOTED}|[+-]?{NUMBER}|true|false|none)\s*[,)]")
 SIGNED = re.compile(rf"[+-]?{NUMBER}")
 LITERALS: dict[str, Value] = {"true": True, "false": False, "none": None}
+
+# name -> (module, function, description); the function's keywords are the options of the name
+AGGREGATORS = {
+    "augmented": ("rewards.augment", "augmented", "mean over seeded crops, jitters and noises"),
+    "calibrated": ("rewards.calibrate", "calibrated", "on the scale of a reference sample"),
+    "clip_above": ("rewards.shape", "clip_above", "nothing is gained above a score"),
+    "delta": ("rewards.shape", "delta", "the score minus that of the reference picture"),
+    "harmonic": ("rewards.aggregate", "harmonic", "harmonic mean of scores brought to [0, 1]"),
+    "lcb": ("rewards.aggregate", "lcb", "mean minus kappa standard deviations"),
+    "log_sigmoid": ("rewards.aggregate", "log_sigmoid", "sum of log sigmoids: all must be good"),
+    "mean": ("rewards.aggregate", "mean", "the mean"),
+    "median": ("rewards.aggregate", "median", "the median"),
+    "min": ("rewards.aggregate", "minimum", "the least"),
+    "par": ("rewards.shape", "par", "chance of being preferred to the reference"),
+    "uncertainty": ("rewards.aggregate", "uncertainty", "mean, weighed down by disagreement"),
+}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A reward's name and its arguments as written: positional, then named."""
+    """A reward's name and its arguments as written: positional, then named.
+
+    The positional ones of an aggregator are sums; `args` is then empty.
+    """
 
     name: str
     args: tuple[Value, ...] = ()
-    kwargs: tuple[tuple[str, Value], ...] = ()
+    kwargs: Named = ()
+    sums: tuple[tuple[Term, ...], ...] = ()
 
     def __str__(self) -> str:
-        items = [_format(value) for value in self.args]
+        items = [format_terms(terms) for terms in self.sums]
+        items += [_format(value) for value in self.args]
         items += [f"{key}={_format(value)}" for key, value in self.kwargs]
         return self.name + (f"({', '.join(items)})" if items else "")
 
@@ -59,7 +102,7 @@ class Term:
 
 def parse(text: str) -> tuple[Term, ...]:
     """The terms of a spec; ValueError says what was found where."""
-    return _Parser(text).sum()
+    return _Parser(text).whole()
 
 
 def format_terms(terms: tuple[Term, ...]) -> str:
@@ -75,12 +118,24 @@ def format_terms(terms: tuple[Term, ...]) -> str:
     return text
 
 
+def aggregator(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Parameter]]:
+    """The function of a name in AGGREGATORS, and its options."""
+    module, attribute, _ = AGGREGATORS[name]
+    function = getattr(importlib.import_module(module), attribute)
+    parameters = inspect.signature(function).parameters
+    return function, {key: p for key, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
+
+
 def written(name: str, made_by: Callable[..., Any], **arguments: Value) -> str:
     """The spec of one reward: `name`, and those arguments that are not `made_by`'s defaults."""
+    return str(Call(name, (), chosen(made_by, arguments)))
+
+
+def chosen(made_by: Callable[..., Any], arguments: Mapping[str, Value]) -> Named:
+    """Those of some arguments that are not `made_by`'s defaults, in its order."""
     parameters = inspect.signature(made_by).parameters
     given = [(key, arguments[key]) for key in parameters if key in arguments]
-    kwargs = tuple((key, value) for key, value in given if value != parameters[key].default)
-    return str(Call(name, (), kwargs))
+    return tuple((key, value) for key, value in given if value != parameters[key].default)
 
 
 def _number(value: float) -> str:
@@ -123,16 +178,17 @@ class _Parser:
         self.at = match.end()
         return match[kind]
 
+    def whole(self) -> tuple[Term, ...]:
+        terms = self.sum()
+        if self.text[self.at :].strip():
+            raise self.fail("'+' or '-' between rewards")
+        return terms
+
     def sum(self) -> tuple[Term, ...]:
         terms = [self.term(self.signs())]
-        while self.text[self.at :].strip():
-            if self.peek() not in "+-":
-                raise self.fail("'+' or '-' between rewards")
+        while self.text[self.at :].lstrip()[:1] in ("+", "-"):
             terms.append(self.term(self.signs()))
         return tuple(terms)
-
-    def peek(self) -> str:
-        return self.text[self.at :].lstrip()[0]
 
     def signs(self) -> float:
         sign = 1.0
@@ -153,15 +209,62 @@ class _Parser:
             alias, name = name, self.take("word")
         if name is None or ":" in alias:
             raise self.fail("the name of a reward")
-        args, kwargs = self.arguments() if self.take("mark", only="(") else ((), ())
+        call = self.call(name)
         if self.take("mark", only="*"):
             number = self.take("number")
             if number is None or weight is not None:
                 raise self.fail("one weight for each reward")
             weight = float(number)
-        return Term(Call(name, args, kwargs), sign * (1.0 if weight is None else weight), alias)
+        return Term(call, sign * (1.0 if weight is None else weight), alias)
 
-    def arguments(self) -> tuple[tuple[Value, ...], tuple[tuple[str, Value], ...]]:
+    def call(self, name: str) -> Call:
+        if not self.take("mark", only="("):
+            return Call(name)
+        if name in AGGREGATORS:
+            return self.aggregate(name)
+        try:
+            return Call(name, *self.arguments())
+        except ValueError as error:
+            if close := get_close_matches(name, AGGREGATORS, 1, 0.75):
+                raise ValueError(
+                    f"{error}; did you mean {close[0]!r}, which takes sums?"
+                ) from error
+            raise
+
+    def aggregate(self, name: str) -> Call:
+        """After the bracket: sums, then options. Any other name before "=" is an alias."""
+        options = list(aggregator(name)[1])
+        sums: list[tuple[Term, ...]] = []
+        kwargs: dict[str, Value] = {}
+        while not self.take("mark", only=")"):
+            if (sums or kwargs) and not self.take("mark", only=","):
+                raise self.fail(f"',' or ')' after a part of {name}")
+            found = OPTION.match(self.text, self.at)
+            if found and found[1] in options:
+                self.at = found.end()
+                if found[1] in kwargs:
+                    raise self.fail(f"{found[1]} only once")
+                kwargs[found[1]] = self.value()
+            elif kwargs:
+                raise self.fail(f"one of the options {options}, which come last, or ')'")
+            elif LONE_VALUE.match(self.text, self.at):
+                raise self.fail(f"a reward, or name=value with one of the options {options},")
+            else:
+                if found and LONE_VALUE.match(self.text, found.end()):
+                    raise self.no_option(name, found[1], options)
+                sums.append(self.sum())
+                # what looks like an option is taken for a slip, or it would not be read back
+                for alias in (term.alias for term in sums[-1]):
+                    if get_close_matches(alias, options, 1, 0.8):
+                        raise self.no_option(name, alias, options)
+        return Call(name, (), tuple(kwargs.items()), tuple(sums))
+
+    def no_option(self, name: str, key: str, options: list[str]) -> ValueError:
+        close = get_close_matches(key, options, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it takes {options}"
+        return ValueError(f"reward spec {self.text!r}: {name} has no argument {key!r}; {hint}")
+
+    def arguments(self) -> tuple[tuple[Value, ...], Named]:
         args: list[Value] = []
         kwargs: dict[str, Value] = {}
         for key, value in self.items():

@@ -4,6 +4,7 @@
     python -m scripts.bench lift             plain, best-of-k and FK on the embedded models
     python -m scripts.bench foresight        what a score in mid-run says of the end
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
+    python -m scripts.bench rewards          what scoring costs, against the usual way
 
 `python -m scripts.bench NAME --help` says more.
 """
@@ -18,6 +19,7 @@ COMMANDS = {
     "lift": "lift",
     "foresight": "foresight",
     "cost": "cost",
+    "rewards": "rewards",
 }
 
 

@@ -23,7 +23,9 @@ def test_best_of_fewer_particles_is_read_off_the_larger_run():
 
 
 def test_settings_are_read_from_words():
-    settings = lift.parse_settings(["potential=max", "reward_scale=5", "funnel=[4,2]", "num_scores=2"])
+    settings = lift.parse_settings(
+        ["potential=max", "reward_scale=5", "funnel=[4,2]", "num_scores=2"]
+    )
     assert settings == FeynmanKac(potential="max", reward_scale=5, funnel=(4, 2), num_scores=2)
 
 

@@ -6,34 +6,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from clip_folders import WORDS, pictures, word_rules
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import rewards
 from rewards import towers as towers_module
 from rewards.clip import SCALES, ClipReward, WordTokenizer, build
 from rewards.images import resize, to_images
+from rewards.sources import open_source
 from rewards.towers import prepare, towers
 
-WORDS = ["<pad>", "<unk>", "<start>", "a", "red", "blue", "circle", "star", "<end>"]
 PROMPTS = ["a red circle", "a blue star", "a red circle", "star"]
-
-
-def word_rules() -> Tokenizer:
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    core.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>",
-        special_tokens=[("<start>", vocabulary["<start>"]), ("<end>", vocabulary["<end>"])],
-    )
-    return core
 
 
 def tiny_config(quick_gelu: bool = False) -> dict:
@@ -58,18 +45,6 @@ def folder(tmp_path_factory) -> Path:
     save_file({k: v.half() for k, v in state.items()}, path / "open_clip_model.safetensors")
     word_rules().save(str(path / "tokenizer.json"))
     return path
-
-
-def pictures(n: int, height: int, width: int) -> list[Image.Image]:
-    """Smooth pictures with an edge, on the grid of bytes."""
-    rng = np.random.default_rng(0)
-    small = rng.integers(0, 256, (n, 6, 6, 3), dtype=np.uint8)
-    found = []
-    for array in small:
-        picture = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
-        picture.paste((250, 10, 10), (width // 3, 0, width // 2, height // 2))
-        found.append(picture)
-    return found
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (47, 80), (100, 33)])
@@ -169,7 +144,7 @@ def test_chunks_and_order_do_not_change_scores(folder):
 
 
 def test_equal_prompts_are_encoded_once_and_remembered(folder, monkeypatch):
-    found = towers_module._open(str(folder), folder)
+    found = open_source(str(folder))
     asked = []
     encode = found.encode_text
     monkeypatch.setattr(found, "encode_text", lambda texts: asked.extend(texts) or encode(texts))
@@ -244,10 +219,10 @@ def test_scale_presets(folder):
 def test_random_towers_depend_on_their_seed_alone():
     images = to_images(pictures(2, 32, 32))
     torch.manual_seed(1)
-    first = towers_module._open("random:7", None).image_features(images)
+    first = open_source("random:7").image_features(images)
     torch.manual_seed(2)
-    second = towers_module._open("random:7", None).image_features(images)
-    other = towers_module._open("random:8", None).image_features(images)
+    second = open_source("random:7").image_features(images)
+    other = open_source("random:8").image_features(images)
     torch.testing.assert_close(first, second, atol=0, rtol=0)
     assert (first - other).abs().max() > 0.01
 
@@ -281,7 +256,7 @@ def test_without_a_network_the_error_names_the_folder_option_at_once(monkeypatch
 
     monkeypatch.setattr("huggingface_hub.get_session", no_session)
     for source in ("ViT-L-14/openai", "no-such-organisation/clip", "hf-hub:no-such/clip"):
-        with pytest.raises(ValueError, match=r"clip\(source=\"/path/to/folder\"\)"):
+        with pytest.raises(ValueError, match="source=/path/to/folder"):
             ClipReward(source)
 
 
@@ -302,9 +277,15 @@ def test_unknown_sources_are_refused(source, message):
 def test_folders_that_are_no_clip_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither open_clip_config"):
         ClipReward(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="'bert'"):
+    for kind, words in (("bert", "'bert'"), ("siglip2", "siglip2-base-patch16-224")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(ValueError, match=words):
+            ClipReward(str(tmp_path))
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"text_cfg": {}, "sound": 1}}')
+    with pytest.raises(ValueError, match="no CLIP that open_clip builds"):
         ClipReward(str(tmp_path))
+    with pytest.raises(ValueError, match="source is 3"):
+        ClipReward(3)  # pyright: ignore[reportArgumentType]
     for size in (0, "two", 1.5):
         with pytest.raises(ValueError, match=f"batch_size is {size!r}"):
             ClipReward("random:0", batch_size=size)  # pyright: ignore[reportArgumentType]

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewards
-from rewards.spec import Call, Term, format_terms, parse
+import rewards.aggregate
+from rewards.combine import Part, WeightedSum
+from rewards.sharing import shared
+from rewards.spec import AGGREGATORS, Call, Term, aggregator, format_terms, parse
 
 
 def brightness(images, prompts):
@@ -59,6 +62,47 @@ PROMPTS = ["a", "bcd"]
         (r'f("a, b) \"c\"")', [Term(Call("f", ('a, b) "c"',)))]),
         ("0*mod.sub:Cls(3)", [Term(Call("mod.sub:Cls", (3,)), 0.0)]),
         ("f()", [Term(Call("f"))]),
+        (
+            "min(clip(tiny), 0.5*ocr(mode=strict))",
+            [
+                Term(
+                    Call(
+                        "min",
+                        sums=(
+                            (Term(Call("clip", ("tiny",))),),
+                            (Term(Call("ocr", (), (("mode", "strict"),)), 0.5),),
+                        ),
+                    )
+                )
+            ],
+        ),
+        (
+            "2*low=lcb(-clip + 0.3*ocr, b=par(a, ref=x.json), kappa=-1) - d",
+            [
+                Term(
+                    Call(
+                        "lcb",
+                        (),
+                        (("kappa", -1),),
+                        (
+                            (Term(Call("clip"), -1.0), Term(Call("ocr"), 0.3)),
+                            (
+                                Term(
+                                    Call("par", (), (("ref", "x.json"),), ((Term(Call("a")),),)),
+                                    1.0,
+                                    "b",
+                                ),
+                            ),
+                        ),
+                    ),
+                    2.0,
+                    "low",
+                ),
+                Term(Call("d"), -1.0),
+            ],
+        ),
+        ("min()", [Term(Call("min"))]),
+        ("m:min(1)", [Term(Call("m:min", (1,)))]),
     ],
 )
 def test_parsing(text, terms):
@@ -82,6 +126,19 @@ def test_parsing(text, terms):
         ("clip(1=2)", "a name instead of 1"),
         ("clip('open)", "a value"),
         ("__import__('os').system('x')", "between rewards"),
+        ("min(a, b", "after a part of min"),
+        ("min(a b)", "after a part of min"),
+        ("min(a, b))", "between rewards"),
+        ("min(a, b,)", "name of a reward"),
+        ("min(a, 0.3)", "a reward, or name=value"),
+        ("min(a, true)", "a reward, or name=value"),
+        ("lcb(a, b, kapa=1)", "lcb has no argument 'kapa'; did you mean 'kappa'"),
+        ("lcb(a, b, beta=1)", r"lcb has no argument 'beta'; it takes \['kappa'\]"),
+        ("lcb(a, 2*kappa=b)", "lcb has no argument 'kappa'; did you mean 'kappa'"),
+        ("lcb(a, kappa=1, b)", "come last"),
+        ("lcb(a, b, kappa=1, kappa=2)", "only once"),
+        ("calibrated(a, fil=a.json)", "did you mean 'file'"),
+        ("lcbb(a + b, c)", "did you mean 'lcb'"),
     ],
 )
 def test_bad_specs_say_what_was_expected_where(text, message):
@@ -96,15 +153,46 @@ VALUES = st.one_of(
     st.none(),
     st.floats(allow_nan=False, allow_infinity=False),
 )
-NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True)
+NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,6}", fullmatch=True).filter(
+    lambda name: name not in AGGREGATORS
+)
+
+
+def named(values):
+    return st.dictionaries(NAMES, values, max_size=2).map(lambda found: tuple(found.items()))
+
+
 CALLS = st.builds(
     Call,
     NAMES,
     st.lists(VALUES, max_size=2).map(tuple),
-    st.dictionaries(NAMES, VALUES, max_size=2).map(lambda found: tuple(found.items())),
+    named(VALUES),
 )
 WEIGHTS = st.floats(-1e6, 1e6).map(lambda weight: weight + 0.0)  # no negative zero
-TERMS = st.lists(st.builds(Term, CALLS, WEIGHTS, st.one_of(st.just(""), NAMES)), min_size=1)
+
+
+def aggregates(calls):
+    # an alias inside an aggregator must not look like one of its options
+    aliases = st.one_of(st.just(""), NAMES.map(lambda name: f"own__{name}"))
+    sums = st.lists(st.builds(Term, calls, WEIGHTS, aliases), min_size=1, max_size=3).map(tuple)
+
+    def of(name):
+        options = {key: VALUES for key in aggregator(name)[1]}
+        return st.builds(
+            Call,
+            st.just(name),
+            st.just(()),
+            st.fixed_dictionaries({}, optional=options).map(lambda found: tuple(found.items())),
+            st.lists(sums, max_size=3).map(tuple),
+        )
+
+    return st.sampled_from(sorted(AGGREGATORS)).flatmap(of)
+
+
+NESTED = st.recursive(CALLS, aggregates, max_leaves=6)
+TERMS = st.lists(
+    st.builds(Term, NESTED, WEIGHTS, st.one_of(st.just(""), NAMES)), min_size=1, max_size=4
+)
 
 
 @given(TERMS)
@@ -198,6 +286,24 @@ def test_the_range_of_a_sum_follows_the_signs():
         ("clip(random:0, scale=cosin)", "did you mean 'cosine'"),
         ("jpeg(small)", "'small' is unknown"),
         ("jpeg + jpeg", "two components are called 'jpeg'"),
+        ("jpeg + min(jpeg, b=jpeg)", "two components are called 'jpeg'"),
+        ("min(jpeg, jpeg)", "two components are called 'jpeg'"),
+        ("clip_above(jpeg, at=0) + clip_above(jpeg, at=1)", "two components are called 'jpeg'"),
+        ("mni(jpeg, ocr)", "did you mean 'min'"),
+        ("min", "min takes 2 or more rewards"),
+        ("min()", "min takes 2 or more rewards"),
+        ("min(jpeg + b=jpeg)", "got 1; separate them by commas"),
+        ("min(jpeg, 0*b=jpeg)", "got 1 of a weight other than 0"),
+        ("clip_above(at=1)", "clip_above takes one reward, .* but got 0"),
+        ("clip_above(0*jpeg, at=1)", "always 0"),
+        ("clip_above(jpeg)", "clip_above needs the argument at="),
+        ("calibrated(jpeg)", "calibrated needs the argument file="),
+        ("clip_above(jpeg, b=jpeg, at=1)", "clip_above takes one reward, .* but got 2"),
+        ("lcb(jpeg, b=jpeg, kappa=-1)", "lcb's kappa is -1 but must be 0 or more"),
+        ("lcb(jpeg, b=jpeg, kappa=big)", "lcb's kappa is 'big'"),
+        ("lcb(jpeg, b=jpeg, kappa=true)", "lcb's kappa is True"),
+        ("lcb(jpeg, b=jpeg, kappa=1e999)", "lcb's kappa is inf"),
+        ("harmonic(jpeg, b=jpeg)", r"range \(None, 0.0\)"),
         ("1e999*jpeg", "must be finite"),
         ("no_such_module:f", "cannot be imported"),
         ("clip(/nowhere)", "no CLIP folder '/nowhere'"),
@@ -229,15 +335,76 @@ def test_a_reward_of_the_wrong_shape_is_refused():
         rewards.load(lambda images, prompts: images.mean())(IMAGES, PROMPTS)
 
 
-def test_every_available_reward_has_a_line():
+def test_every_available_reward_and_aggregator_has_a_line():
     assert {"clip", "jpeg", "objects", "ocr"} <= set(rewards.available())
-    assert all(line and "\n" not in line for line in rewards.available().values())
+    assert {"min", "lcb", "calibrated"} <= set(rewards.aggregators())
+    lines = [*rewards.available().values(), *rewards.aggregators().values()]
+    assert all(line and "\n" not in line for line in lines)
+    assert not set(rewards.available()) & set(rewards.aggregators())
+
+
+def test_components_inside_an_aggregator_are_reported_after_it():
+    reward = rewards.load(f"2*min({HERE}:brightness + 0*{HERE}:endless, {HERE}:lengths) - jpeg")
+    total, components = reward.evaluate(IMAGES, PROMPTS)
+    assert list(components) == ["min", "brightness", "endless", "lengths", "jpeg"]
+    brightness = IMAGES.mean((1, 2, 3))
+    torch.testing.assert_close(components["brightness"], brightness)
+    torch.testing.assert_close(components["lengths"], torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(components["min"], brightness)
+    torch.testing.assert_close(total, 2 * brightness - components["jpeg"])
+
+
+def test_an_aggregator_of_one_reward_is_named_after_both():
+    reward = rewards.load(
+        "clip_above(jpeg, at=0) + 0.5*clip_above(b=jpeg(incompressibility), at=1)"
+    )
+    assert list(reward.components(IMAGES, PROMPTS)) == [
+        "clip_above_jpeg",
+        "jpeg",
+        "clip_above_b",
+        "b",
+    ]
+    assert rewards.load(str(reward)) == reward
+    assert str(rewards.load("low=min(jpeg, b=jpeg)")) == "low=min(jpeg, b=jpeg)"
+
+
+def test_a_component_without_an_answer_leaves_none_in_the_total():
+    def unsure(images, prompts):
+        return torch.tensor([torch.nan, 1.0])
+
+    total = rewards.load(unsure)(IMAGES, PROMPTS)
+    assert total.isnan().tolist() == [True, False]
+
+
+def test_components_of_one_sum_share_what_they_see():
+    made = []
+
+    class Seer:
+        name, differentiable, range, wants_references = "seer", False, (None, None), False
+
+        def __call__(self, images, prompts, *, references=None):
+            def make():
+                made.append(len(images))
+                return images.mean((1, 2, 3))
+
+            return shared("tower", images, make)
+
+    parts = [Part(name, 1.0, Seer(), Call(name)) for name in "abc"]
+    inside = rewards.aggregate.mean(WeightedSum(parts[:1]), WeightedSum(parts[1:2]))
+    reward = WeightedSum([Part("mean", 1.0, inside, Call("mean")), parts[2]])
+    reward(IMAGES, PROMPTS)
+    assert made == [2]
+    reward(IMAGES, PROMPTS)
+    assert made == [2, 2]
+    inside(IMAGES, PROMPTS)
+    assert made == [2, 2, 2]
 
 
 def test_import_is_light():
     heavy = ["open_clip", "rapidocr", "transformers", "diffusers", "torchvision", "steering"]
     code = (
         "import sys, rewards, rewards.clip, rewards.ocr, rewards.jpeg, rewards.objects;"
+        "from rewards import aggregate, augment, calibrate, shape;"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

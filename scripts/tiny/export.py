@@ -71,8 +71,9 @@ def main(argv: list[str] | None = None) -> None:
             export_folder(args.run / name, ROOT / "steering" / "tiny" / name)
         if args.mix is not None and name in PIPELINES:
             mix(ROOT / "steering" / "tiny" / name, args.mix / name, args.share)
-    if (args.run / "clip").is_dir():
-        export_folder(args.run / "clip", ROOT / "rewards" / "tiny" / "clip")
+    for name in ("clip", "dino", "aesthetic"):
+        if (args.run / name).is_dir():
+            export_folder(args.run / name, ROOT / "rewards" / "tiny" / name)
     size = embedded_bytes()
     print(f"embedded weights: {size / 1e6:.1f} MB")
     if size > LIMIT:

@@ -1,0 +1,336 @@
+"""A vision-language model is asked a question about the picture; its answer is the score.
+
+    judge(url="http://127.0.0.1:8000/v1", model=NAME)     an OpenAI-compatible endpoint
+    judge(source=/a/folder)                               a transformers model, here
+
+Legend: n images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .card import Card
+from .endpoint import Endpoint, EndpointError
+from .images import check_inputs, to_uint8
+from .spec import written
+from .vlm import Local
+
+__all__ = ["PRESETS", "JudgeReward", "Preset"]
+
+REMEMBERED = 4096  # answers
+NUMBER = r"(-?\d+(?:\.\d+)?)"
+
+
+class NoScore(Exception):
+    """An answer that is none; the text says why."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A question, the pattern of the number in its answer, and the scale of that number.
+
+    Without a pattern the score is how much likelier yes is than no.
+    """
+
+    question: str
+    pattern: str | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+PRESETS = {
+    "score": Preset(
+        "This picture was made from the description between the lines.\n"
+        "---\n{prompt}\n---\n"
+        "Look at what the picture shows and how well it is made. Compare it with the description: "
+        "objects, how many there are, colours, places, written words. Explain briefly, then end "
+        'with one line "Score: N", where N from 0 to 10 says how well the picture fulfils the '
+        "description (0 not at all, 10 perfectly).",
+        rf"(?i)score[\s*:]*{NUMBER}",
+        0.0,
+        10.0,
+    ),
+    # Wang et al. 2025, "Unified Reward Model", arXiv 2503.05236: the models were trained with
+    # this very text, so that every letter of it counts
+    "unifiedreward": Preset(
+        "You are given a text caption and a generated image based on that caption. Your task is "
+        "to evaluate this image based on two key criteria:\n"
+        "1. Alignment with the Caption: Assess how well this image aligns with the provided "
+        "caption. Consider the accuracy of depicted objects, their relationships, and attributes "
+        "as described in the caption.\n"
+        "2. Overall Image Quality: Examine the visual quality of this image, including clarity, "
+        "detail preservation, color accuracy, and overall aesthetic appeal.\n"
+        "Extract key elements from the provided text caption, evaluate their presence in the "
+        "generated image using the format: 'element (type): value' (where value=0 means not "
+        "generated, and value=1 means generated), and assign a score from 1 to 5 after "
+        "'Final Score:'.\n"
+        "Your task is provided as follows:\nText Caption: [{prompt}]",
+        rf"(?i)final score:[\s*]*{NUMBER}",
+        1.0,
+        5.0,
+    ),
+    # Lin et al. 2024, "Evaluating Text-to-Visual Generation with Image-to-Text Generation"
+    # (VQAScore), §3: their question, and their score is P(yes)
+    "yes_no": Preset('Does this figure show "{prompt}"? Please answer yes or no.'),
+}
+
+
+class Model(Protocol):
+    """What answers: one picture (h, w, 3) of bytes and one question at a time."""
+
+    concurrency: int
+    reserved: tuple[str, ...]
+
+    def answer(self, picture: np.ndarray, question: str) -> str: ...
+
+    def yes(self, picture: np.ndarray, question: str) -> tuple[float, float]: ...
+
+
+class JudgeReward:
+    """The number that a vision-language model's answer holds, or how much likelier yes is than no.
+
+    `{prompt}` in the question stands for the prompt and nothing else is replaced. The last match
+    of the pattern counts, since models think aloud first. With low and high the number is mapped
+    to [0, 1] as (x - low)/(high - low), and outside of them it is no score. `yes_no` gives
+    P(yes)/(P(yes) + P(no)) of the first token. (Flow-GRPO divides UnifiedReward's number by 5
+    instead, which is 0.2 + 0.8 of ours, and counts a failure as 0.)
+
+    An answer without a number, and a request that fails after all retries, is never 0:
+    `invalid="error"` raises ValueError, and what was answered until then is remembered;
+    `invalid="nan"` gives NaN. Scores are remembered by the picture's bytes and the prompt; a
+    pair that occurs twice is asked once. Greedy, seed 0: but a server that packs requests
+    together may still answer a close call differently. The picture keeps its size and shape.
+
+    Args: source, the folder or hub id of a transformers image-text-to-text model, or url and
+    model of an endpoint (see rewards.endpoint, with key_env, timeout, retries, concurrency);
+    preset, one of PRESETS; question, pattern (one group, the number), low and high replace the
+    preset's; max_tokens, the longest answer; device, where a local model lives.
+    """
+
+    differentiable = False
+    wants_references = False
+    card = Card(
+        weights="",
+        size="the model's own",
+        licence="the model's own",
+        range="[0, 1] on a scale, else unbounded",
+        citation="Wang et al. 2025, arXiv 2503.05236; Lin et al. 2024, arXiv 2404.01291",
+    )
+
+    def __init__(
+        self,
+        source: str | None = None,
+        preset: str = "score",
+        *,
+        url: str | None = None,
+        model: str | None = None,
+        key_env: str | None = None,
+        question: str | None = None,
+        pattern: str | None = None,
+        low: float | None = None,
+        high: float | None = None,
+        invalid: str = "error",
+        max_tokens: int = 512,
+        timeout: float = 60.0,
+        retries: int = 4,
+        concurrency: int = 8,
+        device: torch.device | str | None = None,
+    ) -> None:
+        _check(source, preset, url, model, invalid)
+        remote = {"timeout": timeout, "retries": retries, "concurrency": concurrency}
+        _check_sizes(max_tokens=max_tokens, **remote)
+        self.name = "judge"
+        self.spec = written(
+            "judge",
+            JudgeReward,
+            source=source,
+            preset=preset,
+            url=url,
+            model=model,
+            key_env=key_env,
+            question=question,
+            pattern=pattern,
+            low=low,
+            high=high,
+            invalid=invalid,
+            max_tokens=max_tokens,
+            **remote,
+        )
+        self.task = _task(PRESETS[preset], question, pattern, low, high)
+        self.invalid = invalid
+        self.device = None if device is None else torch.device(device)
+        bounded = self.task.pattern is None or self.task.low is not None
+        self.range: tuple[float | None, float | None] = (0.0, 1.0) if bounded else (None, None)
+        self.model: Model = (
+            Local(source, max_tokens)
+            if source is not None
+            else Endpoint(str(url), str(model), key_env=key_env, max_tokens=max_tokens, **remote)
+        )
+        self._scores: OrderedDict[bytes, float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that hold a token by which the local model is steered."""
+        for prompt in prompts:
+            for token in self.model.reserved:
+                if token in prompt:
+                    raise ValueError(
+                        f"the prompt {prompt!r} holds {token!r}, which the judge's model reads "
+                        "as a command; leave it out"
+                    )
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
+        check_inputs(images, prompts)
+        self.check(prompts)
+        if isinstance(self.model, Local):
+            self.model.to(self.device or images.device)
+        pairs = list(zip(to_uint8(images), prompts, strict=True))
+        keys = [_key(*pair) for pair in pairs]
+        with self._lock:
+            found: dict[bytes, float | str] = {
+                k: self._scores[k] for k in keys if k in self._scores
+            }
+        jobs = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in found}
+        if jobs:
+            with ThreadPoolExecutor(min(self.model.concurrency, len(jobs))) as pool:
+                found |= zip(jobs, pool.map(self._ask, jobs.values()), strict=True)
+        self._remember(found)
+        scores = [
+            self._valid(found[key], prompt) for key, prompt in zip(keys, prompts, strict=True)
+        ]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def _ask(self, pair: tuple[np.ndarray, str]) -> float | str:
+        """The score, or why there is none."""
+        picture, prompt = pair
+        question = self.task.question.replace("{prompt}", prompt)
+        try:
+            if self.task.pattern is None:
+                return _share(*self.model.yes(picture, question))
+            return _number(self.model.answer(picture, question), self.task)
+        except (EndpointError, NoScore) as error:
+            return str(error)
+
+    def _remember(self, found: dict[bytes, float | str]) -> None:
+        with self._lock:
+            for key, score in found.items():
+                if isinstance(score, float):
+                    self._scores[key] = score
+                    self._scores.move_to_end(key)
+            while len(self._scores) > REMEMBERED:
+                self._scores.popitem(last=False)
+
+    def _valid(self, score: float | str, prompt: str) -> float:
+        if isinstance(score, float):
+            return score
+        if self.invalid == "error":
+            raise ValueError(
+                f"the judge gives no score for the prompt {prompt!r}: {score}; try again, or set "
+                "invalid=nan where such scores can be left out"
+            )
+        return math.nan
+
+
+def _share(yes: float, no: float) -> float:
+    if not yes + no > 0:
+        raise NoScore("neither yes nor no is among the likely answers")
+    return yes / (yes + no)
+
+
+def _number(answer: str, task: Preset) -> float:
+    matches = re.findall(task.pattern or "", answer)
+    shown = repr(answer if len(answer) <= 80 else "..." + answer[-80:])
+    try:
+        number = float(matches[-1])
+    except (IndexError, ValueError):
+        raise NoScore(f"its answer {shown} holds no score") from None
+    if task.low is None or task.high is None:
+        if not math.isfinite(number):
+            raise NoScore(f"its answer {shown} holds no finite score")
+        return number
+    if not task.low <= number <= task.high:
+        raise NoScore(f"its answer {shown} gives {number:g}, outside [{task.low:g}, {task.high:g}]")
+    return (number - task.low) / (task.high - task.low)
+
+
+def _key(picture: np.ndarray, prompt: str) -> bytes:
+    shape = str(picture.shape).encode()
+    return hashlib.sha256(b"\0".join((shape, prompt.encode(), picture.tobytes()))).digest()
+
+
+def _check(
+    source: str | None, preset: str, url: str | None, model: str | None, invalid: str
+) -> None:
+    if (source is None) == (url is None):
+        raise ValueError(
+            "a judge needs one model: source=FOLDER or a hub id, or url=http://HOST:PORT/v1 with "
+            "model=NAME"
+        )
+    if url is not None and not model:
+        raise ValueError("a judge at a url needs model=NAME, the name that its server knows")
+    if preset not in PRESETS:
+        close = get_close_matches(str(preset), PRESETS, 1) or ["score"]
+        raise ValueError(
+            f"the judge's preset {preset!r} is unknown; did you mean {close[0]!r} of "
+            f"{list(PRESETS)}?"
+        )
+    if invalid not in ("error", "nan"):
+        raise ValueError(f"the judge's invalid is {invalid!r}; give error or nan")
+
+
+def _check_sizes(*, timeout: float, retries: int, concurrency: int, max_tokens: int) -> None:
+    for name, value, least in (
+        ("retries", retries, 0),
+        ("concurrency", concurrency, 1),
+        ("max_tokens", max_tokens, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise ValueError(
+                f"the judge's {name} is {value!r}; give a whole number, at least {least}"
+            )
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
+        raise ValueError(f"the judge's timeout is {timeout!r}; give seconds, above 0")
+
+
+def _task(
+    preset: Preset,
+    question: str | None,
+    pattern: str | None,
+    low: float | None,
+    high: float | None,
+) -> Preset:
+    """The preset with what the user gave instead; a new pattern has no scale but the given one."""
+    if question is None:
+        question = preset.question
+    if pattern is None and low is None and high is None:
+        return Preset(question, preset.pattern, preset.low, preset.high)
+    if preset.pattern is None:
+        raise ValueError("the preset yes_no reads no number; leave out pattern, low and high")
+    if (low is None) != (high is None) or (low is not None and high is not None and low >= high):
+        raise ValueError(
+            f"the judge's low is {low!r} and high {high!r}; give both, low below high, or neither"
+        )
+    pattern = preset.pattern if pattern is None else pattern
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"the judge's pattern {pattern!r} is no regex: {error}") from error
+    if groups != 1:
+        raise ValueError(
+            f"the judge's pattern {pattern!r} has {groups} groups; give it one, around the number"
+        )
+    return Preset(question, pattern, low, high)

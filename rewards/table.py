@@ -1,0 +1,185 @@
+"""Scores of many pictures as a table on disk: written batch by batch, carried on, drawn.
+
+While a run goes on its rows lie in `NAME.part`, JSON lines after a first line that says which
+reward they are of. When it is complete they become NAME, a .csv or .parquet file.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Table", "draw", "read_table", "summary", "write_table"]
+
+SUFFIXES = (".csv", ".parquet")
+
+
+class Table:
+    """Rows that survive an interruption.
+
+    Args: path, the .csv or .parquet file to be; spec, the reward's full text form, which rows
+    that are already there must share; resume, whether there may be some.
+    """
+
+    def __init__(self, path: Path, spec: str, resume: bool = False) -> None:
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"the table {path} must end in one of {list(SUFFIXES)}")
+        if path.suffix == ".parquet":
+            _arrow()
+        self.path, self.part = path, path.with_name(path.name + ".part")
+        if not resume and (path.exists() or self.part.exists()):
+            raise ValueError(f"{path} is already there; add --resume, or give another --out")
+        self.rows: list[dict[str, Any]] = []
+        if self.part.exists():
+            self._carry_on(spec)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.part.write_text(json.dumps({"reward": spec}) + "\n", encoding="utf-8")
+
+    def _carry_on(self, spec: str) -> None:
+        # by "\n" alone: a prompt may hold other characters that end a line for str.splitlines
+        *lines, rest = self.part.read_text(encoding="utf-8").split("\n")
+        was = json.loads(lines[0])["reward"] if lines else spec
+        if was != spec:
+            raise ValueError(f"{self.part} was scored by {was!r}, not {spec!r}; give another --out")
+        if rest:  # the last line was cut off while it was written
+            self.part.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        self.rows = [json.loads(line) for line in lines[1:]]
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows, on disk when this returns."""
+        with self.part.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self.rows.extend(rows)
+
+    def finish(self, order: Sequence[str]) -> None:
+        """Write the table, its rows in the order of these images, and drop the working file."""
+        place = {name: i for i, name in enumerate(order)}
+        rows = sorted(self.rows, key=lambda row: place[row["image"]])
+        write_table(self.path, rows)
+        self.part.unlink()
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Rows of equal keys as .csv or .parquet, whole or not at all; NaN is an empty cell."""
+    scratch = path.with_name(path.name + ".new")
+    if path.suffix == ".parquet":
+        arrow = _arrow()
+        arrow.parquet.write_table(arrow.Table.from_pylist(list(rows)), scratch)
+    else:
+        with scratch.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: "" if _is_nan(v) else v for k, v in row.items()} for row in rows)
+    scratch.replace(path)
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of such a file; numbers as floats, an empty cell of a score as NaN."""
+    if path.suffix == ".parquet":
+        return _arrow().parquet.read_table(path).to_pylist()
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        for key in row.keys() - {"image", "prompt"}:
+            row[key] = float(row[key]) if row[key] else math.nan
+    return rows
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            "a .parquet table needs pyarrow: pip install pyarrow, or name a .csv file"
+        ) from error
+    return pyarrow
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    names = [name for name in rows[0] if name not in ("image", "prompt")]
+    columns = {name: np.array([row[name] for row in rows], dtype=float) for name in names}
+    if len(names) == 2 and np.array_equal(*columns.values(), equal_nan=True):
+        columns.pop("reward")  # the only component is the total
+    return columns
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> str:
+    """One line a score: mean ± standard error, smallest, median, largest, how many are missing."""
+    columns = _columns(rows)
+    width = max(map(len, columns))
+    lines = [f"{'':{width}}      mean       se      min   median      max  missing"]
+    for name, values in columns.items():
+        there = values[np.isfinite(values)]
+        if len(there):
+            se = there.std(ddof=1) / math.sqrt(len(there)) if len(there) > 1 else math.nan
+            numbers = [there.mean(), se, there.min(), np.median(there), there.max()]
+        else:
+            numbers = [math.nan] * 5
+        cells = " ".join(f"{number:8.4g}" for number in numbers)
+        lines.append(f"{name:{width}}  {cells} {len(values) - len(there):8d}")
+    return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Histograms of every score, and their rank correlations (Spearman), as one picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = _columns(rows)
+    names, many = list(columns), len(columns) > 1
+    wide = len(names) + many
+    figure = Figure(figsize=(3.2 * wide, 3.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, wide, squeeze=False)[0]
+    for panel, name in zip(panels, names, strict=False):
+        values = columns[name][np.isfinite(columns[name])]
+        panel.hist(values, bins=min(30, max(5, int(math.sqrt(len(values))))), color="#4477aa")
+        panel.set_title(name, fontsize=9)
+        panel.tick_params(labelsize=8)
+    if many:
+        _draw_correlations(figure, panels[-1], columns)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_correlations(figure: Any, panel: Any, columns: dict[str, np.ndarray]) -> None:
+    names = list(columns)
+    matrix = np.array([[rank_correlation(columns[a], columns[b]) for b in names] for a in names])
+    shown = panel.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu_r")
+    for i in range(len(names)):
+        for j in range(len(names)):
+            dark = abs(matrix[i, j]) > 0.6
+            colour = "white" if dark else "black"
+            panel.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=colour)
+    panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    panel.set_yticks(range(len(names)), names, fontsize=8)
+    panel.set_title("rank correlation", fontsize=9)
+    figure.colorbar(shown, ax=panel, shrink=0.8)
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rho of the pairs that are both there, ties at their mean rank; NaN if constant."""
+    there = np.isfinite(a) & np.isfinite(b)
+    if there.sum() < 2:
+        return math.nan
+    x, y = _ranks(a[there]), _ranks(b[there])
+    x, y = x - x.mean(), y - y.mean()
+    size = math.sqrt(float((x * x).sum() * (y * y).sum()))
+    return float((x * y).sum() / size) if size else math.nan
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]

@@ -1,0 +1,179 @@
+"""What every built-in reward promises, one parametrised test each."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rewards
+from rewards.card import Card
+
+N = 7
+SHAPES = ["a red circle", "two stars", "three triangles", "a cross", "four squares", "a star"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec that loads offline, prompts that it can score, references where it needs them."""
+
+    spec: str
+    prompts: tuple[str, ...] = (*SHAPES, "a blue cross above a red star")
+    references: bool = False
+    size: tuple[int, int] = (64, 64)
+
+    def inputs(self) -> tuple[Tensor, list[str], list[Any] | None]:
+        generator = torch.Generator().manual_seed(5)
+        coarse = torch.rand(N, 3, 4, 4, generator=generator)
+        images = torch.nn.functional.interpolate(coarse, self.size, mode="bilinear").clamp(0, 1)
+        if not self.references:
+            return images, list(self.prompts), None
+        pictures = torch.rand(N, 2, 3, *self.size, generator=generator)
+        return images, list(self.prompts), list(pictures)
+
+
+WORDS = tuple(f'the word "{word}"' for word in ("CAT", "SUN", "CRAB", "OX", "TEA", "HIVE", "DOG"))
+CASES = {
+    case.spec: case
+    for case in (
+        Case("clip(tiny)"),
+        Case("clip(random:0)"),
+        Case("siglip(random:0)"),
+        Case("aesthetic(random:0)"),
+        Case("pickscore(random:0)", size=(64, 80)),
+        Case("hps(random:0)", size=(48, 64)),
+        Case("imagereward(random:0)"),
+        Case("dino(random:0)", references=True),
+        Case("ocr", WORDS),
+        Case("objects"),
+        Case("jpeg"),
+    )
+}
+ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+_LOADED: dict[str, Any] = {}
+
+
+def loaded(case: Case) -> Any:
+    if case.spec not in _LOADED:
+        _LOADED[case.spec] = rewards.load(case.spec)
+    return _LOADED[case.spec]
+
+
+def score(case: Case, images: Tensor, rows: list[int]) -> Tensor:
+    _, prompts, references = case.inputs()
+    given = None if references is None else [references[i] for i in rows]
+    return loaded(case)(images, [prompts[i] for i in rows], references=given)
+
+
+def test_every_built_in_reward_has_a_case():
+    # a judge needs a model that answers: tests/test_rewards_judge.py
+    named = {case.spec.partition("(")[0] for case in CASES.values()}
+    assert named == set(rewards.available()) - {"judge"}
+
+
+@ALL
+def test_batches_chunks_and_order_do_not_change_a_score(case):
+    images, _, _ = case.inputs()
+    rows = list(range(N))
+    together = score(case, images, rows)
+    alone = torch.cat([score(case, images[i : i + 1], [i]) for i in rows])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-5)
+    order = [3, 0, 6, 1, 5, 2, 4]
+    torch.testing.assert_close(
+        score(case, images[order], order), together[order], atol=1e-5, rtol=1e-5
+    )
+    part = loaded(case).parts[0].reward
+    if hasattr(part, "batch_size"):
+        whole, part.batch_size = part.batch_size, 3
+        try:
+            chunked = score(case, images, rows)
+        finally:
+            part.batch_size = whole
+        torch.testing.assert_close(chunked, together, atol=1e-5, rtol=1e-5)
+
+
+@ALL
+def test_scores_are_float32_one_an_image_and_the_input_stays(case):
+    images, _, _ = case.inputs()
+    before = images.clone()
+    scores = score(case, images, list(range(N)))
+    assert scores.shape == (N,)
+    assert scores.dtype == torch.float32
+    assert scores.device == images.device
+    assert torch.equal(images, before)
+    half = score(case, images.to(torch.bfloat16), list(range(N)))
+    assert half.dtype == torch.float32
+    low, high = loaded(case).range
+    assert low is None or scores.min() >= low - 1e-5
+    assert high is None or scores.max() <= high + 1e-5
+
+
+@ALL
+def test_no_image_gives_no_score(case):
+    images, _, _ = case.inputs()
+    assert score(case, images[:0], []).shape == (0,)
+
+
+@ALL
+def test_gradients_exist_where_promised_and_reach_only_their_own_image(case):
+    reward = loaded(case)
+    images, _, _ = case.inputs()
+    images.requires_grad_(True)
+    scores = score(case, images, list(range(N)))
+    assert scores.requires_grad == reward.differentiable
+    part = reward.parts[0].reward
+    for value in vars(part).values():
+        if isinstance(value, torch.nn.Module):
+            assert not any(p.requires_grad for p in value.parameters())
+    if not reward.differentiable:
+        return
+    (gradient,) = torch.autograd.grad(scores[2], images)
+    assert torch.isfinite(gradient).all()
+    assert gradient[2].abs().max() > 0
+    gradient[2] = 0
+    assert gradient.abs().max() == 0
+    with torch.no_grad():
+        assert not score(case, images, list(range(N))).requires_grad
+
+
+@ALL
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x * 2 - 1,
+        lambda x: x * 255,
+        lambda x: x.where(x > 0.5, float("nan")),
+        lambda x: x[:, :1],
+        lambda x: x[0],
+        lambda x: (x * 255).to(torch.uint8),
+        lambda x: x[:-1],
+    ],
+    ids=["-1..1", "0..255", "nan", "grey", "no batch", "bytes", "too few"],
+)
+def test_bad_images_are_refused_with_a_sentence(case, spoil):
+    images, _, _ = case.inputs()
+    with pytest.raises(ValueError, match=r"\w+ .* .*"):
+        score(case, spoil(images), list(range(N)))
+
+
+@ALL
+def test_the_spec_gives_the_same_reward_again(case):
+    reward = loaded(case)
+    assert str(rewards.load(str(reward))) == str(reward)
+    # the object alone, as steer(reward=ClipReward(...)) gets it, is recorded by the same text
+    assert rewards.load(reward.parts[0].reward).spec == rewards.load(str(reward)).spec
+
+
+@ALL
+def test_the_card_is_complete(case):
+    card = type(loaded(case).parts[0].reward).card
+    assert isinstance(card, Card)
+    assert all(isinstance(value, str) for value in vars(card).values())
+    assert card.licence
+    assert card.range
+    assert card.citation
+    assert inspect.getdoc(type(loaded(case).parts[0].reward))

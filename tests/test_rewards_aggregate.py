@@ -1,0 +1,475 @@
+"""Rewards made of rewards: their formulas, gradients, ranges, and what they do with references."""
+
+import itertools
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
+
+import rewards
+from rewards import aggregate, augment, shape
+from rewards.images import to_images, to_uint8
+
+HERE = __name__
+N = 5
+IMAGES = torch.rand(N, 3, 12, 10, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a", "b", "c", "d", "e"]
+RED, GREEN, BLUE = (IMAGES[:, i].mean((1, 2)) for i in range(3))
+
+
+class Channel:
+    """Mean of a colour channel, scaled: differentiable, in [low, high]."""
+
+    name, differentiable, wants_references = "channel", True, False
+
+    def __init__(self, index: int, low: float = 0.0, high: float = 1.0, nan: int = -1) -> None:
+        self.index, self.nan = index, nan
+        self.range: tuple[float | None, float | None] = (low, high)
+        self.calls: list[int] = []
+
+    def __call__(self, images, prompts, *, references=None):
+        self.calls.append(len(images))
+        low, high = self.range
+        assert low is not None
+        assert high is not None
+        scores = low + (high - low) * images[:, self.index].float().mean((1, 2))
+        bad = torch.arange(len(images)) == self.nan
+        return torch.where(bad, torch.nan, scores)
+
+
+def noisy_size(images, prompts):
+    return images.flatten(1).std(1)
+
+
+def of_references(images, prompts, references):
+    return torch.tensor([float(len(entry)) for entry in references])
+
+
+PARTS = {
+    "r": f"r={HERE}:Channel(0)",
+    "g": f"g={HERE}:Channel(1)",
+    "b": f"b={HERE}:Channel(2)",
+    "w": f"w={HERE}:Channel(0, -1, 1)",
+    "n": f"n={HERE}:Channel(0, nan=2)",
+}
+SEVERAL = (
+    "mean({r}, {g}, 2*{b})",
+    "median({r}, {g}, {b})",
+    "median({r}, {g})",
+    "min({r}, {g}, {b})",
+    "lcb({r}, {g}, {b}, kappa=0.7)",
+    "harmonic({w}, {g}, weight=0.3)",
+    "harmonic({r}, {g}, {b})",
+    "log_sigmoid({r}, {g}, ref=0.4)",
+    "log_sigmoid({r})",
+    "uncertainty({r}, {g}, -1*{b}, penalty=0.5)",
+)
+SINGLE = (
+    "clip_above({r} + {g}, at=0.99)",
+    "par({r}, ref=0.25)",
+    "augmented({r} - {g}, draws=3, crop=0.3, jitter=0.2)",
+    "augmented(min({r}, {g}), flip=true)",
+)
+
+
+def load(spec: str):
+    return rewards.load(spec.format(**PARTS))
+
+
+def values(spec: str, **keywords) -> Tensor:
+    return load(spec)(IMAGES, PROMPTS, **keywords)
+
+
+def by_hand(formula, *channels: Tensor) -> Tensor:
+    rows = torch.stack(channels, 1).double().tolist()
+    return torch.tensor([formula(*row) for row in rows])
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_every_aggregator_is_tested_here_or_in_calibrate():
+    named = {spec.partition("(")[0] for spec in SEVERAL + SINGLE}
+    assert named | {"calibrated", "delta"} == set(rewards.aggregators())
+
+
+@pytest.mark.parametrize(
+    ("spec", "formula"),
+    [
+        ("mean({r}, {g}, {b})", lambda *x: statistics.fmean(x)),
+        ("mean({r}, 2*{g})", lambda r, g, b: (r + 2 * g) / 2),
+        ("median({r}, {g}, {b})", lambda *x: statistics.median(x)),
+        ("median({r}, {g})", lambda r, g, b: (r + g) / 2),
+        ("min({r}, {g}, {b})", min),
+        ("min({r} + {g}, 3*{b})", lambda r, g, b: min(r + g, 3 * b)),
+        (
+            "lcb({r}, {g}, {b}, kappa=2)",
+            lambda *x: statistics.fmean(x) - 2 * statistics.pstdev(x),
+        ),
+        ("lcb({r}, {g}, kappa=0)", lambda r, g, b: (r + g) / 2),
+        ("harmonic({r}, {g}, {b})", lambda *x: statistics.harmonic_mean(x)),
+        (
+            "log_sigmoid({r}, {g}, ref=0.4)",
+            lambda r, g, b: math.log(sigmoid(r - 0.4) * sigmoid(g - 0.4)),
+        ),
+        (
+            "uncertainty({r}, {g}, penalty=0.5)",
+            lambda r, g, b: (r + g) / 2 * math.exp(-abs(r - g)) - 0.5 * abs(r - g),
+        ),
+        ("clip_above({r}, at=0.5)", lambda r, g, b: min(r, 0.5)),
+        ("par({r}, ref=0.25)", lambda r, g, b: sigmoid(r - 0.25)),
+    ],
+)
+def test_formulas(spec, formula):
+    torch.testing.assert_close(
+        values(spec), by_hand(formula, RED, GREEN, BLUE).float(), atol=1e-6, rtol=1e-5
+    )
+
+
+def test_harmonic_is_the_published_reward_of_two_cosines():
+    # Miao et al. 2024: 1 / (λ / ((1 + i2i)/2) + (1 - λ) / ((1 + t2i)/2))
+    i2i, t2i = 2 * RED - 1, 2 * GREEN - 1
+    expected = 1 / (0.3 / ((1 + i2i) / 2) + 0.7 / ((1 + t2i) / 2))
+    spec = f"harmonic(i={HERE}:Channel(0, -1, 1), t={HERE}:Channel(1, -1, 1), weight=0.3)"
+    torch.testing.assert_close(values(spec), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_uncertainty_is_ctrl_u_with_the_sign_of_a_reward():
+    # Zhang et al. 2025, eq. 3, of a loss L >= 0: L·exp(-U) + λU
+    loss, other = 1 - RED, 1 - GREEN
+    doubt = (loss - other).abs()
+    expected = -((loss + other) / 2 * torch.exp(-doubt) + 0.3 * doubt)
+    spec = f"uncertainty(x={HERE}:Channel(0, -1, 0), y={HERE}:Channel(1, -1, 0), penalty=0.3)"
+    torch.testing.assert_close(values(spec), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_disagreement_is_the_mean_over_all_pairs():
+    pairs = [(RED - GREEN).abs(), (RED - BLUE).abs(), (GREEN - BLUE).abs()]
+    doubt = torch.stack(pairs).mean(0)
+    expected = (RED + GREEN + BLUE) / 3 * torch.exp(-doubt) - doubt
+    torch.testing.assert_close(values("uncertainty({r}, {g}, {b})"), expected)
+
+
+def test_a_score_of_zero_makes_the_harmonic_mean_zero():
+    images = IMAGES.clone()
+    images[0, 0] = 0
+    images.requires_grad_(True)
+    score = load("harmonic({r}, {g})")(images, PROMPTS)
+    assert score[0] < 1e-6
+    (gradient,) = torch.autograd.grad(score[0], images)
+    # near 0 the harmonic mean of two is twice the smaller one
+    torch.testing.assert_close(gradient[0, 0], torch.full((12, 10), 2 / 120))
+
+
+@pytest.mark.parametrize("spec", [*SEVERAL, *SINGLE])
+def test_gradients_are_the_slopes_and_stay_with_their_image(spec):
+    reward = load(spec)
+    assert reward.differentiable
+    # away from 0 and 1, where a clamp would end the slope, and from ties
+    images = 0.3 + 0.4 * IMAGES + torch.tensor([0.0, 0.1, -0.1])[:, None, None]
+    images.requires_grad_(True)
+    scores = reward(images, PROMPTS)
+    (gradient,) = torch.autograd.grad(scores[1], images)
+    assert gradient[[0, 2, 3, 4]].abs().max() == 0
+    step = torch.randn(3, 12, 10, generator=torch.Generator().manual_seed(1)) * 1e-2
+    ahead, behind = images.detach().clone(), images.detach().clone()
+    ahead[1] += step
+    behind[1] -= step
+    slope = (reward(ahead, PROMPTS)[1] - reward(behind, PROMPTS)[1]) / 2
+    torch.testing.assert_close((gradient[1] * step).sum(), slope, atol=1e-6, rtol=2e-2)
+    with torch.no_grad():
+        assert not reward(images, PROMPTS).requires_grad
+
+
+@pytest.mark.parametrize("spec", [*SEVERAL, *SINGLE])
+def test_batches_and_order_do_not_change_a_score(spec):
+    reward = load(spec)
+    together = reward(IMAGES, PROMPTS)
+    assert together.dtype == torch.float32
+    alone = torch.cat([reward(IMAGES[i : i + 1], PROMPTS[i : i + 1]) for i in range(N)])
+    torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
+    order = [4, 2, 0, 1, 3]
+    mixed = reward(IMAGES[order], [PROMPTS[i] for i in order])
+    torch.testing.assert_close(mixed, together[order], atol=1e-6, rtol=1e-5)
+    assert reward(IMAGES[:0], []).shape == (0,)
+    assert reward(IMAGES.bfloat16(), PROMPTS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("spec", [*SEVERAL, *SINGLE])
+def test_the_text_form_gives_the_same_reward(spec):
+    reward = load(spec)
+    again = rewards.load(str(reward))
+    assert again == reward
+    torch.testing.assert_close(again(IMAGES, PROMPTS), reward(IMAGES, PROMPTS))
+    inside = reward.parts[0].reward
+    torch.testing.assert_close(rewards.load(inside.spec)(IMAGES, PROMPTS), reward(IMAGES, PROMPTS))
+
+
+@pytest.mark.parametrize("spec", [*SEVERAL, *SINGLE])
+def test_no_score_leaves_the_range(spec):
+    reward = load(spec)
+    low, high = reward.range
+    assert low is not None
+    assert high is not None
+    corners = torch.tensor(list(itertools.product([0.0, 0.5, 1.0], repeat=3)))
+    images = corners[:, :, None, None].expand(-1, -1, 4, 4)
+    scores = reward(images, [""] * len(images))
+    assert scores.min() >= low - 1e-6
+    assert scores.max() <= high + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("spec", "range_"),
+    [
+        ("min(a={h}:Channel(0, -1, 1), b={h}:Channel(1, 0, 5))", (-1, 1)),
+        ("min(jpeg, b={h}:Channel(1, 0, 5))", (None, 0)),
+        ("min(jpeg(incompressibility), b={h}:Channel(1, 0, 5))", (0, 5)),
+        ("mean(a={h}:Channel(0, -1, 1), b={h}:Channel(1, 0, 5))", (-0.5, 3)),
+        ("mean(jpeg, b={h}:Channel(1, 0, 5))", (None, 2.5)),
+        ("median(a={h}:Channel(0, -1, 1), {h}:noisy_size)", (None, None)),
+        ("lcb(a={h}:Channel(0, -1, 1), b={h}:Channel(1, 0, 5), kappa=1)", (-3.5, 3)),
+        ("clip_above(jpeg(incompressibility), at=3)", (0, 3)),
+        ("clip_above({h}:noisy_size, at=3)", (None, 3)),
+        ("par({h}:noisy_size, ref=3)", (0, 1)),
+        ("delta(a={h}:Channel(0, -1, 3))", (-4, 4)),
+        ("augmented(2*jpeg)", (None, 0)),
+        ("-2*min(a={h}:Channel(0, -1, 1), b={h}:Channel(1, 0, 5))", (-2, 2)),
+    ],
+)
+def test_ranges_follow_from_the_parts(spec, range_):
+    assert rewards.load(spec.format(h=HERE)).range == pytest.approx(range_)
+
+
+def test_what_holds_of_the_parts_holds_of_the_whole():
+    assert not load("min({r}, jpeg)").differentiable
+    assert load("min({r} + 0*jpeg, {g})").differentiable
+    assert load("lcb({r}, {g}, 0*jpeg)").differentiable
+    assert not load("min({r}, jpeg)").wants_references
+    assert load(f"mean({{r}}, {HERE}:of_references)").wants_references
+    assert load("delta({r})").wants_references
+    assert load("par({r})").wants_references
+    assert not load("par({r}, ref=0)").wants_references
+    with pytest.raises(ValueError, match="quotes no text"):
+        load("log_sigmoid(lcb({r}, ocr))").check(["a sign"])
+
+
+def test_a_part_of_weight_zero_is_logged_only():
+    total, components = load("mean({r}, {g}, 0*jpeg)").evaluate(IMAGES, PROMPTS)
+    torch.testing.assert_close(total, (RED + GREEN) / 2)
+    assert list(components) == ["mean", "r", "g", "jpeg"]
+    assert (components["jpeg"] < 0).all()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(spec.replace("{r}", "{n}").replace("{w}", "{n}") for spec in SEVERAL),
+        "clip_above({n}, at=-1)",
+        "par({n}, ref=0.5)",
+        "augmented({n})",
+    ],
+)
+def test_no_answer_of_a_part_is_no_answer_of_the_whole(spec):
+    total, components = load(spec).evaluate(IMAGES, PROMPTS)
+    bad = [False, False, True, False, False]
+    assert total.isnan().tolist() == bad
+    assert components["n"].isnan().tolist() == bad
+
+
+def test_agreement_costs_nothing_and_has_a_gradient():
+    grey = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
+    for spec in ("lcb({r}, {g}, kappa=3)", "uncertainty({r}, {g})"):
+        score = load(spec)(grey, [""])
+        torch.testing.assert_close(score, torch.tensor([0.5]))
+        (gradient,) = torch.autograd.grad(score.sum(), grey)
+        torch.testing.assert_close(gradient.sum((0, 2, 3)), torch.tensor([0.5, 0.5, 0.0]))
+
+
+def test_aggregators_are_functions_of_loaded_rewards_too():
+    r, g = (rewards.load(PARTS[key]) for key in "rg")
+    made = aggregate.lcb(r, g, kappa=2)
+    torch.testing.assert_close(made(IMAGES, PROMPTS), values("lcb({r}, {g}, kappa=2)"))
+    assert rewards.load(made) == load("lcb({r}, {g}, kappa=2)")
+    assert made.spec == str(load("lcb({r}, {g}, kappa=2)"))
+    with pytest.raises(ValueError, match="two components are called 'r'"):
+        aggregate.mean(r, r)
+    with pytest.raises(ValueError, match=r"a part of mean is 'clip'; make it with rewards\.load"):
+        aggregate.mean(r, "clip")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("harmonic({r}, {g}, weight=1.5)", "harmonic's weight is 1.5 but must be from 0 to 1"),
+        ("harmonic({r}, jpeg)", r"calibrated\(jpeg, file=..., method=quantile\)"),
+        ("uncertainty({r}, {g}, penalty=-1)", "penalty is -1 but must be 0 or more"),
+        ("log_sigmoid({r}, ref=none)", "ref is None but must be a finite number"),
+        ("clip_above({r}, at=none)", "at is None but must be a finite number"),
+        ("clip_above({r}, at=no.json)", "no calibration file 'no.json'"),
+        ("par({r}, ref=no.json)", "no calibration file 'no.json'"),
+        ("par({r}, ref=true)", "ref is True"),
+        ("augmented({r}, draws=0)", "draws is 0"),
+        ("augmented({r}, draws=2.5)", "draws is 2.5"),
+        ("augmented({r}, seed=-1)", "seed is -1"),
+        ("augmented({r}, flip=1)", "flip is 1"),
+        ("augmented({r}, crop=1)", "crop is 1 but must be from 0 to 0.9"),
+        ("augmented({r}, jitter=2)", "jitter is 2"),
+        ("augmented({r}, noise=-0.1)", "noise is -0.1"),
+        ("delta(delta({r}))", "delta takes the references for itself"),
+        (f"par({HERE}:of_references)", "par takes the references for itself"),
+    ],
+)
+def test_bad_options_are_refused_in_one_sentence(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load(spec)
+    assert "\n" not in str(error.value)
+
+
+def bases() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return list(torch.rand(N, 3, 6, 7, generator=generator))
+
+
+def test_delta_subtracts_the_score_of_the_base_picture():
+    base = bases()
+    expected = RED - torch.stack([x[0].mean() for x in base])
+    total, components = load("delta({r})").evaluate(IMAGES, PROMPTS, references=base)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(components["r"], RED)
+    same = load("delta({r})")(IMAGES, PROMPTS, references=list(IMAGES))
+    torch.testing.assert_close(same, torch.zeros(N))
+
+
+def test_an_entry_is_a_picture_or_several_of_any_kind():
+    a, b = bases()[:2]
+    pil = Image.fromarray(to_uint8(a[None])[0])
+    wide = torch.rand(3, 5, 20, generator=torch.Generator().manual_seed(4))
+    entries = [a, torch.stack([a, b]), [a, wide], pil, (pil, b)]
+    red = [a[0].mean(), (a[0].mean() + b[0].mean()) / 2, (a[0].mean() + wide[0].mean()) / 2]
+    p = to_images(pil)[0, 0].mean()
+    expected = RED - torch.stack([*red, p, (p + b[0].mean()) / 2])
+    torch.testing.assert_close(load("delta({r})")(IMAGES, PROMPTS, references=entries), expected)
+
+
+def test_par_compares_with_the_scores_of_the_reference_pictures():
+    entries = [torch.stack([x, x.flip(0)]) for x in bases()]
+    score = load("par({r})")(IMAGES, PROMPTS, references=entries)
+    own = [(sigmoid(r - x[0, 0].mean()) + sigmoid(r - x[1, 0].mean())) / 2 for r, x in
+           zip(RED.tolist(), entries, strict=True)]  # fmt: skip
+    torch.testing.assert_close(score, torch.tensor(own), atol=1e-6, rtol=1e-5)
+
+
+def test_a_base_picture_that_rows_share_is_scored_once_and_has_no_gradient():
+    reward = load("delta({r})")
+    channel = reward.parts[0].reward.members[0].parts[0].reward
+    a, b = (x.requires_grad_(True) for x in bases()[:2])
+    images = IMAGES[:4].clone().requires_grad_(True)
+    score = reward(images, ["x", "x", "y", "x"], references=[a, a, a, b])
+    assert channel.calls == [4, 3]
+    (gradient,) = torch.autograd.grad(score.sum(), images)
+    torch.testing.assert_close(gradient[:, 0], torch.full((4, 12, 10), 1 / 120))
+    assert not torch.autograd.grad(
+        reward(images, ["x"] * 4, references=[a] * 4).sum(), [images, a], allow_unused=True
+    )[1]
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (None, "but got none"),
+        ([IMAGES[0]], "each of the 5 prompts, but got 1"),
+        ([IMAGES[0]] * 4 + [[]], "an empty entry"),
+        ([IMAGES[0] * 255] * 5, r"\[0, 1\]"),
+    ],
+)
+def test_bad_references_are_refused(references, message):
+    with pytest.raises(ValueError, match=message):
+        load("delta({r})")(IMAGES, PROMPTS, references=references)
+    assert load("delta({r})")(IMAGES[:0], []).shape == (0,)
+
+
+def test_references_reach_parts_that_want_them():
+    spec = f"min({HERE}:of_references, augmented(o={HERE}:of_references))"
+    entries = [IMAGES[: i + 1] for i in range(N)]
+    torch.testing.assert_close(
+        values(spec, references=entries), torch.arange(1, N + 1, dtype=torch.float32)
+    )
+
+
+def test_augmentation_off_is_the_reward_itself():
+    spec = "augmented({r}, draws=1, crop=0, jitter=0, noise=0)"
+    torch.testing.assert_close(values(spec), RED)
+
+
+def test_augmentations_are_fixed_by_the_seed_and_averaged():
+    spec = f"augmented({HERE}:noisy_size, draws=3, crop=0.4, flip=true, jitter=0.3, noise=0)"
+    draws = augment.draw(3, 0, 0.4, True, 0.3)
+    each = [noisy_size(augment.augment(IMAGES, one), PROMPTS) for one in draws]
+    total, components = load(spec).evaluate(IMAGES, PROMPTS)
+    torch.testing.assert_close(total, torch.stack(each).mean(0))
+    torch.testing.assert_close(components["noisy_size"], total)
+    assert torch.equal(total, load(spec)(IMAGES, PROMPTS))
+    assert not torch.equal(total, load(spec.replace("draws", "seed=1, draws"))(IMAGES, PROMPTS))
+    assert augment.draw(5, 0, 0.4, True, 0.3)[:3] == draws
+
+
+def test_noise_is_the_same_for_every_picture_and_has_the_given_size():
+    grey = torch.full((2, 3, 200, 200), 0.5)
+    seen = []
+
+    def look(images, prompts):
+        seen.append(images.clone())
+        return images.mean((1, 2, 3))
+
+    part = rewards.load(look)
+    augment.augmented(part, draws=2, crop=0, jitter=0, noise=0.05)(grey, ["", ""])
+    assert torch.equal(seen[0][0], seen[0][1])
+    assert not torch.equal(seen[0], seen[1])
+    for x in seen:
+        # 120 000 normal numbers: the standard error of their deviation is 0.2 %
+        assert x[0].std().item() == pytest.approx(0.05, rel=0.01)
+        assert x[0].mean().item() == pytest.approx(0.5, abs=0.001)
+
+
+def test_draws_stay_within_their_bounds_and_use_them():
+    draws = augment.draw(2000, 7, 0.2, True, 0.1)
+    assert all(
+        0.8 <= one.keep <= 1 and 0 <= one.down <= 1 and 0 <= one.across <= 1 for one in draws
+    )
+    for factors in zip(*((d.brightness, d.contrast, d.saturation) for d in draws), strict=True):
+        assert min(factors) == pytest.approx(0.9, abs=0.002)
+        assert max(factors) == pytest.approx(1.1, abs=0.002)
+        assert statistics.fmean(factors) == pytest.approx(1, abs=0.01)
+    # a share of 2000 fair coins: four standard errors are 0.045
+    assert statistics.fmean(one.flip for one in draws) == pytest.approx(0.5, abs=0.045)
+
+
+def test_colours_change_as_torchvision_changes_them():
+    one = augment.Draw(1, 0, 0, True, 1.2, 0.8, 1.3)
+    expected = vision.adjust_brightness(IMAGES.flip(3), 1.2)
+    expected = vision.adjust_saturation(vision.adjust_contrast(expected, 0.8), 1.3)
+    torch.testing.assert_close(augment.augment(IMAGES, one), expected, atol=1e-3, rtol=0)
+
+
+def test_a_crop_is_cut_and_enlarged_as_pil_does():
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 40, 50, 3), dtype=np.uint8)
+    one = augment.Draw(0.8, 0.25, 1.0, False, 1, 1, 1)
+    box = (10, 2, 50, 34)  # 32 of 40 rows from 2 of 8, 40 of 50 columns from 10 of 10
+    cut = Image.fromarray(pictures[0]).crop(box).resize((50, 40), Image.Resampling.BICUBIC)
+    ours = augment.augment(to_images(pictures), one)
+    assert (ours - to_images(cut)).abs().max() < 1.6 / 255
+
+
+def test_a_reference_is_looked_at_by_shape_helpers_once_per_size():
+    part = rewards.load(PARTS["r"])
+    small, large = torch.rand(2, 3, 4, 4), torch.rand(3, 3, 8, 8)
+    found = shape.reference_scores("x", part, IMAGES[:2], ["a", "b"], [large, small])
+    torch.testing.assert_close(found[0], large[:, 0].mean((1, 2)))
+    torch.testing.assert_close(found[1], small[:, 0].mean((1, 2)))
+    assert part.parts[0].reward.calls == [2, 3]

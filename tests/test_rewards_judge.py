@@ -1,0 +1,527 @@
+"""The judge, against a real HTTP server in a thread and a small untrained LLaVA."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import rewards
+from rewards import endpoint
+from rewards.judge import PRESETS, JudgeReward
+
+KEY = "sk-very-secret"
+Reply = tuple[int, dict[str, str], bytes]
+
+
+class Server:
+    """Answers by `reply(number of the request, its JSON)` and records what came."""
+
+    def __init__(self) -> None:
+        self.bodies: list[Any] = []
+        self.headers: list[Any] = []
+        self.paths: list[str] = []
+        self.reply: Callable[[int, Any], Reply] = lambda _, body: says("Score: 5")
+        self.busy = self.most_busy = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.headers.append(self.headers)
+                self.send_error(404)
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    number = len(outer.bodies)
+                    outer.bodies.append(body)
+                    outer.headers.append(self.headers)
+                    outer.paths.append(self.path)
+                    outer.busy += 1
+                    outer.most_busy = max(outer.busy, outer.most_busy)
+                status, headers, content = outer.reply(number, body)
+                with outer.lock:
+                    outer.busy -= 1
+                try:
+                    self.send_response(status)
+                    for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    for part in outer.parts(content):
+                        self.wfile.write(part)
+                        self.wfile.flush()
+                except OSError:  # the judge has gone away
+                    pass
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.parts: Callable[[bytes], Iterator[bytes]] = lambda content: iter([content])
+        self.core = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.core.server_address[1]}/v1"
+        self.thread = threading.Thread(target=self.core.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self) -> None:
+        if not self.thread.is_alive():
+            return
+        self.core.shutdown()
+        self.core.server_close()
+        self.thread.join()
+
+    def judge(self, **options: Any) -> JudgeReward:
+        judge = JudgeReward(url=self.url, model="tiny-judge", **options)
+        judge.model.backoff = 0.01  # type: ignore[attr-defined]
+        return judge
+
+
+def says(text: Any) -> Reply:
+    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+def grey(*levels: int, size: tuple[int, int] = (4, 6)) -> torch.Tensor:
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, *size).float() / 255
+
+
+def level(body: Any) -> int:
+    """The grey of the picture that was sent."""
+    return int(picture(body)[0, 0, 0])
+
+
+def picture(body: Any) -> np.ndarray:
+    url = body["messages"][0]["content"][0]["image_url"]["url"]
+    head, _, data = url.partition(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        return np.array(image)
+
+
+def question(body: Any) -> str:
+    return body["messages"][0]["content"][1]["text"]
+
+
+def test_a_request_holds_the_picture_as_it_is_the_question_and_the_key_and_is_greedy(
+    server, monkeypatch
+):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    images = (torch.arange(3 * 5 * 9).view(1, 3, 5, 9) / 255).float()
+    judge = server.judge(key_env="JUDGE_KEY", question="Is it {prompt}? {x} {prompt}")
+    scores = judge(images, ["a {prompt} {0.__class__} %s"])
+    assert scores.tolist() == [0.5]
+    (body,) = server.bodies
+    assert question(body) == "Is it a {prompt} {0.__class__} %s? {x} a {prompt} {0.__class__} %s"
+    np.testing.assert_array_equal(
+        picture(body), np.arange(135, dtype=np.uint8).reshape(3, 5, 9).transpose(1, 2, 0)
+    )
+    assert (body["model"], body["temperature"], body["seed"]) == ("tiny-judge", 0, 0)
+    assert body["max_tokens"] == 512
+    assert server.paths == ["/v1/chat/completions"]
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_without_key_env_no_key_is_sent(server):
+    server.judge()(grey(1), ["a"])
+    assert "Authorization" not in server.headers[0]
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 408])
+def test_a_passing_error_is_tried_again(server, status):
+    server.reply = lambda n, _: (status, {}, b"no") if n < 2 else says("Score: 7")
+    assert server.judge(retries=2)(grey(1), ["a"]).tolist() == pytest.approx([0.7])
+    assert len(server.bodies) == 3
+
+
+def test_retries_end_and_the_wait_doubles_or_is_what_the_server_asks(server, monkeypatch):
+    waits = []
+    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
+    server.reply = lambda n, _: (503, {"Retry-After": "7"} if n == 1 else {}, b"")
+    judge = server.judge(retries=3, invalid="nan")
+    judge.model.backoff = 20
+    assert judge(grey(1), ["a"]).isnan().all()
+    assert len(server.bodies) == 4
+    assert waits == [20, 7, 60]  # 80 is cut to a minute
+
+
+def test_a_cut_response_is_tried_again(server):
+    whole = says("Score: 2")
+    server.reply = lambda n, _: (200, {"Content-Length": "999"}, whole[2][:9]) if n == 0 else whole
+    assert server.judge(timeout=2.0)(grey(1), ["a"]).tolist() == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize("invalid", ["nan", "error"])
+def test_a_refused_request_is_not_repeated(server, invalid):
+    server.reply = lambda *_: (400, {}, b"bad")
+    judge = server.judge(invalid=invalid)
+    if invalid == "nan":
+        assert judge(grey(1), ["a"]).isnan().all()
+    else:
+        with pytest.raises(ValueError, match=r"no score for the prompt 'a': .*HTTP 400.*nan"):
+            judge(grey(1), ["a"])
+    assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_or_address_is_an_error_even_where_nan_is_allowed(server, status, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server.reply = lambda *_: (status, {}, f"your key {KEY} at {server.url}".encode())
+    with pytest.raises(ValueError, match=f"HTTP {status}.*check url, model and key_env") as caught:
+        server.judge(key_env="JUDGE_KEY", invalid="nan")(grey(1), ["a"])
+    assert len(server.bodies) == 1
+    shown = "".join(traceback.format_exception(caught.value))
+    assert KEY not in shown
+    assert server.url not in shown
+
+
+def test_a_redirect_is_not_followed_with_the_key(server, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    other = Server()
+    try:
+        server.reply = lambda *_: (302, {"Location": other.url}, b"")
+        judge = server.judge(key_env="JUDGE_KEY", invalid="nan")
+        assert judge(grey(1), ["a"]).isnan().all()
+        assert not other.headers
+        assert len(server.bodies) == 1
+    finally:
+        other.close()
+
+
+def test_silence_and_a_trickle_both_end_at_the_time_out(server):
+    def wait(*_: Any) -> Reply:
+        time.sleep(0.6)
+        return says("Score: 5")
+
+    server.reply = wait
+    judge = server.judge(timeout=0.2, retries=1)
+    with pytest.raises(ValueError, match=r"failed 2 times; .*did not answer within 0.2 s"):
+        judge(grey(1), ["a"])
+    assert len(server.bodies) == 2
+
+    def slowly(content: bytes) -> Iterator[bytes]:
+        for byte in content:
+            time.sleep(0.05)
+            yield bytes([byte])
+
+    server.reply = lambda *_: says("Score: 5")
+    server.parts = slowly
+    start = time.monotonic()
+    assert server.judge(timeout=0.3, retries=0, invalid="nan")(grey(1), ["a"]).isnan().all()
+    assert time.monotonic() - start < 2
+
+
+def test_nobody_there_is_said_without_the_address(server):
+    server.close()
+    with pytest.raises(ValueError, match=r"could not be reached \(ConnectionRefusedError\)") as e:
+        server.judge(retries=0)(grey(1), ["a"])
+    assert server.url not in "".join(traceback.format_exception(e.value))
+
+
+GARBAGE = {
+    "no JSON": (200, {}, b"<html>hello</html>"),
+    "a pickle": (200, {}, b"\x80\x04\x95K\x05."),
+    "a list": (200, {}, b"[1, 2]"),
+    "deep": (200, {}, b"[" * 100_000),
+    "no choices": (200, {}, b'{"choices": []}'),
+    "choices of text": (200, {}, b'{"choices": ["Score: 5"]}'),
+    "no message": (200, {}, b'{"choices": [{}]}'),
+    "no text": says(None),
+    "empty": (200, {}, b""),
+    "not a number": says("I like it"),
+    "a word": says("Score: high"),
+    "above the scale": says("Score: 11"),
+    "below the scale": says("Score: -1"),
+}
+
+
+@pytest.mark.parametrize("reply", GARBAGE.values(), ids=list(GARBAGE))
+def test_what_is_no_score_is_nan_and_never_0(server, reply):
+    server.reply = lambda n, body: reply if level(body) == 1 else says("Score: 0")
+    scores = server.judge(invalid="nan")(grey(1, 2), ["a", "a"])
+    assert scores[0].isnan()
+    assert scores[1] == 0
+    assert len(server.bodies) == 2  # garbage is not asked for again
+    with pytest.raises(ValueError, match="no score for the prompt 'a'"):
+        server.judge()(grey(1, 2), ["a", "a"])
+
+
+def test_an_oversized_response_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(endpoint, "LARGEST_RESPONSE", 1000)
+    server.reply = lambda *_: says("Score: 5" + " " * 1000)
+    assert server.judge(invalid="nan")(grey(1), ["a"]).isnan().all()
+    server.reply = lambda *_: says("Score: 5" + " " * 900)
+    assert server.judge(invalid="nan")(grey(1), ["a"]).tolist() == [0.5]
+
+
+def test_requests_overlap_up_to_the_limit_and_scores_keep_the_order(server):
+    def reply(number: int, body: Any) -> Reply:
+        time.sleep(0.12 - 0.01 * level(body))  # the first answers last
+        return says(f"Score: {level(body)}")
+
+    server.reply = reply
+    scores = server.judge(concurrency=3)(grey(*range(10)), ["a"] * 10)
+    torch.testing.assert_close(scores, torch.arange(10) / 10)
+    assert 1 < server.most_busy <= 3
+
+
+def test_scores_are_remembered_by_picture_and_prompt_but_failures_are_not(server):
+    server.reply = lambda n, body: says(f"Score: {level(body)}") if level(body) < 9 else says("?")
+    judge = server.judge(invalid="nan")
+    images = grey(3, 3, 4, 3, 9)
+    scores = judge(images, ["a", "a", "a", "b", "a"])
+    assert scores[:4].tolist() == pytest.approx([0.3, 0.3, 0.4, 0.3])
+    assert len(server.bodies) == 4
+    torch.testing.assert_close(judge(images, ["a", "a", "a", "b", "a"]), scores, equal_nan=True)
+    assert len(server.bodies) == 5
+    judge(grey(3, size=(6, 4)), ["a"])  # the same bytes, another shape
+    assert len(server.bodies) == 6
+
+
+def test_yes_no_compares_the_chances_of_the_first_token(server):
+    likely = [("Yes", 0.3), (" yes", 0.1), ("No", 0.1), ("NO ", 0.02), ("Maybe", 0.4)]
+    tokens = [{"token": token, "logprob": float(np.log(p))} for token, p in likely]
+
+    def reply(number: int, body: Any) -> Reply:
+        top = tokens if level(body) == 1 else tokens[4:]
+        first = {"logprobs": {"content": [{"top_logprobs": top}]}}
+        return 200, {}, json.dumps({"choices": [first]}).encode()
+
+    server.reply = reply
+    judge = server.judge(preset="yes_no", invalid="nan")
+    scores = judge(grey(1, 2), ["a", "a"])
+    assert scores[0].item() == pytest.approx(0.4 / 0.52)
+    assert scores[1].isnan()
+    assert server.bodies[0]["logprobs"] is True
+    assert (server.bodies[0]["max_tokens"], server.bodies[0]["top_logprobs"]) == (1, 20)
+    server.reply = lambda *_: says("yes")
+    assert judge(grey(3), ["a"]).isnan().all()  # an endpoint without log-probabilities
+    assert judge.range == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("cat (animal): 1\nFinal Score: 4", 0.75),
+        ("**Final Score:** 3.5", 0.625),
+        ("Final Score: 1", 0.0),
+        ("final score: 5/5", 1.0),
+        ("Final Score: 2 ... no. Final Score: 4", 0.75),
+        ("Final Score: 10", None),  # Flow-GRPO's pattern reads a 1 here
+        ("Final Score: 0", None),
+        ("Score: 4", None),
+    ],
+)
+def test_unifiedreward_is_read_on_its_scale(server, answer, score):
+    server.reply = lambda *_: says(answer)
+    (value,) = server.judge(preset="unifiedreward", invalid="nan")(grey(1), ["a"]).tolist()
+    assert np.isnan(value) if score is None else value == pytest.approx(score)
+    assert question(server.bodies[0]).endswith("Text Caption: [a]")
+
+
+def test_a_pattern_without_a_scale_gives_the_number_itself(server):
+    server.reply = lambda *_: says("I count 17 cats")
+    judge = server.judge(pattern=r"count (\d+)", question="How many cats?")
+    assert judge(grey(1), ["a"]).tolist() == [17]
+    assert judge.range == (None, None)
+    scaled = server.judge(pattern=r"count (\d+)", low=0, high=20)
+    assert scaled(grey(1), ["a"]).tolist() == pytest.approx([0.85])
+    assert scaled.range == (0.0, 1.0)
+
+
+def test_the_spec_makes_the_same_judge_again(server):
+    judge = server.judge(pattern=r"is (\d+)\.", low=0, high=20, key_env="K", invalid="nan")
+    again = rewards.load(judge.spec).parts[0].reward
+    assert again.spec == judge.spec
+    assert again.task == judge.task
+    assert again.task.question == PRESETS["score"].question
+
+
+def test_no_images_ask_nothing(server):
+    assert server.judge()(grey(1)[:0], []).shape == (0,)
+    assert not server.bodies
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://user:{KEY}@127.0.0.1:1/v1",
+        f"http://127.0.0.1:1/v1?key={KEY}",
+        f"ftp://127.0.0.1/{KEY}",
+        f"{KEY}",
+        f"http://[{KEY}/v1?",
+        f"http://127.0.0.1/ {KEY}",
+    ],
+)
+def test_a_url_that_may_hold_a_secret_is_refused_without_showing_it(url):
+    with pytest.raises(ValueError, match=r"url must be like http://127.0.0.1:8000/v1") as caught:
+        JudgeReward(url=url, model="m")
+    assert KEY not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_key_that_is_not_set_is_named(server, monkeypatch):
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(ValueError, match="environment variable JUDGE_KEY"):
+        server.judge(key_env="JUDGE_KEY", invalid="nan")(grey(1), ["a"])
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\r\nX-Other: 1")
+    with pytest.raises(ValueError, match="environment variable JUDGE_KEY") as caught:
+        server.judge(key_env="JUDGE_KEY", invalid="nan")(grey(1), ["a"])
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs one model"),
+        ({"url": "http://a/v1", "source": "b"}, "needs one model"),
+        ({"url": "http://a/v1"}, "model=NAME"),
+        ({"url": "http://a/v1", "model": "m", "preset": "unified"}, "'unifiedreward'"),
+        ({"url": "http://a/v1", "model": "m", "invalid": "0"}, "error or nan"),
+        ({"url": "http://a/v1", "model": "m", "pattern": "("}, "no regex"),
+        ({"url": "http://a/v1", "model": "m", "pattern": "Score"}, "0 groups"),
+        ({"url": "http://a/v1", "model": "m", "low": 1.0}, "give both"),
+        ({"url": "http://a/v1", "model": "m", "low": 2.0, "high": 1.0}, "low below high"),
+        ({"url": "http://a/v1", "model": "m", "preset": "yes_no", "low": 0, "high": 1}, "yes_no"),
+        ({"url": "http://a/v1", "model": "m", "retries": -1}, "retries"),
+        ({"url": "http://a/v1", "model": "m", "timeout": 0}, "timeout"),
+        ({"source": "/no/such/folder"}, "neither a folder"),
+        ({"source": "nothing"}, "neither a folder"),
+    ],
+)
+def test_wrong_settings_are_refused_with_a_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        JudgeReward(**options)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory) -> str:
+    """A folder with a small untrained LLaVA whose tokenizer spells bytes, and knows Yes and No."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ye", "Yes", "No"]
+    vocabulary = {word: i for i, word in enumerate([*words, "<image>", "<s>", "</s>", "<pad>"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Y", "e"), ("Ye", "s"), ("N", "o")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, additional_special_tokens=["<image>"], **special
+    )
+    template = (
+        "{% for m in messages %}USER: {% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    )
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
+        tokenizer=tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=32, patch_size=16, **sizes),
+        text_config=LlamaConfig(
+            vocab_size=len(vocabulary),
+            max_position_embeddings=2048,
+            bos_token_id=vocabulary["<s>"],
+            eos_token_id=vocabulary["</s>"],
+            pad_token_id=vocabulary["<pad>"],
+            initializer_range=0.5,
+            **sizes,
+        ),
+        image_token_index=vocabulary["<image>"],
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(config)
+    folder = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_local_model_says_yes_as_its_own_logits_do(llava):
+    images = torch.rand(3, 3, 40, 24, generator=torch.Generator().manual_seed(1))
+    reward = rewards.load(f'judge(source="{llava}", preset=yes_no)')
+    prompts = ["a cat", "a dog", "a cat"]
+    scores = reward(images, prompts)
+    assert scores.dtype == torch.float32
+    assert reward.range == (0.0, 1.0)
+    assert scores.std() > 0
+
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model: Any = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.float32).eval()
+    processor: Any = AutoProcessor.from_pretrained(llava)
+    yes, no = processor.tokenizer.convert_tokens_to_ids(["Yes", "No"])
+    for i, prompt in enumerate(prompts):
+        shown = Image.fromarray((images[i].permute(1, 2, 0) * 255).round().byte().numpy())
+        text = f'USER: <image>Does this figure show "{prompt}"? Please answer yes or no. ASSISTANT:'
+        inputs = processor(images=shown, text=text, return_tensors="pt")
+        logits = model(**inputs).logits[0, -1]
+        assert scores[i].item() == pytest.approx((logits[yes] - logits[no]).sigmoid().item(), 1e-5)
+
+    order = [2, 0, 1]
+    fresh = rewards.load(f'judge(source="{llava}", preset=yes_no)')
+    assert torch.equal(fresh(images[order], [prompts[i] for i in order]), scores[order])
+
+
+def test_a_local_model_answers_the_same_twice_and_its_answer_is_read(llava):
+    judge = JudgeReward(llava, max_tokens=6, invalid="nan")
+    shown = np.full((20, 30, 3), 128, np.uint8)
+    answer = judge.model.answer(shown, "What?")
+    assert answer == judge.model.answer(shown, "What?")
+    assert "USER" not in answer
+    images = grey(100, size=(20, 20))
+    assert judge(images, ["a"]).isnan().all()  # an untrained model says nothing
+    judge.model.answer = lambda *_: "Score: 3"  # type: ignore[method-assign]
+    assert judge(images, ["a"]).tolist() == pytest.approx([0.3])
+
+
+def test_a_prompt_cannot_command_the_local_model(llava):
+    judge = JudgeReward(llava, preset="yes_no")
+    for token in ("<image>", "</s>"):
+        with pytest.raises(ValueError, match=f"holds '{token}'"):
+            judge(grey(1), [f"a cat {token}"])
+
+
+def test_a_folder_that_is_no_such_model_is_explained(tmp_path):
+    with pytest.raises(ValueError, match="no image-text-to-text model"):
+        JudgeReward(str(tmp_path))

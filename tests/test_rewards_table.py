@@ -1,0 +1,76 @@
+"""Tables of scores: carried on after an interruption, and their statistics."""
+
+import math
+
+import numpy as np
+import pytest
+
+from rewards.table import Table, draw, rank_correlation, read_table, summary
+
+ROWS = [
+    {"image": f"{i}.png", "prompt": 'a "b",\u2028c', "reward": i / 3, "x": float(i), "y": math.nan}
+    for i in range(4)
+]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_is_read_back_as_it_was_written(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    path = tmp_path / f"scores{suffix}"
+    table = Table(path, "x + y")
+    table.add(ROWS[2:])
+    table.add(ROWS[:2])
+    table.finish([row["image"] for row in ROWS])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    for row, back in zip(ROWS, read_table(path), strict=True):
+        assert all(row[k] == back[k] or (math.isnan(row[k]) and math.isnan(back[k])) for k in row)
+
+
+def test_an_interrupted_table_goes_on_after_its_last_whole_line(tmp_path):
+    path = tmp_path / "scores.csv"
+    Table(path, "x").add(ROWS[:2])
+    part = tmp_path / "scores.csv.part"
+    part.write_text(part.read_text() + '{"image": "2.pn')
+    table = Table(path, "x", resume=True)
+    assert [row["image"] for row in table.rows] == ["0.png", "1.png"]
+    table.add(ROWS[2:])
+    table.finish([row["image"] for row in ROWS])
+    assert len(read_table(path)) == 4
+
+
+def test_what_is_there_is_not_overwritten_or_mixed(tmp_path):
+    path = tmp_path / "scores.csv"
+    Table(path, "x")
+    with pytest.raises(ValueError, match="--resume"):
+        Table(path, "x")
+    with pytest.raises(ValueError, match="was scored by 'x', not 'y'"):
+        Table(path, "y", resume=True)
+    with pytest.raises(ValueError, match=r"must end in one of"):
+        Table(tmp_path / "scores.xls", "x")
+
+
+def test_rank_correlation_equals_torchmetrics():
+    import torch
+    from torchmetrics.functional.regression import spearman_corrcoef
+
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 6, 40).astype(float)  # many ties
+    b = a + rng.normal(size=40) * 3
+    wanted = spearman_corrcoef(torch.tensor(a), torch.tensor(b)).item()
+    assert rank_correlation(a, b) == pytest.approx(wanted, abs=1e-6)
+    a[3] = math.nan
+    assert rank_correlation(a, b) == pytest.approx(
+        rank_correlation(np.delete(a, 3), np.delete(b, 3))
+    )
+    assert math.isnan(rank_correlation(np.ones(5), np.arange(5.0)))
+
+
+def test_summary_counts_what_is_missing(tmp_path):
+    text = summary(ROWS)
+    line = next(line for line in text.splitlines() if line.startswith("y "))
+    assert line.split()[-1] == "4"
+    x = next(line for line in text.splitlines() if line.startswith("x ")).split()
+    assert [float(v) for v in x[1:6]] == pytest.approx([1.5, 0.6455, 0, 1.5, 3], rel=1e-3)
+    draw(ROWS, tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").stat().st_size > 1000
