@@ -1,0 +1,222 @@
+"""The trainable network of each model family: prompts to conditioning, x_t to a prediction.
+
+Latents are those that the pipeline returns with `output_type="latent"` (Flux: packed), which are
+those that its network sees. Legend: n rows, t in (0, 1) is noise's share of the way, 0 clean.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FAMILIES", "Family", "Noising", "encode", "family_of", "noising_of", "predict"]
+
+Conditioning = dict[str, Tensor]  # rows first
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between pipelines.
+
+    network: the pipeline's attribute that is trained. encode(pipe, prompts, call) gives tensors
+    with a row a prompt; keywords(x, timestep, conditioning) those of the network's forward.
+    targets: names of the layers that LoRA usually adapts.
+    """
+
+    network: str
+    encode: Callable[[Any, list[str], Mapping[str, Any]], Conditioning]
+    keywords: Callable[[Tensor, Tensor, Conditioning], dict[str, Any]]
+    targets: tuple[str, ...]
+
+
+UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+JOINT_TARGETS = (*UNET_TARGETS, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+
+
+def _encoded(pipe: Any, prompts: list[str], call: Mapping[str, Any], **more: Any) -> Any:
+    """The pipeline's own encode_prompt, without guidance, given those keywords that it knows."""
+    parameters = inspect.signature(pipe.encode_prompt).parameters
+    passed = {name: value for name, value in call.items() if name in parameters}
+    free: dict[str, Any] = {}
+    if "do_classifier_free_guidance" in parameters:
+        free["do_classifier_free_guidance"] = False
+    for name in ("prompt_2", "prompt_3"):
+        if name in parameters and parameters[name].default is inspect.Parameter.empty:
+            free[name] = None
+    device = pipe._execution_device
+    return pipe.encode_prompt(
+        prompt=prompts, device=device, num_images_per_prompt=1, **free, **more, **passed
+    )
+
+
+def _encode_sd(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
+    return {"embeds": _encoded(pipe, prompts, call)[0]}
+
+
+def _call_sd(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
+    return {"sample": x, "timestep": t, "encoder_hidden_states": given["embeds"]}
+
+
+def _encode_sdxl(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
+    embeds, _, pooled, _ = _encoded(pipe, prompts, call)
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    size = call.get("height") or side, call.get("width") or side
+    original, target = call.get("original_size") or size, call.get("target_size") or size
+    corner = call.get("crops_coords_top_left", (0, 0))
+    ids = embeds.new_tensor([[*original, *corner, *target]]).repeat(len(prompts), 1)
+    return {"embeds": embeds, "pooled": pooled, "time_ids": ids}
+
+
+def _call_sdxl(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
+    added = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
+    return _call_sd(x, t, given) | {"added_cond_kwargs": added}
+
+
+def _encode_sd3(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
+    embeds, _, pooled, _ = _encoded(pipe, prompts, call)
+    return {"embeds": embeds, "pooled": pooled}
+
+
+def _call_sd3(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
+    return {
+        "hidden_states": x,
+        "timestep": t,
+        "encoder_hidden_states": given["embeds"],
+        "pooled_projections": given["pooled"],
+    }
+
+
+def _encode_flux(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
+    embeds, pooled, _ = _encoded(pipe, prompts, call)
+    found = {"embeds": embeds, "pooled": pooled}
+    side = pipe.default_sample_size * pipe.vae_scale_factor
+    rows, columns = (
+        int(call.get(name) or side) // (pipe.vae_scale_factor * 2) for name in ("height", "width")
+    )
+    found["grid"] = torch.tensor([[rows, columns]]).repeat(len(prompts), 1)
+    if pipe.transformer.config.guidance_embeds:  # distilled: the strength is an input
+        found["guidance"] = embeds.new_full((len(prompts),), call.get("guidance_scale", 3.5))
+    return found
+
+
+def _call_flux(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
+    rows, columns = given["grid"][0].tolist()
+    places = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
+    places[..., 1] = torch.arange(rows, device=x.device)[:, None]
+    places[..., 2] = torch.arange(columns, device=x.device)
+    return _call_sd3(x, t / 1000, given) | {
+        "img_ids": places.flatten(0, 1),
+        "txt_ids": x.new_zeros(given["embeds"].shape[1], 3),
+        "guidance": given.get("guidance"),
+    }
+
+
+# by the pipeline's class; img2img and ControlNet variants train the text-to-image network
+FAMILIES = {
+    "StableDiffusionPipeline": Family("unet", _encode_sd, _call_sd, UNET_TARGETS),
+    "StableDiffusionXLPipeline": Family("unet", _encode_sdxl, _call_sdxl, UNET_TARGETS),
+    "StableDiffusion3Pipeline": Family("transformer", _encode_sd3, _call_sd3, JOINT_TARGETS),
+    "FluxPipeline": Family("transformer", _encode_flux, _call_flux, JOINT_TARGETS),
+}
+
+
+def family_of(pipe: Any) -> Family:
+    """The family of a pipeline; ValueError for one that is not known."""
+    name = type(pipe).__name__
+    if name not in FAMILIES:
+        raise ValueError(f"{name} cannot be fine-tuned here; load one of {sorted(FAMILIES)}")
+    return FAMILIES[name]
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How latents are noised and what the network is asked for.
+
+    flow: x_t = (1 - t) x0 + t ε, target ε - x0 ("velocity"). With betas: x = √ᾱ x0 + √(1 - ᾱ) ε at
+    the timestep floor(t·T), target by `prediction` ("epsilon", "v_prediction" or "sample").
+    """
+
+    prediction: str
+    num_train_timesteps: int
+    alphas_cumprod: Tensor | None = None
+
+    @property
+    def flow(self) -> bool:
+        return self.alphas_cumprod is None
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        """What the network is told, (n,): floats up to T for a flow, else whole timesteps."""
+        if self.flow:
+            return t * self.num_train_timesteps
+        return (t * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t, target), both like x0 (n, ...), t (n,)."""
+        shape = (-1,) + (1,) * (x0.ndim - 1)
+        if self.alphas_cumprod is None:
+            share = t.view(shape)
+            return (1 - share) * x0 + share * noise, noise - x0
+        kept = self.alphas_cumprod.to(x0.device)[self.timesteps(t)].view(shape).to(x0.dtype)
+        signal, spread = kept.sqrt(), (1 - kept).sqrt()
+        x = signal * x0 + spread * noise
+        targets = {
+            "epsilon": lambda: noise,
+            "v_prediction": lambda: signal * noise - spread * x0,
+            "sample": lambda: x0,
+        }
+        return x, targets[self.prediction]()
+
+    def elbo_weight(self, t: Tensor) -> Tensor:
+        """½|dλ/dt| times what turns the prediction's squared error into that of ε, (n,).
+
+        λ is the log signal-to-noise ratio (Kingma et al. 2021). With it, and β times the number
+        of an image's elements, implicit scores averaged over t ~ U(0, 1) are log-likelihood
+        ratios; see `losses.elbo_weight` for flows.
+        """
+        if self.alphas_cumprod is None:
+            return (1 - t) / t
+        kept = self.alphas_cumprod.double().to(t.device)
+        ratio = (kept / (1 - kept)).log()
+        slope = -torch.gradient(ratio)[0] * self.num_train_timesteps  # dλ/dt, positive
+        at = self.timesteps(t)
+        kept, slope = kept[at], slope[at]
+        factor = {"epsilon": 1.0, "v_prediction": kept, "sample": kept / (1 - kept)}
+        return (slope / 2 * factor[self.prediction]).to(t.dtype)
+
+
+def noising_of(pipe: Any) -> Noising:
+    """The pipeline's noising, from its scheduler's configuration."""
+    config = pipe.scheduler.config
+    steps = int(config.num_train_timesteps)
+    betas = getattr(pipe.scheduler, "alphas_cumprod", None)
+    if betas is None:
+        return Noising("velocity", steps)
+    kind = str(config.get("prediction_type", "epsilon"))
+    if kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"the scheduler predicts {kind!r}; epsilon, v_prediction and sample are known"
+        )
+    return Noising(kind, steps, betas.double())
+
+
+def predict(
+    network: nn.Module, family: Family, noising: Noising, x: Tensor, t: Tensor, given: Conditioning
+) -> Tensor:
+    """The network's output for x_t (n, ...) at t (n,) and a row of conditioning each."""
+    keywords = family.keywords(x, noising.timesteps(t), given)
+    return network(**keywords, return_dict=False)[0]
+
+
+def encode(pipe: Any, prompts: Sequence[str], **call: Any) -> Conditioning:
+    """The conditioning of prompts, a row each, by the pipeline's own encoders.
+
+    call: keywords of the pipeline's call that matter for it (height, max_sequence_length, ...).
+    """
+    with torch.no_grad():
+        found = family_of(pipe).encode(pipe, list(prompts), call)
+    return {name: value.detach() for name, value in found.items()}

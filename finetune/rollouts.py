@@ -1,0 +1,289 @@
+"""Rollouts: images of many prompts, made once, with all that training needs of them.
+
+A run is a folder of shards, a few prompts each:
+
+    manifest.json                  what made it: model, call, filter, seed, versions
+    00012/table.parquet            a row an image: prompt, group, index, seed, steered, log_weight,
+                                   settings, image (PNG); `datasets.load_dataset("parquet", ...)`
+    00012/tensors.safetensors      latents (rows, ...) and conditioning (a row a prompt)
+    00012/shard.json               sha256 of both
+    00012/rewards.parquet          columns that scripts/score.py adds, in the rows' order
+
+A shard is written under another name and renamed, so it is there whole or not at all. Which images
+a prompt gets depends on the seed and the prompt alone, not on shards or processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steering import FeynmanKac, Steered
+from steering.manifest import fingerprint, versions
+from steering.pipeline import steer_each
+
+from .models import encode, family_of
+
+__all__ = ["Plan", "Rollouts", "Shard", "add_rewards", "generate", "open_run"]
+
+PLAIN = FeynmanKac(reward_scale=0.0, min_ess=0.0, noise=0.0)  # the pipeline's own sampler
+FEATURES = {
+    "prompt": {"dtype": "string", "_type": "Value"},
+    "group": {"dtype": "int64", "_type": "Value"},
+    "index": {"dtype": "int64", "_type": "Value"},
+    "seed": {"dtype": "int64", "_type": "Value"},
+    "steered": {"dtype": "bool", "_type": "Value"},
+    "log_weight": {"dtype": "float64", "_type": "Value"},
+    "settings": {"dtype": "string", "_type": "Value"},
+    "image": {"_type": "Image"},
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make: `images` plain ones a prompt and `steered` by the filter.
+
+    call: keywords of the pipeline's call. The steered ones start from noise of their own.
+    """
+
+    prompts: tuple[str, ...]
+    images: int = 16
+    steered: int = 0
+    settings: FeynmanKac = field(default_factory=FeynmanKac)
+    seed: int = 0
+    prompts_per_shard: int = 4
+    max_batch: int | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = {"images": self.images, "steered": self.steered}
+        if min(counts.values()) < 0 or sum(counts.values()) < 2:
+            raise ValueError(f"{counts} make no group; ask for two images a prompt or more")
+        if self.steered == 1:
+            raise ValueError("steered is 1, which is no population; give 2 or more, or 0")
+        if self.prompts_per_shard < 1:
+            raise ValueError(f"prompts_per_shard is {self.prompts_per_shard} but must be positive")
+        twice = sorted({p for p in self.prompts if self.prompts.count(p) > 1})
+        if twice or not self.prompts:
+            what = f"the prompt {twice[0]!r} is there twice" if twice else "there is no prompt"
+            raise ValueError(f"{what}; give each prompt once")
+
+    def shards(self) -> list[range]:
+        """The prompts of each shard, by index."""
+        step, n = self.prompts_per_shard, len(self.prompts)
+        return [range(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def open_run(folder: Path, pipe: Any, plan: Plan, reward: str | None, resume: bool) -> None:
+    """Make the folder with its manifest, or check that it is a part of this very run."""
+    family = family_of(pipe)
+    about = {
+        "pipeline": type(pipe).__name__,
+        "model": pipe.config.get("_name_or_path") or None,
+        "weights": fingerprint(getattr(pipe, family.network)),
+        "reward": reward,
+        "plan": json.loads(json.dumps(asdict(plan))),
+    }
+    file = folder / "manifest.json"
+    if file.exists():
+        was = json.loads(file.read_text(encoding="utf-8"))
+        if not resume:
+            raise ValueError(f"{folder} holds a run; add --resume, or give another --out")
+        for key, value in about.items():
+            if was.get(key) != value:
+                raise ValueError(
+                    f"{folder} was made with another {key}; give another --out, or the same {key}"
+                )
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(file, json.dumps(about | {"versions": versions()}, indent=1, ensure_ascii=False))
+
+
+def generate(
+    folder: Path, pipe: Any, plan: Plan, reward: Any = None, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Make this process's missing or damaged shards; yields (done, of how many)."""
+    mine = [i for i in range(len(plan.shards())) if i % world == rank]
+    missing = [i for i in mine if not _is_whole(folder / f"{i:05d}")]
+    for done, number in enumerate(missing, 1 + len(mine) - len(missing)):
+        _make(folder, number, pipe, plan, reward)
+        yield done, len(mine)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        hashes = json.loads((folder / "shard.json").read_text(encoding="utf-8"))
+        return all(_sha256(folder / name) == value for name, value in hashes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _make(folder: Path, number: int, pipe: Any, plan: Plan, reward: Any) -> None:
+    indices = plan.shards()[number]
+    parts = [part for i in indices for part in _of_prompt(pipe, plan, reward, plan.prompts[i], i)]
+    prompts = [plan.prompts[i] for i in indices]
+    tensors = {f"given.{name}": row for name, row in encode(pipe, prompts, **plan.call).items()}
+    tensors["latents"] = torch.cat([latents for _, latents in parts])
+    rows = [row for block, _ in parts for row in block]
+    scratch = folder / f".{number:05d}.new"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    about = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+    table = pa.Table.from_pylist(rows, _schema()).replace_schema_metadata(about)
+    pq.write_table(table, scratch / "table.parquet")
+    save_file(
+        {k: v.contiguous().cpu() for k, v in tensors.items()}, scratch / "tensors.safetensors"
+    )
+    hashes = {name: _sha256(scratch / name) for name in ("table.parquet", "tensors.safetensors")}
+    _write(scratch / "shard.json", json.dumps(hashes))
+    final = folder / f"{number:05d}"
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one
+    scratch.rename(final)
+
+
+def _of_prompt(
+    pipe: Any, plan: Plan, reward: Any, prompt: str, group: int
+) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
+    """Rows and latents: the plain images of a prompt, then the steered ones."""
+    runs: list[tuple[int, FeynmanKac, Any, int]]
+    runs = [(plan.images, PLAIN, _nothing, 0), (plan.steered, plan.settings, reward, 1)]
+    for count, settings, judge, occurrence in runs:
+        if count:
+            (out,) = steer_each(
+                pipe,
+                [prompt, prompt],
+                judge,
+                count,
+                settings,
+                seed=plan.seed,
+                max_batch=plan.max_batch,
+                progress=False,
+                only=[occurrence],  # another occurrence of the prompt has other noise
+                **plan.call,
+            )
+            yield _rows(out, group, plan.seed, settings, occurrence == 1), out.latents[0]
+
+
+def _nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return torch.zeros(len(images), device=images.device)
+
+
+def _rows(
+    out: Steered, group: int, seed: int, settings: FeynmanKac, steered: bool
+) -> list[dict[str, Any]]:
+    text = json.dumps(asdict(settings))
+    return [
+        {
+            "prompt": out.prompts[0],
+            "group": group,
+            "index": i,
+            "seed": seed,
+            "steered": steered,
+            "log_weight": float(out.log_weights[0, i]),
+            "settings": text,
+            "image": {"bytes": _png(image), "path": f"{group:05d}-{'s' * steered}{i:02d}.png"},
+        }
+        for i, image in enumerate(out.images[0])
+    ]
+
+
+def _schema() -> pa.Schema:
+    kinds = {
+        "string": pa.string(),
+        "int64": pa.int64(),
+        "bool": pa.bool_(),
+        "float64": pa.float64(),
+    }
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.schema(
+        [(name, kinds[f["dtype"]] if "dtype" in f else picture) for name, f in FEATURES.items()]
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One finished shard; tensors are read when they are asked for."""
+
+    folder: Path
+
+    def table(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The rows, of these columns or all."""
+        return pq.read_table(self.folder / "table.parquet", columns=columns).to_pylist()
+
+    def images(self) -> list[Image.Image]:
+        """The pictures, RGB, in the rows' order."""
+        rows = self.table(["image"])
+        return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """ "latents" (rows, ...) and "given.NAME" (prompts, ...)."""
+        with safe_open(self.folder / "tensors.safetensors", "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def rewards(self) -> dict[str, list[float]]:
+        """The columns that were added, by name; none yet is {}."""
+        file = self.folder / "rewards.parquet"
+        return pq.read_table(file).to_pydict() if file.exists() else {}
+
+
+class Rollouts:
+    """A finished run. ValueError names shards that are missing or damaged."""
+
+    def __init__(self, folder: Path) -> None:
+        folder = Path(folder)
+        try:
+            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            plan = self.manifest["plan"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{folder} holds no rollouts; make some with scripts/rollout.py"
+            ) from None
+        self.folder = folder
+        count = -(-len(plan["prompts"]) // plan["prompts_per_shard"])
+        self.shards = [Shard(folder / f"{i:05d}") for i in range(count)]
+        broken = [shard.folder.name for shard in self.shards if not _is_whole(shard.folder)]
+        if broken:
+            raise ValueError(
+                f"{folder} lacks, or has damaged, the shards {', '.join(broken[:5])}"
+                f"{' and more' if broken[5:] else ''}; repeat scripts/rollout.py with --resume"
+            )
+
+
+def add_rewards(shard: Shard, columns: dict[str, Sequence[float]]) -> None:
+    """Add or replace columns of rewards, whole or not at all."""
+    merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
+    scratch = shard.folder / ".rewards.new"
+    pq.write_table(pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()}), scratch)
+    scratch.replace(shard.folder / "rewards.parquet")
