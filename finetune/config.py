@@ -43,15 +43,18 @@ def read(kind: type[T], file: Path | None = None, words: Sequence[str] = ()) -> 
 def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
     if given is None or not OmegaConf.is_dict(given):
         raise ValueError(f"{where} holds no settings; write lines such as 'steps: 200'")
+    names, free = _names(kind), _free(kind)
     for key in _keys(given):
-        if OmegaConf.select(known, key, default=_missing) is _missing and key not in _names(kind):
-            close = get_close_matches(key, _names(kind), 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known are {_names(kind)}"
+        if key not in names and key.partition(".")[0] not in free:
+            close = get_close_matches(key, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {names}"
             raise ValueError(f"{where} sets {key!r}, which is unknown; {hint}")
     return OmegaConf.merge(known, given)
 
 
-_missing = object()
+def _free(kind: type) -> set[str]:
+    """The fields that are dicts, whose keys are somebody else's."""
+    return {field.name for field in dataclasses.fields(kind) if field.default_factory is dict}
 
 
 def _keys(given: Any, prefix: str = "") -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from .losses import best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, predict
 from .rollouts import Rollouts
 
-__all__ = ["Data", "Gdro", "Trainer", "load_data"]
+__all__ = ["Data", "Gdro", "Trainer", "load_data", "load_state", "save_state"]
 
 
 @dataclass
@@ -141,7 +142,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for i, micro in enumerate(batch):
             last = i == len(batch) - 1
-            with self.accelerator.accumulate(self.network) if last else self._unsynchronised():
+            with nullcontext() if last else self.accelerator.no_sync(self.network):
                 loss, seen = self._losses(*micro)
                 # processes' gradients are averaged, so that this is the mean over all groups
                 self.accelerator.backward(loss.sum() * world / s.groups)
@@ -158,9 +159,6 @@ class Trainer:
         return dict(zip(sums, (total / s.groups).tolist(), strict=True)) | {
             "grad_norm": float(norm)
         }
-
-    def _unsynchronised(self) -> Any:
-        return self.accelerator.no_sync(self.network)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's share of the step's groups: (prompts, rows, rewards, t, noise, tie)."""

@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,12 @@ class Shard:
         file = self.folder / "rewards.parquet"
         return pq.read_table(file).to_pydict() if file.exists() else {}
 
+    def scored_by(self) -> str:
+        """The spec that its columns were last scored by, or ""."""
+        file = self.folder / "rewards.parquet"
+        about = pq.read_schema(file).metadata if file.exists() else None
+        return (about or {}).get(b"spec", b"").decode()
+
 
 class Rollouts:
     """A finished run. ValueError names shards that are missing or damaged."""
@@ -281,9 +287,10 @@ class Rollouts:
             )
 
 
-def add_rewards(shard: Shard, columns: dict[str, Sequence[float]]) -> None:
-    """Add or replace columns of rewards, whole or not at all."""
+def add_rewards(shard: Shard, columns: Mapping[str, Sequence[float]], spec: str = "") -> None:
+    """Add or replace columns of rewards, whole or not at all; spec: what they were scored by."""
     merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
     scratch = shard.folder / ".rewards.new"
-    pq.write_table(pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()}), scratch)
+    table = pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()})
+    pq.write_table(table.replace_schema_metadata({"spec": spec}), scratch)
     scratch.replace(shard.folder / "rewards.parquet")

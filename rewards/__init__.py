@@ -38,7 +38,7 @@ REWARDS = {
         "ObjectsReward",
         "the things, counts, colours and places a prompt asks for, detected",
     ),
-    "ocr": ("rewards.ocr", "OcrReward", "the prompt's quoted text, as RapidOCR reads it"),
+    "ocr": ("rewards.ocr", "OcrReward", "the prompt's quoted text, as an OCR engine reads it"),
     "pickscore": ("rewards.pickscore", "PickScoreReward", "preference of Pick-a-Pic's users"),
     "siglip": ("rewards.siglip", "SiglipReward", "SigLIP's match of picture and prompt"),
 }

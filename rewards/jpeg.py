@@ -20,7 +20,13 @@ from .towers import check_scale
 
 __all__ = ["JpegReward"]
 
-QUALITY = 95
+# the last three are what Pillow does unasked, and so what the published scores were made with
+JPEG: dict[str, Any] = {
+    "quality": 95,
+    "subsampling": "4:2:0",
+    "optimize": False,
+    "progressive": False,
+}
 SIGNS = {"compressibility": -1.0, "incompressibility": 1.0}
 # Flow-GRPO divides the one by 500 and leaves the other as it is
 SCALES = {
@@ -66,5 +72,5 @@ class JpegReward:
 
 def _kilobytes(picture: Any) -> float:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="JPEG", quality=QUALITY)
+    Image.fromarray(picture).save(buffer, format="JPEG", **JPEG)
     return buffer.tell() / 1000

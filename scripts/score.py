@@ -1,6 +1,7 @@
 """Score pictures that are there already by any rewards, into a table and a picture of it.
 
-The pictures are those of a folder, of a .jsonl file, or of a run of steer.py.
+The pictures are those of a folder, of a .jsonl file, of a run of steer.py, or of rollouts, whose
+shards get a column for each reward.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 import rewards
 from rewards import calibrate
+from rewards.images import to_images
 from rewards.samples import Sample, batches, load_batch, read_samples
 from rewards.table import Table, draw, summary
 from steering.loading import pick_device
@@ -107,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.source is None or not args.reward:
         raise ValueError("give a folder or a .jsonl file, and --reward (--list shows them)")
-    samples = read_samples(args.source, args.prompt)
     device = pick_device(args.device)
+    if (args.source / "00000" / "tensors.safetensors").is_file():
+        return score_rollouts(args, rewards.load(args.reward, device), device)
+    samples = read_samples(args.source, args.prompt)
     reward = rewards.load(args.reward, device)
     reward.check([sample.prompt for sample in samples])
     beside = args.source if args.source.is_dir() else args.source.parent
@@ -159,6 +163,37 @@ def score(
                 ]
             )
             bar.update(len(batch))
+
+
+def score_rollouts(args: argparse.Namespace, reward: Any, device: torch.device) -> int:
+    """Add the columns "reward" and each component to every shard of scripts/rollout.py."""
+    from finetune.rollouts import Rollouts, add_rewards
+
+    run = Rollouts(args.source)
+    reward.check(run.manifest["plan"]["prompts"])
+    rows: list[dict[str, Any]] = []
+    for shard in tqdm(run.shards, unit="shard"):
+        prompts = [row["prompt"] for row in shard.table(["prompt"])]
+        columns: dict[str, list[float]] = {}
+        if not args.resume or shard.scored_by() != reward.spec:
+            for part in range(0, len(prompts), args.batch_size):
+                chosen = slice(part, part + args.batch_size)
+                images = to_images(shard.images()[chosen], device)
+                with torch.no_grad():
+                    total, components = reward.evaluate(images, prompts[chosen])
+                for name, column in ({"reward": total} | components).items():
+                    columns.setdefault(name, []).extend(column.tolist())
+            add_rewards(shard, columns, reward.spec)
+        values = shard.rewards()
+        rows += [
+            {"image": f"{shard.folder.name}/{i}", "prompt": prompt}
+            | {name: column[i] for name, column in values.items()}
+            for i, prompt in enumerate(prompts)
+        ]
+    print(summary(rows))
+    draw(rows, args.source / "scores.png")
+    print(args.source / "scores.png")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

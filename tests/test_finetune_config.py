@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ class Settings:
     folder: str | None = None
     targets: list[str] = field(default_factory=lambda: ["to_q"])
     inner: Inner = field(default_factory=Inner)
+    call: dict[str, Any] = field(default_factory=dict)
 
 
 def test_words_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -34,6 +36,11 @@ def test_what_is_written_is_read_back(tmp_path):
     settings = Settings(3, "x", ["a"], Inner(0.25, "sgd"))
     config.write(settings, tmp_path / "deep" / "b.yaml")
     assert config.read(Settings, tmp_path / "deep" / "b.yaml") == settings
+
+
+def test_keys_inside_a_dict_are_free():
+    found = config.read(Settings, None, ["call.guidance_scale=2.5", "call.height=64"])
+    assert found.call == {"guidance_scale": 2.5, "height": 64}
 
 
 @pytest.mark.parametrize(
@@ -66,4 +73,4 @@ def test_files_that_are_not_settings(tmp_path):
 def test_help_lists_every_key_with_its_default():
     text = config.explain(Settings, {"inner.rate": "of the optimiser"})
     assert "inner.rate  of the optimiser (default: 0.0001)" in text
-    assert len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 6

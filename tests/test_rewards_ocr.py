@@ -166,6 +166,7 @@ def test_ways_to_write_the_same_text_do_not_count(read, target):
         ("a ‘vintage’ sign with “OPEN”", ["OPEN"]),  # double quotes win
         ("the dogs’ park of the ‘90s", []),
         ("it’s Ann’s", []),
+        ("it‘s the dogs’ park", []),
         ("a cat", []),
         ('a 5" disk', []),
         ('an empty "" sign', []),
@@ -278,21 +279,22 @@ def test_pictures_are_read_once_even_within_a_batch(monkeypatch):
     assert len(calls) == 5
 
 
-def test_the_detector_sees_small_pictures_enlarged_and_large_ones_shrunk(monkeypatch):
+def test_the_engine_sees_blue_first_small_pictures_enlarged_and_large_ones_shrunk(monkeypatch):
     calls = []
     box = np.array([[[0, 0], [9, 0], [9, 9], [0, 9]]])
     result = SimpleNamespace(txts=("STOP",), boxes=box)
 
     def engine(limit, detect):
-        return lambda array: calls.append(limit) or result
+        return lambda array: calls.append((*limit, *array[0, 0].tolist())) or result
 
     monkeypatch.setattr(readers, "_engine", engine)
     look = RapidOcr()
     assert look(np.zeros((64, 64, 3), np.uint8)) == "STOP"
-    assert look(np.zeros((32, 800, 3), np.uint8)) == "STOP"
-    assert calls == [("min", readers.SMALLEST), ("max", readers.LARGEST)]
+    assert look(np.full((32, 800, 3), [1, 2, 3], np.uint8)) == "STOP"
+    blue_first = (3, 2, 1)
+    assert calls == [("min", readers.SMALLEST, 0, 0, 0), ("max", readers.LARGEST, *blue_first)]
     assert RapidOcr(160)(np.zeros((800, 800, 3), np.uint8)) == "STOP"
-    assert calls[-1] == ("min", 160)
+    assert calls[-1] == ("min", 160, 0, 0, 0)
     assert reader(RapidOcr()) is reader(RapidOcr())
     assert reader(RapidOcr()) is not reader(RapidOcr(160))
 
@@ -410,20 +412,35 @@ def test_pictures_of_extreme_shapes_are_read():
         assert isinstance(RapidOcr()(np.full((height, width, 3), 255, np.uint8)), str)
 
 
+def altered(value):
+    """Some other setting of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 7
+    return [altered(entry) for entry in value] if isinstance(value, list) else value
+
+
 def test_reading_does_not_depend_on_rapidocrs_own_settings(monkeypatch, tmp_path):
     import rapidocr.main
     import yaml
+    from omegaconf import OmegaConf
 
+    before = readers._engine(("min", 96), True).cfg
     settings = yaml.safe_load(Path(rapidocr.main.DEFAULT_CFG_PATH).read_text())
-    settings["Global"] |= {"text_score": 0.99, "use_rec": False, "max_side_len": 50}
-    settings["Global"] |= {"width_height_ratio": 0.5, "use_vertical_padding": False}
-    settings["Det"] |= {"thresh": 0.9, "box_thresh": 0.99, "unclip_ratio": 0.1, "mean": [9, 9, 9]}
-    settings["Det"] |= {"limit_type": "max", "limit_side_len": 32, "max_candidates": 0}
-    settings["Det"] |= {"std": [9, 9, 9], "score_mode": "slow", "model_type": "mobile"}
+    for part in ("Global", "Det", "Rec"):
+        settings[part] = {key: altered(value) for key, value in settings[part].items()}
+    settings["Det"] |= {"limit_type": "max", "score_mode": "slow", "model_type": "mobile"}
     settings["Rec"] |= {"ocr_version": "PP-OCRv4", "model_type": "mobile", "lang_type": "ka"}
-    settings["Rec"] |= {"rec_img_shape": [3, 48, 48], "rec_batch_num": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(rapidocr.main, "DEFAULT_CFG_PATH", tmp_path / "config.yaml")
+    after = readers._engine(("min", 96), True).cfg
+    for part in ("Global", "Det", "Rec"):
+        found, wanted = (OmegaConf.to_container(cfg[part]) for cfg in (after, before))
+        assert isinstance(found, dict)
+        assert isinstance(wanted, dict)
+        found.pop("return_single_char_box", None)  # of word boxes, which nobody asks for
+        assert {key: wanted[key] for key in found} == found, part
     assert RapidOcr()(np.array(DRAWN["words apart"])) == READ["words apart"]
 
 

@@ -1,0 +1,135 @@
+"""Make the images that fine-tuning learns from: prompts x images, plain or steered, once.
+
+    accelerate launch scripts/rollout.py prompts=prompts.txt out=runs/words images=12
+    python scripts/score.py runs/words --reward "ocr(mode=strict)"
+
+Settings come from a YAML file, if one is named first, and from key=value words. Several processes
+share the shards; a run that was cut off goes on when the command is repeated with resume=true.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+import rewards
+from finetune import config
+from finetune.rollouts import Plan, generate, open_run
+from steering import FeynmanKac, loading, tiny
+from steering.prompts import read
+
+
+@dataclass
+class Rollout:
+    """What to make, of which model."""
+
+    prompts: str = ""
+    out: str = ""
+    model: str = "tiny-sd3"
+    lora: str | None = None
+    images: int = 16
+    steered: int = 0
+    reward: str | None = None
+    filter: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    prompts_per_shard: int = 4
+    max_batch: int | None = None
+    dtype: str = "auto"
+    resume: bool = False
+
+
+NOTES = {
+    "prompts": "a file, one prompt a line, or .jsonl",
+    "out": "the folder to make",
+    "model": "hub id, folder, tiny-sd3 or tiny-sd",
+    "lora": "LoRA weights to load: another round",
+    "images": "plain images a prompt",
+    "steered": "images a prompt from the particle filter, with reward=",
+    "reward": "what steers them, as in 'clip + 0.5*ocr'",
+    "filter": "fields of FeynmanKac, as in filter.reward_scale=30",
+    "call": "keywords of the pipeline's call, as in call.guidance_scale=4.5",
+    "seed": "of the whole run",
+    "prompts_per_shard": "prompts in one file",
+    "max_batch": "rows that the network evaluates at once",
+    "dtype": "of the networks; auto: float32 on a CPU, else a half type",
+    "resume": "make only what is missing or damaged",
+}
+
+
+def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
+    """Settings from [FILE.yaml] and key=value words; prints help and leaves for --help."""
+    if any(word in ("-h", "--help") for word in words):
+        print(about, "settings:", config.explain(kind, notes), sep="\n")
+        raise SystemExit(0)
+    file = Path(words[0]) if words and words[0].endswith((".yaml", ".yml")) else None
+    return config.read(kind, file, list(words[file is not None :]))
+
+
+def run(settings: Rollout) -> None:
+    """Check everything, then make this process's shards."""
+    if not settings.prompts or not settings.out:
+        raise ValueError("set prompts=FILE and out=FOLDER")
+    if bool(settings.steered) != bool(settings.reward):
+        raise ValueError("steered= and reward= belong together; set both or neither")
+    prompts = [prompt.text for prompt in read(Path(settings.prompts))]
+    defaults = tiny.call_defaults(settings.model) if settings.model in tiny.NAMES else {}
+    plan = Plan(
+        prompts=tuple(dict.fromkeys(prompts)),
+        images=settings.images,
+        steered=settings.steered,
+        settings=FeynmanKac(**settings.filter),
+        seed=settings.seed,
+        prompts_per_shard=settings.prompts_per_shard,
+        max_batch=settings.max_batch,
+        call=defaults | settings.call,
+    )
+    state = PartialState()
+    reward = rewards.load(settings.reward, state.device) if settings.reward else None
+    if reward:
+        reward.check(plan.prompts)
+    device = state.device or torch.device("cpu")
+    dtype = loading.pick_dtype(settings.dtype, device)
+    pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    with state.main_process_first():
+        again = settings.resume or not state.is_main_process
+        open_run(Path(settings.out), pipe, plan, settings.reward, resume=again)
+    work = generate(
+        Path(settings.out), pipe, plan, reward, state.process_index, state.num_processes
+    )
+    with tqdm(unit="shard", disable=not state.is_main_process) as bar:
+        for done, total in work:
+            bar.total, bar.n = total, done
+            bar.refresh()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(settings.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        run(settings_of(words, Rollout, NOTES, __doc__))
+    except (ValueError, TypeError) as error:
+        print(f"rollout.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "rollout.py: interrupted; finished shards are kept: repeat with resume=true",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The GDRO loop on small networks: exact resumption, groups, and that it learns what it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_pipelines import family
+
+from finetune.gdro import Data, Gdro, Trainer, load_data, load_state, save_state
+from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
+from finetune.models import encode, family_of, noising_of
+from finetune.rollouts import Plan, Rollouts, add_rewards, generate, open_run
+
+PROMPTS = ["a red star", "two blue circles", "a cross"]
+
+
+def data_of(pipe, call, m=4):
+    generator = torch.Generator().manual_seed(0)
+    shape = pipe("a", **call | {"num_inference_steps": 1}, output_type="latent")[0].shape[1:]
+    latents = torch.randn(len(PROMPTS) * m, *shape, generator=generator)
+    groups = [
+        Group(i, torch.arange(m) + m * i, torch.rand(m, generator=generator))
+        for i in range(len(PROMPTS))
+    ]
+    return Data(latents, encode(pipe, PROMPTS, **call), groups, 0)
+
+
+def trainer_of(name="sd3", **changed):
+    pipe, call = family(name)
+    own = family_of(pipe)
+    with torch.no_grad():
+        data = data_of(pipe, call)
+    settings = Gdro(
+        **{"groups": 2, "k": 3, "rank": 2, "alpha": 2, "lr": 1e-3, "micro_groups": 1} | changed
+    )
+    network = getattr(pipe, own.network)
+    return Trainer(network, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.weights.values()])
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+def test_every_family_takes_a_step(name):
+    trainer = trainer_of(name)
+    before = weights_of(trainer)
+    seen = trainer.train_step()
+    # at an untouched adapter all scores are 0, and the loss is log k!
+    assert seen["loss"] == pytest.approx(torch.tensor(4.0).lgamma().item(), abs=1e-4)
+    assert seen["drift"] == pytest.approx(0, abs=1e-6)
+    assert (weights_of(trainer) != before).any()
+    assert torch.isfinite(weights_of(trainer)).all()
+
+
+def test_ten_steps_are_five_and_a_resumed_five_bit_for_bit(tmp_path):
+    whole = trainer_of()
+    for _ in range(10):
+        whole.train_step()
+    first = trainer_of()
+    for _ in range(5):
+        first.train_step()
+    save_state(first, tmp_path)
+    second = trainer_of()
+    assert load_state(second, tmp_path)
+    for _ in range(5):
+        second.train_step()
+    assert torch.equal(weights_of(second), weights_of(whole))
+    for name, mean in whole.average.weights.items():
+        assert torch.equal(second.average.weights[name], mean)
+    assert not load_state(second, tmp_path / "nothing")
+
+
+def test_how_groups_are_split_does_not_matter():
+    one, many = trainer_of(groups=4, micro_groups=4), trainer_of(groups=4, micro_groups=1)
+    for _ in range(3):
+        a, b = one.train_step(), many.train_step()
+        for name in a.keys() - {"accuracy"}:  # of scores that are 0 but for rounding
+            assert a[name] == pytest.approx(b[name], abs=1e-4)
+    torch.testing.assert_close(weights_of(one), weights_of(many), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["full", "top1", "rank"])
+def test_it_learns_to_order_the_images_of_its_groups(form):
+    trainer = trainer_of(form=form, beta=200.0, lr=1e-2, hold_best=0.0, temperature=0.1, groups=3)
+    first = last = trainer.train_step()
+    for _ in range(40):
+        last = trainer.train_step()
+    assert last["loss"] < first["loss"] - 0.3
+    assert last["accuracy"] > 0.7
+
+
+def test_memory_of_the_reference_is_the_networks_own():
+    trainer = trainer_of()
+    frozen = [p for n, p in trainer.bare.named_parameters() if ".lora_" not in n]
+    before = [p.clone() for p in frozen]
+    trainer.train_step()
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(frozen, before, strict=True))
+
+
+def test_rollouts_with_rewards_become_data(tmp_path):
+    pipe, call = family("sd")
+    plan = Plan(prompts=tuple(PROMPTS), images=3, prompts_per_shard=2, call=call)
+    open_run(tmp_path, pipe, plan, None, resume=False)
+    list(generate(tmp_path, pipe, plan))
+    run = Rollouts(tmp_path)
+    with pytest.raises(ValueError, match="no rewards 'reward'; there is none yet"):
+        load_data(run, Gdro(k=2))
+    values = iter(range(9))
+    for shard in run.shards:
+        rows = len(shard.table(["group"]))
+        add_rewards(shard, {"score": [float(next(values)) for _ in range(rows)]})
+    with pytest.raises(ValueError, match=r"those there are \['score'\]"):
+        load_data(run, Gdro(k=2))
+    data = load_data(run, Gdro(k=2, reward="score"))
+    assert [g.rewards.tolist() for g in data.groups] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    assert len(data.latents) == 9
+    with torch.no_grad():
+        given = encode(pipe, PROMPTS, **call)
+    assert torch.equal(data.given["embeds"], given["embeds"])
+
+
+# --- groups
+
+
+def test_groups_without_a_spread_are_left_out_and_counted():
+    groups, dropped = make_groups([0, 0, 1, 1, 2, 2], torch.tensor([1.0, 1, 0, 2, 3, 3]), 2)
+    assert dropped == 2
+    assert [(g.prompt, g.rows.tolist()) for g in groups] == [(1, [2, 3])]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "k", "message"),
+    [
+        ([1.0, float("nan"), 2.0, 3.0], 2, r"1 rewards are not finite, in rows \[1\]"),
+        ([1.0, 2.0, 3.0, 4.0], 3, r"2 of 2 prompts have fewer than k = 3 images .*set k=2"),
+        ([1.0, 1.0, 3.0, 3.0], 2, "nothing to learn"),
+    ],
+)
+def test_rewards_that_cannot_be_trained_on_are_refused(rewards, k, message):
+    with pytest.raises(ValueError, match=message):
+        make_groups([0, 0, 1, 1], torch.tensor(rewards), k)
+
+
+def test_normalisations():
+    groups = [
+        Group(0, torch.arange(3), torch.tensor([0.0, 2.0, 4.0])),
+        Group(1, torch.arange(3), torch.tensor([10.0, 10.0, 20.0])),
+    ]
+    of = {
+        how: [g.rewards for g in normalised(groups, how)]
+        for how in ("minmax", "rank", "group_std", "global_std", "none")
+    }
+    assert of["minmax"][1].tolist() == [0.5, 0.5, 1.0]
+    assert of["rank"][0].tolist() == [0.0, 0.5, 1.0]
+    assert of["rank"][1].tolist() == [0.25, 0.25, 1.0]
+    assert of["group_std"][0].std(correction=0).item() == pytest.approx(1)
+    both = torch.cat([r - r.mean() for r in of["global_std"]])
+    assert both.square().mean().item() == pytest.approx(1)
+    assert of["none"][0].tolist() == [0.0, 2.0, 4.0]
+    with pytest.raises(ValueError, match="unknown"):
+        normalised(groups, "zscore")
+
+
+def test_draws_use_every_prompt_before_any_twice_and_images_once():
+    groups = [Group(i, torch.arange(5) + 5 * i, torch.rand(5)) for i in range(4)]
+    prompts, rows, rewards = draw_groups(groups, 6, 3, torch.Generator().manual_seed(0))
+    assert sorted(prompts[:4].tolist()) == [0, 1, 2, 3]
+    for prompt, row, reward in zip(prompts.tolist(), rows, rewards, strict=True):
+        assert len(set(row.tolist())) == 3
+        assert torch.equal(reward, groups[prompt].rewards[row - 5 * prompt])
+
+
+def test_entropy_of_the_target_is_1_without_and_0_with_one_best():
+    rewards = torch.tensor([[0.3, 0.3, 0.3], [0.0, 0.0, 9.0]])
+    torch.testing.assert_close(target_entropy(rewards, 0.05), torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"k": 1}, {"beta": 0.0}, {"steps": 0}, {"weight": "snr"}, {"times": "cosine"}],
+)
+def test_settings_that_cannot_work_are_refused(change):
+    with pytest.raises(ValueError, match="but"):
+        Gdro(**change)

@@ -1,0 +1,89 @@
+"""rollout.py, score.py and train_gdro.py after one another, on the embedded model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.rollouts import Rollouts
+from scripts import rollout, score, train_gdro
+from steering import tiny
+
+CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "prompts.txt").write_text('the word "CAT"\nthe word "SUN"\n')
+    words = [f"prompts={folder / 'prompts.txt'}", f"out={folder / 'run'}", "images=3", *CALL]
+    assert rollout.main([*words, "steered=2", "reward=jpeg", "filter.num_scores=1"]) == 0
+    assert score.main([str(folder / "run"), "--reward", "jpeg", "--device", "cpu"]) == 0
+    return folder
+
+
+def test_every_shard_gets_its_rewards_once(scored, capsys):
+    run = Rollouts(scored / "run")
+    (shard,) = run.shards
+    columns = shard.rewards()
+    assert set(columns) == {"reward", "jpeg"}
+    assert len(columns["reward"]) == 10
+    assert shard.scored_by() == "jpeg"
+    before = (shard.folder / "rewards.parquet").stat().st_mtime_ns
+    command = [str(scored / "run"), "--reward", "jpeg", "--device", "cpu", "--resume"]
+    assert score.main(command) == 0
+    assert (shard.folder / "rewards.parquet").stat().st_mtime_ns == before
+
+
+def test_training_resumes_where_it_stopped_and_its_lora_loads(scored, tmp_path):
+    common = [
+        f"rollouts={scored / 'run'}",
+        "gdro.groups=2",
+        "gdro.k=3",
+        "gdro.rank=2",
+        "log_every=1",
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_gdro.main([*common, f"out={whole}", "gdro.steps=2"]) == 0
+    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=1"]) == 0
+    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=2", "resume=true"]) == 0
+    one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert len((whole / "log.csv").read_text().splitlines()) == 3
+    pipe = tiny.load("tiny-sd3")
+    pipe.load_lora_weights(whole / "lora")
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        (rollout, [], "set prompts=FILE and out=FOLDER"),
+        (rollout, ["imags=3"], "did you mean 'images'"),
+        (rollout, ["prompts=nowhere.txt", "out=x"], "nowhere.txt"),
+        (rollout, ["prompts=nowhere.txt", "out=x", "steered=4"], "belong together"),
+        (train_gdro, [], "set rollouts=FOLDER and out=FOLDER"),
+        (train_gdro, ["rollouts=nowhere", "out=x"], "holds no rollouts"),
+        (train_gdro, ["gdro.bta=3"], "did you mean 'gdro.beta'"),
+        (train_gdro, ["gdro.k=1"], "k is 1"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(
+    script, words, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert script.main(words) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [rollout, train_gdro])
+def test_help_explains_every_setting(script, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.main(["--help"])
+    assert left.value.code == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(default:" in line]
+    assert len(lines) == len(script.NOTES)
+    assert not [line for line in lines if len(line.split("(default")[0].split()) < 2]
