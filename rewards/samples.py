@@ -17,6 +17,7 @@ from .images import to_images
 __all__ = ["PICTURES", "Sample", "batches", "load_batch", "open_picture", "read_samples"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+OURS = (".csv.histogram.png", ".parquet.histogram.png")  # score.py draws them beside the pictures
 NAMES = ("image", "file_name", "path")  # how a jsonl may call the picture
 PROMPTS = ("prompt", "text", "caption")
 
@@ -56,6 +57,7 @@ def _of_folder(folder: Path, prompt: str | None) -> Iterator[Sample]:
         yield from _of_lines(folder / "metadata.jsonl", prompt)
         return
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in PICTURES and p.is_file()]
+    paths = [path for path in paths if not path.name.endswith(OURS)]
     headers = [_header(path) for path in paths]
     if any("prompt" in about for about, _ in headers):  # a run: its grids and plots are no samples
         pairs = zip(paths, headers, strict=True)

@@ -105,6 +105,7 @@ def reference_scores(
             f"{name} compares with reference pictures, an entry of references= for each of the "
             f"{len(prompts)} prompts, but got {got}"
         )
+    references = list(references)  # an array makes its entries anew, and ids of the dead are reused
     keys = [(id(entry), prompt) for entry, prompt in zip(references, prompts, strict=True)]
     entries = dict(zip(keys, references, strict=True))
     rows = [(key, x) for key, entry in entries.items() for x in pictures(name, entry)]

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     reward.check([sample.prompt for sample in samples])
     beside = args.source if args.source.is_dir() else args.source.parent
     out = args.out or beside / "scores.csv"
-    picture = out.with_suffix(".png")
+    picture = out.with_name(out.name + ".histogram.png")  # no picture of the user's has such a name
     if out.exists() and args.resume and not out.with_name(out.name + ".part").exists():
         print(f"{out} is complete")
         return 0
@@ -191,8 +191,8 @@ def score_rollouts(args: argparse.Namespace, reward: Any, device: torch.device) 
             for i, prompt in enumerate(prompts)
         ]
     print(summary(rows))
-    draw(rows, args.source / "scores.png")
-    print(args.source / "scores.png")
+    draw(rows, args.source / "scores.histogram.png")
+    print(args.source / "scores.histogram.png")
     return 0
 
 

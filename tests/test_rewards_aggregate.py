@@ -473,3 +473,13 @@ def test_a_reference_is_looked_at_by_shape_helpers_once_per_size():
     torch.testing.assert_close(found[0], large[:, 0].mean((1, 2)))
     torch.testing.assert_close(found[1], small[:, 0].mean((1, 2)))
     assert part.parts[0].reward.calls == [2, 3]
+
+
+def test_references_that_are_made_anew_when_asked_for_are_told_apart():
+    # the entries of an array are temporary objects, whose ids come again
+    generator = torch.Generator().manual_seed(0)
+    images, bases = torch.rand(2, 6, 3, 16, 16, generator=generator)
+    reward = rewards.load("delta(clip(random:0))")
+    prompts = ["a"] * 6
+    as_array = reward(images, prompts, references=bases.permute(0, 2, 3, 1).numpy())
+    torch.testing.assert_close(as_array, reward(images, prompts, references=list(bases)))

@@ -35,7 +35,7 @@ def test_the_table_holds_what_the_reward_gives(folder, capsys):
     assert [row["prompt"] for row in rows] == PROMPTS
     assert [row["reward"] for row in rows] == pytest.approx(total.tolist(), abs=1e-5)
     assert [row["jpeg"] for row in rows] == pytest.approx(parts["jpeg"].tolist(), abs=1e-6)
-    assert (folder / "scores.png").is_file()
+    assert (folder / "scores.csv.histogram.png").is_file()
     assert "missing" in capsys.readouterr().out
 
 
@@ -99,3 +99,13 @@ def test_a_calibration_file_is_written_that_specs_can_use(folder, tmp_path):
     values = [row["reward"] for row in read_table(more)]
     assert sum(values) == pytest.approx(0, abs=1e-2)
     assert sum(value**2 for value in values) / 3 == pytest.approx(1, abs=1e-2)
+
+
+def test_no_picture_is_overwritten_and_the_histogram_is_no_sample(folder):
+    (folder / "metadata.jsonl").unlink()
+    before = (folder / "1.png").read_bytes()
+    command = [str(folder), "--reward", "jpeg", "--prompt", "x", "--device", "cpu", "--out"]
+    for name in ("1.csv", "again.csv"):
+        assert score.main([*command, str(folder / name)]) == 0
+        assert len(read_table(folder / name)) == 3
+    assert (folder / "1.png").read_bytes() == before
