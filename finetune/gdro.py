@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from . import lora
-from .groups import Group, draw_groups, make_groups, normalised, target_entropy
+from .data import Data
+from .groups import draw_groups, target_entropy
 from .losses import best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, predict
-from .rollouts import Rollouts
 
-__all__ = ["Data", "Gdro", "Trainer", "load_data", "load_state", "save_state"]
+__all__ = ["Gdro", "Trainer", "load_state", "save_state"]
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Gdro:
     hold_best: float = 1.0  # γ
     weight: str = "constant"
     times: str = "logit_normal"
+    shift: float = 1.0
     shared_noise: bool = True
     reward: str = "reward"
     reward_norm: str = "none"
@@ -53,54 +54,35 @@ class Gdro:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     ema: float = 0.5
+    refresh: int = 0
     eight_bit: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive = ("steps", "groups", "micro_groups", "beta", "temperature", "rank", "alpha", "lr")
+        positive = (
+            "steps",
+            "groups",
+            "micro_groups",
+            "beta",
+            "temperature",
+            "shift",
+            "rank",
+            "alpha",
+            "lr",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
+        if self.refresh < 0:
+            raise ValueError(f"refresh is {self.refresh} but must not be negative")
         if self.k < 2:
             raise ValueError(f"k is {self.k} but a group needs 2 images or more")
         if self.weight not in ("constant", "elbo"):
             raise ValueError(f"weight is {self.weight!r} but must be 'constant' or 'elbo'")
         if self.times not in ("logit_normal", "uniform"):
             raise ValueError(f"times is {self.times!r} but must be 'logit_normal' or 'uniform'")
-
-
-@dataclass(frozen=True)
-class Data:
-    """What training needs of rollouts: latents (rows, ...), conditioning (prompts, ...), groups."""
-
-    latents: Tensor
-    given: dict[str, Tensor]
-    groups: list[Group]
-    dropped: int
-
-
-def load_data(run: Rollouts, settings: Gdro) -> Data:
-    """Read a scored run into memory. ValueError for a reward column that is not there."""
-    latents, given, prompts, rewards = [], [], [], []
-    for shard in run.shards:
-        columns = shard.rewards()
-        if settings.reward not in columns:
-            known = f"those there are {sorted(columns)}" if columns else "there is none yet"
-            raise ValueError(
-                f"{shard.folder} has no rewards {settings.reward!r}; {known}; add some with "
-                "scripts/score.py"
-            )
-        tensors = shard.tensors()
-        latents.append(tensors.pop("latents"))
-        given.append(tensors)
-        prompts += [row["group"] for row in shard.table(["group"])]
-        rewards += columns[settings.reward]
-    groups, dropped = make_groups(prompts, torch.tensor(rewards), settings.k)
-    names = [name.removeprefix("given.") for name in given[0]]
-    merged = {name: torch.cat([part[f"given.{name}"] for part in given]) for name in names}
-    return Data(torch.cat(latents), merged, normalised(groups, settings.reward_norm), dropped)
 
 
 def draws(settings: Gdro, step: int, purpose: str) -> torch.Generator:
@@ -110,7 +92,10 @@ def draws(settings: Gdro, step: int, purpose: str) -> torch.Generator:
 
 
 class Trainer:
-    """One network, its adapter and optimiser, and the step that improves it."""
+    """One network, its adapter and optimiser, and the step that improves it.
+
+    The reference is the network without its adapter, unless `start_from` or `refresh` moves it.
+    """
 
     def __init__(
         self,
@@ -126,12 +111,19 @@ class Trainer:
         targets = settings.targets or family.targets
         generator = draws(settings, 0, "adapter")
         self.weights = lora.attach(network, targets, settings.rank, settings.alpha, generator)
+        self.anchor: dict[str, Tensor] | None = None  # the reference's adapter
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self.average = lora.Average(self.weights, settings.ema)
         optimizer = _optimizer(list(self.weights.values()), settings)
         model = torch.compile(network) if settings.compile else network
         self.network, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begin at an adapter (`lora.read`) that made the rollouts: it is the reference then."""
+        lora.fill(self.weights, weights)
+        lora.fill(self.average.weights, weights)
+        self.anchor = lora.copy(self.weights)
 
     def train_step(self) -> dict[str, float]:
         """One update; what it saw, averaged over all groups of all processes."""
@@ -149,16 +141,27 @@ class Trainer:
             for name, value in seen.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().sum().cpu()
         norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), s.max_grad_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"the gradient of step {self.step} is not finite: lower the learning rate"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(self.weights)
         self.step += 1
+        if s.refresh and self.step % s.refresh == 0:
+            self.anchor = lora.copy(self.weights)
         total = self.accelerator.reduce(
             torch.stack(list(sums.values())).to(self.accelerator.device)
         )
         return dict(zip(sums, (total / s.groups).tolist(), strict=True)) | {
             "grad_norm": float(norm)
         }
+
+    def _reference(self) -> AbstractContextManager[None]:
+        if self.anchor is None:
+            return lora.reference(self.bare)
+        return lora.swapped(self.weights, self.anchor)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's share of the step's groups: (prompts, rows, rewards, t, noise, tie)."""
@@ -172,6 +175,7 @@ class Trainer:
         t = torch.rand(s.groups, generator=generator)
         if s.times == "logit_normal":  # Esser et al. 2024, eq. 19, m = 0, s = 1
             t = torch.randn(s.groups, generator=generator).sigmoid()
+        t = s.shift * t / (1 + (s.shift - 1) * t)  # Esser et al. 2024, eq. 23
         t = t.clamp(1e-3, 1 - 1e-3)
         each = 1 if s.shared_noise else s.k
         noise = torch.randn(s.groups, each, *self.data.latents.shape[1:], generator=generator)
@@ -194,7 +198,7 @@ class Trainer:
             name: value[prompts].repeat_interleave(k, 0).to(device)
             for name, value in self.data.given.items()
         }
-        with torch.no_grad(), lora.reference(self.bare), self.accelerator.autocast():
+        with torch.no_grad(), self._reference(), self.accelerator.autocast():
             ref = predict(self.bare, self.family, self.noising, x, times, given)
         with self.accelerator.autocast():
             pred = predict(self.network, self.family, self.noising, x, times, given)
@@ -234,6 +238,7 @@ class Trainer:
         return {
             "step": self.step,
             "weights": {name: p.detach().cpu() for name, p in self.weights.items()},
+            "anchor": self.anchor,
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -241,8 +246,10 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = int(state["step"])
-        for name, parameter in self.weights.items():
-            parameter.copy_(state["weights"][name])
+        lora.fill(self.weights, state["weights"])
+        if state["anchor"] is not None:
+            self.anchor = lora.copy(self.weights)
+            lora.fill(self.anchor, state["anchor"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -286,8 +293,15 @@ def save_state(trainer: Trainer, folder: Path) -> None:
     """Write the state whole or not at all, so that a full disk leaves the last good one."""
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / ".state.new"
-    torch.save(trainer.state_dict(), scratch)
-    scratch.replace(folder / "state.pt")
+    try:
+        torch.save(trainer.state_dict(), scratch)
+        scratch.replace(folder / "state.pt")
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        scratch.unlink(missing_ok=True)
+        raise ValueError(
+            f"the state of step {trainer.step} cannot be written to {folder} ({error}); the one "
+            "written before it is kept"
+        ) from error
 
 
 def load_state(trainer: Trainer, folder: Path) -> bool:

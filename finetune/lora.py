@@ -5,16 +5,30 @@ Hu et al. 2021. The adapter's name is "default", its weights are float32 whateve
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-__all__ = ["Average", "attach", "parameters", "reference", "save"]
+__all__ = [
+    "Average",
+    "attach",
+    "copy",
+    "fill",
+    "parameters",
+    "read",
+    "reference",
+    "save",
+    "swapped",
+]
+
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 
 
 def attach(
@@ -75,7 +89,7 @@ class Average:
         if not 0 <= decay < 1:
             raise ValueError(f"the average's decay is {decay} but must be in [0, 1)")
         self.decay, self.step = decay, 0
-        self.weights = {name: p.detach().clone() for name, p in weights.items()}
+        self.weights = copy(weights)
 
     @torch.no_grad()
     def update(self, weights: dict[str, nn.Parameter]) -> None:
@@ -85,28 +99,35 @@ class Average:
         for name, mean in self.weights.items():
             mean.lerp_(weights[name].detach().to(mean), 1 - decay)
 
-    @contextmanager
-    def applied(self, weights: dict[str, nn.Parameter]) -> Iterator[None]:
-        """Within it the network carries the average."""
-        own = {name: p.detach().clone() for name, p in weights.items()}
-        _copy(self.weights, weights)
-        try:
-            yield
-        finally:
-            _copy(own, weights)
-
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = int(state["step"])
-        _copy(state["weights"], self.weights)
+        fill(self.weights, state["weights"])
+
+
+def copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as they are now."""
+    return {name: value.detach().clone() for name, value in weights.items()}
 
 
 @torch.no_grad()
-def _copy(source: dict[str, Any], target: dict[str, Any]) -> None:
+def fill(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """Copy weights by name."""
     for name, value in target.items():
         value.copy_(source[name])
+
+
+@contextmanager
+def swapped(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it the network carries other weights, an average's for example."""
+    own = copy(weights)
+    fill(weights, others)
+    try:
+        yield
+    finally:
+        fill(weights, own)
 
 
 def save(pipe_class: Any, part: str, network: Any, folder: Path) -> Path:
@@ -121,4 +142,28 @@ def save(pipe_class: Any, part: str, network: Any, folder: Path) -> Path:
     pipe_class.save_lora_weights(
         folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": about}
     )
-    return Path(folder) / "pytorch_lora_weights.safetensors"
+    return Path(folder) / FILE
+
+
+def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> dict[str, Tensor]:
+    """The weights that `save` wrote, for an adapter of the same layers, rank and alpha.
+
+    weights: those of the adapter to fill. ValueError where the two are not alike.
+    """
+    file = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
+    try:
+        with safe_open(file, "pt") as stored:
+            about = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no LoRA that can be read ({error})") from None
+    names = {f"{part}.{name.replace('.default.', '.')}": name for name in weights}
+    alike = names.keys() == tensors.keys() and all(
+        tensors[key].shape == weights[name].shape for key, name in names.items()
+    )
+    if not alike or about.get(f"{part}.lora_alpha") != alpha:
+        raise ValueError(
+            f"the LoRA {folder} has other layers, another rank or another alpha; set gdro.targets,"
+            " gdro.rank and gdro.alpha to those it was trained with"
+        )
+    return {name: tensors[key] for key, name in names.items()}

@@ -38,7 +38,7 @@ from steering.pipeline import steer_each
 
 from .models import encode, family_of
 
-__all__ = ["Plan", "Rollouts", "Shard", "add_rewards", "generate", "open_run"]
+__all__ = ["PLAIN", "Plan", "Rollouts", "Shard", "add_rewards", "generate", "nothing", "open_run"]
 
 PLAIN = FeynmanKac(reward_scale=0.0, min_ess=0.0, noise=0.0)  # the pipeline's own sampler
 FEATURES = {
@@ -88,12 +88,17 @@ class Plan:
         return [range(i, min(i + step, n)) for i in range(0, n, step)]
 
 
-def open_run(folder: Path, pipe: Any, plan: Plan, reward: str | None, resume: bool) -> None:
-    """Make the folder with its manifest, or check that it is a part of this very run."""
+def open_run(
+    folder: Path, pipe: Any, plan: Plan, reward: str | None, resume: bool, model: str | None = None
+) -> None:
+    """Make the folder with its manifest, or check that it is a part of this very run.
+
+    model: the name to load the pipeline by again; by default the one it was loaded by.
+    """
     family = family_of(pipe)
     about = {
         "pipeline": type(pipe).__name__,
-        "model": pipe.config.get("_name_or_path") or None,
+        "model": model or pipe.config.get("_name_or_path") or None,
         "weights": fingerprint(getattr(pipe, family.network)),
         "reward": reward,
         "plan": json.loads(json.dumps(asdict(plan))),
@@ -162,7 +167,7 @@ def _of_prompt(
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
     """Rows and latents: the plain images of a prompt, then the steered ones."""
     runs: list[tuple[int, FeynmanKac, Any, int]]
-    runs = [(plan.images, PLAIN, _nothing, 0), (plan.steered, plan.settings, reward, 1)]
+    runs = [(plan.images, PLAIN, nothing, 0), (plan.steered, plan.settings, reward, 1)]
     for count, settings, judge, occurrence in runs:
         if count:
             (out,) = steer_each(
@@ -180,7 +185,8 @@ def _of_prompt(
             yield _rows(out, group, plan.seed, settings, occurrence == 1), out.latents[0]
 
 
-def _nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:
+def nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The reward of plain samples."""
     return torch.zeros(len(images), device=images.device)
 
 
@@ -257,11 +263,15 @@ class Shard:
         file = self.folder / "rewards.parquet"
         return pq.read_table(file).to_pydict() if file.exists() else {}
 
-    def scored_by(self) -> str:
-        """The spec that its columns were last scored by, or ""."""
+    def scored_by(self, column: str = "reward") -> str:
+        """The spec that a column was scored by, or ""."""
+        return self.specs().get(column, "")
+
+    def specs(self) -> dict[str, str]:
+        """The specs that the columns were scored by, where it is known: {column: spec}."""
         file = self.folder / "rewards.parquet"
         about = pq.read_schema(file).metadata if file.exists() else None
-        return (about or {}).get(b"spec", b"").decode()
+        return json.loads((about or {}).get(b"specs", b"{}"))
 
 
 class Rollouts:
@@ -288,9 +298,13 @@ class Rollouts:
 
 
 def add_rewards(shard: Shard, columns: Mapping[str, Sequence[float]], spec: str = "") -> None:
-    """Add or replace columns of rewards, whole or not at all; spec: what they were scored by."""
+    """Add or replace columns of rewards, whole or not at all; spec: what these were scored by.
+
+    Columns of other names stay as they are, with the specs that they were scored by.
+    """
     merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
+    specs = shard.specs() | dict.fromkeys(columns, spec)
     scratch = shard.folder / ".rewards.new"
     table = pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()})
-    pq.write_table(table.replace_schema_metadata({"spec": spec}), scratch)
+    pq.write_table(table.replace_schema_metadata({"specs": json.dumps(specs)}), scratch)
     scratch.replace(shard.folder / "rewards.parquet")

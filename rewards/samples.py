@@ -110,9 +110,11 @@ def _header(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     try:
         with Image.open(path) as picture:
             text = getattr(picture, "text", {}).get("parameters", "{}")
-            size = picture.height, picture.width
+            size, mode = (picture.height, picture.width), picture.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise ValueError(f"{path} is no picture that can be read: give a PNG or JPEG") from None
+    if mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits, to plain white
+        raise ValueError(f"{path} has more than 8 bits a channel ({mode}): bring it to 8 first")
     try:
         about = json.loads(text)
     except (json.JSONDecodeError, RecursionError):

@@ -1,7 +1,8 @@
 """Scores of many pictures as a table on disk: written batch by batch, carried on, drawn.
 
 While a run goes on its rows lie in `NAME.part`, JSON lines after a first line that says which
-reward they are of. When it is complete they become NAME, a .csv or .parquet file.
+reward they are of. When it is complete they become NAME: a .parquet file, which has the reward's
+spec in its metadata, or a .csv file with the spec in `NAME.spec` beside it.
 """
 
 from __future__ import annotations
@@ -9,22 +10,34 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Table", "draw", "read_table", "summary", "write_table"]
+__all__ = [
+    "TEXTS",
+    "Table",
+    "draw",
+    "ensure_writable",
+    "read_table",
+    "spec_of",
+    "summary",
+    "write_table",
+]
 
 SUFFIXES = (".csv", ".parquet")
+TEXTS = ("image", "prompt", "references")  # the columns that are no scores; they name a row
 
 
 class Table:
-    """Rows that survive an interruption.
+    """Rows that survive an interruption, each named by its TEXTS.
 
     Args: path, the .csv or .parquet file to be; spec, the reward's full text form, which rows
-    that are already there must share; resume, whether there may be some.
+    that are already there must share; resume, whether there may be some. ValueError for these
+    and for a path that cannot be written.
     """
 
     def __init__(self, path: Path, spec: str, resume: bool = False) -> None:
@@ -32,52 +45,115 @@ class Table:
             raise ValueError(f"the table {path} must end in one of {list(SUFFIXES)}")
         if path.suffix == ".parquet":
             _arrow()
-        self.path, self.part = path, path.with_name(path.name + ".part")
+        self.path, self.part, self.spec = path, path.with_name(path.name + ".part"), spec
         if not resume and (path.exists() or self.part.exists()):
             raise ValueError(f"{path} is already there; add --resume, or give another --out")
+        ensure_writable(path)
         self.rows: list[dict[str, Any]] = []
+        self._begun = False
         if self.part.exists():
-            self._carry_on(spec)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.part.write_text(json.dumps({"reward": spec}) + "\n", encoding="utf-8")
+            # by "\n" alone: a prompt may hold other characters that end a line for str.splitlines
+            *lines, _cut_off = self.part.read_text(encoding="utf-8").split("\n")
+            self._check(json.loads(lines[0])["reward"] if lines else spec)
+            self.rows = [json.loads(line) for line in lines[1:]]
+        elif path.exists():
+            self._check(spec_of(path))
+            self.rows = read_table(path)
 
-    def _carry_on(self, spec: str) -> None:
-        # by "\n" alone: a prompt may hold other characters that end a line for str.splitlines
-        *lines, rest = self.part.read_text(encoding="utf-8").split("\n")
-        was = json.loads(lines[0])["reward"] if lines else spec
-        if was != spec:
-            raise ValueError(f"{self.part} was scored by {was!r}, not {spec!r}; give another --out")
-        if rest:  # the last line was cut off while it was written
-            self.part.write_text("\n".join([*lines, ""]), encoding="utf-8")
-        self.rows = [json.loads(line) for line in lines[1:]]
+    def _check(self, was: str) -> None:
+        if was != self.spec:
+            by = repr(was) if was else "something that it does not name"
+            raise ValueError(
+                f"{self.path} was scored by {by}, not {self.spec!r}; give another --out"
+            )
+
+    def missing(self, wanted: Sequence[Mapping[str, str]]) -> list[int]:
+        """The places in `wanted`, the TEXTS of the rows to be, of those that are not there yet.
+
+        ValueError where the table holds rows that are none of these.
+        """
+        asked, there = {_key(row) for row in wanted}, {_key(row) for row in self.rows}
+        extra = [row for row in self.rows if _key(row) not in asked]
+        if extra:
+            raise ValueError(
+                f"{self.path} holds rows that are not asked for ({len(extra)}), the first of "
+                f"{extra[0]['image']} with the prompt {extra[0]['prompt']!r}; ask for these too, "
+                "or give another --out"
+            )
+        return [i for i, row in enumerate(wanted) if _key(row) not in there]
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows, on disk when this returns."""
-        with self.part.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if self._begun:
+            with self.part.open("a", encoding="utf-8") as file:
+                file.write(_lines(rows))
+        else:  # at the first row, and whole: the old rows come along
+            scratch = self.part.with_name(self.part.name + ".new")
+            text = _lines([{"reward": self.spec}, *self.rows, *rows])
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(self.part)
+            self._begun = True
         self.rows.extend(rows)
 
-    def finish(self, order: Sequence[str]) -> None:
-        """Write the table, its rows in the order of these images, and drop the working file."""
-        place = {name: i for i, name in enumerate(order)}
-        rows = sorted(self.rows, key=lambda row: place[row["image"]])
-        write_table(self.path, rows)
-        self.part.unlink()
+    def finish(self, wanted: Sequence[Mapping[str, str]]) -> bool:
+        """Write the table in this order and drop the working file; False if it is there already."""
+        order, rows = [_key(row) for row in wanted], {_key(row): row for row in self.rows}
+        whole = self.path.exists() and not self.part.exists()
+        if whole and order == [_key(row) for row in self.rows]:
+            return False
+        self.rows = [rows[key] for key in order]
+        write_table(self.path, self.rows, self.spec)
+        self.part.unlink(missing_ok=True)
+        return True
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row.get(name, "") for name in TEXTS)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def ensure_writable(path: Path) -> None:
+    """Make the folder of a file to be; ValueError where the file could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); give another path"
+        ) from error
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], spec: str = "") -> None:
     """Rows of equal keys as .csv or .parquet, whole or not at all; NaN is an empty cell."""
     scratch = path.with_name(path.name + ".new")
     if path.suffix == ".parquet":
         arrow = _arrow()
-        arrow.parquet.write_table(arrow.Table.from_pylist(list(rows)), scratch)
+        table = arrow.Table.from_pylist(list(rows)).replace_schema_metadata({"spec": spec})
+        arrow.parquet.write_table(table, scratch)
     else:
+        _spec_file(path).write_text(spec, encoding="utf-8")
         with scratch.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows({k: "" if _is_nan(v) else v for k, v in row.items()} for row in rows)
     scratch.replace(path)
+
+
+def spec_of(path: Path) -> str:
+    """The spec that a table was scored by, or "" where it does not say."""
+    if path.suffix == ".parquet":
+        return (_arrow().parquet.read_schema(path).metadata or {}).get(b"spec", b"").decode()
+    file = _spec_file(path)
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+
+def _spec_file(path: Path) -> Path:
+    return path.with_name(path.name + ".spec")
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -87,7 +163,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8", newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
-        for key in row.keys() - {"image", "prompt"}:
+        for key in row.keys() - set(TEXTS):
             row[key] = float(row[key]) if row[key] else math.nan
     return rows
 
@@ -108,7 +184,7 @@ def _is_nan(value: Any) -> bool:
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    names = [name for name in rows[0] if name not in ("image", "prompt")]
+    names = [name for name in rows[0] if name not in TEXTS]
     columns = {name: np.array([row[name] for row in rows], dtype=float) for name in names}
     if len(names) == 2 and np.array_equal(*columns.values(), equal_nan=True):
         columns.pop("reward")  # the only component is the total

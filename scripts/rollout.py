@@ -101,7 +101,7 @@ def run(settings: Rollout) -> None:
     pipe.set_progress_bar_config(disable=True)
     with state.main_process_first():
         again = settings.resume or not state.is_main_process
-        open_run(Path(settings.out), pipe, plan, settings.reward, resume=again)
+        open_run(Path(settings.out), pipe, plan, settings.reward, again, settings.model)
     work = generate(
         Path(settings.out), pipe, plan, reward, state.process_index, state.num_processes
     )

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 import rewards
 from rewards import calibrate
+from rewards.combine import Aggregate, Function, Part, component_names
 from rewards.images import to_images
 from rewards.samples import Sample, batches, load_batch, read_samples
-from rewards.table import Table, draw, summary
+from rewards.table import TEXTS, Table, draw, ensure_writable, summary
 from steering.loading import pick_device
+
+if TYPE_CHECKING:
+    from finetune.rollouts import Shard
 
 EXAMPLES = """\
 examples:
@@ -103,106 +108,182 @@ def listing() -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Refuse what cannot work, the cheapest check first; then score what is not there yet."""
+    """Score what is not there yet, of a run of scripts/rollout.py or of pictures."""
     if args.list:
         print(listing())
         return 0
     if args.source is None or not args.reward:
         raise ValueError("give a folder or a .jsonl file, and --reward (--list shows them)")
-    device = pick_device(args.device)
+    if args.calibrate:
+        ensure_writable(args.calibrate.expanduser())
     if (args.source / "00000" / "tensors.safetensors").is_file():
-        return score_rollouts(args, rewards.load(args.reward, device), device)
+        return score_rollouts(args, pick_device(args.device))
+    return score_pictures(args, pick_device(args.device))
+
+
+def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.WeightedSum:
+    """The reward of these prompts; ValueError if a component would hide a column of the table."""
+    reward = rewards.load(spec, device)
+    for name in component_names(reward.parts):
+        if name in ("reward", *TEXTS):
+            raise ValueError(
+                f"a component is called {name!r}, as a column of the table is; "
+                "give it another name, as in 'mine=clip'"
+            )
+    reward.check(prompts)
+    return reward
+
+
+def needs_references(parts: Sequence[Part]) -> bool:
+    """Whether one of these compares with references, and is no function, which may do without."""
+    for reward in (part.reward for part in parts):
+        if isinstance(reward, Aggregate):
+            needs = reward.references or any(needs_references(m.parts) for m in reward.members)
+        else:
+            needs = not isinstance(reward, Function) and getattr(reward, "wants_references", False)
+        if needs:
+            return True
+    return False
+
+
+def score_pictures(args: argparse.Namespace, device: torch.device) -> int:
+    """Refuse what cannot work, the cheapest check first; then fill the table and report."""
     samples = read_samples(args.source, args.prompt)
-    reward = rewards.load(args.reward, device)
-    reward.check([sample.prompt for sample in samples])
+    if args.calibrate and len(samples) < 2:
+        raise ValueError(f"--calibrate needs two pictures or more but {args.source} holds one")
+    reward = load(args.reward, device, [sample.prompt for sample in samples])
+    without = [sample.image for sample in samples if not sample.references]
+    if without and needs_references(reward.parts):
+        raise ValueError(
+            f"{reward} compares with reference pictures but {without[0]} has none; write "
+            '"references": [...] in its line of a .jsonl file'
+        )
     beside = args.source if args.source.is_dir() else args.source.parent
     out = args.out or beside / "scores.csv"
     picture = out.with_name(out.name + ".histogram.png")  # no picture of the user's has such a name
-    if out.exists() and args.resume and not out.with_name(out.name + ".part").exists():
-        print(f"{out} is complete")
-        return 0
     table = Table(out, reward.spec, args.resume)
+    rows = [texts(sample, reward) for sample in samples]
+    left = table.missing(rows)
     try:
-        score(reward, samples, table, args.batch_size, device)
+        score(reward, [samples[i] for i in left], table, args.batch_size, device)
     except KeyboardInterrupt:
-        done = len(table.rows)
-        print(
-            f"score.py: interrupted; {done} of {len(samples)} are kept: repeat the command with "
-            f"--out {out} --resume to carry on",
-            file=sys.stderr,
-        )
-        return 130
-    table.finish([str(sample.image) for sample in samples])
-    print(summary(table.rows))
-    draw(table.rows, picture)
-    if args.calibrate:
-        columns = {name: [row[name] for row in table.rows] for name in table.rows[0]}
-        measured = calibrate.by_fingerprint(reward, columns.pop("reward"), columns)
-        calibrate.save(args.calibrate, measured)
-    print(out, picture, *([args.calibrate] if args.calibrate else []), sep="\n")
+        raise KeyboardInterrupt(f"{len(table.rows)} of {len(samples)} are kept") from None
+    print(out if table.finish(rows) else f"{out} is complete")
+    report(reward, table.rows, picture, args.calibrate)
     return 0
 
 
+def texts(sample: Sample, reward: rewards.WeightedSum) -> dict[str, str]:
+    """The columns that name a row: all that its scores depend on."""
+    row = {"image": str(sample.image), "prompt": sample.prompt}
+    if reward.wants_references:
+        row["references"] = json.dumps([str(path) for path in sample.references])
+    return row
+
+
 def score(
-    reward: Any, samples: Sequence[Sample], table: Table, size: int, device: torch.device
+    reward: rewards.WeightedSum,
+    samples: Sequence[Sample],
+    table: Table,
+    size: int,
+    device: torch.device,
 ) -> None:
-    """Add a row for every picture that has none: image, prompt, total and each component."""
-    done = {row["image"] for row in table.rows}
-    left = [sample for sample in samples if str(sample.image) not in done]
-    with torch.no_grad(), tqdm(total=len(samples), initial=len(done), unit="picture") as bar:
-        for batch in batches(left, size):
+    """Add a row for each of these: what names it, total and each component."""
+    there = len(table.rows)
+    every = there + len(samples)
+    with torch.no_grad(), tqdm(total=every, initial=there, unit="picture") as bar:
+        for batch in batches(samples, size):
             images, prompts, references = load_batch(batch, device)
             total, components = reward.evaluate(images, prompts, references=references)
             columns = {"reward": total} | components
             values = {name: column.tolist() for name, column in columns.items()}
             table.add(
                 [
-                    {"image": str(sample.image), "prompt": sample.prompt}
-                    | {name: column[i] for name, column in values.items()}
+                    texts(sample, reward) | {name: column[i] for name, column in values.items()}
                     for i, sample in enumerate(batch)
                 ]
             )
             bar.update(len(batch))
 
 
-def score_rollouts(args: argparse.Namespace, reward: Any, device: torch.device) -> int:
-    """Add the columns "reward" and each component to every shard of scripts/rollout.py."""
+def report(
+    reward: rewards.WeightedSum,
+    rows: Sequence[dict[str, Any]],
+    picture: Path,
+    calibration: Path | None,
+) -> None:
+    """Print what the scores are, draw them, and keep them as a scale if that is asked for."""
+    print(summary(rows))
+    draw(rows, picture)
+    print(picture)
+    if calibration:
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        measured = calibrate.by_fingerprint(reward, columns.pop("reward"), columns)
+        calibrate.save(calibration, measured)
+        print(calibration)
+
+
+def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
+    """Add the columns "reward" and each component to every shard of scripts/rollout.py.
+
+    A column that is there already is replaced. --resume skips shards where all of them are of
+    this very spec.
+    """
     from finetune.rollouts import Rollouts, add_rewards
 
+    for option in ("out", "prompt"):
+        if getattr(args, option) is not None:
+            raise ValueError(
+                "rollouts have prompts and keep their scores in their own shards; "
+                f"leave out --{option}"
+            )
     run = Rollouts(args.source)
-    reward.check(run.manifest["plan"]["prompts"])
+    reward = load(args.reward, device, run.manifest["plan"]["prompts"])
+    if needs_references(reward.parts):
+        raise ValueError(f"{reward} compares with reference pictures, which rollouts lack")
+    names = ["reward", *component_names(reward.parts)]
     rows: list[dict[str, Any]] = []
-    for shard in tqdm(run.shards, unit="shard"):
-        prompts = [row["prompt"] for row in shard.table(["prompt"])]
-        columns: dict[str, list[float]] = {}
-        if not args.resume or shard.scored_by() != reward.spec:
-            for part in range(0, len(prompts), args.batch_size):
-                chosen = slice(part, part + args.batch_size)
-                images = to_images(shard.images()[chosen], device)
-                with torch.no_grad():
-                    total, components = reward.evaluate(images, prompts[chosen])
-                for name, column in ({"reward": total} | components).items():
-                    columns.setdefault(name, []).extend(column.tolist())
-            add_rewards(shard, columns, reward.spec)
-        values = shard.rewards()
-        rows += [
-            {"image": f"{shard.folder.name}/{i}", "prompt": prompt}
-            | {name: column[i] for name, column in values.items()}
-            for i, prompt in enumerate(prompts)
-        ]
-    print(summary(rows))
-    draw(rows, args.source / "scores.histogram.png")
-    print(args.source / "scores.histogram.png")
+    try:
+        for shard in tqdm(run.shards, unit="shard"):
+            if not args.resume or {shard.scored_by(name) for name in names} != {reward.spec}:
+                add_rewards(shard, score_shard(reward, shard, args.batch_size, device), reward.spec)
+            columns = shard.rewards()
+            cells = zip(*(columns[name] for name in names), strict=True)
+            rows += [dict(zip(names, row, strict=True)) for row in cells]
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished shards are kept") from None
+    report(reward, rows, args.source / "scores.histogram.png", args.calibrate)
     return 0
+
+
+def score_shard(
+    reward: rewards.WeightedSum, shard: Shard, size: int, device: torch.device
+) -> dict[str, list[float]]:
+    """{column: score of each row} of one shard."""
+    prompts, pictures = [row["prompt"] for row in shard.table(["prompt"])], shard.images()
+    columns: dict[str, list[float]] = {}
+    for start in range(0, len(prompts), size):
+        chosen = slice(start, start + size)
+        with torch.no_grad():
+            total, components = reward.evaluate(
+                to_images(pictures[chosen], device), prompts[chosen]
+            )
+        for name, column in ({"reward": total} | components).items():
+            columns.setdefault(name, []).extend(column.tolist())
+    return columns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
     try:
         return run(parser().parse_args(argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"score.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "nothing is lost"
+        print(f"score.py: interrupted; {kept}: repeat the command with --resume", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

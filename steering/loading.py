@@ -43,10 +43,13 @@ def check_name(name: str) -> None:
         raise ValueError(f"there is no model {name}: {hint}")
 
 
-def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None) -> Any:
+def load_pipeline(
+    name: str, dtype: torch.dtype, lora: str | None = None, **components: Any
+) -> Any:
     """The pipeline `name` on the CPU in `dtype`: embedded, a folder, or a hub id (in that order).
 
-    Raises ValueError for what is not there, or is no pipeline.
+    components: parts to use as they are, in place of those stored. Raises ValueError for what is
+    not there, or is no pipeline.
     """
     check_name(name)
     path, offline = (name, True) if name in tiny.NAMES else _where(name)
@@ -55,9 +58,11 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None) -> Any
         from diffusers import DiffusionPipeline
 
         if name in tiny.NAMES:
-            pipe = tiny.load(name).to(dtype)
+            pipe = tiny.load(name, dtype=dtype, **components)
         else:
-            pipe = DiffusionPipeline.from_pretrained(path, dtype=dtype, local_files_only=offline)
+            pipe = DiffusionPipeline.from_pretrained(
+                path, dtype=dtype, local_files_only=offline, **components
+            )
     if adapter:
         if not hasattr(pipe, "load_lora_weights"):
             raise ValueError(f"{type(pipe).__name__} takes no LoRA: leave {lora} out")

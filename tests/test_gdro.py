@@ -7,7 +7,9 @@ import torch
 from accelerate import Accelerator
 from tiny_pipelines import family
 
-from finetune.gdro import Data, Gdro, Trainer, load_data, load_state, save_state
+from finetune import lora
+from finetune.data import Data, load_data
+from finetune.gdro import Gdro, Trainer, load_state, save_state
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
 from finetune.models import encode, family_of, noising_of
 from finetune.rollouts import Plan, Rollouts, add_rewards, generate, open_run
@@ -36,6 +38,10 @@ def trainer_of(name="sd3", **changed):
     )
     network = getattr(pipe, own.network)
     return Trainer(network, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
+
+
+def pipe_class():
+    return type(family("sd3")[0])
 
 
 def weights_of(trainer):
@@ -99,6 +105,84 @@ def test_memory_of_the_reference_is_the_networks_own():
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(frozen, before, strict=True))
 
 
+def test_a_moved_reference_is_where_scores_are_0():
+    trainer = trainer_of(refresh=2)
+    for _ in range(2):
+        moved = trainer.train_step()
+    assert abs(moved["spread"]) > 1e-5
+    assert trainer.anchor is not None
+    assert trainer.train_step()["spread"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_second_round_goes_on_from_its_lora(tmp_path):
+    first, second = trainer_of(), trainer_of()
+    for _ in range(3):
+        first.train_step()
+    with lora.swapped(first.weights, first.average.weights):
+        lora.save(pipe_class(), first.family.network, first.bare, tmp_path)
+    read = lora.read(tmp_path, second.family.network, second.weights, 2)
+    second.start_from(read)
+    for name, value in first.average.weights.items():
+        assert torch.equal(second.weights[name], value)
+    assert second.train_step()["spread"] == pytest.approx(0, abs=1e-5)
+    with pytest.raises(ValueError, match="another alpha"):
+        lora.read(tmp_path, second.family.network, second.weights, 4)
+    with pytest.raises(ValueError, match="another rank"):
+        lora.read(tmp_path, second.family.network, trainer_of(rank=3).weights, 2)
+    with pytest.raises(ValueError, match="no LoRA that can be read"):
+        lora.read(tmp_path / "none", second.family.network, second.weights, 2)
+
+
+def test_a_resumed_run_keeps_its_moved_reference(tmp_path):
+    whole = trainer_of(refresh=2)
+    for _ in range(5):
+        whole.train_step()
+    first, second = trainer_of(refresh=2), trainer_of(refresh=2)
+    for _ in range(3):
+        first.train_step()
+    save_state(first, tmp_path)
+    load_state(second, tmp_path)
+    for _ in range(2):
+        second.train_step()
+    assert torch.equal(weights_of(second), weights_of(whole))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
+    trainer = trainer_of()
+    trainer.data.latents[:] = float("nan")
+    before = weights_of(trainer)
+    with pytest.raises(FloatingPointError, match="step 0 is not finite"):
+        trainer.train_step()
+    assert torch.equal(weights_of(trainer), before)
+
+
+def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
+    trainer = trainer_of()
+    save_state(trainer, tmp_path)
+    before = (tmp_path / "state.pt").read_bytes()
+    trainer.train_step()
+
+    def full(state, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match=r"state of step 1 .*No space left.* is kept"):
+        save_state(trainer, tmp_path)
+    assert (tmp_path / "state.pt").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_shifted_times_lean_to_noise():
+    flat, shifted = (
+        trainer_of(groups=64, micro_groups=64),
+        trainer_of(groups=64, micro_groups=64, shift=3.0),
+    )
+    ((*_, t, _, _),) = flat._micro_batches(0)
+    ((*_, u, _, _),) = shifted._micro_batches(0)
+    torch.testing.assert_close(u, 3 * t / (1 + 2 * t))
+
+
 def test_rollouts_with_rewards_become_data(tmp_path):
     pipe, call = family("sd")
     plan = Plan(prompts=tuple(PROMPTS), images=3, prompts_per_shard=2, call=call)
@@ -106,14 +190,14 @@ def test_rollouts_with_rewards_become_data(tmp_path):
     list(generate(tmp_path, pipe, plan))
     run = Rollouts(tmp_path)
     with pytest.raises(ValueError, match="no rewards 'reward'; there is none yet"):
-        load_data(run, Gdro(k=2))
+        load_data(run, "reward", "none", 2)
     values = iter(range(9))
     for shard in run.shards:
         rows = len(shard.table(["group"]))
         add_rewards(shard, {"score": [float(next(values)) for _ in range(rows)]})
     with pytest.raises(ValueError, match=r"those there are \['score'\]"):
-        load_data(run, Gdro(k=2))
-    data = load_data(run, Gdro(k=2, reward="score"))
+        load_data(run, "reward", "none", 2)
+    data = load_data(run, "score", "none", 2)
     assert [g.rewards.tolist() for g in data.groups] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert len(data.latents) == 9
     with torch.no_grad():

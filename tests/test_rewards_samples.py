@@ -111,6 +111,13 @@ def test_what_is_no_folder_and_what_is_no_picture(tmp_path):
         read_samples(tmp_path, "x")
 
 
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_more_than_8_bits_a_channel_are_refused_not_clipped(tmp_path, kind):
+    Image.fromarray(np.full((8, 8), 40000, dtype=kind)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"a\.tif has more than 8 bits a channel"):
+        read_samples(tmp_path, "x")
+
+
 def test_a_picture_that_ends_too_soon_is_named(tmp_path):
     picture(tmp_path / "a.png", (64, 64))
     whole = (tmp_path / "a.png").read_bytes()

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rewards.table import Table, draw, rank_correlation, read_table, summary
+from rewards.table import Table, draw, rank_correlation, read_table, spec_of, summary
 
 ROWS = [
     {"image": f"{i}.png", "prompt": 'a "b",\u2028c', "reward": i / 3, "x": float(i), "y": math.nan}
@@ -21,8 +21,9 @@ def test_a_table_is_read_back_as_it_was_written(tmp_path, suffix):
     table = Table(path, "x + y")
     table.add(ROWS[2:])
     table.add(ROWS[:2])
-    table.finish([row["image"] for row in ROWS])
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert table.finish(ROWS)
+    assert {p.name for p in tmp_path.iterdir()} - {"scores.csv.spec"} == {path.name}
+    assert spec_of(path) == "x + y"
     for row, back in zip(ROWS, read_table(path), strict=True):
         assert all(row[k] == back[k] or (math.isnan(row[k]) and math.isnan(back[k])) for k in row)
 
@@ -35,13 +36,71 @@ def test_an_interrupted_table_goes_on_after_its_last_whole_line(tmp_path):
     table = Table(path, "x", resume=True)
     assert [row["image"] for row in table.rows] == ["0.png", "1.png"]
     table.add(ROWS[2:])
-    table.finish([row["image"] for row in ROWS])
+    table.finish(ROWS)
     assert len(read_table(path)) == 4
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_finished_table_takes_more_rows_and_keeps_its_own(tmp_path, suffix):
+    path = tmp_path / f"scores{suffix}"
+    first = Table(path, "x")
+    first.add(ROWS[:2])
+    first.finish(ROWS[:2])
+    again = Table(path, "x", resume=True)
+    assert again.missing(ROWS) == [2, 3]
+    again.add(ROWS[2:3])
+    cut = Table(path, "x", resume=True)  # the last run ended here, the finished file still stands
+    assert cut.missing(ROWS) == [3]
+    cut.add(ROWS[3:])
+    assert cut.finish(ROWS)
+    assert [row["image"] for row in read_table(path)] == [row["image"] for row in ROWS]
+    assert not Table(path, "x", resume=True).finish(ROWS)
+
+
+def test_a_row_is_named_by_picture_prompt_and_references(tmp_path):
+    rows = [
+        {"image": "a.png", "prompt": prompt, "references": references, "reward": float(i)}
+        for i, (prompt, references) in enumerate([("x", "[]"), ("y", "[]"), ("y", '["b.png"]')])
+    ]
+    path = tmp_path / "scores.csv"
+    table = Table(path, "x")
+    table.add(rows)
+    table.finish([*rows[::-1], rows[0]])
+    assert [row["reward"] for row in read_table(path)] == [2, 1, 0, 0]
+    again = Table(path, "x", resume=True)
+    assert again.missing(rows) == []
+    with pytest.raises(ValueError, match=r"not asked for \(2\), the first of a\.png"):
+        again.missing(rows[1:])
+    assert len(read_table(path)) == 4
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_finished_table_of_another_spec_is_not_carried_on(tmp_path, suffix):
+    path = tmp_path / f"scores{suffix}"
+    table = Table(path, "x")
+    table.add(ROWS)
+    table.finish(ROWS)
+    with pytest.raises(ValueError, match="was scored by 'x', not 'y'"):
+        Table(path, "y", resume=True)
+    if suffix == ".csv":
+        (tmp_path / "scores.csv.spec").unlink()
+        with pytest.raises(ValueError, match="by something that it does not name, not 'x'"):
+            Table(path, "x", resume=True)
+
+
+def test_what_cannot_be_written_is_refused_before_there_are_rows(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.csv").mkdir()
+    for path in (tmp_path / "file" / "scores.csv", tmp_path / "folder.csv"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            Table(path, "x", resume=True)
+    Table(tmp_path / "new" / "scores.csv", "x")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_what_is_there_is_not_overwritten_or_mixed(tmp_path):
     path = tmp_path / "scores.csv"
-    Table(path, "x")
+    Table(path, "x").add(ROWS)
     with pytest.raises(ValueError, match="--resume"):
         Table(path, "x")
     with pytest.raises(ValueError, match="was scored by 'x', not 'y'"):

@@ -8,7 +8,7 @@ from PIL import Image
 
 import rewards
 from rewards.images import to_images
-from rewards.table import read_table
+from rewards.table import Table, read_table
 from scripts import score
 
 PROMPTS = ["a red circle", "two blue stars", "a green square"]
@@ -39,18 +39,24 @@ def test_the_table_holds_what_the_reward_gives(folder, capsys):
     assert "missing" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_is_carried_on_without_scoring_again(folder, monkeypatch, capsys):
-    command = [str(folder), "--reward", "jpeg", "--batch-size", "1", "--device", "cpu"]
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """The prompts that were scored; the third would be followed by Ctrl-C."""
+    prompts_seen = []
     original = rewards.WeightedSum.evaluate
 
     def evaluate(self, images, prompts, **kwargs):
-        if len(seen) == 2:
+        if len(prompts_seen) == 2:
             raise KeyboardInterrupt
-        seen.extend(prompts)
+        prompts_seen.extend(prompts)
         return original(self, images, prompts, **kwargs)
 
     monkeypatch.setattr(rewards.WeightedSum, "evaluate", evaluate)
+    return prompts_seen
+
+
+def test_an_interrupted_run_is_carried_on_without_scoring_again(folder, seen, capsys):
+    command = [str(folder), "--reward", "jpeg", "--batch-size", "1", "--device", "cpu"]
     assert score.main(command) == 130
     assert "2 of 3 are kept" in capsys.readouterr().err
     seen.clear()
@@ -71,15 +77,24 @@ def test_an_interrupted_run_is_carried_on_without_scoring_again(folder, monkeypa
         (["{folder}", "--reward", "jpeg", "--out", "a.xls"], "must end in"),
         (["{folder}", "--reward", "jpeg", "--device", "abacus"], "abacus"),
         (["{folder}", "--reward", "jpeg", "--batch-size", "0"], "whole number"),
+        (["{folder}", "--reward", "reward=jpeg + 2*clip(tiny)"], "is called 'reward'"),
+        (["{folder}", "--reward", "mean(image=jpeg, clip(tiny))"], "is called 'image'"),
+        (["{folder}", "--reward", "2*prompt=jpeg"], "is called 'prompt'"),
+        (["{folder}", "--reward", "dino(tiny)"], "0.png has none"),
+        (["{folder}", "--reward", "jpeg + delta(jpeg2=jpeg)"], "0.png has none"),
+        (["{folder}", "--reward", "jpeg", "--out", "{folder}/0.png/s.csv"], "cannot be written"),
+        (["{folder}", "--reward", "jpeg", "--calibrate", "{folder}/0.png/x"], "cannot be written"),
+        (["{folder}", "--reward", "jpeg", "--calibrate", "{folder}"], "cannot be written"),
         (["{folder}", "--frobnicate"], "--help"),
     ],
 )
-def test_bad_input_is_refused_in_one_sentence(folder, options, message, capsys):
+def test_bad_input_is_refused_in_one_sentence(folder, options, message, seen, capsys):
     assert score.main([option.format(folder=folder) for option in options]) == 2
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
-    assert not list(folder.glob("*.part"))
+    assert not seen
+    assert not list(folder.glob("scores*"))
 
 
 def test_every_reward_is_listed(capsys):
@@ -109,3 +124,106 @@ def test_no_picture_is_overwritten_and_the_histogram_is_no_sample(folder):
         assert score.main([*command, str(folder / name)]) == 0
         assert len(read_table(folder / name)) == 3
     assert (folder / "1.png").read_bytes() == before
+
+
+def lines(folder, *entries):
+    file = folder / "list.jsonl"
+    file.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+    return [str(file), "--device", "cpu", "--out", str(folder / "list.csv"), "--reward"]
+
+
+def columns(folder, *names):
+    return [tuple(row[name] for name in names) for row in read_table(folder / "list.csv")]
+
+
+def test_new_pictures_are_added_to_a_finished_table(folder, seen):
+    entries = [{"image": f"{i}.png", "prompt": prompt} for i, prompt in enumerate(PROMPTS)]
+    assert score.main([*lines(folder, entries[1]), "jpeg"]) == 0
+    seen.clear()
+    command = [*lines(folder, *entries), "jpeg", "--resume"]
+    assert score.main(command) == 0
+    assert seen == [PROMPTS[0], PROMPTS[2]]
+    assert columns(folder, "prompt") == [(prompt,) for prompt in PROMPTS]
+    rows = columns(folder, "reward")
+    (folder / "list.csv").unlink()
+    seen.clear()
+    assert score.main([*lines(folder, *entries), "jpeg"]) == 0
+    assert columns(folder, "reward") == rows
+
+
+def test_a_complete_table_is_not_written_again_but_drawn_and_calibrated(folder, seen, capsys):
+    entries = [{"image": f"{i}.png", "prompt": PROMPTS[i]} for i in range(2)]
+    command = [*lines(folder, *entries), "jpeg"]
+    assert score.main(command) == 0
+    seen.clear()
+    before = (folder / "list.csv").stat().st_mtime_ns
+    (folder / "list.csv.histogram.png").unlink()
+    assert score.main([*command, "--resume", "--calibrate", str(folder / "scale.json")]) == 0
+    assert "list.csv is complete" in capsys.readouterr().out
+    assert not seen
+    assert (folder / "list.csv").stat().st_mtime_ns == before
+    assert (folder / "list.csv.histogram.png").is_file()
+    kept = json.loads((folder / "scale.json").read_text())["components"]["jpeg"]
+    assert kept == sorted(value for (value,) in columns(folder, "reward"))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_scores_of_another_spec_prompt_or_picture_are_not_taken_over(folder, capsys, finished):
+    first, second = ({"image": f"{i}.png", "prompt": "x"} for i in range(2))
+    table = folder / "list.csv"
+    assert score.main([*lines(folder, first, second), "jpeg"]) == 0
+    if not finished:
+        rows = "".join(json.dumps(row) + "\n" for row in [{"reward": "jpeg"}, *read_table(table)])
+        table.rename(folder / "list.csv.part").write_text(rows)
+    held = {path: path.read_bytes() for path in folder.iterdir() if path.name != "list.jsonl"}
+    for entries, spec, message in [
+        ([first, second], "jpeg(scale=flow_grpo)", "was scored by 'jpeg'"),
+        ([first, second | {"prompt": "y"}], "jpeg", "1.png with the prompt 'x'"),
+        ([first], "jpeg", "not asked for (1)"),
+    ]:
+        capsys.readouterr()
+        assert score.main([*lines(folder, *entries), spec, "--resume"]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+    assert held == {p: p.read_bytes() for p in folder.iterdir() if p.name != "list.jsonl"}
+
+
+def test_one_picture_under_two_prompts_has_two_rows(folder, seen):
+    entries = [{"image": "0.png", "prompt": prompt} for prompt in PROMPTS]
+    command = [*lines(folder, *entries), "clip(tiny)", "--batch-size", "1"]
+    assert score.main(command) == 130
+    seen.clear()
+    assert score.main([*command, "--resume"]) == 0
+    assert seen == PROMPTS[2:]
+    assert columns(folder, "prompt") == [(prompt,) for prompt in PROMPTS]
+    assert len(set(columns(folder, "reward"))) == 3
+
+
+def test_other_references_are_another_row(folder, capsys):
+    entries = [{"image": "0.png", "prompt": "x", "references": [f"{i}.png"]} for i in range(2)]
+    assert score.main([*lines(folder, *entries), "dino(tiny)"]) == 0
+    (same,), (other,) = columns(folder, "reward")
+    assert same == pytest.approx(1, abs=1e-4)
+    assert other < 0.99
+    changed = entries[1] | {"references": ["2.png"]}
+    assert score.main([*lines(folder, entries[0], changed), "dino(tiny)", "--resume"]) == 2
+    assert "not asked for (1)" in capsys.readouterr().err
+
+
+def test_one_picture_is_no_sample_to_calibrate_on(folder, seen, capsys):
+    command = [*lines(folder, {"image": "0.png", "prompt": "x"}), "jpeg"]
+    assert score.main([*command, "--calibrate", str(folder / "scale.json")]) == 2
+    assert "two pictures or more" in capsys.readouterr().err
+    assert not seen
+
+
+def test_a_full_disk_is_told_in_one_sentence(folder, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Table, "add", full)
+    assert score.main([str(folder), "--reward", "jpeg", "--device", "cpu"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "score.py: [Errno 28] No space left on device"
+    )

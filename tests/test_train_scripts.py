@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune import checks
 from finetune.rollouts import Rollouts
 from scripts import rollout, score, train_gdro
 from steering import tiny
@@ -56,6 +57,39 @@ def test_training_resumes_where_it_stopped_and_its_lora_loads(scored, tmp_path):
     pipe.load_lora_weights(whole / "lora")
 
 
+def test_checks_choose_the_weights_and_a_card_tells_of_them(scored, tmp_path, capsys):
+    (tmp_path / "unseen.txt").write_text('the word "OWL"\n')
+    words = [
+        *(f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.groups=2", "gdro.k=3"),
+        *("gdro.steps=6", "gdro.rank=2", "check.every=2", "check.images=2", "check.patience=1"),
+        *(f"check.prompts={tmp_path / 'unseen.txt'}", "check.train_prompts=1", "gdro.lr=1e-9"),
+    ]
+    assert train_gdro.main(words) == 0
+    out = tmp_path / "out"
+    rows = checks.read(out / "checks.csv")
+    assert "stopped at step" in capsys.readouterr().out  # weights that hardly move: no new best
+    assert [row["step"] for row in rows] == [0, 2]
+    assert sorted(file.name for file in (out / "grids").iterdir()) == ["000000.png", "000002.png"]
+    best = load_file(out / "best.safetensors")
+    stored = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
+    for name, value in best.items():
+        assert torch.equal(stored[f"transformer.{name.replace('.default.', '.')}"], value)
+    told = (out / "lora" / "README.md").read_text()
+    assert "base_model: tiny-sd3" in told
+    assert "Taken from step 0" in told
+    assert (out / "lora" / "curves.png").stat().st_size > 10_000
+    assert list((out / "tensorboard").iterdir())
+
+
+def test_prompts_that_are_trained_on_are_no_held_out_ones(scored, tmp_path, capsys):
+    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3", "check.every=1"]
+    assert train_gdro.main(words) == 2
+    assert "needs check.prompts" in capsys.readouterr().err
+    assert train_gdro.main([*words, f"check.prompts={scored / 'prompts.txt'}"]) == 2
+    assert "trained on, as 'the word \"CAT\"'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
@@ -67,6 +101,7 @@ def test_training_resumes_where_it_stopped_and_its_lora_loads(scored, tmp_path):
         (train_gdro, ["rollouts=nowhere", "out=x"], "holds no rollouts"),
         (train_gdro, ["gdro.bta=3"], "did you mean 'gdro.beta'"),
         (train_gdro, ["gdro.k=1"], "k is 1"),
+        (train_gdro, ["check.images=0"], "images is 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(

@@ -18,14 +18,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def load(name: str) -> Any:
+def load(name: str, **options: Any) -> Any:
     """The embedded pipeline `name` ("tiny-sd3" or "tiny-sd"), float32 on the CPU.
 
-    The same as `DiffusionPipeline.from_pretrained(folder)`; ValueError for other names.
+    The same as `DiffusionPipeline.from_pretrained(folder, **options)`; ValueError for other names.
     """
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(str(_folder(name)), local_files_only=True)
+    return DiffusionPipeline.from_pretrained(str(_folder(name)), local_files_only=True, **options)
 
 
 def preview() -> Any:

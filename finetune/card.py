@@ -1,0 +1,91 @@
+"""The model card beside a LoRA: what it was made of, with its curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checks import read
+
+__all__ = ["About", "curves", "write"]
+
+Point = dict[str, float]
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card says. base: the model; settings: YAML; data: lines on the rollouts."""
+
+    base: str
+    pipeline: str
+    settings: str
+    data: Sequence[str]
+    step: int
+
+
+def write(folder: Path, about: About, run: Path) -> None:
+    """Write README.md and curves.png into the folder of a LoRA, from the tables of its run."""
+    from huggingface_hub import ModelCardData
+
+    head = ModelCardData(
+        library_name="diffusers",
+        base_model=about.base,
+        tags=["lora", "text-to-image", "gdro", "tilt-diffusion"],
+    )
+    checks = read(run / "checks.csv")
+    curves(read(run / "log.csv"), checks, folder / "curves.png")
+    body = [
+        f"---\n{head.to_yaml()}\n---",
+        f"# A LoRA for {about.base}, tuned by offline GDRO",
+        "```python",
+        f"from diffusers import {about.pipeline}",
+        "",
+        f'pipe = {about.pipeline}.from_pretrained("{about.base}")',
+        'pipe.load_lora_weights("this folder")',
+        "```",
+        f"Taken from step {about.step}. Group-level direct reward optimisation fits the model's "
+        "implicit rewards to the rewards of images that were made beforehand; the base's own "
+        "limits and licence stay.",
+        "## Data",
+        "\n".join(f"- {line}" for line in about.data),
+        "## Curves",
+        "![curves](curves.png)",
+        *([_table(checks)] if checks else []),
+        "## Settings",
+        f"```yaml\n{about.settings.strip()}\n```",
+    ]
+    (folder / "README.md").write_text("\n\n".join(body) + "\n", encoding="utf-8")
+
+
+def _table(rows: Sequence[Point]) -> str:
+    """The checks as Markdown, a line each."""
+    names = list(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    lines += ["| " + " | ".join(f"{row[name]:g}" for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def curves(log: Sequence[Point], checks: Sequence[Point], path: Path) -> None:
+    """A panel for each quantity of the log, and one for the checks."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in (log[0] if log else {}) if name != "step"]
+    panels: list[tuple[str, Sequence[Point], list[str]]] = [(name, log, [name]) for name in names]
+    if checks:
+        panels.insert(0, ("checks", checks, [name for name in checks[0] if name != "step"]))
+    columns = 3
+    rows = max(1, -(-len(panels) // columns))
+    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    axes: Any = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (title, points, shown) in zip(axes.flat, panels, strict=False):
+        for name in shown:
+            axis.plot([p["step"] for p in points], [p[name] for p in points], label=name, lw=1.2)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(labelsize=7)
+        if len(shown) > 1:
+            axis.legend(fontsize=6)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,219 @@
+"""Looking at a network while it trains: the same noise of the same prompts, drawn and scored.
+
+What counts is the reward on prompts that training never sees, by the pipeline's own sampler, and
+a second opinion that training does not follow. Legend: p prompts, m images each.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import make_image_grid
+from PIL.Image import Image
+from torch import Tensor
+
+from steering.pipeline import steer_each
+
+from .rollouts import PLAIN, nothing
+
+__all__ = [
+    "Check",
+    "Sheet",
+    "Watch",
+    "append",
+    "best_row",
+    "corrected",
+    "draw",
+    "is_over",
+    "means",
+    "read",
+    "rewind",
+]
+
+
+@dataclass
+class Check:
+    """When and at what to look; scripts/train_gdro.py explains each."""
+
+    every: int = 0
+    prompts: str = ""
+    train_prompts: int = 8
+    images: int = 4
+    reward: str = ""
+    quality: str = ""
+    best: str = "held_out/reward"
+    patience: int = 0
+    seed: int = 1
+    call: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("every", "train_prompts", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)} but must not be negative")
+        if self.images < 1:
+            raise ValueError(f"images is {self.images} but must be 1 or more")
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What was seen: scores of all pictures by name, and the pictures of each prompt."""
+
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    images: list[tuple[int, list[Image]]] = field(default_factory=list)
+
+
+def means(sheets: Sequence[Sheet]) -> dict[str, float]:
+    """The mean over all pictures of the sheets, by name; a NaN ("no answer") is left out."""
+    names = dict.fromkeys(name for sheet in sheets for name in sheet.scores)
+    every = {name: [x for sheet in sheets for x in sheet.scores.get(name, [])] for name in names}
+    return {
+        name: float(torch.tensor(values, dtype=torch.float64).nanmean())
+        for name, values in every.items()
+    }
+
+
+def corrected(reward: float, quality: float) -> float:
+    """r (q - 3) + 0.2: a reward that counts only as far as the picture is good, q from 1 to 5.
+
+    GDRO's score against reward hacking, of means; the 0.2 is only for plots.
+    """
+    return reward * (quality - 3) + 0.2
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The checks of one training run.
+
+    seen, unseen: prompts that are and are not trained on; rewards: "reward" and perhaps "quality";
+    call: keywords of the pipeline's call; load(**components): the pipeline, around a component.
+    """
+
+    check: Check
+    seen: Sequence[str]
+    unseen: Sequence[str]
+    rewards: Mapping[str, Any]
+    call: dict[str, Any]
+    load: Callable[..., Any]
+
+    def look(self, part: str, network: Any, accelerator: Any) -> tuple[dict[str, float], Image]:
+        """Means by name ("held_out/reward", "train/reward", ...) and a grid of unseen prompts.
+
+        Prompts are split among processes. The rest of the pipeline is loaded for it and dropped.
+        """
+        pipe = self.load(**{part: network}).to(accelerator.device)
+        pipe.set_progress_bar_config(disable=True)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        row: dict[str, float] = {}
+        held_out: list[tuple[int, list[Image]]] = []
+        for split, prompts in (("held_out", self.unseen), ("train", self.seen)):
+            mine = range(rank, len(prompts), world)
+            sheet = draw(pipe, prompts, mine, self.rewards, self.check, self.call)
+            sheets = gather_object([sheet])
+            row |= {f"{split}/{name}": value for name, value in means(sheets).items()}
+            if split == "held_out":
+                held_out = sorted((pair for sheet in sheets for pair in sheet.images), key=_first)
+        if "held_out/quality" in row:
+            row["held_out/corrected"] = corrected(row["held_out/reward"], row["held_out/quality"])
+        shown = [images for _, images in held_out[:8]]
+        grid = make_image_grid([x for images in shown for x in images], len(shown), len(shown[0]))
+        return row, grid
+
+
+def _first(pair: tuple[int, Any]) -> int:
+    return pair[0]
+
+
+@torch.no_grad()
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    only: Sequence[int],
+    rewards: Mapping[str, Any],
+    check: Check,
+    call: dict[str, Any],
+) -> Sheet:
+    """Draw `check.images` pictures of the prompts `only` by the stock sampler, and score them.
+
+    rewards: by name, as `rewards.load` makes them; components of "reward" are reported too. A
+    prompt's noise depends on the seed and the prompt alone.
+    """
+    sheet = Sheet()
+    drawn = steer_each(
+        pipe,
+        prompts,
+        nothing,
+        check.images,
+        PLAIN,
+        seed=check.seed,
+        prompts_per_call=4,
+        progress=False,
+        only=only,
+        **call,
+    )
+    indices = iter(only)
+    for out in drawn:
+        for prompt, images in zip(out.prompts, out.images, strict=True):
+            sheet.images.append((next(indices), list(images)))
+            pixels = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(list(images)))
+            for name, values in _scored(rewards, pixels.to(pipe.device), prompt).items():
+                sheet.scores.setdefault(name, []).extend(values)
+    return sheet
+
+
+def _scored(rewards: Mapping[str, Any], images: Tensor, prompt: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for name, reward in rewards.items():
+        total, parts = reward.evaluate(images, [prompt] * len(images))
+        if name == "reward" and len(parts) > 1:
+            found |= {part: values.tolist() for part, values in parts.items()}
+        found[name] = total.tolist()
+    return found
+
+
+def append(file: Path, row: Mapping[str, float]) -> None:
+    """Add a row to a table of numbers, with a header if it is the first."""
+    fresh = not file.exists()
+    with file.open("a", encoding="utf-8", newline="") as target:
+        writer = csv.DictWriter(target, list(row))
+        if fresh:
+            writer.writeheader()
+        writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+
+
+def read(file: Path) -> list[dict[str, float]]:
+    """The rows of such a table; none if it is not there."""
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8", newline="") as source:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(source)]
+
+
+def rewind(file: Path, step: int) -> None:
+    """Forget the rows after a step: those of a run that was cut off, which are made again."""
+    rows = [row for row in read(file) if row["step"] <= step]
+    file.unlink(missing_ok=True)
+    for row in rows:
+        append(file, row | {"step": int(row["step"])})
+
+
+def best_row(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
+    """The row where `metric` is highest, the first of several. ValueError names the metrics."""
+    if metric not in rows[0]:
+        known = sorted(set(rows[0]) - {"step"})
+        raise ValueError(f"the checks have no metric {metric!r}; there are {known}")
+    return max(rows, key=lambda row: row[metric])
+
+
+def is_over(rows: Sequence[Mapping[str, float]], check: Check) -> bool:
+    """Whether the best of the checks lies `check.patience` checks back."""
+    if not rows or not check.patience:
+        return False
+    best = best_row(rows, check.best)["step"]
+    return sum(row["step"] > best for row in rows) >= check.patience

@@ -1,0 +1,117 @@
+"""scripts/score.py on rollouts: which columns a shard gets, and what is not scored again."""
+
+import json
+import shutil
+
+import pytest
+from test_rollouts import made
+
+import rewards
+from finetune.rollouts import Rollouts, add_rewards
+from scripts import score
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rollouts") / "run"
+    made(folder)  # two shards: four images of two prompts, two of one
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many images each evaluation had; an evaluation of the length in `stop` is Ctrl-C."""
+    sizes: list[int] = []
+    evaluate = rewards.WeightedSum.evaluate
+
+    def watched(self, images, prompts, **kwargs):
+        if len(images) == stop:
+            raise KeyboardInterrupt
+        sizes.append(len(images))
+        return evaluate(self, images, prompts, **kwargs)
+
+    stop = 0
+
+    def stop_at(size):
+        nonlocal stop
+        stop = size
+
+    monkeypatch.setattr(rewards.WeightedSum, "evaluate", watched)
+    return sizes, stop_at
+
+
+def call(folder, spec, *options):
+    return score.main([str(folder), "--reward", spec, "--device", "cpu", *options])
+
+
+def test_a_column_keeps_the_spec_that_it_was_scored_by(folder):
+    assert call(folder, "jpeg + 0*clip(tiny)") == 0
+    assert call(folder, "2*jpeg") == 0
+    for shard in Rollouts(folder).shards:
+        columns = shard.rewards()
+        assert list(columns) == ["reward", "jpeg", "clip"]
+        assert columns["reward"] == [2 * value for value in columns["jpeg"]]
+        assert shard.scored_by() == shard.scored_by("jpeg") == "2*jpeg"
+        assert shard.scored_by("clip") == "jpeg + 0*clip(source=tiny)"
+        assert shard.scored_by("ocr") == ""
+
+
+def test_resume_scores_what_is_not_of_this_very_spec(folder, seen):
+    sizes, _ = seen
+    assert call(folder, "jpeg + 0*clip(tiny)", "--resume") == 0
+    assert call(folder, "jpeg + 0*clip(tiny)", "--resume") == 0
+    assert sizes == [4, 2]
+    assert call(folder, "jpeg", "--resume") == 0
+    assert sizes == [4, 2] * 2
+    shard = Rollouts(folder).shards[1]
+    add_rewards(shard, {"jpeg": [0.0, 0.0]}, "another")
+    assert call(folder, "jpeg", "--resume") == 0
+    assert sizes == [4, 2] * 2 + [2]
+    assert shard.rewards()["jpeg"] == shard.rewards()["reward"]
+
+
+def test_columns_that_only_some_shards_have_do_not_matter(folder, capsys):
+    add_rewards(Rollouts(folder).shards[0], {"old": [0.0] * 4})
+    assert call(folder, "jpeg") == 0
+    assert "old" not in capsys.readouterr().out
+
+
+def test_finished_shards_are_kept_after_an_interruption(folder, seen, capsys):
+    sizes, stop_at = seen
+    stop_at(2)
+    assert call(folder, "jpeg") == 130
+    assert "finished shards are kept" in capsys.readouterr().err
+    stop_at(0)
+    assert call(folder, "jpeg", "--resume") == 0
+    assert sizes == [4, 2]
+
+
+def test_rollouts_are_calibrated_on_too(folder, tmp_path):
+    file = tmp_path / "new" / "scale.json"
+    assert call(folder, "jpeg + 0*clip(tiny)", "--calibrate", str(file)) == 0
+    kept = json.loads(file.read_text())["components"]
+    values = [x for shard in Rollouts(folder).shards for x in shard.rewards()["clip"]]
+    assert kept["clip(source=tiny)"] == sorted(values)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("jpeg", ["--out", "scores.csv"], "leave out --out"),
+        ("jpeg", ["--prompt", "x"], "leave out --prompt"),
+        ("reward=jpeg + 2*clip(tiny)", [], "is called 'reward'"),
+        ("dino(tiny)", [], "which rollouts lack"),
+        ("jpeg", ["--calibrate", "."], "cannot be written"),
+    ],
+)
+def test_what_rollouts_cannot_take_is_refused(folder, seen, spec, options, message, capsys):
+    assert call(folder, spec, *options) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert seen[0] == []
