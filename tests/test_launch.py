@@ -1,0 +1,123 @@
+"""The scripts as processes: two of them take one's steps, and a killed one loses little."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.rollouts import Rollouts
+
+pytestmark = pytest.mark.slow  # a process takes ten seconds to import all it needs
+
+ROOT = Path(__file__).parents[1]
+CALL = ["call.num_inference_steps=2", "call.guidance_scale=1.0"]
+TRAIN = ["gdro.groups=4", "gdro.k=2", "gdro.rank=2", "gdro.micro_groups=1", "gdro.lr=1e-3"]
+
+
+def command(script: str, *words: str, processes: int = 1) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    launch += ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+    launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*launch, str(ROOT / "scripts" / script), *words]
+
+
+def ran(line: list[str]) -> None:
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same rollouts made by one process and by two, both scored."""
+    folder = tmp_path_factory.mktemp("launch")
+    words = ["CAT", "SUN", "DOG", "OWL"]
+    (folder / "prompts.txt").write_text("".join(f'the word "{word}"\n' for word in words))
+    for processes in (1, 2):
+        out = folder / f"run{processes}"
+        plan = ["images=2", "prompts_per_shard=1", *CALL]
+        ran(
+            command(
+                "rollout.py",
+                f"prompts={folder / 'prompts.txt'}",
+                f"out={out}",
+                *plan,
+                processes=processes,
+            )
+        )
+        ran([sys.executable, str(ROOT / "scripts/score.py"), str(out), "--reward", "jpeg"])
+    return folder
+
+
+def test_two_processes_make_the_rollouts_of_one(runs):
+    one, two = (Rollouts(runs / name) for name in ("run1", "run2"))
+    for a, b in zip(one.shards, two.shards, strict=True):
+        assert a.table() == b.table()
+        torch.testing.assert_close(a.tensors(), b.tensors())
+
+
+def test_two_processes_train_what_one_trains(runs, tmp_path):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = [f"rollouts={runs / 'run1'}", f"out={out}", "gdro.steps=3", *TRAIN]
+        ran(command("train_gdro.py", *words, processes=processes))
+    one, two = (
+        load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in "12"
+    )
+    assert one.keys() == two.keys()
+    moved = sum(float(value.abs().sum()) for name, value in one.items() if "lora_B" in name)
+    assert moved > 0
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-4)
+
+
+def killed(line: list[str], ready: Path) -> None:
+    """Run until a file is there, then kill -9."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        line, cwd=ROOT, env=alone, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while not ready.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    assert process.poll() is None, "it was over before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_rollout_that_was_killed_keeps_its_finished_shards(runs, tmp_path):
+    words = [f"prompts={runs / 'prompts.txt'}", f"out={tmp_path / 'run'}", "images=2"]
+    line = [sys.executable, str(ROOT / "scripts/rollout.py"), *words, "prompts_per_shard=1", *CALL]
+    killed(line, tmp_path / "run" / "00001" / "shard.json")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("0*/*")}
+    assert len({path.parent for path in kept}) >= 2
+    with pytest.raises(ValueError, match="resume"):
+        Rollouts(tmp_path / "run")
+    ran([*line, "resume=true"])
+    whole, again = Rollouts(runs / "run1"), Rollouts(tmp_path / "run")
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    for a, b in zip(whole.shards, again.shards, strict=True):
+        assert a.table() == b.table()
+
+
+def test_training_that_was_killed_loses_the_steps_since_its_checkpoint(runs, tmp_path):
+    words = [f"rollouts={runs / 'run1'}", "gdro.steps=40", "save_every=5", "log_every=1", *TRAIN]
+    line = [sys.executable, str(ROOT / "scripts/train_gdro.py"), *words]
+    killed([*line, f"out={tmp_path / 'cut'}"], tmp_path / "cut" / "state.pt")
+    ran([*line, f"out={tmp_path / 'cut'}", "resume=true"])
+    ran([*line, f"out={tmp_path / 'whole'}"])
+    one, two = (
+        load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors")
+        for name in ("cut", "whole")
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    cut, whole = ((tmp_path / name / "log.csv").read_text() for name in ("cut", "whole"))
+    assert cut == whole
