@@ -75,6 +75,7 @@ def aggregators() -> dict[str, str]:
     return {name: description for name, (_, _, description) in sorted(AGGREGATORS.items())}
 
 
+@torch.inference_mode(False)  # what is made here may meet gradients later
 def load(
     reward: str | Mapping[str, float] | Callable[..., Any],
     device: torch.device | str | None = None,
@@ -83,7 +84,8 @@ def load(
 
     The text form is described in `rewards.spec`; a name `module:attribute` is imported, and
     called with the arguments if it has any or is a class. `device` is where models live;
-    None lets them follow the images. ValueError for what is unknown or cannot be loaded.
+    None lets them follow the images. The `spec` of a callable that cannot be imported, as a
+    lambda, says so, `<lambda>`. ValueError for what is unknown or cannot be loaded.
     """
     if isinstance(reward, WeightedSum):
         return reward
@@ -98,22 +100,31 @@ def _entry(text: str, weight: float, device: torch.device | str | None) -> Part:
     terms = parse(text)
     if len(terms) != 1:
         raise ValueError(f"{text!r} is a sum; give each reward its own entry in the mapping")
-    return _part(terms[0], float(weight), device)
+    try:
+        weight = float(weight)
+    except (TypeError, ValueError):
+        raise ValueError(f"the weight of {text!r} is {weight!r}; give a number") from None
+    return _part(terms[0], weight, device)
 
 
 def _callable_part(reward: Any) -> Part:
     if isinstance(reward, Reward):
-        return Part(reward.name, 1.0, reward, call_of(reward, Call(reward.name)))
+        return Part(reward.name, 1.0, reward, call_of(reward, Call(f"<{reward.name}>")))
     wrapped = Function(reward)
     module, name = getattr(reward, "__module__", ""), getattr(reward, "__qualname__", "")
     importable = name and "<" not in name
     return Part(
-        wrapped.name, 1.0, wrapped, Call(f"{module}:{name}" if importable else wrapped.name)
+        wrapped.name, 1.0, wrapped, Call(f"{module}:{name}" if importable else f"<{wrapped.name}>")
     )
 
 
 def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:
     call, weight, name = term.call, term.weight * factor, term.alias or default_name(term.call)
+    if "<" in call.name:
+        raise ValueError(
+            f"{call.name} in a spec stands for a function or an object that cannot be imported; "
+            "load it itself, or put it into a module and write MODULE:NAME"
+        )
     if ":" in call.name:
         return Part(name, weight, _imported(call), call)
     if call.name in AGGREGATORS:

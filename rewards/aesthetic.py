@@ -23,7 +23,7 @@ from .images import check_inputs
 from .sources import randomise, seed_of
 from .spec import written
 from .towers import check_batch_size, check_scale, towers
-from .weights import fetch, fit, looks_like, read_state
+from .weights import fetch, fit, looks_like, moved, read_state, untouched
 
 __all__ = ["SCALES", "AestheticReward", "Head", "collapse", "head_of"]
 
@@ -143,7 +143,7 @@ class AestheticReward:
             return images.new_zeros(0, dtype=torch.float32)
         device = self.device or images.device
         self.towers.to(device)
-        self.head.to(device)
+        moved(self.head, device)
         features = self.towers.image_features(images, self.batch_size)
         with torch.autocast(features.device.type, enabled=False):
             scores = SCALES[self.scale] * self.head(features).squeeze(-1)
@@ -201,6 +201,7 @@ def _width(head: nn.Module) -> int:
     return next(module for module in head.modules() if isinstance(module, nn.Linear)).in_features
 
 
+@untouched()
 def _open(source: str) -> tuple[nn.Module, str | None]:
     """The head, and the source of the tower it was trained on, as far as that is known."""
     seed = seed_of(source)

@@ -81,7 +81,11 @@ def read_choices(path: str | Path) -> list[Choice]:
     and `tied:7` in the subset Ties), other keys are ignored. ValueError names the line.
     """
     choices = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no file of choices that can be read: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -114,10 +118,17 @@ def score_choices(reward: Any, choices: Sequence[Choice], folder: str | Path = "
     for choice in choices:
         found = []
         for name in choice.chosen + choice.rejected:
-            with Image.open(Path(folder, name)) as picture:
-                found.append(reward(to_images(picture), [choice.prompt]))
+            found.append(reward(_picture(Path(folder, name)), [choice.prompt]))
         scores.append(torch.cat(found))
     return scores
+
+
+def _picture(path: Path) -> Tensor:
+    try:
+        with Image.open(path) as picture:
+            return to_images(picture)
+    except OSError as error:
+        raise ValueError(f"the picture {path} of a choice cannot be read: {error}") from error
 
 
 def choice_results(choices: Sequence[Choice], scores: Sequence[Tensor]) -> dict[str, float]:

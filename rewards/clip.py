@@ -58,6 +58,7 @@ class ClipReward:
         "Supervision, arXiv:2103.00020",
     )
 
+    @torch.inference_mode(False)  # the scale meets gradients later
     def __init__(
         self,
         source: str = "ViT-L-14/openai",

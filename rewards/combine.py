@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .images import check_inputs
+from .images import check_inputs, check_prompts
 from .sharing import sharing
 from .spec import Call, Term, format_terms, parse
 
@@ -27,7 +27,7 @@ class Function:
     """Any `f(images, prompts)` as a reward: n numbers, as a tensor or a sequence.
 
     `references` is handed on where the function has such a parameter. The range is unknown;
-    `differentiable` is the function's attribute of that name, else False.
+    `differentiable` is the function's attribute of that name, else False: no gradients then.
     """
 
     range = (None, None)
@@ -36,15 +36,17 @@ class Function:
         if not callable(function):
             raise ValueError(f"a reward is a callable f(images, prompts) but got {function!r}")
         self.function = function
-        self.name = str(getattr(function, "name", getattr(function, "__name__", "reward")))
+        name = str(getattr(function, "name", getattr(function, "__name__", "reward")))
+        self.name = name.strip("<>")  # of <lambda>
         self.differentiable = bool(getattr(function, "differentiable", False))
         self.wants_references = _wants_references(function, self.name)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
         check_inputs(images, prompts)
         extra = {"references": references} if self.wants_references else {}
-        scores = self.function(images, prompts, **extra)
-        return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+        with _gradients(self.differentiable):
+            scores = self.function(images, prompts, **extra)
+        return _numbers(self.name, scores, images)
 
 
 def _wants_references(function: Callable[..., Any], name: str) -> bool:
@@ -127,7 +129,10 @@ class WeightedSum:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total (n,) and {name: component (n,)}, float32 on the images' device."""
+        """Total (n,) and {name: component (n,)}, float32 on the images' device.
+
+        They pass gradients only where the sum is `differentiable`: half a gradient misleads.
+        """
         components = self.components(images, prompts, references=references)
         total = torch.zeros(len(images), device=images.device)
         for part in self.parts:
@@ -141,10 +146,11 @@ class WeightedSum:
         """{name: scores (n,)}, unweighted, in the order of the spec."""
         found = {}
         with sharing():
-            for part in self.parts:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and part.weight != 0):
+            # those that pass gradients first: what they saw serves the others too
+            for part in sorted(self.parts, key=lambda part: part.weight == 0):
+                with _gradients(self.differentiable and part.weight != 0):
                     found |= _scored(part, images, prompts, references)
-        return found
+        return {name: found[name] for name in component_names(self.parts)}
 
     @property
     def counts(self) -> bool:
@@ -153,6 +159,7 @@ class WeightedSum:
 
     def check(self, prompts: Sequence[str]) -> None:
         """Refuse prompts that a component cannot score, before any work is done."""
+        check_prompts(prompts)
         for part in self.parts:
             if hasattr(part.reward, "check"):
                 part.reward.check(prompts)
@@ -232,7 +239,7 @@ class Aggregate:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Score (n,) and {name: component (n,)}, float32 on the images' device."""
         check_inputs(images, prompts)
-        with sharing():
+        with sharing(), _gradients(self.differentiable):
             return self.score(images, prompts, references)
 
 
@@ -242,13 +249,27 @@ def _scored(part: Part, images: Tensor, prompts: Sequence[str], references: Any)
     if isinstance(part.reward, Aggregate):
         scores, inner = part.reward.evaluate(images, prompts, references=references)
     else:
-        scores = part.reward(images, prompts, references=references)
+        scores = _numbers(part.name, part.reward(images, prompts, references=references), images)
     if scores.shape != (len(images),):
         raise ValueError(
             f"reward {part.name} returned shape {tuple(scores.shape)} for "
             f"{len(images)} images; it must return one number an image"
         )
     return {part.name: scores, **inner}
+
+
+def _gradients(wanted: bool) -> Any:
+    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+
+
+def _numbers(name: str, scores: Any, images: Tensor) -> Tensor:
+    """Scores of any form as float32 on the images' device; ValueError where they are none."""
+    try:
+        return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"reward {name} returned {scores!r:.80} but must return one number an image ({error})"
+        ) from error
 
 
 def component_names(parts: Sequence[Part]) -> list[str]:
@@ -287,4 +308,4 @@ def default_name(call: Call) -> str:
     if [len(terms) for terms in call.sums] == [1]:
         (term,) = call.sums[0]
         return f"{call.name}_{term.alias or default_name(term.call)}"
-    return call.name.rpartition(":")[2].rpartition(".")[2]
+    return call.name.rpartition(":")[2].rpartition(".")[2].strip("<>")

@@ -29,7 +29,7 @@ from .images import normalize, resize
 from .sources import randomise, seed_of
 from .towers import OPENAI_MEAN, OPENAI_STD
 from .vit import MEAN, STD
-from .weights import built, fetch, hub, read_state
+from .weights import built, fetch, hub, moved, read_state, untouched
 
 __all__ = ["Detector", "GroundingDino", "Owlv2", "at_most", "padded"]
 
@@ -72,7 +72,7 @@ class Owlv2:
         if not every:
             return [[] for _ in names]
         device = self.device or images.device
-        self.model.to(device)
+        moved(self.model, device)
         pixels = normalize(padded(images.to(device), self.side), OPENAI_MEAN, OPENAI_STD)
         ids, mask = self.tokenize([f"a photo of a {name}" for name in every])
         with torch.autocast(device.type, enabled=False):
@@ -120,7 +120,7 @@ class GroundingDino:
         if not names:
             return [[] for _ in images]
         device = self.device or images.device
-        self.model.to(device)
+        moved(self.model, device)
         h, w = images.shape[2:]
         pixels = resize(images.float().to(device), at_most(h, w, SHORTEST, LONGEST), "bilinear")
         ids, mask = self.tokenize([" ".join(f"{name.strip().lower()}." for name in names)])
@@ -199,6 +199,7 @@ def _detections(
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]  # -> ids and attention mask, (q, length)
 
 
+@untouched()
 def _open(source: str, kind: str) -> tuple[Any, Tokenize]:
     import transformers
 

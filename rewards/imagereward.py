@@ -29,7 +29,7 @@ from .sharing import shared
 from .sources import randomise, seed_of
 from .spec import written
 from .towers import OPENAI_MEAN, OPENAI_STD, check_batch_size, check_scale, prepare
-from .weights import fetch, fit, read_state
+from .weights import fetch, fit, moved, read_state, untouched
 
 __all__ = ["SCALES", "ImageRewardReward", "Network", "Sizes", "WordPieces", "renamed"]
 
@@ -248,7 +248,7 @@ class ImageRewardReward:
         if not len(images):
             return images.new_zeros(0, dtype=torch.float32)
         device = self.device or images.device
-        network = self.scorer.network.to(device)
+        network = moved(self.scorer.network, device)
 
         def look() -> Tensor:
             chunks = images.split(self.batch_size)
@@ -265,6 +265,7 @@ _SCORERS: WeakValueDictionary[tuple[str, str], Scorer] = WeakValueDictionary()
 _LOADING = threading.Lock()
 
 
+@untouched()
 def _scorer(source: str, device: torch.device | str | None) -> Scorer:
     """The scorer of a source, loaded once for all rewards that use it."""
     seed = seed_of(source)

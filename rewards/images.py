@@ -15,7 +15,16 @@ from torch import Tensor
 
 from .sharing import shared
 
-__all__ = ["check_inputs", "normalize", "resize", "resize_matrix", "to_images", "to_uint8"]
+__all__ = [
+    "check_inputs",
+    "check_prompts",
+    "normalize",
+    "resize",
+    "resize_matrix",
+    "rgb",
+    "to_images",
+    "to_uint8",
+]
 
 TOLERANCE = 1e-3  # decoders overshoot [0, 1] by rounding; anything beyond is another range
 FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # name -> support in source pixels
@@ -25,20 +34,22 @@ PILLOW = int(PIL.__version__.partition(".")[0])
 
 def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
     """Refuse anything but float ``(n, 3, h, w)`` in [0, 1] with n prompts (tolerance 1e-3)."""
-    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-        got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+    shape = tuple(images.shape) if isinstance(images, Tensor) else ()
+    if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < 1:
         raise ValueError(
-            f"a reward takes images of shape (n, 3, h, w) but got {got}; "
-            "convert them with rewards.images.to_images()"
+            "a reward takes images of shape (n, 3, h, w), h and w at least 1, but got "
+            f"{shape or type(images).__name__}; convert them with rewards.images.to_images()"
         )
     if not images.is_floating_point():
         raise ValueError(
             f"a reward takes float images in [0, 1] but got {images.dtype}; "
             "convert them with rewards.images.to_images()"
         )
-    if isinstance(prompts, str) or len(prompts) != len(images):
-        got = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise ValueError(f"{len(images)} images need a list of {len(images)} prompts but got {got}")
+    check_prompts(prompts)
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"{len(images)} images need a list of {len(images)} prompts but got {len(prompts)}"
+        )
     if images.numel() == 0:
         return
     low, high = shared("extremes", images, lambda: _extremes(images))
@@ -49,6 +60,24 @@ def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
         )
 
 
+def check_prompts(prompts: Any) -> None:
+    """Refuse anything but a sequence of texts that UTF-8 can hold."""
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+        got = "one string" if isinstance(prompts, str) else repr(prompts)
+        raise ValueError(f"prompts are a list of texts, one an image, but got {got}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(
+                f"a prompt is {prompt!r} but must be text; give '' where there is none"
+            )
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the prompt {prompt!r} holds half a character (a lone surrogate); read it as UTF-8"
+            ) from None
+
+
 def _extremes(images: Tensor) -> list[float]:
     return torch.stack(images.detach().aminmax()).tolist()
 
@@ -56,11 +85,11 @@ def _extremes(images: Tensor) -> list[float]:
 def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor:
     """One picture or many, as float32 ``(n, 3, h, w)`` in [0, 1].
 
-    Takes a PIL image, a NumPy array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or
+    Takes a PIL image (see `rgb`), a NumPy array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or
     (n, 3, h, w) (channels last where only that fits), or a sequence of these of one size.
-    Bytes are divided by 255; floats must already lie in [0, 1].
+    Bytes are divided by 255; floats must already lie in [0, 1]. ValueError for anything else.
     """
-    if isinstance(pictures, Sequence):
+    if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
         parts = [to_images(picture, device) for picture in pictures]
         if not parts:
             raise ValueError("to_images() got an empty sequence; give it at least one picture")
@@ -69,15 +98,15 @@ def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor
             raise ValueError(f"pictures of one size are needed but got (h, w) {sorted(sizes)}")
         return torch.cat(parts)
     if isinstance(pictures, Image.Image):
-        pictures = np.array(pictures.convert("RGB"))
+        pictures = np.array(rgb(pictures))
     if isinstance(pictures, np.ndarray):
         x = _channels_first(torch.from_numpy(np.array(pictures)), last=True)
     elif isinstance(pictures, Tensor):
         x = _channels_first(pictures, last=False)
     else:
-        raise TypeError(
-            "to_images() takes PIL images, NumPy arrays or tensors but got "
-            f"{type(pictures).__name__}"
+        raise ValueError(
+            "to_images() takes PIL images, NumPy arrays or tensors but got a "
+            f"{type(pictures).__name__}; open files with PIL.Image.open()"
         )
     x = x.contiguous()  # channels last, as bytes come, would slow down everything that follows
     if x.dtype == torch.uint8:
@@ -88,6 +117,21 @@ def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor
         raise ValueError(f"pictures are bytes or floats in [0, 1] but got {x.dtype}")
     check_inputs(x, [""] * len(x))
     return x
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """A PIL image of any 8-bit mode as RGB. Transparency is dropped, not blended, as CLIP's own
+    preprocessing does: what shows is the colour that the file has below it.
+
+    ValueError for the modes I and F and their kin, of more bits: Pillow cuts those off at 255, so
+    that a 16-bit picture would be white.
+    """
+    if picture.mode.partition(";")[0] in ("I", "F"):
+        raise ValueError(
+            f"a picture has PIL's mode {picture.mode!r}, of more than 8 bits a pixel, and what "
+            "is white in it is not known; save it with 8 bits a channel"
+        )
+    return picture.convert("RGB")
 
 
 def _channels_first(x: Tensor, *, last: bool) -> Tensor:
@@ -116,16 +160,20 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 @lru_cache(maxsize=64)
-def resize_matrix(source: int, target: int, filter: str = "bicubic") -> Tensor:
+@torch.inference_mode(False)  # what is remembered here may meet gradients later
+def resize_matrix(
+    source: int, target: int, filter: str = "bicubic", window: tuple[int, int] | None = None
+) -> Tensor:
     """The (target, source) weights of one antialiased pass, float64, each row summing to 1.
 
     Pixel i of the result is centred at (i + 1/2)·source/target; shrinking widens the kernel by
-    the same factor. The bicubic kernel is Keys' with a = -1/2, PIL's choice.
+    the same factor. The bicubic kernel is Keys' with a = -1/2, PIL's choice. `window` takes the
+    rows from its first number up to its second.
     """
     scale = source / target
     width = max(scale, 1.0)
     reach = FILTERS[filter] * width
-    centre = (torch.arange(target, dtype=torch.float64) + 0.5) * scale
+    centre = (torch.arange(*(window or (0, target)), dtype=torch.float64) + 0.5) * scale
     first = (centre - reach + 0.5).long().clamp(min=0)  # long() truncates, as C does
     end = (centre + reach + 0.5).long().clamp(max=source)
     pixel = torch.arange(source)
@@ -141,13 +189,17 @@ def resize_matrix(source: int, target: int, filter: str = "bicubic") -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _bands(source: int, target: int, filter: str) -> list[tuple[int, int, Tensor]]:
+@torch.inference_mode(False)
+def _bands(
+    source: int, target: int, filter: str, window: tuple[int, int]
+) -> list[tuple[int, int, Tensor]]:
     """The weights in an eighth of their rows each, without the columns that are 0 there.
 
     A band of pixels reaches only its neighbourhood: half of the arithmetic, or less, is left.
     """
     bands = []
-    for rows in resize_matrix(source, target, filter).split(max(16, -(-target // 8))):
+    matrix = resize_matrix(source, target, filter, window)
+    for rows in matrix.split(max(16, -(-len(matrix) // 8))):
         used = (rows != 0).any(0).nonzero().flatten()
         first, end = int(used[0]), int(used[-1]) + 1
         bands.append((first, end, rows[:, first:end].contiguous()))
@@ -155,7 +207,11 @@ def _bands(source: int, target: int, filter: str) -> list[tuple[int, int, Tensor
 
 
 def resize(
-    images: Tensor, size: tuple[int, int], filter: str = "bicubic", exact: bool = False
+    images: Tensor,
+    size: tuple[int, int],
+    filter: str = "bicubic",
+    exact: bool = False,
+    window: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> Tensor:
     """Resize as PIL does (antialiased), differentiably: two matrix products with a clamp between.
 
@@ -164,8 +220,9 @@ def resize(
     rounding only (1.5/255 at most, on pictures of bytes). ``exact=True`` repeats its integer
     arithmetic and gives its very bytes, with the gradient passed straight through the rounding.
 
-    Args: images float (n, 3, h, w) in [0, 1]; size (H, W). Returns the dtype and device of
-    ``images``; half precision is computed in float32.
+    Args: images float (n, 3, h, w) in [0, 1]; size (H, W); window, the rows and the columns of
+    the result that are wanted, ((top, bottom), (left, right)): the others are not computed.
+    Returns the dtype and device of ``images``; half precision is computed in float32.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter is {filter!r} but resize() knows {sorted(FILTERS)}")
@@ -176,7 +233,10 @@ def resize(
     if exact and images.device.type != "mps":  # which has no float64 and stays within 2/255
         dtype = torch.float64
     h, w = images.shape[2:]
+    rows, columns = window or ((0, height), (0, width))
     x = images.to(dtype)
+    x = x if width != w else x[..., slice(*columns)]
+    x = x if height != h else x[..., slice(*rows), :]
     x = _round(x * 255) if exact else x
     passes = ["width"] * (width != w) + ["height"] * (height != h)
     # Pillow 13 shrinks the height first where that saves work, and the clip makes order matter
@@ -184,9 +244,9 @@ def resize(
         passes.reverse()
     with torch.autocast(images.device.type, enabled=False):
         for axis in passes:
-            source, target = (w, width) if axis == "width" else (h, height)
+            part = (w, width, filter, columns) if axis == "width" else (h, height, filter, rows)
             parts = []
-            for first, end, weights in _bands(source, target, filter):
+            for first, end, weights in _bands(*part):
                 weights = (weights * FIXED_POINT).round() / FIXED_POINT if exact else weights
                 weights = weights.to(x.dtype).to(x.device)
                 if axis == "width":

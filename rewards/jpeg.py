@@ -27,6 +27,7 @@ JPEG: dict[str, Any] = {
     "optimize": False,
     "progressive": False,
 }
+LARGEST = 65500  # pixels of a side that libjpeg writes
 SIGNS = {"compressibility": -1.0, "incompressibility": 1.0}
 # Flow-GRPO divides the one by 500 and leaves the other as it is
 SCALES = {
@@ -65,6 +66,12 @@ class JpegReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
         check_inputs(images, prompts)
+        height, width = images.shape[2:]
+        if max(height, width) > LARGEST:
+            raise ValueError(
+                f"a picture of {width} × {height} pixels cannot be a JPEG, whose sides have at "
+                f"most {LARGEST}; give a smaller one"
+            )
         sizes = [_kilobytes(picture) for picture in to_uint8(images)]
         factor = SIGNS[self.mode] * SCALES[self.scale][self.mode]
         return factor * torch.tensor(sizes, dtype=torch.float32, device=images.device)

@@ -151,6 +151,7 @@ class JudgeReward:
         device: torch.device | str | None = None,
     ) -> None:
         _check(source, preset, url, model, invalid)
+        _check_texts(source=source, question=question, pattern=pattern, key_env=key_env)
         remote = {"timeout": timeout, "retries": retries, "concurrency": concurrency}
         _check_sizes(max_tokens=max_tokens, **remote)
         self.name = "judge"
@@ -292,6 +293,12 @@ def _check(
         raise ValueError(f"the judge's invalid is {invalid!r}; give error or nan")
 
 
+def _check_texts(**texts: Any) -> None:
+    for name, value in texts.items():
+        if not isinstance(value, str | None):
+            raise ValueError(f'the judge\'s {name} is {value!r}; give text, as in {name}="..."')
+
+
 def _check_sizes(*, timeout: float, retries: int, concurrency: int, max_tokens: int) -> None:
     for name, value, least in (
         ("retries", retries, 0),
@@ -320,9 +327,11 @@ def _task(
         return Preset(question, preset.pattern, preset.low, preset.high)
     if preset.pattern is None:
         raise ValueError("the preset yes_no reads no number; leave out pattern, low and high")
-    if (low is None) != (high is None) or (low is not None and high is not None and low >= high):
+    numbers = [x for x in (low, high) if isinstance(x, int | float) and math.isfinite(x)]
+    if (low, high) != (None, None) and not (len(numbers) == 2 and numbers[0] < numbers[1]):
         raise ValueError(
-            f"the judge's low is {low!r} and high {high!r}; give both, low below high, or neither"
+            f"the judge's low is {low!r} and high {high!r}; give both as numbers, low below "
+            "high, or neither"
         )
     pattern = preset.pattern if pattern is None else pattern
     try:

@@ -17,6 +17,7 @@ Legend: n images.
 from __future__ import annotations
 
 import importlib
+import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -301,6 +302,12 @@ def _imported(name: str) -> Detector:
         found: Detector = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"the detector {name!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"the detector {name!r} is no function of images and names; give one")
+    try:
+        inspect.signature(found).bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"the detector {name!r} is no function f(images, names) ({error}); give one"
+        ) from error
+    except ValueError:  # some functions written in C have no signature
+        pass
     return found

@@ -78,6 +78,7 @@ class PickScoreReward:
         citation="Kirstain et al. 2023, Pick-a-Pic, arXiv:2305.01569",
     )
 
+    @torch.inference_mode(False)  # the scale meets gradients later
     def __init__(
         self,
         source: str = "yuvalkirstain/PickScore_v1",

@@ -38,6 +38,7 @@ SMALLEST = 96  # pixels of the short side below which RapidOCR's detector sees i
 LARGEST = 736  # pixels of the long side above which it is shrunk (RapidOCR's own figure)
 LEGIBLE = 512  # pixels of the short side that tesseract needs for type of 8 px in 64
 MOST_UPSCALE = 4
+MOST_SIDE = 2000  # pixels of the long side that RapidOCR works on
 SPARSE_TEXT = 11  # tesseract's page segmentation: as much text as there is, anywhere
 TIMEOUT = 60.0  # seconds a picture; tesseract takes 0.1 to 0.5 of them
 
@@ -152,7 +153,15 @@ class RapidOcr:
 
     def __call__(self, picture: np.ndarray) -> str:
         picture = _enlarged(picture, self.upscale)
-        limit = self._limit(*picture.shape[:2])
+        height, width = picture.shape[:2]
+        long, short = max(height, width), min(height, width)
+        # it shrinks the long side and rounds the other one to 32 pixels, or to none
+        if long > MOST_SIDE and short * MOST_SIDE < 17 * long:
+            raise ValueError(
+                f"RapidOCR cannot read a picture of {width} × {height} pixels, which is too long "
+                "and thin; cut it, or take engine=tesseract"
+            )
+        limit = self._limit(height, width)
         idle = self._idle.setdefault(limit, LifoQueue())
         try:
             engine = idle.get_nowait()
@@ -188,7 +197,7 @@ def _engine(limit: tuple[str, int], detect: bool) -> Any:
             "use_rec": True,
             "use_preprocess_img": True,
             "min_side_len": 30,
-            "max_side_len": 2000,
+            "max_side_len": MOST_SIDE,
             "use_vertical_padding": True,
             "min_height": 30,
             "width_height_ratio": 8,

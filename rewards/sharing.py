@@ -33,13 +33,15 @@ def sharing() -> Iterator[None]:
 def shared(owner: Any, images: Tensor, make: Callable[[], T]) -> T:
     """`make()`, the features that `owner` (a tower) sees in `images`, or what it gave before.
 
-    The very same tensor object is asked for, in the same grad mode: features made without
-    gradients are no substitute for those with.
+    The very same tensor object is asked for. Features made without gradients are no substitute
+    for those with; these do for both.
     """
     table = _TABLE.get()
     if table is None:
         return make()
-    key = (id(owner), id(images), torch.is_grad_enabled())
+    key = (id(owner), id(images), True)
+    if not torch.is_grad_enabled() and key not in table:
+        key = (id(owner), id(images), False)
     if key not in table:
         table[key] = (make(), owner, images)  # the last two keep their ids from being used again
     return table[key][0]

@@ -48,6 +48,7 @@ class SiglipReward:
         "arXiv:2502.14786",
     )
 
+    @torch.inference_mode(False)  # the scale meets gradients later
     def __init__(
         self,
         source: str = "google/siglip2-base-patch16-224",

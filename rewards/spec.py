@@ -5,7 +5,7 @@
     call   = name ["(" [argument {"," argument}] ")"]
            | aggregator "(" sum {"," sum} {"," name "=" value} ")"
     argument = [name "="] value
-    name   = identifier | module ":" attribute
+    name   = identifier | module ":" attribute | "<" text ">"
     value  = number | true | false | none | word | quoted
 
 A word holds letters, digits and ``_ . : / ~ + -`` (so ``ViT-B-32/laion2b_s34b_b79k`` and
@@ -13,8 +13,10 @@ A word holds letters, digits and ``_ . : / ~ + -`` (so ``ViT-B-32/laion2b_s34b_b
 Weights left out are 1; a weight of 0 is evaluated and logged but not added. Two components of
 one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
 
+A name in <> is that of a function or an object that cannot be imported: it is read, not loaded.
+
 The names in AGGREGATORS take sums and make one score of them, ``min(clip, 0.5*ocr)`` or
-``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last.
+``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last. They nest 20 deep at most.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ Named = tuple[tuple[str, Value], ...]
 NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 PATH = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
-NAME = rf"{PATH}:{PATH}|[^\W\d]\w*"
+NAME = rf"{PATH}:{PATH}|<[^<>]*>|[^\W\d]\w*"
+DEEPEST = 20  # aggregators in each other; far below Python's own limit, on any path
 WORD = r"[\w.:/~+-]+"
 # outside parentheses "-" is a sign; inside it may belong to a word
 OUTSIDE = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{NAME})|(?P<mark>[-+*=(),]))")
@@ -163,12 +166,12 @@ class _Parser:
     def __init__(self, text: str) -> None:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"the reward spec {text!r} is empty; write for example 'clip + ocr'")
-        self.text, self.at = text, 0
+        self.text, self.at, self.depth = text, 0, 0
 
     def fail(self, wanted: str) -> ValueError:
         rest = self.text[self.at :].strip()
         found = repr(rest[:20]) if rest else "the end"
-        return ValueError(f"reward spec {self.text!r}: {wanted} expected but found {found}")
+        return ValueError(f"reward spec {self.text!r:.200}: {wanted} expected but found {found}")
 
     def take(self, kind: str, pattern: re.Pattern[str] = OUTSIDE, only: str = "") -> str | None:
         """The next token if it is of this kind (and one of the marks `only`), else None."""
@@ -207,7 +210,7 @@ class _Parser:
         name = name or self.take("word")
         if name is not None and not alias and self.take("mark", only="="):
             alias, name = name, self.take("word")
-        if name is None or ":" in alias:
+        if name is None or {":", "<"} & set(alias):
             raise self.fail("the name of a reward")
         call = self.call(name)
         if self.take("mark", only="*"):
@@ -233,6 +236,9 @@ class _Parser:
 
     def aggregate(self, name: str) -> Call:
         """After the bracket: sums, then options. Any other name before "=" is an alias."""
+        if self.depth == DEEPEST:
+            raise self.fail(f"at most {DEEPEST} aggregators in each other")
+        self.depth += 1
         options = list(aggregator(name)[1])
         sums: list[tuple[Term, ...]] = []
         kwargs: dict[str, Value] = {}
@@ -257,6 +263,7 @@ class _Parser:
                 for alias in (term.alias for term in sums[-1]):
                     if get_close_matches(alias, options, 1, 0.8):
                         raise self.no_option(name, alias, options)
+        self.depth -= 1
         return Call(name, (), tuple(kwargs.items()), tuple(sums))
 
     def no_option(self, name: str, key: str, options: list[str]) -> ValueError:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .images import normalize, resize, resize_matrix
 from .sharing import shared
+from .weights import moved, untouched
 
 __all__ = ["Towers", "check_batch_size", "check_scale", "kept", "prepare", "towers"]
 
@@ -68,7 +69,7 @@ class Towers:
         """Move both towers; remembered text features follow when they are next used."""
         with self._lock:
             if self.device != device:
-                self.model.to(device)
+                moved(self.model, device)
 
     def image_features(self, images: Tensor, batch_size: int = 32) -> Tensor:
         """Unit vectors (n, d), float32, of images in [0, 1] of any size, `batch_size` at once.
@@ -136,9 +137,10 @@ def prepare(images: Tensor, size: tuple[int, int], filter: str, mode: str) -> Te
     # as torchvision: the longer side is rounded down, the crop's offset to the nearest
     by_height = height * w >= width * h
     tall, wide = (height, height * w // h) if by_height else (width * h // w, width)
-    images = resize(images, (tall, wide), filter)
     top, left = round((tall - height) / 2), round((wide - width) / 2)
-    return images[:, :, top : top + height, left : left + width]
+    # only what the crop keeps is resized: the rest of a long, thin picture has no end
+    window = (top, top + height), (left, left + width)
+    return resize(images, (tall, wide), filter, window=window)
 
 
 def _longest(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
@@ -178,6 +180,7 @@ _TOWERS: WeakValueDictionary[tuple[str, ...], Towers] = WeakValueDictionary()
 _TOWERS_LOCK = threading.Lock()
 
 
+@untouched()
 def kept(
     kind: str, source: str, device: torch.device | str | None, make: Callable[[], Towers]
 ) -> Towers:

@@ -31,7 +31,7 @@ from .images import normalize
 from .sharing import shared
 from .sources import randomise, seed_of
 from .towers import prepare
-from .weights import built, fetch, looks_like, read_state
+from .weights import built, fetch, looks_like, moved, read_state, untouched
 
 __all__ = ["MEAN", "STD", "Backbone", "Tokens", "View", "from_timm", "view"]
 
@@ -95,7 +95,7 @@ class View:
         """Move the backbone; remembered references follow when they are next used."""
         with self._lock:
             if next(self.backbone.model.parameters()).device != device:
-                self.backbone.model.to(device)
+                moved(self.backbone.model, device)
 
     def tokens(self, images: Tensor, batch_size: int = 32) -> Tokens:
         """Of images (n, 3, h, w) in [0, 1] of any size, `batch_size` at once.
@@ -146,6 +146,7 @@ _VIEWS: WeakValueDictionary[tuple[str, str, int], View] = WeakValueDictionary()
 _LOADING = threading.Lock()
 
 
+@untouched()
 def view(source: str, size: int | None = None, device: torch.device | str | None = None) -> View:
     """The view of a source at a size, loaded once for all rewards that use it.
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .weights import hub
+from .weights import hub, moved, untouched
 
 __all__ = ["Local"]
 
@@ -29,6 +29,7 @@ class Local:
 
     concurrency = 1
 
+    @untouched()
     def __init__(self, source: str, max_tokens: int = 512) -> None:
         folder = Path(source).expanduser()
         if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
@@ -54,7 +55,7 @@ class Local:
     def to(self, device: torch.device) -> None:
         """Move the model."""
         if self.model.device != device:
-            self.model.to(device)
+            moved(self.model, device)
 
     def answer(self, picture: np.ndarray, question: str) -> str:
         """What the model writes, greedily."""

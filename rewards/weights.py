@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["built", "fetch", "find", "fit", "hub", "looks_like", "read_state"]
+__all__ = ["built", "fetch", "find", "fit", "hub", "looks_like", "moved", "read_state", "untouched"]
 
 # what the keys of well-known checkpoints start with; the first that occurs names the file
 LAYOUTS = {
@@ -226,6 +226,23 @@ def _refuse(
                 + (f" and {len(keys) - 3} more" if keys[3:] else "")
                 + (f"; it looks like {kind}" if kind else "")
             )
+
+
+@contextmanager
+def untouched() -> Iterator[None]:
+    """What is built in it, or by a function that it decorates, is the same whoever builds it.
+
+    Outside the caller's inference mode, whose tensors would bar gradients for good; and the
+    global generator, which libraries fill a new module from, goes on as if nothing had happened.
+    """
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        yield
+
+
+@torch.inference_mode(False)
+def moved(module: nn.Module, device: torch.device) -> Any:
+    """The module on that device, fit for gradients even if the caller wants none now."""
+    return module.to(device)
 
 
 @contextmanager

@@ -43,9 +43,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"there is no model {name}: {hint}")
 
 
-def load_pipeline(
-    name: str, dtype: torch.dtype, lora: str | None = None, **components: Any
-) -> Any:
+def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **components: Any) -> Any:
     """The pipeline `name` on the CPU in `dtype`: embedded, a folder, or a hub id (in that order).
 
     components: parts to use as they are, in place of those stored. Raises ValueError for what is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,16 @@ SHAPES = ["a red circle", "two stars", "three triangles", "a cross", "four squar
 
 @dataclass(frozen=True)
 class Case:
-    """A spec that loads offline, prompts that it can score, references where it needs them."""
+    """A spec that loads offline, prompts that it can score, references where it needs them.
+
+    network: whether it scores through a module of torch.
+    """
 
     spec: str
     prompts: tuple[str, ...] = (*SHAPES, "a blue cross above a red star")
     references: bool = False
     size: tuple[int, int] = (64, 64)
+    network: bool = True
 
     def inputs(self) -> tuple[Tensor, list[str], list[Any] | None]:
         generator = torch.Generator().manual_seed(5)
@@ -48,12 +53,29 @@ CASES = {
         Case("hps(random:0)", size=(48, 64)),
         Case("imagereward(random:0)"),
         Case("dino(random:0)", references=True),
-        Case("ocr", WORDS),
-        Case("objects"),
-        Case("jpeg"),
+        Case("ocr", WORDS, network=False),
+        Case("objects", network=False),
+        Case(
+            "objects(mode=share, detector=owlv2, source=random:0, colours=random:0, "
+            "threshold=0.6, counting_threshold=0.7)"
+        ),
+        Case("jpeg", network=False),
+        Case("judge(url=http://127.0.0.1:1/v1, model=stub)", network=False),
     )
 }
 ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+@pytest.fixture(autouse=True)
+def answers(monkeypatch):
+    """The judge's model: it likes bright pictures. (tests/test_rewards_judge.py has a server.)"""
+
+    def answer(self: Any, picture: Any, question: str) -> str:
+        return f"Score: {picture.mean() / 25.5:.4f}"
+
+    monkeypatch.setattr("rewards.endpoint.Endpoint.answer", answer)
+
+
 _LOADED: dict[str, Any] = {}
 
 
@@ -70,9 +92,8 @@ def score(case: Case, images: Tensor, rows: list[int]) -> Tensor:
 
 
 def test_every_built_in_reward_has_a_case():
-    # a judge needs a model that answers: tests/test_rewards_judge.py
     named = {case.spec.partition("(")[0] for case in CASES.values()}
-    assert named == set(rewards.available()) - {"judge"}
+    assert named == set(rewards.available())
 
 
 @ALL
@@ -125,10 +146,6 @@ def test_gradients_exist_where_promised_and_reach_only_their_own_image(case):
     images.requires_grad_(True)
     scores = score(case, images, list(range(N)))
     assert scores.requires_grad == reward.differentiable
-    part = reward.parts[0].reward
-    for value in vars(part).values():
-        if isinstance(value, torch.nn.Module):
-            assert not any(p.requires_grad for p in value.parameters())
     if not reward.differentiable:
         return
     (gradient,) = torch.autograd.grad(scores[2], images)
@@ -138,6 +155,26 @@ def test_gradients_exist_where_promised_and_reach_only_their_own_image(case):
     assert gradient.abs().max() == 0
     with torch.no_grad():
         assert not score(case, images, list(range(N))).requires_grad
+
+
+def modules(value: Any) -> Iterator[torch.nn.Module]:
+    """Those that an object of ours holds, however deep."""
+    if isinstance(value, torch.nn.Module):
+        yield value
+    elif type(value).__module__.startswith("rewards."):
+        for inner in vars(value).values():
+            yield from modules(inner)
+
+
+@ALL
+def test_the_weights_are_frozen_and_in_evaluation_mode(case):
+    score(case, case.inputs()[0], list(range(N)))  # some load a network when it is needed
+    found = list(modules(loaded(case).parts[0].reward))
+    assert bool(found) == case.network
+    for module in found:
+        assert not module.training
+        assert list(module.parameters())
+        assert not any(p.requires_grad for p in module.parameters())
 
 
 @ALL

@@ -214,7 +214,7 @@ def test_the_average_follows_its_formula_and_is_lent():
         decay = min(0.5, step / 1000)
         wanted = decay * wanted + (1 - decay) * step
     torch.testing.assert_close(average.weights[name], wanted.detach())
-    with average.applied(weights):
+    with lora.swapped(weights, average.weights):
         torch.testing.assert_close(value.detach(), wanted.detach())
     assert (value == 3).all()
     other = lora.Average(weights, 0.5)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -122,6 +122,8 @@ def test_every_mode_stays_in_its_range_and_is_best_on_the_target_itself(read, sp
         spans = OcrReward().targets(prompt)
     except ValueError:
         return
+    # a lone accent joins the letter that ends the span before it, and is then not found by itself
+    assume(ocr._normal("".join(spans)) == "".join(map(ocr._normal, spans)))
     for mode, score in MODES.items():
         low, high = OcrReward(mode).range
         assert high is not None

@@ -1,0 +1,229 @@
+"""Variants of a model: the pictures that each draws of the same prompts and noise, on disk.
+
+A variant is a folder of pictures, `0003-01.png` the second one of prompt 3. Picture j of a prompt
+starts, in every plain variant and as particle 0 of every steered one, from the same noise.
+Legend: m pictures of each prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from matplotlib import font_manager
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from steering import FeynmanKac
+from steering.pipeline import steer_each
+
+from .rollouts import PLAIN, nothing
+
+__all__ = [
+    "Plan",
+    "Variant",
+    "draw",
+    "grid",
+    "open_folder",
+    "pending",
+    "picture",
+    "pictures",
+    "start",
+    "write",
+]
+
+LABEL, LINE, CAPTION, HEADER, GAP = 170, 16, 18, 24, 6  # pixels of the grid
+ROWS, EACH = 16, 3  # prompts, and pictures of each variant, that it shows
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every variant draws: `images` pictures of each prompt, with the call's keywords.
+
+    references: of each prompt, the files of pictures that a reward compares with; none is ().
+    """
+
+    prompts: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...]
+    images: int
+    seed: int
+    max_batch: int | None = None
+    call: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise ValueError(f"images is {self.images}; draw one of each prompt or more")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How pictures are drawn: with the LoRA or without, by the pipeline's sampler or steered.
+
+    reward: what steers, or None. A steered picture is the one of highest reward of a run of its
+    own with `particles` particles, so it costs as much as that many plain ones.
+    """
+
+    name: str
+    adapted: bool = False
+    reward: Any = None
+    particles: int = 1
+    settings: FeynmanKac = PLAIN
+
+
+def start(
+    pipe: Any, variant: Variant, plan: Plan, which: Sequence[int], preview: Any = None
+) -> Iterator[list[Image.Image]]:
+    """The m pictures of each of the prompts `which`, drawn when they are asked for.
+
+    Raises ValueError at once for what cannot work.
+    """
+    m, references = plan.images, None
+    if getattr(variant.reward, "wants_references", False) and any(plan.references):
+        opened = [[Image.open(name).convert("RGB") for name in names] for names in plan.references]
+        references = [found for found in opened for _ in range(m)]
+    steered = steer_each(
+        pipe,
+        [prompt for prompt in plan.prompts for _ in range(m)],
+        variant.reward or nothing,
+        variant.particles,
+        variant.settings,
+        seed=plan.seed,
+        preview=preview if variant.reward else None,
+        max_batch=plan.max_batch,
+        prompts_per_call=m,
+        progress=False,
+        references=references,
+        only=[i * m + j for i in which for j in range(m)],
+        **plan.call,
+    )
+    return (out.best for out in steered)
+
+
+def picture(folder: Path, prompt: int, number: int) -> Path:
+    """The file of one picture of a variant."""
+    return folder / f"{prompt:04d}-{number:02d}.png"
+
+
+def pictures(folder: Path, prompt: int, count: int) -> list[Image.Image]:
+    """The first `count` pictures of a prompt, RGB; ValueError names one that is damaged."""
+    found = []
+    for number in range(count):
+        file = picture(folder, prompt, number)
+        try:
+            with Image.open(file) as image:
+                found.append(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{file} is damaged ({error}); delete it and resume") from None
+    return found
+
+
+def pending(folder: Path, plan: Plan) -> list[int]:
+    """The prompts of which a picture is missing, by index."""
+    every = range(len(plan.prompts)), range(plan.images)
+    return [i for i in every[0] if not all(picture(folder, i, j).exists() for j in every[1])]
+
+
+def draw(
+    folder: Path, pipe: Any, variant: Variant, plan: Plan, which: Sequence[int], preview: Any = None
+) -> Iterator[int]:
+    """Draw and write the pictures of the prompts `which`; yields each prompt when it is done.
+
+    A picture is written under another name and renamed, and says its prompt as steer.py's do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = start(pipe, variant, plan, which, preview)
+    for i, images in zip(which, drawn, strict=True):
+        for j, image in enumerate(images):
+            about = {"prompt": plan.prompts[i], "seed": plan.seed, "occurrence": j}
+            text = PngInfo()
+            text.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
+            final = picture(folder, i, j)
+            scratch = final.with_name(f".{final.name}.new")
+            image.save(scratch, "PNG", pnginfo=text)
+            scratch.replace(final)
+        yield i
+
+
+def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resume: bool) -> None:
+    """Make the folder, or check that its pictures are these; scores by other rewards go."""
+    file, about = out / "manifest.json", json.loads(json.dumps(about))
+    if file.exists():
+        try:
+            was = json.loads(file.read_text(encoding="utf-8"))
+            old, scored_by = dict(was["pictures"]), was["scorers"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{out} holds something else; give another out=") from None
+        if not resume:
+            raise ValueError(f"{out} holds an evaluation; add resume=true, or give another out=")
+        for key, value in about.items():
+            if old.get(key) != value:
+                raise ValueError(f"{out} was made with another {key}; give another out=")
+        if scored_by != scorers:
+            for table in out.glob("*/*.csv*"):
+                table.unlink()
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no evaluation; give another out=")
+    write(file, json.dumps({"pictures": about, "scorers": scorers}, indent=1, ensure_ascii=False))
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def grid(folder: Path, plan: Plan, scores: Mapping[str, Tensor]) -> Image.Image:
+    """A picture with a row for each of the first prompts and a block for each variant.
+
+    scores: {variant: (prompts, m)}, written under the pictures, of which the first few are shown.
+    """
+    rows, each = min(ROWS, len(plan.prompts)), min(EACH, plan.images)
+    with Image.open(picture(folder / next(iter(scores)), 0, 0)) as first:
+        side = min(max(128, *first.size), 256)
+    block, row = each * (side + GAP) + 2 * GAP, side + CAPTION + GAP
+    page = Image.new("RGB", (LABEL + len(scores) * block, HEADER + rows * row), "white")
+    pen = ImageDraw.Draw(page)
+    for i, prompt in enumerate(plan.prompts[:rows]):
+        lines = "\n".join(_wrapped(prompt, side // LINE))
+        pen.text((GAP, HEADER + i * row), lines, "black", _font(12))
+    for c, (name, values) in enumerate(scores.items()):
+        left = LABEL + c * block
+        pen.text((left, HEADER / 2), name, "black", _font(12, ":bold"), anchor="lm")
+        for i in range(rows):
+            for j, image in enumerate(pictures(folder / name, i, each)):
+                x, y = left + j * (side + GAP), HEADER + i * row
+                pen.rectangle((x - 1, y - 1, x + side, y + side), "white", "#bbbbbb")
+                page.paste(_fitted(image, side), (x, y))
+                caption, below = f"{float(values[i, j]):.3g}", (x + side / 2, y + side + 2)
+                pen.text(below, caption, "black", _font(11), anchor="ma")
+    return page
+
+
+def _fitted(image: Image.Image, side: int) -> Image.Image:
+    longest = max(image.size)
+    size = (max(1, image.width * side // longest), max(1, image.height * side // longest))
+    # pixels that are shown several times as large are shown as they are
+    how = Image.Resampling.LANCZOS if side % longest else Image.Resampling.NEAREST
+    return image.convert("RGB").resize(size, how)
+
+
+def _wrapped(text: str, lines: int) -> list[str]:
+    for characters in range(LABEL // 5, 7, -1):  # as many as fit: letters differ in width
+        found = textwrap.wrap(text, characters, max_lines=lines, placeholder=" …")
+        if all(_font(12).getlength(line) <= LABEL - 2 * GAP for line in found):
+            return found
+    return []
+
+
+@cache
+def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings along: Pillow's has neither accents nor Greek."""
+    return ImageFont.truetype(str(font_manager.findfont("DejaVu Sans" + style)), size)
