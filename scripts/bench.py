@@ -5,6 +5,8 @@
     python -m scripts.bench foresight        what a score in mid-run says of the end
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
     python -m scripts.bench rewards          what scoring costs, against the usual way
+    python -m scripts.bench training         a training step over the network's own share of it
+    python -m scripts.bench tuning           what fine-tuning gains on unseen prompts
 
 `python -m scripts.bench NAME --help` says more.
 """
@@ -20,6 +22,8 @@ COMMANDS = {
     "foresight": "foresight",
     "cost": "cost",
     "rewards": "rewards",
+    "training": "training",
+    "tuning": "tuning",
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +13,7 @@ from finetune.rollouts import Rollouts
 from scripts import rollout, score, train_gdro
 from steering import tiny
 
+ROOT = Path(__file__).parents[1]
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
 
 
@@ -122,3 +125,11 @@ def test_help_explains_every_setting(script, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "(default:" in line]
     assert len(lines) == len(script.NOTES)
     assert not [line for line in lines if len(line.split("(default")[0].split()) < 2]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "scripts/configs").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_the_settings_that_come_along_are_settings(file):
+    settings = train_gdro.settings_of([str(file)], train_gdro.Train, {}, "")
+    assert settings.gdro.steps > 0

@@ -1,0 +1,207 @@
+"""What fine-tuning gains on unseen prompts, how long it takes, and which settings matter.
+
+    python -m scripts.bench tuning --model tiny-sd3 --task words --out runs/tuning
+    python -m scripts.bench tuning --model tiny-sd3 --task words --out runs/tuning --vary
+    python -m scripts.bench tuning --out runs/tuning --table
+
+Runs scripts/rollout.py, score.py, train_gdro.py and evaluate.py one after another, each in as many
+processes as there are cores, and times them; what is finished is not done again. --vary trains on
+the same rollouts with one setting changed at a time. Rewards are trained on (OCR, the share of
+a prompt's conditions that the detector finds met) or only looked at (CLIP). Intervals: 95 %,
+percentile bootstrap over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..tiny.world import TASKS, scene
+
+ROOT = Path(__file__).parents[2]
+REWARDS = {
+    "words": "ocr(mode=strict) + 0*clip(tiny)",
+    "attributes": "objects(mode=share) + 0*clip(tiny)",
+}
+HEADLINE = {"words": "exact", "attributes": "mean of 6 tasks"}
+# (tuning, testing) prompts of a task; two of them have few prompts, which are split by chance
+COUNTS = {
+    "single_object": (3, 2),
+    "two_object": (13, 7),
+    "counting": (13, 7),
+    "colors": (24, 6),
+    "position": (50, 20),
+    "color_attr": (50, 20),
+    "text": (200, 40),
+}
+SPLIT_BY_CHANCE = ("single_object", "two_object", "counting")
+# one setting changed at a time, at equal images a step
+VARIATIONS = {
+    "k=2": ["gdro.k=2", "gdro.groups=24", "gdro.micro_groups=12"],
+    "k=12": ["gdro.k=12", "gdro.groups=4"],
+    "γ=0": ["gdro.hold_best=0"],
+    "τ=0.01": ["gdro.temperature=0.01"],
+    "τ=0.5": ["gdro.temperature=0.5"],
+    "rank": ["gdro.form=rank"],
+    "top1": ["gdro.form=top1"],
+    "noise for each": ["gdro.shared_noise=false"],
+    "β÷3": ["gdro.beta=3"],
+    "β×3": ["gdro.beta=30"],
+    "shift 1": ["gdro.shift=1"],
+}
+
+
+def prompts_of(task: str, limit: int = 10_000) -> tuple[list[str], list[str]]:
+    """Different prompts of one of the world's tasks, to tune on and to test on; none is in both.
+
+    Those to test on are of kinds that the base never saw, where there are such kinds.
+    """
+    rng = np.random.default_rng([TASKS.index(task), 2024])
+    tune, test = COUNTS[task]
+    found: list[list[str]] = [[], []]
+    if task in SPLIT_BY_CHANCE:
+        every = sorted({scene(rng, task).prompt for _ in range(limit)})
+        order = rng.permutation(len(every))
+        return [every[i] for i in order[:tune]], [every[i] for i in order[tune : tune + test]]
+    for prompts, unseen, count in zip(found, (False, True), (tune, test), strict=True):
+        while len(prompts) < count:
+            prompt = scene(rng, task, unseen).prompt
+            prompts += [] if prompt in prompts or prompt in found[0] else [prompt]
+    return found[0], found[1]
+
+
+def prepare(task: str, folder: Path) -> tuple[Path, Path]:
+    """The two files of prompts."""
+    kinds = ["text"] if task == "words" else [kind for kind in TASKS if kind != "text"]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / f"{task}-tune.txt", folder / f"{task}-test.txt"
+    for file, lists in zip(files, zip(*map(prompts_of, kinds), strict=True), strict=True):
+        file.write_text("".join(f"{prompt}\n" for prompts in lists for prompt in prompts))
+    return files
+
+
+def command(script: str, words: Sequence[str], processes: int) -> list[str]:
+    """The command line of a script in some processes."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+        launch += ["--num_processes", str(processes), "--mixed_precision", "no"]
+        launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    return [*launch, str(ROOT / "scripts" / script), *words]
+
+
+def timed(folder: Path, name: str, line: list[str]) -> float:
+    """Run it once, with its output in a log, and return the seconds that it took."""
+    seconds = folder / f"{name}.seconds"
+    if not seconds.exists():
+        print(f"{name}: {' '.join(line[-6:])}", file=sys.stderr)
+        start = time.monotonic()
+        with (folder / f"{name}.log").open("w") as log:
+            alone = os.environ | {"OMP_NUM_THREADS": "1"}
+            code = subprocess.run(line, cwd=ROOT, env=alone, stdout=log, stderr=log).returncode
+        if code:
+            raise SystemExit(f"{name} failed, see {log.name}")
+        seconds.write_text(str(time.monotonic() - start))
+    return float(seconds.read_text())
+
+
+def one(args: argparse.Namespace, name: str, changes: Sequence[str], steered: bool = False) -> dict:
+    """Make rollouts, unless there are some, train and evaluate; the figures of it."""
+    folder = args.out / args.task / args.model
+    tune, test = prepare(args.task, folder)
+    reward, n = REWARDS[args.task], args.processes
+    call = f"call.guidance_scale={args.guidance}"
+    common, run = [f"model={args.model}", call], folder / ("steered" if steered else "rollouts")
+    plan = ["images=8", "steered=4", f"reward={reward}"] if steered else [f"images={args.images}"]
+    made = [*common, f"prompts={tune}", f"out={run}", *plan, "resume=true"]
+    took = {
+        "rollouts": timed(folder, run.name, command("rollout.py", made, n)),
+        "scores": timed(
+            folder, f"{run.name}-scores", command("score.py", [str(run), "--reward", reward], 1)
+        ),
+    }
+    tuned = folder / name.replace(" ", "-")
+    words = [str(args.config), f"rollouts={run}", f"out={tuned}", "resume=true", *changes]
+    took["training"] = timed(folder, f"{tuned.name}-train", command("train_gdro.py", words, n))
+    words = [*common, f"prompts={test}", f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}"]
+    words += [f"reward={reward}", f"images={args.test_images}", "resume=true"]
+    timed(folder, f"{tuned.name}-eval", command("evaluate.py", words, n))
+    row = {"model": args.model, "task": args.task, "name": name, "guidance": args.guidance}
+    row |= {"seconds": took, "changes": list(changes)} | figures(tuned / "eval")
+    return row | {"drift": last(tuned / "log.csv", "drift")}
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """{measure: {variant: ...}} of an evaluation."""
+    sections = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["sections"]
+    return {"measures": {m["name"]: m for section in sections.values() for m in section}}
+
+
+def last(file: Path, column: str) -> float:
+    """A column's last value in a table."""
+    head, *_, end = file.read_text().splitlines()
+    return float(end.split(",")[head.split(",").index(column)])
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """A line a training run: the headline measure and CLIP, tuned against base."""
+    lines = [
+        "| model | task | run | minutes | measure | base | tuned | tuned - base | CLIP - base |"
+        " drift |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        name = HEADLINE[row["task"]]
+        base, tuned = (row["measures"][name]["variants"][v] for v in ("base", "tuned"))
+        held_out = row["measures"]["clip"]["variants"]["tuned"]
+        minutes = sum(row["seconds"].values()) / 60
+        cells = [row["model"], row["task"], row["name"], f"{minutes:.1f}", name]
+        cells += [f"{base['mean']['mean']:.3f}", f"{tuned['mean']['mean']:.3f}"]
+        cells += [_interval(tuned["difference"]), _interval(held_out["difference"])]
+        lines.append("| " + " | ".join([*cells, f"{row['drift']:+.4f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _interval(value: dict[str, float]) -> str:
+    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def main(argv: list[str]) -> None:
+    """Run what is not there yet and print the table of all that is."""
+    parser = argparse.ArgumentParser(
+        prog="tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny-sd3", choices=["tiny-sd3", "tiny-sd"])
+    parser.add_argument("--task", default="words", choices=sorted(REWARDS))
+    parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
+    parser.add_argument("--config", type=Path, default=ROOT / "scripts/configs/gdro_tiny.yaml")
+    parser.add_argument("--images", type=int, default=12, help="images a prompt in rollouts")
+    parser.add_argument("--test-images", type=int, default=8, help="images a prompt in tests")
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--vary", nargs="*", help="change one setting at a time (default: all)")
+    parser.add_argument("--steered", action="store_true", help="also from 8 plain + 4 steered")
+    parser.add_argument("--table", action="store_true", help="only print what there is")
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve()
+    if not args.table:
+        runs: list[tuple[str, list[str], bool]] = [("default", [], False)]
+        if args.vary is not None:
+            runs += [(name, VARIATIONS[name], False) for name in args.vary or VARIATIONS]
+        if args.steered:
+            runs.append(("steered rollouts", [], True))
+        for name, changes, steered in runs:
+            row = one(args, name, changes, steered)
+            file = args.out / args.task / args.model / f"{name.replace(' ', '-')}.json"
+            file.write_text(json.dumps(row))
+    files = sorted(args.out.glob("*/*/*.json"), key=lambda file: file.stat().st_mtime)
+    print(markdown([json.loads(file.read_text()) for file in files]))
