@@ -38,7 +38,17 @@ from steering.pipeline import steer_each
 
 from .models import encode, family_of
 
-__all__ = ["PLAIN", "Plan", "Rollouts", "Shard", "add_rewards", "generate", "nothing", "open_run"]
+__all__ = [
+    "PLAIN",
+    "Plan",
+    "Rollouts",
+    "Shard",
+    "add_rewards",
+    "check",
+    "generate",
+    "nothing",
+    "open_run",
+]
 
 PLAIN = FeynmanKac(reward_scale=0.0, min_ess=0.0, noise=0.0)  # the pipeline's own sampler
 FEATURES = {
@@ -107,17 +117,23 @@ def open_run(
     if file.exists():
         was = json.loads(file.read_text(encoding="utf-8"))
         if not resume:
-            raise ValueError(f"{folder} holds a run; add --resume, or give another --out")
+            raise ValueError(f"{folder} holds a run; add resume=true, or give another out=")
         for key, value in about.items():
             if was.get(key) != value:
                 raise ValueError(
-                    f"{folder} was made with another {key}; give another --out, or the same {key}"
+                    f"{folder} was made with another {key}; give another out=, or the same {key}"
                 )
         return
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run; give another --out")
+        raise ValueError(f"{folder} is not empty and holds no run; give another out=")
     folder.mkdir(parents=True, exist_ok=True)
     _write(file, json.dumps(about | {"versions": versions()}, indent=1, ensure_ascii=False))
+
+
+def check(pipe: Any, plan: Plan, reward: Any = None) -> None:
+    """ValueError, before any folder is made, for a call or a filter that cannot work."""
+    for _ in _runs(pipe, plan, reward, plan.prompts[0]):
+        pass  # asking for a run checks it; nothing is drawn yet
 
 
 def generate(
@@ -166,11 +182,19 @@ def _of_prompt(
     pipe: Any, plan: Plan, reward: Any, prompt: str, group: int
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
     """Rows and latents: the plain images of a prompt, then the steered ones."""
+    for settings, run, steered in _runs(pipe, plan, reward, prompt):
+        (out,) = run
+        yield _rows(out, group, plan.seed, settings, steered), out.latents[0]
+
+
+def _runs(
+    pipe: Any, plan: Plan, reward: Any, prompt: str
+) -> Iterator[tuple[FeynmanKac, Iterator[Steered], bool]]:
     runs: list[tuple[int, FeynmanKac, Any, int]]
     runs = [(plan.images, PLAIN, nothing, 0), (plan.steered, plan.settings, reward, 1)]
     for count, settings, judge, occurrence in runs:
         if count:
-            (out,) = steer_each(
+            run = steer_each(
                 pipe,
                 [prompt, prompt],
                 judge,
@@ -182,7 +206,7 @@ def _of_prompt(
                 only=[occurrence],  # another occurrence of the prompt has other noise
                 **plan.call,
             )
-            yield _rows(out, group, plan.seed, settings, occurrence == 1), out.latents[0]
+            yield settings, run, occurrence == 1
 
 
 def nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -293,7 +317,7 @@ class Rollouts:
         if broken:
             raise ValueError(
                 f"{folder} lacks, or has damaged, the shards {', '.join(broken[:5])}"
-                f"{' and more' if broken[5:] else ''}; repeat scripts/rollout.py with --resume"
+                f"{' and more' if broken[5:] else ''}; repeat scripts/rollout.py with resume=true"
             )
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import rewards
 from finetune import config
-from finetune.rollouts import Plan, generate, open_run
+from finetune.rollouts import Plan, check, generate, open_run
 from steering import FeynmanKac, loading, tiny
 from steering.prompts import read
 
@@ -99,6 +99,7 @@ def run(settings: Rollout) -> None:
     dtype = loading.pick_dtype(settings.dtype, device)
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
     pipe.set_progress_bar_config(disable=True)
+    check(pipe, plan, reward)
     with state.main_process_first():
         again = settings.resume or not state.is_main_process
         open_run(Path(settings.out), pipe, plan, settings.reward, again, settings.model)
@@ -115,13 +116,16 @@ def run(settings: Rollout) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
+    """Exit status: 0; 2 for what was refused, in one sentence; 1 if it broke; 130 on Ctrl-C."""
     words = sys.argv[1:] if argv is None else argv
     try:
         run(settings_of(words, Rollout, NOTES, __doc__))
     except (ValueError, TypeError) as error:
         print(f"rollout.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"rollout.py: {error}; finished shards are kept", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             "rollout.py: interrupted; finished shards are kept: repeat with resume=true",

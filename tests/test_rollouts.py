@@ -86,7 +86,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(tmp_path):
     kept = (folder / "00000" / "tensors.safetensors").stat().st_mtime_ns
     damaged = folder / "00001" / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"00001; repeat scripts/rollout\.py with --resume"):
+    with pytest.raises(ValueError, match=r"00001; repeat scripts/rollout\.py with resume=true"):
         Rollouts(folder)
     after, again = everything(made(folder, resume=True))
     assert after == before
@@ -153,7 +153,7 @@ def test_plans_that_cannot_work_are_refused(change, message):
 
 def test_a_folder_holds_one_run(tmp_path):
     made(tmp_path / "run")
-    with pytest.raises(ValueError, match="add --resume"):
+    with pytest.raises(ValueError, match="add resume=true"):
         made(tmp_path / "run")
     with pytest.raises(ValueError, match="was made with another plan"):
         made(tmp_path / "run", resume=True, seed=1)

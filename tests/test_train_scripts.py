@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from finetune import checks
 from finetune.rollouts import Rollouts
 from scripts import rollout, score, train_gdro
-from steering import tiny
+from steering import loading, tiny
 
 ROOT = Path(__file__).parents[1]
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
@@ -91,6 +94,45 @@ def test_prompts_that_are_trained_on_are_no_held_out_ones(scored, tmp_path, caps
     assert train_gdro.main([*words, f"check.prompts={scored / 'prompts.txt'}"]) == 2
     assert "trained on, as 'the word \"CAT\"'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_filter_that_cannot_work_leaves_no_folder(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text('the word "CAT"\n')
+    words = [f"prompts={tmp_path / 'prompts.txt'}", f"out={tmp_path / 'run'}", "images=2", *CALL]
+    steered = ["steered=2", "reward=jpeg", "filter.noise=0"]
+    assert rollout.main([*words, *steered]) == 2
+    assert "noise=0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_told_in_a_sentence(scored, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_gdro.checks, "append", full)
+    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3", "log_every=1"]
+    assert train_gdro.main([*words, "gdro.steps=2", "gdro.groups=2"]) == 1
+    assert "No space left on device; the last checkpoint is kept" in capsys.readouterr().err
+
+
+def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypatch):
+    parts, alive = [], []
+
+    def load(*arguments, **components):
+        pipe = loading.load_pipeline(*arguments, **components)
+        parts.extend(weakref.ref(part) for part in (pipe.vae, pipe.text_encoder, pipe.transformer))
+        return pipe
+
+    def look(*_, **__):
+        gc.collect()
+        alive.extend(part() is not None for part in parts)
+
+    monkeypatch.setattr(train_gdro, "loading", SimpleNamespace(**vars(loading)))
+    monkeypatch.setattr(train_gdro.loading, "load_pipeline", load)
+    monkeypatch.setattr(train_gdro, "train", look)
+    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3"]
+    assert train_gdro.main([*words, "gdro.steps=1", "gdro.groups=2"]) == 0
+    assert alive == [False, False, True]
 
 
 @pytest.mark.parametrize(
