@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.benchmarks import cost, foresight, lift
+from finetune.gdro import Gdro
+from scripts.benchmarks import cost, foresight, lift, training, tuning
 from scripts.tiny.fit import fit, split
+from scripts.tiny.world import TASKS
 from steering import FeynmanKac
 
 
@@ -74,3 +76,25 @@ def test_training_writes_a_checkpoint_and_goes_on_from_it(tmp_path):
     again = fit(modules, loss, tmp_path / "a.pt", minutes=0, **sizes)
     assert again["images"] == first["images"]
     assert torch.equal(line.weight, kept)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_nothing_that_is_tested_was_tuned_on(task):
+    tune, test = tuning.prompts_of(task)
+    assert (len(tune), len(test)) == tuning.COUNTS[task]
+    assert len({*tune, *test}) == len(tune) + len(test)
+    if task == "text":
+        quoted = [[prompt.split('"')[1] for prompt in prompts] for prompts in (tune, test)]
+        assert not set(quoted[0]) & set(quoted[1])
+    assert tuning.prompts_of(task) == (tune, test)
+
+
+def test_the_bare_step_is_the_networks_share_of_a_training_step():
+    trainer = training.trainer_of("tiny-sd3", Gdro(groups=2, k=2, micro_groups=1))
+    calls = []
+    trainer.bare.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.train_step()
+    own, step = list(calls), training.bare_step(trainer)
+    calls.clear()
+    step()
+    assert calls == own == [False, True] * 2
