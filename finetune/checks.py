@@ -113,6 +113,8 @@ class Watch:
         row: dict[str, float] = {}
         held_out: list[tuple[int, list[Image]]] = []
         for split, prompts in (("held_out", self.unseen), ("train", self.seen)):
+            if not prompts:
+                continue
             mine = range(rank, len(prompts), world)
             sheet = draw(pipe, prompts, mine, self.rewards, self.check, self.call)
             sheets = gather_object([sheet])

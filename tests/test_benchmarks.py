@@ -92,7 +92,7 @@ def test_nothing_that_is_tested_was_tuned_on(task):
 def test_the_bare_step_is_the_networks_share_of_a_training_step():
     trainer = training.trainer_of("tiny-sd3", Gdro(groups=2, k=2, micro_groups=1))
     calls = []
-    trainer.bare.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.learner.bare.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     trainer.train_step()
     own, step = list(calls), training.bare_step(trainer)
     calls.clear()

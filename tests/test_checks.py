@@ -60,6 +60,9 @@ def test_the_check_sees_the_network_in_training_and_nothing_else_stays(pipe):
     expected = row["held_out/reward"] * (row["held_out/quality"] - 3) + 0.2
     assert row["held_out/corrected"] == pytest.approx(expected)
     assert grid.size == (128, 128)
+    unseen = Watch(watch.check, [], watch.unseen, watch.rewards, CALL, load)
+    only, _ = unseen.look("transformer", pipe.transformer, Accelerator(cpu=True))
+    assert only == {name: value for name, value in row.items() if not name.startswith("train")}
 
 
 def test_means_leave_no_answers_out():

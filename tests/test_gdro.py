@@ -9,8 +9,9 @@ from tiny_pipelines import family
 
 from finetune import lora
 from finetune.data import Data, load_data
-from finetune.gdro import Gdro, Trainer, load_state, save_state
+from finetune.gdro import Gdro, Trainer
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
+from finetune.learner import load_state, save_state
 from finetune.models import encode, family_of, noising_of
 from finetune.rollouts import Plan, Rollouts, add_rewards, generate, open_run
 
@@ -45,7 +46,7 @@ def pipe_class():
 
 
 def weights_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.weights.values()])
+    return torch.cat([p.detach().flatten() for p in trainer.learner.weights.values()])
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
@@ -73,8 +74,8 @@ def test_ten_steps_are_five_and_a_resumed_five_bit_for_bit(tmp_path):
     for _ in range(5):
         second.train_step()
     assert torch.equal(weights_of(second), weights_of(whole))
-    for name, mean in whole.average.weights.items():
-        assert torch.equal(second.average.weights[name], mean)
+    for name, mean in whole.learner.average.weights.items():
+        assert torch.equal(second.learner.average.weights[name], mean)
     assert not load_state(second, tmp_path / "nothing")
 
 
@@ -99,7 +100,7 @@ def test_it_learns_to_order_the_images_of_its_groups(form):
 
 def test_memory_of_the_reference_is_the_networks_own():
     trainer = trainer_of()
-    frozen = [p for n, p in trainer.bare.named_parameters() if ".lora_" not in n]
+    frozen = [p for n, p in trainer.learner.bare.named_parameters() if ".lora_" not in n]
     before = [p.clone() for p in frozen]
     trainer.train_step()
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(frozen, before, strict=True))
@@ -109,7 +110,7 @@ def test_a_moved_reference_is_where_scores_are_0():
     trainer = trainer_of(refresh=2)
     trainer.train_step()
     assert abs(trainer.train_step()["spread"]) > 1e-5
-    assert trainer.anchor is not None
+    assert trainer.learner.anchor is not None
     assert trainer.train_step()["spread"] == pytest.approx(0, abs=1e-5)
 
 
@@ -117,19 +118,19 @@ def test_a_second_round_goes_on_from_its_lora(tmp_path):
     first, second = trainer_of(), trainer_of()
     for _ in range(3):
         first.train_step()
-    with lora.swapped(first.weights, first.average.weights):
-        lora.save(pipe_class(), first.family.network, first.bare, tmp_path)
-    read = lora.read(tmp_path, second.family.network, second.weights, 2)
-    second.start_from(read)
-    for name, value in first.average.weights.items():
-        assert torch.equal(second.weights[name], value)
+    with lora.swapped(first.learner.weights, first.learner.average.weights):
+        lora.save(pipe_class(), first.learner.family.network, first.learner.bare, tmp_path)
+    read = lora.read(tmp_path, second.learner.family.network, second.learner.weights, 2)
+    second.learner.start_from(read)
+    for name, value in first.learner.average.weights.items():
+        assert torch.equal(second.learner.weights[name], value)
     assert second.train_step()["spread"] == pytest.approx(0, abs=1e-5)
     with pytest.raises(ValueError, match="another alpha"):
-        lora.read(tmp_path, second.family.network, second.weights, 4)
+        lora.read(tmp_path, second.learner.family.network, second.learner.weights, 4)
     with pytest.raises(ValueError, match="another rank"):
-        lora.read(tmp_path, second.family.network, trainer_of(rank=3).weights, 2)
+        lora.read(tmp_path, second.learner.family.network, trainer_of(rank=3).learner.weights, 2)
     with pytest.raises(ValueError, match="no LoRA that can be read"):
-        lora.read(tmp_path / "none", second.family.network, second.weights, 2)
+        lora.read(tmp_path / "none", second.learner.family.network, second.learner.weights, 2)
 
 
 def test_a_resumed_run_keeps_its_moved_reference(tmp_path):

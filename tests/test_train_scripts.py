@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from finetune import checks
 from finetune.rollouts import Rollouts
-from scripts import rollout, score, train_gdro
+from scripts import rollout, score, train_gdro, training
 from steering import loading, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_a_full_disk_is_told_in_a_sentence(scored, tmp_path, capsys, monkeypatch
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train_gdro.checks, "append", full)
+    monkeypatch.setattr(checks, "append", full)
     words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3", "log_every=1"]
     assert train_gdro.main([*words, "gdro.steps=2", "gdro.groups=2"]) == 1
     assert "No space left on device; the last checkpoint is kept" in capsys.readouterr().err
@@ -129,7 +129,7 @@ def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypa
 
     monkeypatch.setattr(train_gdro, "loading", SimpleNamespace(**vars(loading)))
     monkeypatch.setattr(train_gdro.loading, "load_pipeline", load)
-    monkeypatch.setattr(train_gdro, "train", look)
+    monkeypatch.setattr(training, "loop", look)
     words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3"]
     assert train_gdro.main([*words, "gdro.steps=1", "gdro.groups=2"]) == 0
     assert alive == [False, False, True]

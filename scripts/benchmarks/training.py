@@ -59,11 +59,18 @@ def bare_step(trainer: Trainer) -> Callable[[], None]:
 
     def step() -> None:
         for x, target, times, given in batches:
-            inputs = (trainer.bare, trainer.family, trainer.noising, x, times, given)
-            with torch.no_grad(), lora.reference(trainer.bare):
+            inputs = (
+                trainer.learner.bare,
+                trainer.learner.family,
+                trainer.noising,
+                x,
+                times,
+                given,
+            )
+            with torch.no_grad(), lora.reference(trainer.learner.bare):
                 predict(*inputs)
             (predict(*inputs) - target).square().mean().backward()
-        for parameter in trainer.weights.values():
+        for parameter in trainer.learner.weights.values():
             parameter.grad = None
 
     return step

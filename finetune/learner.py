@@ -1,0 +1,180 @@
+"""An adapter in training: its weights, their average, the optimiser, the reference, the state.
+
+What every way of training shares. Randomness comes from (seed, step, purpose) alone, so that a run
+that is resumed, or split among processes, takes the very same steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import lora
+from .models import Family
+
+__all__ = ["Learner", "Tuning", "draws", "load_state", "save_state"]
+
+
+@dataclass
+class Tuning:
+    """The settings of an adapter and its optimiser."""
+
+    rank: int = 16
+    alpha: int = 16
+    targets: list[str] = dataclasses.field(default_factory=list)
+    lr: float = 1e-4
+    warmup: int = 10
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    ema: float = 0.5
+    refresh: int = 0
+    eight_bit: bool = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    def check_positive(self, *names: str) -> None:
+        """ValueError for a setting that is not positive, and for what no training can have."""
+        for name in ("rank", "alpha", "lr", *names):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
+        if self.refresh < 0:
+            raise ValueError(f"refresh is {self.refresh} but must not be negative")
+
+
+def draws(seed: int, step: int, purpose: str) -> torch.Generator:
+    """The generator of one purpose of one step."""
+    digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Learner:
+    """One network with its adapter, and what moves it.
+
+    network is what to call with gradients, bare the module itself. The reference is the network
+    without its adapter, unless `start_from` or `settings.refresh` moves it.
+    """
+
+    def __init__(self, network: Any, family: Family, settings: Tuning, accelerator: Any) -> None:
+        self.settings, self.family, self.accelerator = settings, family, accelerator
+        self.bare, self.step = network, 0
+        targets = settings.targets or family.targets
+        generator = draws(settings.seed, 0, "adapter")
+        self.weights = lora.attach(network, targets, settings.rank, settings.alpha, generator)
+        self.anchor: dict[str, Tensor] | None = None  # the reference's adapter
+        if settings.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        self.average = lora.Average(self.weights, settings.ema)
+        optimizer = _optimizer(list(self.weights.values()), settings)
+        model = torch.compile(network) if settings.compile else network
+        self.network, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Begin at an adapter (`lora.read`) that made the data: it is the reference then."""
+        lora.fill(self.weights, weights)
+        lora.fill(self.average.weights, weights)
+        self.anchor = lora.copy(self.weights)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within it the bare network is the reference."""
+        if self.anchor is None:
+            return lora.reference(self.bare)
+        return lora.swapped(self.weights, self.anchor)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network carries the average of its adapter."""
+        return lora.swapped(self.weights, self.average.weights)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a part's gradient; processes wait for one another at the last part alone."""
+        with nullcontext() if last else self.accelerator.no_sync(self.network):
+            self.accelerator.backward(loss)
+
+    def update(self) -> float:
+        """One move of the optimiser by the gradients that were added; their norm.
+
+        FloatingPointError, and no move, where it is not finite.
+        """
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * min(1.0, (self.step + 1) / max(s.warmup, 1))
+        norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), s.max_grad_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(
+                f"the gradient of step {self.step} is not finite: lower the learning rate"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(self.weights)
+        self.step += 1
+        if s.refresh and self.step % s.refresh == 0:
+            self.anchor = lora.copy(self.weights)
+        return float(norm)
+
+    def reduced(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
+        """Sums of this process -> means over `count`, over all processes."""
+        if not sums:
+            return {}
+        values = torch.stack([value.detach().float() for value in sums.values()])
+        total = self.accelerator.reduce(values.to(self.accelerator.device))
+        return dict(zip(sums, (total / count).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a continuation needs."""
+        return {
+            "step": self.step,
+            "weights": {name: p.detach().cpu() for name, p in self.weights.items()},
+            "anchor": self.anchor,
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+        lora.fill(self.weights, state["weights"])
+        if state["anchor"] is not None:
+            self.anchor = lora.copy(self.weights)
+            lora.fill(self.anchor, state["anchor"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _optimizer(weights: list[Any], settings: Tuning) -> torch.optim.Optimizer:
+    if not settings.eight_bit:
+        return torch.optim.AdamW(weights, lr=settings.lr, weight_decay=settings.weight_decay)
+    try:
+        import bitsandbytes as bnb  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ValueError("eight_bit needs bitsandbytes: pip install bitsandbytes") from error
+    return bnb.optim.AdamW8bit(weights, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def save_state(trainer: Any, folder: Path) -> None:
+    """Write `trainer.state_dict()` whole or not at all: a full disk leaves the last good one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".state.new"
+    try:
+        torch.save(trainer.state_dict(), scratch)
+        scratch.replace(folder / "state.pt")
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        scratch.unlink(missing_ok=True)
+        raise ValueError(
+            f"the state of step {trainer.step} cannot be written to {folder} ({error}); the one "
+            "written before it is kept"
+        ) from error
+
+
+def load_state(trainer: Any, folder: Path) -> bool:
+    """Carry on from a state if there is one; read without unpickling."""
+    file = folder / "state.pt"
+    if not file.exists():
+        return False
+    trainer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return True

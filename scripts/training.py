@@ -1,0 +1,239 @@
+"""What training scripts share: settings, the loop with log, checks and checkpoints, the export."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import rewards
+from finetune import card, checks, config, lora
+from finetune.checks import Check, Watch
+from finetune.learner import Learner, load_state, save_state
+from steering.prompts import read
+
+__all__ = [
+    "Run",
+    "accelerator_of",
+    "begin",
+    "export",
+    "finish",
+    "loop",
+    "notes",
+    "watch_of",
+]
+
+
+@dataclass
+class Run:
+    """The settings that every training run has."""
+
+    out: str = ""
+    model: str | None = None
+    lora: str | None = None
+    dtype: str = "auto"
+    save_every: int = 50
+    log_every: int = 10
+    wandb: bool = False
+    resume: bool = False
+    check: Check = field(default_factory=Check)
+
+    def __post_init__(self) -> None:
+        for name in ("save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
+
+
+def notes(name: str) -> dict[str, str]:
+    """What --help says of the shared settings; name: the field that holds those of the method."""
+    tuning = {
+        "rank": "of the LoRA",
+        "alpha": "of the LoRA; its scale is alpha/rank",
+        "targets": "layers to adapt; by default the family's attention",
+        "lr": "learning rate",
+        "warmup": "steps of a rising rate",
+        "weight_decay": "of AdamW",
+        "max_grad_norm": "longer gradients are cut to it",
+        "ema": "the average's highest decay",
+        "refresh": "steps between moves of the reference to the present weights; 0: never",
+        "eight_bit": "AdamW of bitsandbytes",
+        "gradient_checkpointing": "less memory, a third more time",
+        "compile": "torch.compile the network",
+        "seed": "of everything",
+    }
+    return {
+        "out": "the folder to make",
+        "model": "hub id, folder, tiny-sd3 or tiny-sd",
+        "lora": "a LoRA to go on from: another round",
+        "dtype": "of the frozen network; auto: float32 on a CPU, else a half type",
+        "save_every": "steps between checkpoints",
+        "log_every": "steps between lines of the log",
+        "wandb": "log to Weights & Biases too",
+        "resume": "carry on from the last checkpoint",
+        "check.every": "steps between checks: pictures are drawn and scored; 0: never",
+        "check.prompts": "a file of prompts that are not trained on",
+        "check.train_prompts": "how many of the prompts that are trained on are checked too",
+        "check.images": "pictures of a prompt",
+        "check.reward": "what scores them; by default what is trained on",
+        "check.quality": "a reward from 1 to 5, for the corrected score r (q - 3) + 0.2",
+        "check.best": "the metric whose best check gives lora/",
+        "check.patience": "stop after so many checks without a new best; 0: never",
+        "check.seed": "of the checks' noise",
+        "check.call": "keywords of the pipeline's call; by default those of the images trained on",
+    } | {f"{name}.{key}": note for key, note in tuning.items()}
+
+
+def accelerator_of(settings: Run) -> Accelerator:
+    """With its loggers; ValueError where one is asked for that is not installed."""
+    loggers: list[Any] = ["tensorboard"]
+    if settings.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError("wandb=true needs the package: pip install wandb")
+        loggers.append("wandb")
+    return Accelerator(log_with=loggers, project_dir=settings.out)
+
+
+def watch_of(
+    settings: Run,
+    trained_on: Sequence[str],
+    spec: str,
+    call: dict[str, Any],
+    load: Callable[..., Any],
+    accelerator: Accelerator,
+) -> Watch | None:
+    """What to look at while training, checked beforehand; None if nothing.
+
+    trained_on: all prompts that are; spec: the reward that is trained on, "" if it is not known;
+    load(**components): the pipeline, around a component.
+    """
+    check = settings.check
+    if not check.every:
+        return None
+    if not check.prompts:
+        raise ValueError("check.every needs check.prompts=FILE, prompts to look at")
+    seen = list(trained_on[: check.train_prompts])
+    unseen = list(dict.fromkeys(prompt.text for prompt in read(Path(check.prompts))))
+    both = sorted(set(unseen) & set(trained_on))
+    if both:
+        raise ValueError(f"{check.prompts} has prompts that are trained on, as {both[0]!r}")
+    if not (check.reward or spec):
+        raise ValueError("the rollouts do not say what scored them; set check.reward=")
+    found = {"reward": rewards.load(check.reward or spec, accelerator.device)}
+    if check.quality:
+        found["quality"] = rewards.load(check.quality, accelerator.device)
+    for reward in found.values():
+        reward.check([*seen, *unseen])
+    return Watch(check, seen, unseen, found, check.call or call, load)
+
+
+def begin(trainer: Any, settings: Run, method: Any) -> None:
+    """Go on from a checkpoint or a LoRA, save the settings, start the loggers."""
+    learner: Learner = trainer.learner
+    out, main = Path(settings.out), learner.accelerator.is_main_process
+    if settings.lora:
+        part, alpha = learner.family.network, learner.settings.alpha
+        learner.start_from(lora.read(Path(settings.lora), part, learner.weights, alpha))
+    if settings.resume:
+        load_state(trainer, out)
+    if main:
+        config.write(settings, out / "settings.yaml")
+        for table in ("log.csv", "checks.csv"):
+            checks.rewind(out / table, learner.step)
+    plain = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(method).items()}
+    learner.accelerator.init_trackers("tensorboard", plain)
+
+
+def loop(
+    trainer: Any, steps: int, settings: Run, watch: Watch | None, shown: Sequence[str]
+) -> None:
+    """Take the remaining steps, logging, checking and saving on the way.
+
+    trainer has `learner`, `train_step()` and `state_dict()`; shown: what the progress bar shows.
+    """
+    learner: Learner = trainer.learner
+    out, main = Path(settings.out), learner.accelerator.is_main_process
+    recent: list[dict[str, float]] = []
+    if watch and learner.step == 0:
+        _check(learner, watch, out)
+    bar = tqdm(range(learner.step, steps), initial=learner.step, total=steps, disable=not main)
+    for step in bar:
+        if watch and checks.is_over(checks.read(out / "checks.csv"), watch.check):
+            tqdm.write(f"stopped at step {step}: {watch.check.best} has not risen any more")
+            break
+        recent.append(trainer.train_step())
+        done = step + 1
+        if done % settings.log_every == 0 and main:
+            means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}
+            checks.append(out / "log.csv", {"step": done} | means)
+            learner.accelerator.log(means, done)
+            bar.set_postfix({k: f"{means[k]:.3g}" for k in shown})
+            recent.clear()
+        if watch and (done % watch.check.every == 0 or done == steps):
+            _check(learner, watch, out)
+        if (done % settings.save_every == 0 or done == steps) and main:
+            save_state(trainer, out)
+
+
+def _check(learner: Learner, watch: Watch, out: Path) -> None:
+    """Look at the averaged weights; keep the row, the pictures, and the weights if they are best.
+
+    The weights are kept before the row, so that the best row's weights are always there.
+    """
+    accelerator, step = learner.accelerator, learner.step
+    with learner.averaged():
+        row, grid = watch.look(learner.family.network, learner.bare, accelerator)
+    if accelerator.is_main_process:
+        row = {"step": step} | row
+        rows = [*checks.read(out / "checks.csv"), row]
+        if checks.best_row(rows, watch.check.best)["step"] == step:
+            save_file(lora.copy(learner.average.weights), out / "best.safetensors")
+        checks.append(out / "checks.csv", row)
+        (out / "grids").mkdir(exist_ok=True)
+        grid.save(out / "grids" / f"{step:06d}.png")
+        accelerator.log({name: row[name] for name in row if name != "step"}, step)
+        tqdm.write(json.dumps({k: round(v, 4) for k, v in row.items()}), file=sys.stdout)
+    accelerator.wait_for_everyone()
+
+
+def export(learner: Learner, kind: Any, settings: Run, about: Sequence[str], base: str) -> Path:
+    """Write lora/ with its card: the best of the checks, else the last average; the weights' file.
+
+    kind: the pipeline's class; about: lines on the data.
+    """
+    out, step, chosen = Path(settings.out), learner.step, learner.average.weights
+    rows = checks.read(out / "checks.csv")
+    if rows:
+        step = int(checks.best_row(rows, settings.check.best)["step"])
+        chosen = load_file(out / "best.safetensors")
+    with lora.swapped(learner.weights, chosen):
+        file = lora.save(kind, learner.family.network, learner.bare, out / "lora")
+    text = (out / "settings.yaml").read_text(encoding="utf-8")
+    card.write(out / "lora", card.About(base, kind.__name__, text, about, step), out)
+    return file
+
+
+def finish(name: str, work: Callable[[], None]) -> int:
+    """Run a script; exit status 0, 2 for what was refused, 1 if it broke, 130 on Ctrl-C."""
+    try:
+        work()
+    except ValueError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"{name}: {error}; the last checkpoint is kept", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"{name}: interrupted; the last checkpoint is kept: repeat with resume=true",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
