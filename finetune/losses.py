@@ -19,6 +19,7 @@ __all__ = [
     "group_advantages",
     "implicit_scores",
     "kto_loss",
+    "nft_loss",
     "policy_loss",
     "shuffled_order",
     "soft_preference_loss",
@@ -198,6 +199,22 @@ def policy_loss(
     ratio = (log_prob - old_log_prob).exp()
     bounded = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, bounded * advantages)
+
+
+def nft_loss(
+    pred: Tensor, old_pred: Tensor, target: Tensor, good: Tensor, *, beta: float = 1.0
+) -> Tensor:
+    """DiffusionNFT (Zheng et al. 2025), (n,) from predictions (n, *shape) and good (n,) in [0, 1].
+
+    r |v+ - v|² + (1 - r) |v- - v|², means over elements, with v± = v_old ± β (v_θ - v_old) and r
+    how good the image is. On images of the old policy it is smallest at
+    v_θ = v_old + (2/β) E[r (v - v_old)]; it needs no log-probabilities, and no stochastic sampler.
+    """
+    if good.min() < 0 or good.max() > 1:
+        raise ValueError("good must lie in [0, 1]: pass probabilities, or rewards scaled to it")
+    move = beta * (pred.float() - old_pred.float())
+    plus, minus = ((old_pred + m - target).float().square() for m in (move, -move))
+    return good * plus.flatten(1).mean(1) + (1 - good) * minus.flatten(1).mean(1)
 
 
 def clipped(log_prob: Tensor, old_log_prob: Tensor, *, clip: float = 1e-4) -> Tensor:

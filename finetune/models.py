@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Family", "Noising", "encode", "family_of", "noising_of", "predict"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Noising",
+    "decode",
+    "encode",
+    "family_of",
+    "noising_of",
+    "predict",
+]
 
 Conditioning = dict[str, Tensor]  # rows first
 
@@ -220,3 +229,23 @@ def encode(pipe: Any, prompts: Sequence[str], **call: Any) -> Conditioning:
     with torch.no_grad():
         found = family_of(pipe).encode(pipe, list(prompts), call)
     return {name: value.detach() for name, value in found.items()}
+
+
+def encode_negative(pipe: Any, prompt: str, **call: Any) -> Conditioning:
+    """What guidance moves away from, one row of conditioning; SDXL takes zeros for no prompt."""
+    found = encode(pipe, [prompt], **call)
+    if prompt or not pipe.config.get("force_zeros_for_empty_prompt"):
+        return found
+    return {name: v if name == "time_ids" else torch.zeros_like(v) for name, v in found.items()}
+
+
+def decode(pipe: Any, latents: Tensor, call: Mapping[str, Any]) -> Tensor:
+    """Images (n, 3, h, w) in [0, 1] of latents, as the pipeline itself decodes them."""
+    if type(pipe).__name__ == "FluxPipeline":
+        side = pipe.default_sample_size * pipe.vae_scale_factor
+        height, width = (int(call.get(name) or side) for name in ("height", "width"))
+        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    config = pipe.vae.config
+    shift = getattr(config, "shift_factor", None) or 0.0
+    x = (latents / config.scaling_factor + shift).to(pipe.vae.dtype)
+    return pipe.image_processor.postprocess(pipe.vae.decode(x).sample, output_type="pt").float()

@@ -146,7 +146,7 @@ def begin(trainer: Any, settings: Run, method: Any) -> None:
     if main:
         config.write(settings, out / "settings.yaml")
         for table in ("log.csv", "checks.csv"):
-            checks.rewind(out / table, learner.step)
+            checks.rewind(out / table, trainer.step)
     plain = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(method).items()}
     learner.accelerator.init_trackers("tensorboard", plain)
 
@@ -156,14 +156,14 @@ def loop(
 ) -> None:
     """Take the remaining steps, logging, checking and saving on the way.
 
-    trainer has `learner`, `train_step()` and `state_dict()`; shown: what the progress bar shows.
+    trainer has `learner`, `step`, `train_step()` and `state_dict()`; shown: on the progress bar.
     """
     learner: Learner = trainer.learner
     out, main = Path(settings.out), learner.accelerator.is_main_process
     recent: list[dict[str, float]] = []
-    if watch and learner.step == 0:
-        _check(learner, watch, out)
-    bar = tqdm(range(learner.step, steps), initial=learner.step, total=steps, disable=not main)
+    if watch and trainer.step == 0:
+        _check(learner, 0, watch, out)
+    bar = tqdm(range(trainer.step, steps), initial=trainer.step, total=steps, disable=not main)
     for step in bar:
         if watch and checks.is_over(checks.read(out / "checks.csv"), watch.check):
             tqdm.write(f"stopped at step {step}: {watch.check.best} has not risen any more")
@@ -177,17 +177,17 @@ def loop(
             bar.set_postfix({k: f"{means[k]:.3g}" for k in shown})
             recent.clear()
         if watch and (done % watch.check.every == 0 or done == steps):
-            _check(learner, watch, out)
+            _check(learner, done, watch, out)
         if (done % settings.save_every == 0 or done == steps) and main:
             save_state(trainer, out)
 
 
-def _check(learner: Learner, watch: Watch, out: Path) -> None:
+def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
     """Look at the averaged weights; keep the row, the pictures, and the weights if they are best.
 
     The weights are kept before the row, so that the best row's weights are always there.
     """
-    accelerator, step = learner.accelerator, learner.step
+    accelerator = learner.accelerator
     with learner.averaged():
         row, grid = watch.look(learner.family.network, learner.bare, accelerator)
     if accelerator.is_main_process:
@@ -203,12 +203,13 @@ def _check(learner: Learner, watch: Watch, out: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def export(learner: Learner, kind: Any, settings: Run, about: Sequence[str], base: str) -> Path:
+def export(trainer: Any, kind: Any, settings: Run, about: Sequence[str], base: str) -> Path:
     """Write lora/ with its card: the best of the checks, else the last average; the weights' file.
 
     kind: the pipeline's class; about: lines on the data.
     """
-    out, step, chosen = Path(settings.out), learner.step, learner.average.weights
+    learner: Learner = trainer.learner
+    out, step, chosen = Path(settings.out), trainer.step, learner.average.weights
     rows = checks.read(out / "checks.csv")
     if rows:
         step = int(checks.best_row(rows, settings.check.best)["step"])

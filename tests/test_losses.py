@@ -19,6 +19,7 @@ from finetune.losses import (
     group_advantages,
     implicit_scores,
     kto_loss,
+    nft_loss,
     policy_loss,
     shuffled_order,
     soft_preference_loss,
@@ -340,3 +341,20 @@ def test_kto_pulls_the_desirable_up_and_the_undesirable_down():
 def test_mistakes_are_refused_with_a_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_optimum_of_nft_is_its_closed_form():
+    """v_old + (2/β) E[r (v - v_old)] where E[v] = v_old, as on images of the old policy."""
+    draws = torch.Generator().manual_seed(3)
+    target = torch.randn(64, 5, generator=draws, dtype=torch.float64)
+    good, old = torch.rand(64, generator=draws, dtype=torch.float64), target.mean(0)
+    move = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    beta = 0.7
+    loss = nft_loss((old + move).expand(64, 5), old.expand(64, 5), target, good, beta=beta).mean()
+    (slope,) = torch.autograd.grad(loss, move)
+    # quadratic with curvature 2 β² / 5, so that one Newton step from 0 is the optimum
+    found = -slope / (2 * beta**2 / 5)
+    expected = 2 / beta * (good[:, None] * (target - old)).mean(0)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        nft_loss(target, target, target, good + 1)

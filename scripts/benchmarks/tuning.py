@@ -39,8 +39,8 @@ COUNTS = {
     "two_object": (13, 7),
     "counting": (13, 7),
     "colors": (24, 6),
-    "position": (50, 20),
-    "color_attr": (50, 20),
+    "position": (100, 20),
+    "color_attr": (100, 20),
     "text": (200, 40),
 }
 SPLIT_BY_CHANCE = ("single_object", "two_object", "counting")

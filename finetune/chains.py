@@ -1,0 +1,152 @@
+"""Sampling with a stochastic window, for policy gradients: moves whose law is known exactly.
+
+The moves are those of steering (DDIM, rectified flow with noise put back); here the loop is ours,
+because the very call of the network that sampled is the one that is differentiated later.
+Legend: n rows, w steps of the window, `now` and `after` the noise levels of a step: ᾱ with betas,
+σ of a flow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.decoding import view_of
+from steering.schedulers import stochastic
+from steering.transitions import Transition, ddim_transition, flow_transition
+
+from .models import Conditioning, Family, Noising, predict
+
+__all__ = ["Move", "Policy", "Schedule", "sample", "schedule_of"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a sampler: t (steps,) as the network is told, and the levels around each.
+
+    shape: of one row of latents.
+    """
+
+    noising: Noising
+    shape: tuple[int, ...]
+    t: Tensor
+    now: Tensor
+    after: Tensor
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def transition(self, step: int, output: Tensor, x: Tensor, noise: float) -> Transition:
+        """The Gaussian move of a step, given the network's output; noise 0 is the stock one."""
+        now, after = self.now[step], self.after[step]
+        if self.noising.flow:
+            return flow_transition(output, x, now, after, noise * after)
+        return ddim_transition(output, x, now, after, noise, self.noising.prediction)
+
+    def check_window(self, window: range, noise: float) -> None:
+        """ValueError for a window without steps, beyond the schedule, or without noise."""
+        last = len(self) - 1  # it leads to the image itself and draws no noise
+        if not window or window.start < 0 or window.stop > last or not 0 < noise <= 1:
+            raise ValueError(
+                f"the window of steps {window.start} to {window.stop - 1} at noise {noise} has no "
+                f"moves to learn from; of {len(self)} steps 0 to {last - 1} draw noise in (0, 1]"
+            )
+
+
+def schedule_of(pipe: Any, noising: Noising, prompt: str, **call: Any) -> Schedule:
+    """The steps that the pipeline's own call takes, as DDIM or Euler.
+
+    The call is made, on a copy whose scheduler has no steps left: what it sets is the schedule.
+    """
+    scheduler: Any = stochastic(pipe.scheduler, 0.0)
+    scheduler.chain.finished = True
+    view = view_of(pipe, scheduler=scheduler)
+    with torch.no_grad():
+        latents = view(prompt, **call | {"output_type": "latent", "return_dict": False})[0]
+    shape = tuple(latents.shape[1:])
+    timesteps = scheduler.timesteps.as_subclass(Tensor).cpu()
+    if noising.flow:
+        sigmas = scheduler.sigmas.float().cpu()[-len(timesteps) - 1 :]
+        return Schedule(noising, shape, sigmas[:-1], sigmas[:-1], sigmas[1:])
+    every, total = scheduler.alphas_cumprod, noising.num_train_timesteps
+    before = timesteps - total // scheduler.num_inference_steps
+    after = torch.where(before >= 0, every[before.clamp(min=0)], scheduler.final_alpha_cumprod)
+    return Schedule(noising, shape, (timesteps + 0.5) / total, every[timesteps], after)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The network that chooses moves, with or without guidance.
+
+    scale: of classifier-free guidance, u + scale (c - u), where it is above 1; `empty` is the
+    conditioning of the negative prompt then, one row.
+    """
+
+    network: Any
+    family: Family
+    noising: Noising
+    scale: float = 1.0
+    empty: Conditioning | None = None
+
+    def __call__(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
+        """The guided output for x (n, ...) at t (), float32."""
+        n = len(x)
+        if self.scale <= 1 or self.empty is None:
+            return self._predict(x, t.expand(n), given).float()
+        both = {
+            name: torch.cat([self.empty[name].to(v).expand_as(v), v]) for name, v in given.items()
+        }
+        u, c = self._predict(torch.cat([x, x]), t.expand(2 * n), both).float().chunk(2)
+        return u + self.scale * (c - u)
+
+    def _predict(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
+        return predict(self.network, self.family, self.noising, x, t, given)
+
+
+@dataclass(frozen=True)
+class Move:
+    """One noisy step that was taken: from x to y, both (n, *shape)."""
+
+    step: int
+    x: Tensor
+    y: Tensor
+
+
+@torch.no_grad()
+def sample(
+    policy: Policy,
+    schedule: Schedule,
+    start: Tensor,
+    given: Conditioning,
+    window: range,
+    noise: float,
+    draws: Tensor,
+) -> tuple[Tensor, list[Move]]:
+    """Latents (n, *shape) from pure noise `start`, and the moves of the window.
+
+    draws (w, n, *shape): the noise of each. Outside the window nothing is drawn (Flow-GRPO-Fast;
+    MixGRPO). Where all rows start alike, (1, *shape), they are one row up to the window's start.
+    """
+    x, moves = start, []
+    rows = draws.shape[1]
+    shared = len(start) == 1 and rows > 1
+    for step in range(len(schedule)):
+        if shared and step == window.start:
+            x, shared = x.expand(rows, *x.shape[1:]), False
+        mine = _first(given) if shared else given
+        output = policy(x, schedule.t[step].to(x.device), mine)
+        if step in window:
+            move = schedule.transition(step, output, x, noise)
+            y = move.mean + move.std * draws[step - window.start].to(x)
+            moves.append(Move(step, x, y))
+            x = y
+        else:
+            x = schedule.transition(step, output, x, 0.0).mean
+    return x, moves
+
+
+def _first(given: Conditioning) -> Conditioning:
+    return {name: value[:1] for name, value in given.items()}

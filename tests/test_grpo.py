@@ -1,0 +1,225 @@
+"""Policy gradients: the sampler is the pipelines' own, densities are normal, ratios begin at 1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_pipelines import family
+
+from finetune.chains import Policy, sample, schedule_of
+from finetune.grpo import Grpo, Trainer, advantages_of, mean_log_prob
+from finetune.learner import load_state, save_state
+from finetune.models import decode, encode, encode_negative, family_of, noising_of
+from steering.transitions import Transition
+
+PROMPTS = ["a red star", "two blue circles", "a cross"]
+NAMES = ["sd", "sd2", "sdxl", "sd3", "flux"]
+
+
+def brightness(images, prompts):
+    values = images.mean((1, 2, 3))
+    return values, {"brightness": values}
+
+
+def latents_of(pipe, call, count, **more):
+    with torch.no_grad():
+        return pipe(PROMPTS[:1], num_images_per_prompt=count, **call | more, output_type="latent")[
+            0
+        ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_without_noise_the_samples_are_the_pipelines_own(name, guidance):
+    pipe, call = family(name)
+    call |= {"guidance_scale": guidance}
+    own, noising = family_of(pipe), noising_of(pipe)
+    schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
+    assert len(schedule) == call["num_inference_steps"]
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, *schedule.shape)
+    start = torch.randn(shape, generator=generator)
+    with torch.no_grad():
+        given = {n: v.repeat_interleave(2, 0) for n, v in encode(pipe, PROMPTS[:1], **call).items()}
+        empty = None if name == "flux" else encode_negative(pipe, "", **call)
+    policy = Policy(getattr(pipe, own.network), own, noising, guidance, empty)
+    draws = torch.zeros(1, *shape)
+    found, moves = sample(policy, schedule, start, given, range(0, 1), 0.0, draws)
+    from steering.schedulers import stochastic
+
+    pipe.scheduler = stochastic(pipe.scheduler, 0.0)
+    expected = latents_of(pipe, call, 2, latents=start)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
+    assert [move.step for move in moves] == [0]
+    assert torch.equal(moves[0].x, start)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoded_latents_are_the_pipelines_images(name):
+    pipe, call = family(name)
+    generator = [torch.Generator().manual_seed(i) for i in range(2)]
+    with torch.no_grad():
+        latents = latents_of(pipe, call, 2, generator=generator)
+        generator = [torch.Generator().manual_seed(i) for i in range(2)]
+        images = pipe(
+            PROMPTS[:1], num_images_per_prompt=2, generator=generator, output_type="pt", **call
+        )[0]
+        torch.testing.assert_close(decode(pipe, latents, call), images.float())
+
+
+def test_the_density_is_the_normal_one_by_element():
+    generator = torch.Generator().manual_seed(0)
+    mean, x = torch.randn(2, 3, 4, 5, generator=generator).unbind()[:1] * 2
+    move = Transition(mean[None], torch.tensor(0.3), mean[None])
+    normal = torch.distributions.Normal(mean, 0.3)
+    expected = normal.log_prob(x).mean()
+    torch.testing.assert_close(mean_log_prob(move, x[None])[0], expected)
+
+
+def trainer_of(name="sd3", score=brightness, **changed):
+    pipe, call = family(name)
+    call |= {"num_inference_steps": 4, "guidance_scale": 1.0}
+    own, noising = family_of(pipe), noising_of(pipe)
+    settings = Grpo(
+        **{"groups": 3, "k": 4, "rank": 2, "alpha": 2, "lr": 1e-3, "num_inference_steps": 4}
+        | changed
+    )
+    with torch.no_grad():
+        given = encode(pipe, PROMPTS, **call)
+    return Trainer(
+        getattr(pipe, own.network),
+        own,
+        schedule_of(pipe, noising, PROMPTS[0], **call),
+        PROMPTS,
+        given,
+        lambda latents: decode(pipe, latents, call),
+        score,
+        settings,
+        Accelerator(cpu=True),
+        weights={"brightness": 1.0},
+    )
+
+
+def weights_of(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.learner.weights.values()])
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_on_its_own_samples_the_ratio_is_exactly_1(name, micro):
+    trainer = trainer_of(name, micro_groups=micro)
+    before = weights_of(trainer)
+    seen = trainer.train_step()
+    assert seen["ratio"] == 1.0
+    assert seen["clipped"] == 0.0
+    assert seen["loss"] == pytest.approx(0, abs=1e-4)  # advantages sum to 0
+    assert (weights_of(trainer) != before).any()
+
+
+def test_how_groups_are_split_does_not_matter():
+    one, many = trainer_of(micro_groups=3), trainer_of(micro_groups=1)
+    for _ in range(2):
+        a, b = one.train_step(), many.train_step()
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-5)
+    torch.testing.assert_close(weights_of(one), weights_of(many), atol=1e-5, rtol=1e-3)
+
+
+def test_a_second_update_on_the_same_samples_has_another_ratio():
+    trainer = trainer_of(updates=2, clip=1e-6)
+    seen = trainer.train_step()
+    assert trainer.step == 1
+    assert trainer.learner.step == 2
+    assert seen["ratio"] != 1.0
+    assert 0 < seen["clipped"] <= 1
+
+
+def test_constant_rewards_change_nothing():
+    trainer = trainer_of(score=lambda images, _: (torch.ones(len(images)), {}))
+    before = weights_of(trainer)
+    seen = trainer.train_step()
+    assert torch.equal(weights_of(trainer), before)
+    assert seen["flat_groups"] == 1.0
+
+
+def test_rewards_that_are_not_finite_stop_it_and_are_named():
+    def broken(images, prompts):
+        return torch.full((len(images),), float("nan")), {}
+
+    with pytest.raises(FloatingPointError, match="12 of 12 rewards are not finite, as that of"):
+        trainer_of(score=broken, micro_groups=3).train_step()
+
+
+def test_the_divergence_is_0_at_the_reference_and_then_positive():
+    trainer = trainer_of(kl=0.1)
+    assert trainer.train_step()["kl"] == pytest.approx(0, abs=1e-9)
+    assert trainer.train_step()["kl"] > 0
+
+
+def test_a_shared_start_is_evaluated_once_up_to_the_window():
+    trainer = trainer_of(window_start=2, window_size=1, micro_groups=3)
+    rows = []
+    trainer.learner.bare.register_forward_hook(
+        lambda module, arguments, keywords, output: rows.append(len(output[0])), with_kwargs=True
+    )
+    trainer._sampled(0, [0])
+    assert rows == [1, 1, 4, 4]
+    rows.clear()
+    other = trainer_of(window_start=2, window_size=1, share_start=False)
+    batch = other._sampled(0, [0])
+    assert len({image.sum().item() for image in batch.images}) == 4
+
+
+def test_four_epochs_are_two_and_a_resumed_two_bit_for_bit(tmp_path):
+    whole = trainer_of(updates=2)
+    for _ in range(4):
+        whole.train_step()
+    first, second = trainer_of(updates=2), trainer_of(updates=2)
+    for _ in range(2):
+        first.train_step()
+    save_state(first, tmp_path)
+    assert load_state(second, tmp_path)
+    for _ in range(2):
+        second.train_step()
+    assert torch.equal(weights_of(whole), weights_of(second))
+
+
+def test_it_raises_its_reward():
+    trainer = trainer_of(lr=2e-2, groups=3, k=6, micro_groups=3)
+    rewards = [trainer.train_step()["reward"] for _ in range(25)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.01
+
+
+def test_each_reward_is_normalised_before_they_are_added():
+    small = torch.tensor([[0.0, 1.0, 2.0]])
+    large = torch.tensor([[200.0, 100.0, 0.0]])
+    total, parts = small + large, {"small": small, "large": large}
+    weights = {"small": 1.0, "large": 1.0}
+    together = advantages_of(total, parts, weights, Grpo())
+    apart = advantages_of(total, parts, weights, Grpo(each_reward=True))
+    assert together[0, 0] > 0.9
+    assert abs(apart[0, 0]) < 0.1
+    torch.testing.assert_close(apart, torch.zeros(1, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(together.sum(1), torch.zeros(1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 1}, "no advantage"),
+        ({"kl": -1.0}, "negative"),
+        ({"spread": "all"}, "take 'group'"),
+        ({"clip": 0.0}, "positive"),
+        ({"window_start": 3}, "no moves to learn from"),
+        ({"window_size": 0}, "no moves to learn from"),
+        ({"noise": 0.0}, "no moves to learn from"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(**change)
+
+
+def test_a_moving_window_slides_over_all_steps_but_the_last():
+    settings = Grpo(num_inference_steps=5, window_size=2, window_moves=True)
+    assert [settings.window(epoch).start for epoch in range(4)] == [0, 1, 2, 0]

@@ -1,0 +1,64 @@
+"""train_adversarial.py on the embedded model: it resumes, its LoRA loads, mistakes are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune import checks
+from scripts import train_adversarial
+from steering import tiny
+
+SMALL = [
+    *("reward=jpeg", "grpo.groups=2", "grpo.k=2", "grpo.rank=2", "grpo.num_inference_steps=3"),
+    *("grpo.window_size=1", "log_every=1"),
+]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text('the word "CAT"\nthe word "SUN"\n')
+    return [f"prompts={file}"]
+
+
+def test_a_run_resumes_and_its_lora_loads(prompts, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*prompts, *SMALL, "grpo.guidance_scale=2"]
+    assert train_adversarial.main([*words, f"out={whole}", "grpo.steps=2"]) == 0
+    assert train_adversarial.main([*words, f"out={parts}", "grpo.steps=1"]) == 0
+    assert train_adversarial.main([*words, f"out={parts}", "grpo.steps=1"]) == 2
+    assert train_adversarial.main([*words, f"out={parts}", "grpo.steps=2", "resume=true"]) == 0
+    one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    rows = checks.read(whole / "log.csv")
+    assert [row["ratio"] for row in rows] == [1.0, 1.0]
+    assert rows == checks.read(parts / "log.csv")
+    tiny.load("tiny-sd3").load_lora_weights(whole / "lora")
+    assert "rewards: `jpeg`" in (whole / "lora" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "set prompts=FILE, out=FOLDER and reward=SPEC"),
+        (["grpo.kk=2"], "did you mean 'grpo.k'"),
+        (["grpo.k=1"], "no advantage"),
+        (["grpo.window_start=8", "grpo.num_inference_steps=4"], "no moves to learn from"),
+        (["reward=nothing"], "nothing"),
+    ],
+)
+def test_mistakes_are_refused_in_one_sentence(prompts, tmp_path, words, message, capsys):
+    given = [*prompts, f"out={tmp_path / 'out'}", "reward=jpeg"] if words else []
+    assert train_adversarial.main([*given, *words]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert message in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        train_adversarial.main(["--help"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(default:" in line]
+    assert len(lines) == len(train_adversarial.NOTES)
