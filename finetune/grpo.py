@@ -111,7 +111,9 @@ class Trainer:
     """A network that learns from its own samples, an epoch at a time.
 
     prompts and given: what is trained on, and its conditioning, a row each; decode: latents to
-    images in [0, 1]; score: the reward; empty: the negative prompt's conditioning, for guidance.
+    images in [0, 1]; score: the reward, which may learn too: where it has `observe(images, prompts,
+    epoch)`, that is called with what was sampled, and its state is kept. weights: of components,
+    for `each_reward`; empty: the negative prompt's conditioning, for guidance.
     """
 
     def __init__(
@@ -131,7 +133,8 @@ class Trainer:
         schedule.check_window(settings.window(0), settings.noise)
         self.settings, self.schedule = settings, schedule
         self.prompts, self.given, self.empty = list(prompts), given, empty
-        self.decode, self.score, self.weights = decode, score, weights or {}
+        self.decode, self.weights = decode, weights or {}
+        self.score: Any = score
         self.learner = Learner(network, family, settings, accelerator)
 
     @property
@@ -140,10 +143,18 @@ class Trainer:
         return self.learner.step // self.settings.updates
 
     def state_dict(self) -> dict[str, Any]:
-        return self.learner.state_dict()
+        """All that a continuation needs, that of a learning reward included."""
+        state = self.learner.state_dict()
+        return state | {"score": self.score.state_dict()} if self._learns else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state)
+        if self._learns:
+            self.score.load_state_dict(state["score"])
+
+    @property
+    def _learns(self) -> bool:
+        return hasattr(self.score, "observe")
 
     def train_step(self) -> dict[str, float]:
         """One epoch: sample, score, and `updates` moves of the optimiser."""
@@ -158,7 +169,12 @@ class Trainer:
         seen: dict[str, float] = {}
         for _ in range(s.updates):
             seen = self._update(batches, advantages, old)
-        return self._told(batches, advantages) | seen
+        told = self._told(batches) | seen
+        if self._learns:
+            images = torch.cat([batch.images for batch in batches])
+            prompts = [prompt for batch in batches for prompt in batch.prompts]
+            told |= self.score.observe(images, prompts, epoch)
+        return told
 
     @property
     def _world(self) -> int:
@@ -275,7 +291,7 @@ class Trainer:
         ref = self.schedule.transition(move.step, output, move.x, self.settings.noise)
         return (own.mean - ref.mean).square().flatten(1).mean(1) / (2 * own.std.square())
 
-    def _told(self, batches: Sequence[Batch], advantages: Sequence[Tensor]) -> dict[str, float]:
+    def _told(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Means over all images of all processes."""
         s = self.settings
         sums = {"reward": torch.stack([b.rewards.sum() for b in batches]).sum()}

@@ -24,6 +24,7 @@ __all__ = ["Reward", "WeightedSum", "aggregators", "available", "load"]
 REWARDS = {
     "aesthetic": ("rewards.aesthetic", "AestheticReward", "how pleasing LAION's raters find it"),
     "clip": ("rewards.clip", "ClipReward", "cosine of picture and prompt in CLIP's space"),
+    "critic": ("rewards.critic", "CriticReward", "references told from samples, as it was trained"),
     "dino": ("rewards.dino", "DinoReward", "likeness to reference pictures in DINO's features"),
     "hps": ("rewards.hps", "HpsReward", "human preference score, v2 or v2.1"),
     "imagereward": ("rewards.imagereward", "ImageRewardReward", "preference learned on BLIP"),

@@ -13,6 +13,8 @@ A word holds letters, digits and ``_ . : / ~ + -`` (so ``ViT-B-32/laion2b_s34b_b
 Weights left out are 1; a weight of 0 is evaluated and logged but not added. Two components of
 one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
 
+``critic:FOLDER``, alone, is ``critic(FOLDER)``.
+
 A name in <> is that of a function or an object that cannot be imported: it is read, not loaded.
 
 The names in AGGREGATORS take sums and make one score of them, ``min(clip, 0.5*ocr)`` or
@@ -105,6 +107,8 @@ class Term:
 
 def parse(text: str) -> tuple[Term, ...]:
     """The terms of a spec; ValueError says what was found where."""
+    if isinstance(text, str) and text.startswith("critic:"):
+        return (Term(Call("critic", (text.removeprefix("critic:"),))),)
     return _Parser(text).whole()
 
 

@@ -1,7 +1,10 @@
 """Fine-tune a model on its own samples by policy gradients (Flow-GRPO), into a LoRA.
 
     accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/grpo reward=ocr
-    accelerate launch scripts/train_adversarial.py CONFIG.yaml prompts=... out=...
+    accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/style \
+      references=pictures reward="0.5*ocr"
+
+The reward is fixed, or a critic that learns to tell references from samples (Adv-GRPO), or both.
 
 Settings come from a YAML file, if one is named first, and from key=value words. A run that was cut
 off goes on from its last checkpoint when the command is repeated with resume=true. What is made in
@@ -22,9 +25,13 @@ import torch
 
 import rewards
 from finetune import models
+from finetune.adversarial import Adversary
 from finetune.chains import schedule_of
+from finetune.critics import Critic, CriticSettings
 from finetune.grpo import Grpo, Trainer
 from finetune.models import encode, encode_negative, family_of, noising_of
+from finetune.references import load_references
+from rewards.critic import CriticReward, FeatureModel
 from scripts import training
 from scripts.rollout import settings_of
 from steering import loading, tiny
@@ -37,14 +44,23 @@ class Train(training.Run):
 
     prompts: str = ""
     reward: str = ""
+    references: str = ""
+    paired: bool = False
+    tower: str = "tiny"
+    critic_weight: float = 1.0
     negative_prompt: str = ""
     call: dict[str, Any] = field(default_factory=dict)
     grpo: Grpo = field(default_factory=Grpo)
+    critic: CriticSettings = field(default_factory=CriticSettings)
 
 
 NOTES = training.notes("grpo") | {
     "prompts": "a file, one prompt a line, or .jsonl",
     "reward": "what samples are scored by, as in 'ocr + 0*clip'",
+    "references": "a folder of pictures, a .json {prompt: [files]} or a data set: for a critic",
+    "paired": "references belong to prompts; false: they are of one style",
+    "tower": "the critic's frozen DINO: tiny, a hub id or a folder",
+    "critic_weight": "of the critic's score beside the reward",
     "negative_prompt": "of guidance",
     "call": "keywords of the pipeline's call, as in call.height=512",
     "grpo.steps": "epochs: sample, score, update",
@@ -64,13 +80,25 @@ NOTES = training.notes("grpo") | {
     "grpo.spread": "what advantages are divided by: the deviation of the group, global, or none",
     "grpo.each_reward": "normalise each reward by itself before adding them",
     "grpo.kl": "weight of the divergence from the reference",
+    "critic.lr": "of the critic's Adam",
+    "critic.loss": "hinge, bce or pairwise; by default hinge",
+    "critic.patches": "drawn of each picture at each step",
+    "critic.patch_weight": "of their loss beside the whole picture's",
+    "critic.smoothing": "the share of labels taken to be wrong",
+    "critic.r1": "factor of the gradient penalty at the references",
+    "critic.spectral": "the largest singular value of a layer; 0: any",
+    "critic.replay": "how many older samples are kept",
+    "critic.replay_share": "how many of them are added to a step, as a share of its samples",
+    "critic.trigger": "when it learns: always, every_n, when_fooled or acc_below",
+    "critic.every": "the n of every_n",
+    "critic.below": "the accuracy of acc_below",
 }
 
 
 def run(settings: Train) -> None:
     """Check everything, then train."""
-    if not (settings.prompts and settings.out and settings.reward):
-        raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC")
+    if not (settings.prompts and settings.out and (settings.reward or settings.references)):
+        raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC, or references=, or both")
     name, out, grpo = settings.model or "tiny-sd3", Path(settings.out), settings.grpo
     if (out / "state.pt").exists() and not settings.resume:
         raise ValueError(f"{out} holds a run; add resume=true, or give another out=")
@@ -79,11 +107,12 @@ def run(settings: Train) -> None:
     stated = defaults | settings.call | {"guidance_scale": grpo.guidance_scale}
     call = stated | {"num_inference_steps": grpo.num_inference_steps}
     accelerator = training.accelerator_of(settings)
-    reward = rewards.load(settings.reward, accelerator.device)
-    reward.check(prompts)
+    fixed = rewards.load(settings.reward, accelerator.device) if settings.reward else None
+    if fixed:
+        fixed.check(prompts)
     dtype = loading.pick_dtype(settings.dtype, accelerator.device)
     load = partial(loading.load_pipeline, name, dtype)
-    watch = training.watch_of(settings, prompts, reward.spec, stated, load, accelerator)
+    watch = training.watch_of(settings, prompts, settings.reward, stated, load, accelerator)
     pipe = load().to(accelerator.device)
     family = family_of(pipe)
     schedule = schedule_of(pipe, noising_of(pipe), prompts[0], **call)
@@ -93,17 +122,21 @@ def run(settings: Train) -> None:
     for part in pipe.components:
         if part.startswith(("text_encoder", "tokenizer")):
             setattr(pipe, part, None)  # prompts are encoded; images still have to be decoded
+    with torch.no_grad():  # a picture's size
+        empty_latents = torch.zeros(1, *schedule.shape, device=accelerator.device)
+        height, width = models.decode(pipe, empty_latents, call).shape[2:]
+    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
     trainer = Trainer(
         getattr(pipe, family.network),
         family,
         schedule,
         prompts,
         given,
-        torch.no_grad()(lambda latents: models.decode(pipe, latents, call)),
-        lambda images, texts: reward.evaluate(images, texts),
+        torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call))),
+        score,
         grpo,
         accelerator,
-        {part.name: part.weight for part in reward.parts},
+        weights,
         empty,
     )
     training.begin(trainer, settings, grpo)
@@ -113,9 +146,39 @@ def run(settings: Train) -> None:
         about = [
             f"{len(prompts)} prompts, {grpo.k} images of {grpo.groups} of them an epoch, "
             f"call {json.dumps(call)}",
-            f"rewards: `{reward.spec}`",
+            f"rewards: `{settings.reward or 'none but the critic'}`",
         ]
+        if isinstance(score, Adversary):
+            score.critic.save(out / "critic")
+            about.append(f"a critic of {len(score.references)} pictures, {settings.references}")
         print(training.export(trainer, type(pipe), settings, about, name))
+
+
+def reward_of(
+    settings: Train, fixed: Any, prompts: list[str], size: tuple[int, int], accelerator: Any
+) -> tuple[Any, dict[str, float]]:
+    """What scores samples, and the weight of each component."""
+    weights = {part.name: part.weight for part in fixed.parts} if fixed else {}
+    if not settings.references:
+        return fixed.evaluate, weights
+    if settings.grpo.groups % accelerator.num_processes:
+        raise ValueError(
+            f"grpo.groups is {settings.grpo.groups} but a critic needs as many in each of the "
+            f"{accelerator.num_processes} processes"
+        )
+    references = load_references(settings.references, size, paired=settings.paired)
+    references.check(prompts)
+    model = FeatureModel(settings.tower, seed=settings.grpo.seed)
+    critic = Critic(CriticReward(model, device=accelerator.device), settings.critic, accelerator)
+    judge = fixed.evaluate if fixed else None
+    rank, seed = accelerator.process_index, settings.grpo.seed
+    found = Adversary(critic, references, settings.critic_weight, judge, seed, rank)
+    return found, weights | {"critic": settings.critic_weight}
+
+
+def _eight_bits(images: torch.Tensor) -> torch.Tensor:
+    """As they will be saved, and as references are: a critic could learn the difference."""
+    return (images * 255).round() / 255
 
 
 def _encoded(pipe: Any, prompts: list[str], call: dict[str, Any]) -> models.Conditioning:

@@ -53,6 +53,7 @@ CASES = {
         Case("hps(random:0)", size=(48, 64)),
         Case("imagereward(random:0)"),
         Case("dino(random:0)", references=True),
+        Case("critic(random:0)"),
         Case("ocr", WORDS, network=False),
         Case("objects", network=False),
         Case(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import rewards
 from finetune import checks
 from scripts import train_adversarial
 from steering import tiny
@@ -39,14 +41,42 @@ def test_a_run_resumes_and_its_lora_loads(prompts, tmp_path):
     assert "rewards: `jpeg`" in (whole / "lora" / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(3):
+        Image.new("RGB", (64, 64), (250, 20 * i, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures):
+    words = [*prompts, *SMALL, f"references={pictures}", "critic.replay=4", "reward=0.1*jpeg"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_adversarial.main([*words, f"out={whole}", "grpo.steps=3"]) == 0
+    assert train_adversarial.main([*words, f"out={parts}", "grpo.steps=1"]) == 0
+    assert train_adversarial.main([*words, f"out={parts}", "grpo.steps=3", "resume=true"]) == 0
+    for name in ("lora/pytorch_lora_weights.safetensors", "critic/critic.safetensors"):
+        one, two = (load_file(folder / name) for folder in (whole, parts))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    rows = checks.read(whole / "log.csv")
+    assert rows == checks.read(parts / "log.csv")
+    assert rows[0]["critic_accuracy"] == 0.5  # a new head knows nothing
+    assert rows[0]["critic_loss"] == pytest.approx(1.3)
+    assert rows[2]["critic_loss"] < 1.3
+    reward = rewards.load(f"critic({whole / 'critic'})")
+    assert reward(torch.rand(2, 3, 64, 64), ["", ""]).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "set prompts=FILE, out=FOLDER and reward=SPEC"),
+        ([], "set prompts=FILE, out=FOLDER and reward=SPEC, or references="),
         (["grpo.kk=2"], "did you mean 'grpo.k'"),
         (["grpo.k=1"], "no advantage"),
         (["grpo.window_start=8", "grpo.num_inference_steps=4"], "no moves to learn from"),
         (["reward=nothing"], "nothing"),
+        (["references=nowhere"], "nowhere"),
+        (["critic.trigger=never"], "the trigger 'never' is unknown"),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(prompts, tmp_path, words, message, capsys):

@@ -1,0 +1,59 @@
+"""A critic in the loop: it scores a generator's samples, and learns from the very same ones.
+
+Adv-GRPO (Mao et al. 2025), with one pass of rollouts for both sides: an epoch's samples are scored
+by the critic as it is, the generator moves, then the critic looks at them beside references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .critics import Critic
+from .grpo import Score
+from .learner import draws
+from .references import References
+
+__all__ = ["Adversary"]
+
+
+class Adversary:
+    """The reward of an adversarial run: weight · critic, and whatever fixed reward beside it.
+
+    fixed: a reward as in grpo.Score, or None; seed: of the references, patches and replay.
+    """
+
+    def __init__(
+        self,
+        critic: Critic,
+        references: References,
+        weight: float,
+        fixed: Score | None,
+        seed: int,
+        rank: int = 0,
+    ) -> None:
+        self.critic, self.references, self.fixed = critic, references, fixed
+        self.weight, self.seed, self.rank = weight, seed, rank
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total and its components, (n,) each."""
+        scores = self.critic.reward(images, prompts)
+        if self.fixed is None:
+            return self.weight * scores, {"critic": scores}
+        total, components = self.fixed(images, prompts)
+        return total + self.weight * scores, components | {"critic": scores}
+
+    def observe(self, images: Tensor, prompts: Sequence[str], epoch: int) -> dict[str, float]:
+        """Let the critic look at an epoch's samples, and learn if it is due."""
+        generator = draws(self.seed, epoch, f"critic {self.rank}")
+        real = self.references.draw(prompts, generator).to(images.device)
+        seen = self.critic.train_step(real, images, prompts, generator)
+        return {f"critic_{name}": value for name, value in seen.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.critic.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.critic.load_state_dict(state)

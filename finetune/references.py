@@ -1,0 +1,179 @@
+"""Reference pictures: what a critic wants samples to be like.
+
+They are brought to the samples' size before anything looks at them, so that sharpness or shape
+does not tell them apart. Pictures from JPEG files still carry its traces, which samples do not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+__all__ = ["References", "load_references"]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+Source = Path | bytes  # a file, or its content
+
+
+class References:
+    """Pictures by prompt, or of one style whatever the prompt (unpaired, all under "").
+
+    size: (h, w) of what is drawn: the centre of a picture, resized (bicubic). Every picture is
+    decoded once here. ValueError for fewer than two, or for any that cannot be read, by name.
+    """
+
+    def __init__(
+        self, pictures: Mapping[str, Sequence[Source]], size: tuple[int, int], *, paired: bool
+    ) -> None:
+        self.size, self.paired = size, paired
+        every = [(prompt, source) for prompt, found in pictures.items() for source in found]
+        if len(every) < 2:
+            raise ValueError(
+                f"a critic needs at least two reference pictures but got {len(every)}; "
+                "200 are enough for a style"
+            )
+        bad = [name for i, (p, x) in enumerate(every) if (name := _fault(x, f"{p!r} {i}"))]
+        if bad:
+            more = f" and {len(bad) - 5} more" if bad[5:] else ""
+            raise ValueError(
+                f"{len(bad)} of {len(every)} reference pictures cannot be read: "
+                f"{'; '.join(bad[:5])}{more}; mend or remove them"
+            )
+        self.pictures: dict[str, list[Source]] = {}
+        for prompt, source in every:
+            self.pictures.setdefault(prompt if paired else "", []).append(source)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pictures.values()))
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """ValueError that names the prompts which have no picture; unpaired, none can."""
+        missing = [p for p in dict.fromkeys(prompts) if self.paired and p not in self.pictures]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} prompts have no reference picture, {missing[:3]}"
+                + (" and more" if missing[3:] else "")
+                + "; add some, leave the prompts out, or take the references unpaired"
+            )
+
+    def draw(self, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+        """A picture for each prompt, (n, 3, h, w) in [0, 1], none twice as long as they last."""
+        self.check(prompts)
+        left: dict[str, list[int]] = {}
+        drawn = []
+        for prompt in prompts:
+            key = prompt if self.paired else ""
+            if not left.get(key):
+                left[key] = torch.randperm(len(self.pictures[key]), generator=generator).tolist()
+            drawn.append(_tensor(self.pictures[key][left[key].pop()], self.size))
+        return torch.stack(drawn)
+
+
+def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) -> References:
+    """References of a folder of pictures, a table with images, or `{prompt: [files]}` in a .json.
+
+    A table is a .parquet file, a folder of them, or what `datasets` writes with save_to_disk; its
+    columns are `image` and, to be paired, `prompt`. Paths in a file are relative to it. ValueError
+    for anything else.
+    """
+    source = Path(source).expanduser()
+    if source.suffix == ".json" and source.is_file():
+        pictures = _of_json(source)
+    elif tables := _tables(source):
+        pictures = _of_tables(source, tables, paired)
+    elif source.is_dir():
+        if paired:
+            raise ValueError(
+                f"{source} holds pictures but not their prompts; give a .json of "
+                '{"prompt": ["file", ...]}, or take the references unpaired'
+            )
+        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
+        pictures = {"": files}
+    else:
+        raise ValueError(
+            f"the references {str(source)!r} are neither a folder, a .json nor a .parquet file "
+            "that exists; give one"
+        )
+    try:
+        return References(pictures, size, paired=paired)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _of_json(file: Path) -> dict[str, list[Source]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); mend it") from None
+    rows = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(row, list) and all(isinstance(x, str) for x in row) for row in rows):
+        raise ValueError(f'{file} must hold {{"prompt": ["file", ...], ...}} and nothing else')
+    return {prompt: [file.parent / name for name in names] for prompt, names in found.items()}
+
+
+def _tables(source: Path) -> list[Path]:
+    if source.suffix == ".parquet" and source.is_file():
+        return [source]
+    if (source / "state.json").is_file():  # datasets.Dataset.save_to_disk
+        state = json.loads((source / "state.json").read_text(encoding="utf-8"))
+        return [source / row["filename"] for row in state["_data_files"]]
+    return sorted(source.glob("*.parquet"))
+
+
+def _of_tables(source: Path, files: Sequence[Path], paired: bool) -> dict[str, list[Source]]:
+    wanted = ["image", "prompt"] if paired else ["image"]
+    pictures: dict[str, list[Source]] = {}
+    for file in files:
+        if file.suffix == ".arrow":
+            with pa.memory_map(str(file)) as stored:
+                table = pa.ipc.open_stream(stored).read_all()
+        else:
+            table = pq.read_table(file)
+        missing = [name for name in wanted if name not in table.column_names]
+        if missing:
+            raise ValueError(
+                f"{source} has columns {table.column_names} but {missing} are needed; rename them"
+            )
+        for row in table.select(wanted).to_pylist():
+            pictures.setdefault(row.get("prompt", ""), []).append(_source(row["image"], file))
+    return pictures
+
+
+def _source(image: Any, file: Path) -> Source:
+    """Of a cell: bytes, or the struct {bytes, path} of Hugging Face's images."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    return image if isinstance(image, bytes) else file.parent / str(image)
+
+
+def _fault(source: Source, label: str) -> str:
+    """The name of a picture that cannot be read and why, or ""."""
+    try:
+        _open(source)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).partition("\n")[0][:80]
+        return f"{source if isinstance(source, Path) else f'row {label}'} ({reason})"
+    return ""
+
+
+def _open(source: Source) -> Image.Image:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        if picture.mode.partition(";")[0] in ("I", "F"):
+            raise ValueError("more than 8 bits a channel; save it with 8")
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+def _tensor(source: Source, size: tuple[int, int]) -> Tensor:
+    height, width = size
+    picture = ImageOps.fit(_open(source), (width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255

@@ -1,0 +1,51 @@
+"""A memory of what a critic saw before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Parts", "Replay"]
+
+Parts = tuple[Tensor, ...]
+
+
+class Replay:
+    """A uniform sample, `size` rows, of all rows that were ever added (Vitter 1985, algorithm R).
+
+    A row is a prompt and its tensors. A critic that forgets old samples can be led round in
+    circles. Rows lie on the CPU.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.seen = size, 0
+        self.rows: list[tuple[str, Parts]] = []
+
+    def add(
+        self, parts: Sequence[Tensor], prompts: Sequence[str], generator: torch.Generator
+    ) -> None:
+        """n rows of tensors (n, ...) and their prompts."""
+        for i, prompt in enumerate(prompts):
+            self.seen += 1
+            slot = self.seen - 1
+            if slot >= self.size:
+                slot = int(torch.randint(self.seen, (1,), generator=generator))
+            if slot < self.size:
+                row = (prompt, tuple(part[i].detach().cpu().clone() for part in parts))
+                self.rows[slot : slot + 1] = [row]
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Parts, list[str]]:
+        """`count` different rows, or as many as there are: (m, ...) and m prompts; () for none."""
+        order = torch.randperm(len(self.rows), generator=generator)[:count].tolist()
+        rows = [self.rows[i] for i in order]
+        parts = zip(*(parts for _, parts in rows), strict=True)
+        return tuple(torch.stack(part) for part in parts), [prompt for prompt, _ in rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "rows": list(self.rows)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.rows = int(state["seen"]), list(state["rows"])

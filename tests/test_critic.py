@@ -1,0 +1,585 @@
+"""The critic: its losses, what it scores and learns on, training, resuming, two processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rewards
+from finetune.critics import (
+    LOSSES,
+    Critic,
+    CriticSettings,
+    accuracy,
+    bce_loss,
+    due,
+    gradient_penalty,
+    hinge_loss,
+    pairwise_loss,
+    smoothed,
+)
+from finetune.losses import dpo_loss
+from finetune.replay import Replay
+from rewards.critic import CriticReward, FeatureModel, Head, PreferenceModel
+
+PROMPTS = ["a red circle", "two stars", "a cross", "four squares", "a star", "three triangles"]
+N = len(PROMPTS)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(seed: int, tint: float = 0.0, size: int = 40) -> Tensor:
+    """N pictures of blobs, redder by `tint`."""
+    coarse = torch.rand(N, 3, 5, 5, generator=generator(seed))
+    x = F.interpolate(coarse, (size, size), mode="bilinear").clamp(0, 1)
+    x[:, 0] = (x[:, 0] + tint).clamp(0, 1)
+    return x
+
+
+def untrained(**settings: Any) -> CriticReward:
+    return CriticReward(FeatureModel("random:0", hidden=16, **settings))
+
+
+def preference(layers: int = 1) -> CriticReward:
+    return CriticReward(PreferenceModel("random:0", layers=layers))
+
+
+class Colours:
+    """A critic of nothing but colours, quickly made: whatever has the protocol can be trained."""
+
+    paired = False
+
+    def __init__(self) -> None:
+        self.module = Head(3, 8, generator()).requires_grad_(False)
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        return self.score(self.logits(self.features(images), prompts))
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        patches = F.adaptive_avg_pool2d(images, 4).flatten(2).mT
+        return patches.mean(1), patches
+
+    def logits(self, features: Any, prompts: Any) -> tuple[Tensor, ...]:
+        return tuple(self.module(part) for part in features)
+
+    def score(self, logits: Any) -> Tensor:
+        return logits[0]
+
+    def save(self, folder: Any) -> None:
+        raise NotImplementedError
+
+
+MAKERS = {"colours": Colours, "features": untrained, "preference": preference}
+
+
+def state(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+# losses
+
+
+def test_all_losses_have_their_value_at_zero_and_vanish_where_the_two_are_far_apart():
+    zero, far = torch.zeros(5), torch.full((5,), 40.0)
+    expected = {"hinge": 1.0, "bce": math.log(2), "pairwise": math.log(2)}
+    for name, loss in LOSSES.items():
+        assert float(loss(zero, zero)) == pytest.approx(expected[name])
+        assert float(loss(far, -far)) == pytest.approx(0, abs=1e-12)
+    assert float(hinge_loss(torch.ones(3), -torch.ones(4, 7))) == 0
+
+
+def test_losses_equal_torchs_cross_entropy_and_the_preference_loss_of_dpo():
+    real, fake = torch.randn(9, generator=generator(1)), torch.randn(9, generator=generator(2))
+    both = torch.cat([real, fake])
+    for share in (0.0, 0.1):
+        labels = torch.cat([torch.full((9,), 1 - share), torch.full((9,), share)])
+        torch.testing.assert_close(
+            smoothed(bce_loss, real, fake, share), F.binary_cross_entropy_with_logits(both, labels)
+        )
+    torch.testing.assert_close(pairwise_loss(real, fake), dpo_loss(real, fake).mean())
+
+
+def test_accuracy_is_the_area_under_torchmetrics_curve_and_half_for_two_sets_alike():
+    from torchmetrics.functional.classification import binary_auroc
+
+    real, fake = (torch.randn(40, generator=generator(i)).round(decimals=1) for i in (1, 2))
+    labels = torch.cat([torch.ones(40), torch.zeros(40)]).long()
+    area = binary_auroc(torch.cat([real, fake]), labels)
+    torch.testing.assert_close(accuracy(real, fake), area, check_dtype=False)
+    assert float(accuracy(real, real[torch.randperm(40, generator=generator())])) == 0.5
+    assert float(accuracy(torch.zeros(3), torch.zeros(3), paired=True)) == 0.5
+    assert float(accuracy(torch.tensor([1.0, 5.0]), torch.tensor([0.0, 6.0]), paired=True)) == 0.5
+
+
+def test_the_gradient_penalty_of_a_linear_score_is_half_its_squared_norm():
+    w = torch.randn(4, generator=generator(1))
+    cls = torch.randn(3, 4, generator=generator(2)).requires_grad_()
+    patches = torch.randn(3, 5, 4, generator=generator(3)).requires_grad_()
+    scores = 0.7 * cls @ w + 0.3 * (patches @ w).mean(1)
+    expected = (0.7**2 + 5 * (0.3 / 5) ** 2) * w.square().sum() / 2
+    torch.testing.assert_close(gradient_penalty(scores, (cls, patches)), expected)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "step", "stats", "expected"),
+    [
+        ("always", 1, {}, True),
+        ("every_n", 6, {}, True),
+        ("every_n", 7, {}, False),
+        ("when_fooled", 0, {"fake": 2.0, "real": 1.0}, True),
+        ("when_fooled", 0, {"fake": 0.0, "real": 0.0}, True),  # untrained
+        ("when_fooled", 0, {"fake": 1.0, "real": 2.0}, False),
+        ("acc_below", 0, {"accuracy": 0.79}, True),
+        ("acc_below", 0, {"accuracy": 0.8}, False),
+    ],
+)
+def test_triggers_decide_from_the_step_and_what_was_seen(trigger, step, stats, expected):
+    assert due(trigger, step, stats, every=3) is expected
+
+
+# what is learned on is what is scored
+
+
+def test_a_zero_head_gives_1_and_03_and_no_reward():
+    reward = untrained()
+    critic = Critic(reward, CriticSettings(trigger="every_n", every=2))
+    assert torch.equal(reward(pictures(0), PROMPTS), torch.zeros(N))
+    stats = critic.train_step(pictures(0), pictures(1), PROMPTS, generator())
+    assert stats == {
+        "loss": pytest.approx(1.3),
+        "real": 0.0,
+        "fake": 0.0,
+        "margin": 0.0,
+        "accuracy": 0.5,
+        "updated": 1.0,
+    }
+
+
+@pytest.mark.parametrize("make", [lambda: rewards.load("critic(random:1)"), preference])
+def test_statistics_of_training_are_the_rewards_own_scores(make):
+    """Adv-GRPO's released head learns on raw features and scores unit ones."""
+    loaded = make()
+    reward = loaded if isinstance(loaded, CriticReward) else loaded.parts[0].reward
+    critic = Critic(reward, CriticSettings(lr=1e-3))
+    for i in range(3):  # weights move between
+        real, fake = reward(pictures(i, 0.3), PROMPTS), reward(pictures(i + 9), PROMPTS)
+        stats = critic.train_step(pictures(i, 0.3), pictures(i + 9), PROMPTS, generator(i))
+        assert stats["real"] == pytest.approx(float(real.mean()), abs=1e-6)
+        assert stats["fake"] == pytest.approx(float(fake.mean()), abs=1e-6)
+
+
+def test_an_update_sees_rows_of_the_scored_features_and_patches_of_its_own_picture(monkeypatch):
+    reward, seen = untrained(), []
+    logits = reward.logits
+
+    def spy(features, prompts):
+        seen.append(features)
+        return logits(features, prompts)
+
+    monkeypatch.setattr(reward, "logits", spy)
+    real, fake = pictures(0, 0.3), pictures(1)
+    scored = [reward.features(x) for x in (real, fake)]
+    Critic(reward, CriticSettings(patches=4)).train_step(real, fake, PROMPTS, generator())
+    assert len(seen) == 4  # to look at both, and to learn on both
+    for (cls, patches), (all_cls, all_patches) in zip(seen, scored * 2, strict=True):
+        assert torch.equal(cls, all_cls)
+        hits = (patches[:, :, None] == all_patches[:, None]).all(-1)  # (n, drawn, p)
+        assert (hits.sum(2) == 1).all()
+        assert (hits.sum(1) <= 1).all()
+    chosen = (seen[2][1][:, :, None] == scored[0][1][:, None]).all(-1).sum(1)
+    assert chosen.shape == (N, 16)
+    assert len(chosen.unique(dim=0)) > 1
+
+
+def test_features_have_a_size_of_about_1():
+    for part in untrained().features(pictures(0)):
+        torch.testing.assert_close(part.square().mean(-1), torch.ones(part.shape[:-1]))
+
+
+def test_a_preference_critic_begins_as_the_clip_that_it_is_made_of(tmp_path):
+    import clip_folders
+
+    images = pictures(3)
+    torch.testing.assert_close(
+        preference()(images, PROMPTS), rewards.load("clip(random:0, scale=logit)")(images, PROMPTS)
+    )
+    _, folder, _ = clip_folders.twin_folders(tmp_path, quick_gelu=False)  # of transformers
+    reward = CriticReward(PreferenceModel(str(folder), layers=1))
+    own = rewards.load(f"clip({folder}, scale=logit)")
+    torch.testing.assert_close(reward(images, PROMPTS), own(images, PROMPTS))
+
+
+# learning
+
+
+def test_pictures_that_differ_are_told_apart_until_nothing_is_left_of_the_loss():
+    reward = untrained()
+    critic, stats = Critic(reward, CriticSettings(lr=3e-3, patches=8)), {}
+    for i in range(150):
+        stats = critic.train_step(pictures(i, 0.6), pictures(i + 100), PROMPTS, generator(i))
+    assert stats["loss"] < 0.05
+    unseen = reward(pictures(900, 0.6), PROMPTS), reward(pictures(901), PROMPTS)
+    assert float(accuracy(*unseen)) == 1
+
+
+def test_pictures_of_one_kind_leave_accuracy_at_one_half_and_no_gap():
+    reward = untrained()
+    critic = Critic(reward, CriticSettings(lr=1e-3, patches=8))
+    for i in range(30):
+        critic.train_step(pictures(i), pictures(i + 100), PROMPTS, generator(i))
+    real, fake = (
+        torch.cat([reward(pictures(i + start), PROMPTS) for i in range(40)])
+        for start in (1000, 2000)
+    )
+    assert real.std() > 0
+    gap, error = real.mean() - fake.mean(), (real.var() / 240 + fake.var() / 240).sqrt()
+    assert abs(gap) < 4 * error
+    assert abs(float(accuracy(real, fake)) - 0.5) < 4 * math.sqrt(1 / (6 * 240))  # Mann-Whitney's
+
+
+def test_a_preference_learns_which_of_two_pictures_of_a_prompt_is_the_reference():
+    reward = preference()
+    critic = Critic(reward, CriticSettings(lr=1e-3))
+    seen = [
+        critic.train_step(pictures(i, 0.6), pictures(i + 100), PROMPTS, generator(i))
+        for i in range(30)
+    ]
+    assert seen[-1]["loss"] < 0.2 * seen[0]["loss"]
+    assert seen[-1]["accuracy"] == 1
+
+
+@pytest.mark.parametrize("kind", ["features", "preference"])
+def test_at_a_rate_of_5e_6_nearly_every_weight_moves_and_the_tower_does_not(kind):
+    """Adv-GRPO's weights are bfloat16: 92 % of them stay as they are."""
+    if kind == "preference":
+        reward = preference()
+        model: Any = reward.model
+        rest = model.towers.model
+        own = {id(p) for p in reward.module.parameters()}
+    else:
+        reward = rewards.load("critic(random:1)").parts[0].reward
+        rest, own = reward.model.view.backbone.model, set()
+    frozen = {name: p.clone() for name, p in rest.named_parameters() if id(p) not in own}
+    before = state(reward.module)
+    Critic(reward, CriticSettings(lr=5e-6)).train_step(
+        pictures(0, 0.5), pictures(1), PROMPTS, generator()
+    )
+    moved = {name: value != before[name] for name, value in reward.module.state_dict().items()}
+    assert torch.cat([m.flatten() for m in moved.values()]).float().mean() > 0.99
+    assert frozen
+    for name, p in rest.named_parameters():
+        assert name not in frozen or torch.equal(p, frozen[name])
+
+
+def test_training_leaves_other_rewards_of_the_same_tower_and_the_weights_frozen():
+    clip = rewards.load("clip(random:0)")
+    before = clip(pictures(0), PROMPTS)
+    reward = preference()
+    Critic(reward, CriticSettings(lr=1e-2)).train_step(
+        pictures(0), pictures(1), PROMPTS, generator()
+    )
+    assert torch.equal(clip(pictures(0), PROMPTS), before)
+    assert not any(p.requires_grad or p.grad is not None for p in reward.module.parameters())
+    assert not reward.module.training
+
+
+def test_the_spectral_norm_is_bounded_also_from_zero():
+    reward = untrained()
+    critic = Critic(reward, CriticSettings(lr=0.05, spectral=0.5))
+    for i in range(8):
+        critic.train_step(pictures(i, 0.6), pictures(i + 100), PROMPTS, generator(i))
+    head: Any = reward.module
+    norms = [float(torch.linalg.matrix_norm(x.weight, 2)) for x in (head.inner, head.outer)]
+    assert norms == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+def test_r1_flattens_the_score():
+    slopes = []
+    for r1 in (0.0, 10.0):
+        reward = untrained()
+        critic = Critic(reward, CriticSettings(lr=3e-3, r1=r1))
+        for i in range(20):
+            critic.train_step(pictures(i, 0.6), pictures(i + 100), PROMPTS, generator(i))
+        parts = tuple(x.requires_grad_() for x in reward.features(pictures(0, 0.6)))
+        penalty = gradient_penalty(reward.score(reward.logits(parts, PROMPTS)), parts)
+        slopes.append(float(penalty.detach()))
+    assert 0 < slopes[1] < slopes[0] / 4
+
+
+def test_when_it_is_not_due_nothing_moves_but_the_step():
+    reward = untrained()
+    critic = Critic(reward, CriticSettings(trigger="every_n", every=2))
+    critic.train_step(pictures(0), pictures(1), PROMPTS, generator())
+    before = state(reward.module)
+    assert critic.train_step(pictures(0), pictures(1), PROMPTS, generator())["updated"] == 0
+    assert all(torch.equal(value, before[name]) for name, value in state(reward.module).items())
+    assert critic.step == 2
+
+
+def test_it_trains_within_inference_mode_and_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    reward = untrained()
+    preference()
+    critic = Critic(reward, CriticSettings(replay=4, r1=1.0))
+    with torch.inference_mode():
+        for i in range(2):
+            critic.train_step(pictures(i), pictures(i + 1), PROMPTS, generator())
+    critic.train_step(pictures(0), pictures(1), PROMPTS, generator())
+    assert torch.equal(torch.rand(3), expected)
+
+
+# replay, resuming, saving
+
+
+def test_a_replay_is_a_uniform_sample_of_all_that_came():
+    counts = torch.zeros(20)
+    for seed in range(600):
+        replay, draws = Replay(5), generator(seed)
+        for start in (0, 10):
+            x = torch.arange(start, start + 10).float()
+            replay.add((x, x * 2), [str(int(i)) for i in x], draws)
+        (kept, twice), prompts = replay.draw(9, draws)
+        assert torch.equal(twice, kept * 2)
+        assert [str(int(i)) for i in kept] == prompts
+        assert len(set(prompts)) == 5
+        counts[kept.long()] += 1
+    # each is kept with p = 1/4: 150 times, give or take √(600·3/16) = 10.6
+    assert (counts - 150).abs().max() < 4 * 10.6
+    assert Replay(3).draw(2, generator()) == ((), [])
+
+
+def test_older_pairs_are_learned_on_again(monkeypatch):
+    reward, seen = preference(), []
+    logits = reward.logits
+
+    def spy(features, prompts):
+        seen.append((features[0], list(prompts)))
+        return logits(features, prompts)
+
+    critic = Critic(reward, CriticSettings(replay=N, replay_share=0.5))
+    critic.train_step(pictures(0, 0.6), pictures(1), PROMPTS, generator())
+    monkeypatch.setattr(reward, "logits", spy)
+    critic.train_step(pictures(2, 0.6), pictures(3), PROMPTS, generator(1))
+    (real, prompts), (fake, others) = seen[2:]
+    assert prompts == others
+    assert len(real) == len(fake) == len(prompts) == N + 3
+    old_real, old_fake = reward.features(pictures(0, 0.6))[0], reward.features(pictures(1))[0]
+    for i in range(N, N + 3):
+        row = PROMPTS.index(prompts[i])
+        assert torch.equal(real[i], old_real[row])
+        assert torch.equal(fake[i], old_fake[row])
+
+
+@pytest.mark.parametrize("kind", ["features", "preference"])
+def test_a_resumed_critic_goes_on_as_if_nothing_had_happened(kind, tmp_path):
+    settings = CriticSettings(lr=1e-3, patches=4, replay=8, smoothing=0.1)
+
+    def fresh() -> Critic:
+        reward = untrained() if kind == "features" else preference()
+        return Critic(reward, copy.copy(settings))
+
+    def train(critic: Critic, steps: range) -> list[dict[str, float]]:
+        return [
+            critic.train_step(pictures(i, 0.4), pictures(i + 100), PROMPTS, generator(i))
+            for i in steps
+        ]
+
+    whole = fresh()
+    expected = train(whole, range(6))
+    first = fresh()
+    train(first, range(3))
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = fresh()
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert train(second, range(3, 6)) == expected[3:]
+    for name, value in state(whole.reward.module).items():
+        assert torch.equal(second.reward.module.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("make", [untrained, preference])
+def test_a_saved_critic_is_a_reward_like_any_other(make, tmp_path):
+    folder = tmp_path / "runs" / "my critic"
+    reward = make()
+    assert rewards.load(reward).spec == "<critic>"
+    critic = Critic(reward, CriticSettings(lr=1e-2))
+    for i in range(3):
+        critic.train_step(pictures(i, 0.6), pictures(i + 100), PROMPTS, generator(i))
+    critic.save(folder)
+    expected = reward(pictures(7), PROMPTS)
+    assert expected.std() > 0
+    for spec in (f'critic("{folder}")', f"critic:{folder}", rewards.load(reward).spec):
+        assert torch.equal(rewards.load(spec)(pictures(7), PROMPTS), expected)
+    half = rewards.load({f"critic:{folder}": 0.5})(pictures(7), PROMPTS)
+    torch.testing.assert_close(half, expected / 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["critic.json", "critic.safetensors"]
+
+
+def test_weights_of_the_two_kinds_of_features_count_as_they_are_set():
+    images = pictures(0)
+    scores = []
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.7, 0.3)):
+        reward = untrained(weights=weights)
+        head: Any = reward.module
+        head.outer.weight.data.copy_(torch.randn(1, 16, generator=generator(4)))
+        scores.append(reward(images, PROMPTS))
+    torch.testing.assert_close(scores[2], 0.7 * scores[0] + 0.3 * scores[1])
+    cls, patches = reward.features(images)
+    torch.testing.assert_close(scores[0], head(cls))
+    torch.testing.assert_close(scores[1], head(patches).mean(1))
+
+
+def test_the_first_layer_comes_from_its_seed():
+    same = [Head(8, 4, generator(3)).inner.weight for _ in range(2)]
+    assert torch.equal(*same)
+    assert not torch.equal(same[0], Head(8, 4, generator(4)).inner.weight)
+
+
+PROGRAM = """
+import sys
+import torch
+from accelerate import Accelerator
+torch.set_num_threads(1)
+import test_critic as t
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
+rank = accelerator.process_index
+reward = t.MAKERS[sys.argv[2]]()
+settings = t.CriticSettings(lr=1e-3, patches=4, replay=4, trigger="acc_below", below=0.9)
+critic = t.Critic(reward, settings, accelerator)
+seen = []
+for i in range(20):  # each process has pictures and draws of its own
+    seed = 2 * i + rank
+    real, fake = t.pictures(seed, 0.1), t.pictures(seed + 100)
+    seen.append(critic.train_step(real, fake, t.PROMPTS, t.generator(seed)))
+torch.save((seen, t.state(reward.module)), f"{sys.argv[1]}/{rank}.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(name, marks=[pytest.mark.slow] * (name != "colours")) for name in MAKERS]
+)
+def test_two_processes_hold_the_same_weights_after_20_steps(kind, tmp_path):
+    root = Path(__file__).parents[1]
+    base = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
+    }
+    line = [sys.executable, "-c", PROGRAM, str(tmp_path), kind]
+    both = [
+        subprocess.Popen(
+            line, env=base | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE
+        )
+        for i in range(2)
+    ]
+    for process in both:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-2000:]
+    (stats, weights), (other_stats, other_weights) = (
+        torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2)
+    )
+    assert stats == other_stats
+    assert sum(row["updated"] for row in stats) > 3
+    assert all(torch.equal(value, other_weights[key]) for key, value in weights.items())
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"lr": 0}, "lr is 0 but must be positive"),
+        ({"patches": 0}, "patches is 0 but must be positive"),
+        ({"replay": -1}, "replay is -1 but must not be negative"),
+        ({"smoothing": 0.5}, r"smoothing is 0.5 but must be in \[0, 0.5\)"),
+        ({"loss": "wgan"}, r"the loss 'wgan' is unknown; take one of \['hinge', 'bce', 'pairwise"),
+        ({"trigger": "never"}, r"the trigger 'never' is unknown; take one of \['always', 'every"),
+    ],
+)
+def test_wrong_settings_are_refused_with_a_sentence(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        CriticSettings(**settings)
+
+
+def test_wrong_input_is_refused_with_a_sentence():
+    critic = Critic(untrained(), CriticSettings())
+    with pytest.raises(ValueError, match="got 6 references, 6 prompts and 5 samples"):
+        critic.train_step(pictures(0), pictures(0)[:5], PROMPTS, generator())
+    with pytest.raises(ValueError, match=r"takes images in \[0, 1\]"):
+        critic.train_step(pictures(0) * 255, pictures(0), PROMPTS, generator())
+    with pytest.raises(ValueError, match="r1 and spectral are for a head"):
+        Critic(preference(), CriticSettings(r1=1.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: FeatureModel("random:0", hidden=0), "hidden width is 0 but must be 1 or more"),
+        (lambda: FeatureModel("random:0", weights=(1.0,)), r"weights are \(1.0,\) but must be two"),
+        (lambda: FeatureModel("random:0", weights=(-1.0, 1.0)), "must be two numbers"),
+        (lambda: FeatureModel("random:0", size=30), "take size=32"),
+        (lambda: PreferenceModel("random:0", layers=3), "layers is 3 but the image tower of rand"),
+        (lambda: PreferenceModel("random:0", layers=0), "of which at least 1 is needed"),
+        (lambda: CriticReward("/nowhere/at/all"), "neither a file, a folder that exists nor a hub"),
+        (lambda: CriticReward("random:x"), "needs a whole number, as in random:0"),
+        (lambda: CriticReward("random:0", batch_size=0), "a whole number, at least 1"),
+        (lambda: rewards.load("critic:/nowhere/at/all"), "neither a file, a folder that exists"),
+    ],
+)
+def test_critics_that_cannot_be_made_say_why(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make()
+
+
+def test_broken_folders_are_refused_with_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"holds none of \['critic.json'\]"):
+        rewards.load(f"critic({tmp_path})")
+    untrained().save(tmp_path)
+    config, weights = tmp_path / "critic.json", tmp_path / "critic.safetensors"
+    about, whole = json.loads(config.read_text()), weights.read_bytes()
+
+    def refused(sentence: str) -> None:
+        with pytest.raises(ValueError, match=sentence):
+            rewards.load(f"critic({tmp_path})")
+
+    config.write_text(json.dumps({**about, "hidden": 8}))
+    refused(r"is not what Head needs: it has misshapen inner.bias")
+    for broken in ("{", "[]", "{}", '{"kind": "gan"}', json.dumps({**about, "depth": 2})):
+        config.write_text(broken)
+        refused("describes no critic .*; give a folder that training wrote")
+    config.write_text(json.dumps(about))
+    weights.write_bytes(whole[:200])
+    refused("cut short")
+    weights.unlink()
+    refused(r"holds none of \['critic.safetensors'\]")
+
+
+def test_scores_that_are_not_finite_stop_before_anything_changes_and_say_whose():
+    reward = untrained()
+    critic = Critic(reward, CriticSettings())
+    critic.train_step(pictures(0), pictures(1), PROMPTS, generator())
+    head: Any = reward.module
+    head.outer.bias.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match=r"step 1 are not finite, of reference 0 \('a red"):
+        critic.train_step(pictures(0), pictures(1), PROMPTS, generator())
+    assert critic.step == 1
+    assert head.inner.weight.isfinite().all()
