@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -94,6 +95,20 @@ def test_prompts_that_are_trained_on_are_no_held_out_ones(scored, tmp_path, caps
     assert train_gdro.main([*words, f"check.prompts={scored / 'prompts.txt'}"]) == 2
     assert "trained on, as 'the word \"CAT\"'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_another_round_starts_from_the_lora_of_the_last(scored, tmp_path, capsys):
+    words = [f"rollouts={scored / 'run'}", "gdro.k=3", "gdro.groups=2", "gdro.steps=1"]
+    small = [*words, "gdro.rank=2", "gdro.lr=1e-2", "log_every=1"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train_gdro.main([*small, f"out={first}"]) == 0
+    assert train_gdro.main([*small, f"out={second}", f"lora={first / 'lora'}"]) == 0
+    (row,) = checks.read(second / "log.csv")
+    assert row["loss"] == pytest.approx(math.log(6), abs=1e-4)  # its start is the reference
+    one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (first, second))
+    assert any(not torch.equal(one[name], two[name]) for name in one)
+    assert train_gdro.main([*small, "out=x", f"lora={first / 'lora'}", "gdro.rank=3"]) == 2
+    assert "another rank" in capsys.readouterr().err
 
 
 def test_a_filter_that_cannot_work_leaves_no_folder(tmp_path, capsys):

@@ -32,6 +32,12 @@ REWARDS = {
     "words": "ocr(mode=strict) + 0*clip(tiny)",
     "attributes": "objects(mode=share) + 0*clip(tiny)",
 }
+IMAGES = {"words": 12, "attributes": 32}  # of a prompt, in rollouts
+CONFIGS = {
+    ("tiny-sd3", "words"): "gdro_tiny",
+    ("tiny-sd3", "attributes"): "gdro_tiny_shapes",
+    ("tiny-sd", "attributes"): "gdro_tiny_sd_shapes",
+}
 HEADLINE = {"words": "exact", "attributes": "mean of 6 tasks"}
 # (tuning, testing) prompts of a task; two of them have few prompts, which are split by chance
 COUNTS = {
@@ -39,8 +45,8 @@ COUNTS = {
     "two_object": (13, 7),
     "counting": (13, 7),
     "colors": (24, 6),
-    "position": (100, 20),
-    "color_attr": (100, 20),
+    "position": (40, 20),
+    "color_attr": (40, 20),
     "text": (200, 40),
 }
 SPLIT_BY_CHANCE = ("single_object", "two_object", "counting")
@@ -183,8 +189,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="tiny-sd3", choices=["tiny-sd3", "tiny-sd"])
     parser.add_argument("--task", default="words", choices=sorted(REWARDS))
     parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
-    parser.add_argument("--config", type=Path, default=ROOT / "scripts/configs/gdro_tiny.yaml")
-    parser.add_argument("--images", type=int, default=12, help="images a prompt in rollouts")
+    parser.add_argument("--config", type=Path, help="settings of training (default: the task's)")
+    parser.add_argument("--images", type=int, help="a prompt's in rollouts (default: the task's)")
     parser.add_argument("--test-images", type=int, default=8, help="images a prompt in tests")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
@@ -192,7 +198,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steered", action="store_true", help="also from 8 plain + 4 steered")
     parser.add_argument("--table", action="store_true", help="only print what there is")
     args = parser.parse_args(argv)
-    args.out = args.out.resolve()
+    args.out, args.images = args.out.resolve(), args.images or IMAGES[args.task]
+    file = f"{CONFIGS.get((args.model, args.task), 'gdro_tiny')}.yaml"
+    args.config = (args.config or ROOT / "scripts/configs" / file).resolve()
     if not args.table:
         runs: list[tuple[str, list[str], bool]] = [("default", [], False)]
         if args.vary is not None:
