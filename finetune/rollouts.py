@@ -130,20 +130,29 @@ def open_run(
     _write(file, json.dumps(about | {"versions": versions()}, indent=1, ensure_ascii=False))
 
 
-def check(pipe: Any, plan: Plan, reward: Any = None) -> None:
+def check(pipe: Any, plan: Plan, reward: Any = None, preview: Any = None) -> None:
     """ValueError, before any folder is made, for a call or a filter that cannot work."""
-    for _ in _runs(pipe, plan, reward, plan.prompts[0]):
+    for _ in _runs(pipe, plan, reward, preview, plan.prompts[0]):
         pass  # asking for a run checks it; nothing is drawn yet
 
 
 def generate(
-    folder: Path, pipe: Any, plan: Plan, reward: Any = None, rank: int = 0, world: int = 1
+    folder: Path,
+    pipe: Any,
+    plan: Plan,
+    reward: Any = None,
+    rank: int = 0,
+    world: int = 1,
+    preview: Any = None,
 ) -> Iterator[tuple[int, int]]:
-    """Make this process's missing or damaged shards; yields (done, of how many)."""
+    """Make this process's missing or damaged shards; yields (done, of how many).
+
+    preview: an AutoencoderTiny for the steered images' scores on the way.
+    """
     mine = [i for i in range(len(plan.shards())) if i % world == rank]
     missing = [i for i in mine if not _is_whole(folder / f"{i:05d}")]
     for done, number in enumerate(missing, 1 + len(mine) - len(missing)):
-        _make(folder, number, pipe, plan, reward)
+        _make(folder, number, pipe, plan, reward, preview)
         yield done, len(mine)
 
 
@@ -155,9 +164,13 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _make(folder: Path, number: int, pipe: Any, plan: Plan, reward: Any) -> None:
+def _make(folder: Path, number: int, pipe: Any, plan: Plan, reward: Any, preview: Any) -> None:
     indices = plan.shards()[number]
-    parts = [part for i in indices for part in _of_prompt(pipe, plan, reward, plan.prompts[i], i)]
+    parts = [
+        part
+        for i in indices
+        for part in _of_prompt(pipe, plan, reward, preview, plan.prompts[i], i)
+    ]
     prompts = [plan.prompts[i] for i in indices]
     tensors = {f"given.{name}": row for name, row in encode(pipe, prompts, **plan.call).items()}
     tensors["latents"] = torch.cat([latents for _, latents in parts])
@@ -179,16 +192,16 @@ def _make(folder: Path, number: int, pipe: Any, plan: Plan, reward: Any) -> None
 
 
 def _of_prompt(
-    pipe: Any, plan: Plan, reward: Any, prompt: str, group: int
+    pipe: Any, plan: Plan, reward: Any, preview: Any, prompt: str, group: int
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
     """Rows and latents: the plain images of a prompt, then the steered ones."""
-    for settings, run, steered in _runs(pipe, plan, reward, prompt):
+    for settings, run, steered in _runs(pipe, plan, reward, preview, prompt):
         (out,) = run
         yield _rows(out, group, plan.seed, settings, steered), out.latents[0]
 
 
 def _runs(
-    pipe: Any, plan: Plan, reward: Any, prompt: str
+    pipe: Any, plan: Plan, reward: Any, preview: Any, prompt: str
 ) -> Iterator[tuple[FeynmanKac, Iterator[Steered], bool]]:
     runs: list[tuple[int, FeynmanKac, Any, int]]
     runs = [(plan.images, PLAIN, nothing, 0), (plan.steered, plan.settings, reward, 1)]
@@ -201,6 +214,7 @@ def _runs(
                 count,
                 settings,
                 seed=plan.seed,
+                preview=preview if occurrence else None,
                 max_batch=plan.max_batch,
                 progress=False,
                 only=[occurrence],  # another occurrence of the prompt has other noise

@@ -99,12 +99,14 @@ def run(settings: Rollout) -> None:
     dtype = loading.pick_dtype(settings.dtype, device)
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
     pipe.set_progress_bar_config(disable=True)
-    check(pipe, plan, reward)
+    preview = loading.load_preview("auto", settings.model, dtype)
+    preview = preview and preview.to(device)
+    check(pipe, plan, reward, preview)
     with state.main_process_first():
         again = settings.resume or not state.is_main_process
         open_run(Path(settings.out), pipe, plan, settings.reward, again, settings.model)
     work = generate(
-        Path(settings.out), pipe, plan, reward, state.process_index, state.num_processes
+        Path(settings.out), pipe, plan, reward, state.process_index, state.num_processes, preview
     )
     with tqdm(unit="shard", disable=not state.is_main_process) as bar:
         for done, total in work:
