@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from steering import tiny
+
 from .checks import read
 
 __all__ = ["About", "curves", "write"]
@@ -16,10 +18,11 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class About:
-    """What a card says. base: the model; settings: YAML; data: lines on the rollouts."""
+    """What a card says. base: the model; method: how it was tuned; settings: YAML; data: lines."""
 
     base: str
     pipeline: str
+    method: str
     settings: str
     data: Sequence[str]
     step: int
@@ -32,22 +35,15 @@ def write(folder: Path, about: About, run: Path) -> None:
     head = ModelCardData(
         library_name="diffusers",
         base_model=about.base,
-        tags=["lora", "text-to-image", "gdro", "tilt-diffusion"],
+        tags=["lora", "text-to-image", "tilt-diffusion"],
     )
     checks = read(run / "checks.csv")
     curves(read(run / "log.csv"), checks, folder / "curves.png")
     body = [
         f"---\n{head.to_yaml()}\n---",
-        f"# A LoRA for {about.base}, tuned by offline GDRO",
-        "```python",
-        f"from diffusers import {about.pipeline}",
-        "",
-        f'pipe = {about.pipeline}.from_pretrained("{about.base}")',
-        'pipe.load_lora_weights("this folder")',
-        "```",
-        f"Taken from step {about.step}. Group-level direct reward optimisation fits the model's "
-        "implicit rewards to the rewards of images that were made beforehand; the base's own "
-        "limits and licence stay.",
+        f"# A LoRA for {about.base}, tuned by {about.method}",
+        f"```python\n{_usage(about)}\n```",
+        f"Taken from step {about.step}. The base's own limits and licence stay.",
         "## Data",
         "\n".join(f"- {line}" for line in about.data),
         "## Curves",
@@ -57,6 +53,13 @@ def write(folder: Path, about: About, run: Path) -> None:
         f"```yaml\n{about.settings.strip()}\n```",
     ]
     (folder / "README.md").write_text("\n\n".join(body) + "\n", encoding="utf-8")
+
+
+def _usage(about: About) -> str:
+    load = f"from diffusers import {about.pipeline}\n\npipe = {about.pipeline}.from_pretrained"
+    if about.base in tiny.NAMES:
+        load = "from steering import tiny\n\npipe = tiny.load"
+    return f'{load}("{about.base}")\npipe.load_lora_weights("this folder")'
 
 
 def _table(rows: Sequence[Point]) -> str:

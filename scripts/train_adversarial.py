@@ -151,7 +151,7 @@ def run(settings: Train) -> None:
         if isinstance(score, Adversary):
             score.critic.save(out / "critic")
             about.append(f"a critic of {len(score.references)} pictures, {settings.references}")
-        print(training.export(trainer, type(pipe), settings, about, name))
+        print(training.export(trainer, type(pipe), settings, about, name, "Flow-GRPO"))
 
 
 def reward_of(

@@ -94,7 +94,7 @@ def run(settings: Train) -> None:
             f"the base's weights have the fingerprint {made.manifest['weights']}",
             f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
         ]
-        print(training.export(trainer, kind, settings, about, name))
+        print(training.export(trainer, kind, settings, about, name, "offline GDRO"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

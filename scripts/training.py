@@ -203,10 +203,12 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
     accelerator.wait_for_everyone()
 
 
-def export(trainer: Any, kind: Any, settings: Run, about: Sequence[str], base: str) -> Path:
+def export(
+    trainer: Any, kind: Any, settings: Run, about: Sequence[str], base: str, method: str
+) -> Path:
     """Write lora/ with its card: the best of the checks, else the last average; the weights' file.
 
-    kind: the pipeline's class; about: lines on the data.
+    kind: the pipeline's class; about: lines on the data; base, method: for the card's title.
     """
     learner: Learner = trainer.learner
     out, step, chosen = Path(settings.out), trainer.step, learner.average.weights
@@ -217,7 +219,7 @@ def export(trainer: Any, kind: Any, settings: Run, about: Sequence[str], base: s
     with lora.swapped(learner.weights, chosen):
         file = lora.save(kind, learner.family.network, learner.bare, out / "lora")
     text = (out / "settings.yaml").read_text(encoding="utf-8")
-    card.write(out / "lora", card.About(base, kind.__name__, text, about, step), out)
+    card.write(out / "lora", card.About(base, kind.__name__, method, text, about, step), out)
     return file
 
 
