@@ -98,3 +98,27 @@ def test_the_bare_step_is_the_networks_share_of_a_training_step():
     calls.clear()
     step()
     assert calls == own == [False, True] * 2
+
+
+def test_the_table_compares_runs_prompt_by_prompt():
+    def row(name, tuned):
+        span = {"low": 0.0, "high": 1.0}
+        found = {
+            "base": {"mean": {"mean": 0.25, **span}, "values": [0.0, 0.5]},
+            "tuned": {
+                "mean": {"mean": sum(tuned) / 2, **span},
+                "difference": {"mean": 0.5, **span},
+                "values": tuned,
+            },
+        }
+        about = {"model": "m", "task": "words", "name": name, "seconds": {"a": 60.0, "b": 30.0}}
+        return about | {
+            "measures": {"exact": {"variants": found}, "clip": {"variants": found}},
+            "drift": 0.1,
+        }
+
+    *_, first, second = tuning.markdown(
+        [row("default", [0.5, 1.0]), row("k=2", [0.25, 0.75])]
+    ).splitlines()
+    assert "| 1.5 | exact | 0.250 | 0.750 | +0.500 [+0.000, +1.000] |  |" in first
+    assert "| -0.250 [-0.250, -0.250] |" in second

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..tiny.world import TASKS, scene
+from .lift import interval
 
 ROOT = Path(__file__).parents[2]
 REWARDS = {
@@ -49,6 +50,7 @@ COUNTS = {
     "color_attr": (40, 20),
     "text": (200, 40),
 }
+STEERED = "steered rollouts"
 SPLIT_BY_CHANCE = ("single_object", "two_object", "counting")
 # one setting changed at a time, at equal images a step
 VARIATIONS = {
@@ -159,21 +161,26 @@ def last(file: Path, column: str) -> float:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """A line a training run: the headline measure and CLIP, tuned against base."""
+    """A line a run: the headline measure against the base and the default run, and CLIP."""
     lines = [
-        "| model | task | run | minutes | measure | base | tuned | tuned - base | CLIP - base |"
-        " drift |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | task | run | minutes | measure | base | tuned | tuned - base | - default run |"
+        " CLIP - base | drift |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    defaults = {(r["model"], r["task"]): r for r in rows if r["name"] == "default"}
     for row in rows:
         name = HEADLINE[row["task"]]
         base, tuned = (row["measures"][name]["variants"][v] for v in ("base", "tuned"))
         held_out = row["measures"]["clip"]["variants"]["tuned"]
-        minutes = sum(row["seconds"].values()) / 60
-        cells = [row["model"], row["task"], row["name"], f"{minutes:.1f}", name]
+        default = defaults.get((row["model"], row["task"]), row)
+        other = default["measures"][name]["variants"]["tuned"]
+        more = np.array(tuned["values"]) - np.array(other["values"])
+        cells = [row["model"], row["task"], row["name"]]
+        cells += [f"{sum(row['seconds'].values()) / 60:.1f}", name]
         cells += [f"{base['mean']['mean']:.3f}", f"{tuned['mean']['mean']:.3f}"]
-        cells += [_interval(tuned["difference"]), _interval(held_out["difference"])]
-        lines.append("| " + " | ".join([*cells, f"{row['drift']:+.4f}"]) + " |")
+        cells += [_interval(tuned["difference"]), "" if default is row else interval(more)]
+        cells += [_interval(held_out["difference"]), f"{row['drift']:+.4f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -206,10 +213,11 @@ def main(argv: list[str]) -> None:
         if args.vary is not None:
             runs += [(name, VARIATIONS[name], False) for name in args.vary or VARIATIONS]
         if args.steered:
-            runs.append(("steered rollouts", [], True))
+            runs.append((STEERED, [], True))
         for name, changes, steered in runs:
             row = one(args, name, changes, steered)
             file = args.out / args.task / args.model / f"{name.replace(' ', '-')}.json"
             file.write_text(json.dumps(row))
-    files = sorted(args.out.glob("*/*/*.json"), key=lambda file: file.stat().st_mtime)
-    print(markdown([json.loads(file.read_text()) for file in files]))
+    rows = [json.loads(file.read_text()) for file in args.out.glob("*/*/*.json")]
+    order = ["default", *VARIATIONS, STEERED]
+    print(markdown(sorted(rows, key=lambda r: (r["task"], r["model"], order.index(r["name"])))))
