@@ -178,10 +178,14 @@ def markdown(rows: Sequence[dict]) -> str:
         cells = [row["model"], row["task"], row["name"]]
         cells += [f"{sum(row['seconds'].values()) / 60:.1f}", name]
         cells += [f"{base['mean']['mean']:.3f}", f"{tuned['mean']['mean']:.3f}"]
-        cells += [_interval(tuned["difference"]), "" if default is row else interval(more)]
+        cells += [_interval(tuned["difference"]), "" if default is row else _plus(interval(more))]
         cells += [_interval(held_out["difference"]), f"{row['drift']:+.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _plus(text: str) -> str:
+    return text if text.startswith("-") else f"+{text}"
 
 
 def _interval(value: dict[str, float]) -> str:
