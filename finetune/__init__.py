@@ -1,1 +1,1 @@
-"""Fine-tuning toward the tilted target: to come (offline GDRO, adversarial reward)."""
+"""Fine-tuning toward the tilted target: offline GDRO, and policy gradients with a critic."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .data import Data
 from .groups import draw_groups, target_entropy
-from .learner import Learner, Tuning, draws
+from .learner import Learner, Tuning, check_shares, draws
 from .losses import best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, predict
 
@@ -65,6 +65,7 @@ class Trainer:
         settings: Gdro,
         accelerator: Any,
     ) -> None:
+        check_shares(settings.groups, accelerator.num_processes)
         self.settings, self.noising, self.data = settings, noising, data
         self.learner = Learner(network, family, settings, accelerator)
 
@@ -85,9 +86,10 @@ class Trainer:
         batch = list(self._micro_batches(self.step))
         sums: dict[str, Tensor] = {}
         for i, micro in enumerate(batch):
-            loss, seen = self._losses(*micro)
-            # processes' gradients are averaged, so that this is the mean over all groups
-            self.learner.backward(loss.sum() * world / s.groups, last=i == len(batch) - 1)
+            with self.learner.accumulating(last=i == len(batch) - 1):
+                loss, seen = self._losses(*micro)
+                # processes' gradients are averaged, so that this is the mean over all groups
+                self.learner.accelerator.backward(loss.sum() * world / s.groups)
             for name, value in seen.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().sum().cpu()
         norm = self.learner.update()

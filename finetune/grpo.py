@@ -18,7 +18,7 @@ from torch import Tensor
 from steering.transitions import Transition, log_prob
 
 from .chains import Move, Policy, Schedule, sample
-from .learner import Learner, Tuning, draws
+from .learner import Learner, Tuning, check_shares, draws
 from .losses import clipped, group_advantages, policy_loss
 from .models import Conditioning, Family
 
@@ -131,6 +131,7 @@ class Trainer:
         empty: Conditioning | None = None,
     ) -> None:
         schedule.check_window(settings.window(0), settings.noise)
+        check_shares(settings.groups, accelerator.num_processes, equal=True)
         self.settings, self.schedule = settings, schedule
         self.prompts, self.given, self.empty = list(prompts), given, empty
         self.decode, self.weights = decode, weights or {}
@@ -186,47 +187,47 @@ class Trainer:
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
         """Images of some of the epoch's groups."""
-        s, device = self.settings, self.learner.accelerator.device
-        order = torch.cat(
-            [
-                torch.randperm(len(self.prompts), generator=draws(s.seed, epoch, f"prompts {i}"))
-                for i in range(-(-s.groups // len(self.prompts)))
-            ]
-        )
-        window = s.window(epoch)
-        self.schedule.check_window(window, s.noise)
-        latents, moves = [], []
-        for i in groups:
-            generator = draws(s.seed, epoch, f"group {i}")
-            start = torch.randn(
-                1 if s.share_start else s.k, *self.schedule.shape, generator=generator
-            )
-            noise = torch.randn(len(window), s.k, *self.schedule.shape, generator=generator)
-            given = self._given([int(order[i])], s.k)
-            with self.learner.accelerator.autocast():
-                found, taken = sample(
-                    self._policy(self.learner.bare),
-                    self.schedule,
-                    start.to(device),
-                    given,
-                    window,
-                    s.noise,
-                    noise.to(device),
-                )
-            latents.append(found)
-            moves.append(taken)
-        prompts = [self.prompts[int(order[i])] for i in groups for _ in range(s.k)]
-        images = self.decode(torch.cat(latents)).clamp(0, 1)
+        s, chosen = self.settings, self._chosen(epoch)
+        drawn = [self._drawn(epoch, i, chosen[i]) for i in groups]
+        prompts = [self.prompts[chosen[i]] for i in groups for _ in range(s.k)]
+        images = self.decode(torch.cat([latents for latents, _ in drawn])).clamp(0, 1)
         with torch.no_grad():
             total, components = self.score(images, prompts)
         _check_finite(total, prompts)
-        merged = [
+        moves = [
             Move(step[0].step, *(torch.cat([getattr(m, end) for m in step]) for end in "xy"))
-            for step in zip(*moves, strict=True)
+            for step in zip(*(taken for _, taken in drawn), strict=True)
         ]
         grouped = {name: values.view(-1, s.k) for name, values in components.items()}
-        given = self._given([int(order[i]) for i in groups], s.k)
-        return Batch(given, merged, images, prompts, total.view(-1, s.k), grouped)
+        given = self._given([chosen[i] for i in groups], s.k)
+        return Batch(given, moves, images, prompts, total.view(-1, s.k), grouped)
+
+    def _chosen(self, epoch: int) -> list[int]:
+        """The prompt of each of the epoch's groups, none twice as long as they last."""
+        s, order = self.settings, []
+        while len(order) < s.groups:
+            generator = draws(s.seed, epoch, f"prompts {len(order) // len(self.prompts)}")
+            order += torch.randperm(len(self.prompts), generator=generator).tolist()
+        return order[: s.groups]
+
+    def _drawn(self, epoch: int, group: int, prompt: int) -> tuple[Tensor, list[Move]]:
+        """Latents (k, *shape) and the noisy moves of one group."""
+        s, device = self.settings, self.learner.accelerator.device
+        window, shape = s.window(epoch), self.schedule.shape
+        self.schedule.check_window(window, s.noise)
+        generator = draws(s.seed, epoch, f"group {group}")
+        start = torch.randn(1 if s.share_start else s.k, *shape, generator=generator)
+        noise = torch.randn(len(window), s.k, *shape, generator=generator)
+        with self.learner.accelerator.autocast():
+            return sample(
+                self._policy(self.learner.bare),
+                self.schedule,
+                start.to(device),
+                self._given([prompt], s.k),
+                window,
+                s.noise,
+                noise.to(device),
+            )
 
     def _given(self, rows: Sequence[int], k: int) -> Conditioning:
         device = self.learner.accelerator.device
@@ -237,14 +238,15 @@ class Trainer:
 
     def _advantages(self, batches: Sequence[Batch]) -> list[Tensor]:
         """(g, k) of each batch; a global spread is over all processes."""
-        gather = self.learner.accelerator.gather
-        own = torch.cat([b.rewards for b in batches])
-        parts = {n: torch.cat([b.components[n] for b in batches]) for n in batches[0].components}
-        rows = slice(self.learner.accelerator.process_index * len(own), None)
-        found = advantages_of(
-            gather(own), {n: gather(v) for n, v in parts.items()}, self.weights, self.settings
-        )[rows][: len(own)]
-        return list(found.split([len(b.rewards) for b in batches]))
+        accelerator, sizes = self.learner.accelerator, [len(b.rewards) for b in batches]
+        gather, first = accelerator.gather, accelerator.process_index * sum(sizes)
+        total = gather(torch.cat([b.rewards for b in batches]))
+        parts = {
+            name: gather(torch.cat([b.components[name] for b in batches]))
+            for name in batches[0].components
+        }
+        found = advantages_of(total, parts, self.weights, self.settings)
+        return list(found[first : first + sum(sizes)].split(sizes))
 
     def _density(self, batch: Batch, move: Move) -> tuple[Transition, Tensor]:
         """The move that the network would make now, and the log-density of the one it made."""
@@ -267,20 +269,29 @@ class Trainer:
         work = [(i, j) for i, b in enumerate(batches) for j in range(len(b.moves))]
         count = s.groups * s.k * len(batches[0].moves)
         for number, (i, j) in enumerate(work):
-            batch, move = batches[i], batches[i].moves[j]
-            transition, now = self._density(batch, move)
-            # the first update is on the policy that sampled: its ratio is 1, whatever is rounded
-            before = old[i][j] if old else now.detach()
-            loss = policy_loss(now, before, advantages[i].flatten(), clip=s.clip)
-            seen = {"clipped": clipped(now, before, clip=s.clip), "ratio": (now - before).exp()}
-            if s.kl:
-                seen["kl"] = divergence = self._divergence(batch, move, transition)
-                loss = loss + s.kl * divergence
-            self.learner.backward(loss.sum() * self._world / count, number == len(work) - 1)
+            with self.learner.accumulating(last=number == len(work) - 1):
+                before = old[i][j] if old else None
+                loss, seen = self._loss(batches[i], batches[i].moves[j], advantages[i], before)
+                self.learner.accelerator.backward(loss.sum() * self._world / count)
             for name, value in (seen | {"loss": loss}).items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().sum().cpu()
         norm = self.learner.update()
         return self.learner.reduced(sums, count) | {"grad_norm": norm}
+
+    def _loss(
+        self, batch: Batch, move: Move, advantages: Tensor, before: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each row (n,), and what to log of it."""
+        s = self.settings
+        transition, now = self._density(batch, move)
+        # the first update is on the policy that sampled: its ratio is 1, whatever is rounded
+        before = now.detach() if before is None else before
+        loss = policy_loss(now, before, advantages.flatten(), clip=s.clip)
+        seen = {"clipped": clipped(now, before, clip=s.clip), "ratio": (now - before).exp()}
+        if s.kl:
+            seen["kl"] = divergence = self._divergence(batch, move, transition)
+            loss = loss + s.kl * divergence
+        return loss, seen
 
     def _divergence(self, batch: Batch, move: Move, own: Transition) -> Tensor:
         """KL of a move to the reference's, mean|μ - μ_ref|² / (2 σ²), (n,)."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import lora
 from .models import Family
 
-__all__ = ["Learner", "Tuning", "draws", "load_state", "save_state"]
+__all__ = ["Learner", "Tuning", "check_shares", "draws", "load_state", "save_state"]
 
 
 @dataclass
@@ -92,10 +92,12 @@ class Learner:
         """Within it the network carries the average of its adapter."""
         return lora.swapped(self.weights, self.average.weights)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add a part's gradient; processes wait for one another at the last part alone."""
-        with nullcontext() if last else self.accelerator.no_sync(self.network):
-            self.accelerator.backward(loss)
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of a part of a step.
+
+        Processes wait for one another at the last part alone, so that they may have unequally many.
+        """
+        return nullcontext() if last else self.accelerator.no_sync(self.network)
 
     def update(self) -> float:
         """One move of the optimiser by the gradients that were added; their norm.
@@ -120,8 +122,6 @@ class Learner:
 
     def reduced(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
         """Sums of this process -> means over `count`, over all processes."""
-        if not sums:
-            return {}
         values = torch.stack([value.detach().float() for value in sums.values()])
         total = self.accelerator.reduce(values.to(self.accelerator.device))
         return dict(zip(sums, (total / count).tolist(), strict=True))
@@ -144,6 +144,13 @@ class Learner:
             lora.fill(self.anchor, state["anchor"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def check_shares(groups: int, world: int, equal: bool = False) -> None:
+    """ValueError for groups that leave a process without work, or with more than another."""
+    if groups < world or (equal and groups % world):
+        what = "as many for each" if equal else "at least one for each"
+        raise ValueError(f"groups is {groups} but {world} processes need {what}")
 
 
 def _optimizer(weights: list[Any], settings: Tuning) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,9 +47,9 @@ from rewards.ocr import quoted_text
 from rewards.samples import Sample
 from rewards.sets import vendi
 from rewards.table import Table
-from scripts.rollout import settings_of
+from scripts import command
 from scripts.score import load, needs_references, score, texts
-from steering import FeynmanKac, loading, tiny
+from steering import loading, tiny
 from steering.manifest import fingerprint, versions
 from steering.prompts import read
 
@@ -150,7 +151,7 @@ def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Va
         plain.append(Variant("tuned", adapted=True))
     if not settings.steer:
         return plain
-    reward, fk = judge(settings.steer, plan, device), FeynmanKac(**settings.filter)
+    reward, fk = judge(settings.steer, plan, device), command.filter_of(settings.filter)
     names = {"base": "steered", "tuned": "both"}
     steered = [
         replace(v, name=names[v.name], reward=reward, particles=k, settings=fk) for v in plain
@@ -190,7 +191,7 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
     return tower
 
 
-def run(settings: Evaluate, command: str) -> None:
+def run(settings: Evaluate, line: str) -> None:
     """Check everything; draw this process's pictures; the main process judges them all."""
     plan, out, state = plan_of(settings), Path(settings.out).resolve(), PartialState()
     device = state.device or torch.device("cpu")
@@ -230,7 +231,7 @@ def run(settings: Evaluate, command: str) -> None:
         if tower is not None:
             sections["Diversity"] = diversity(tower, out, names, plan, device)
         grid(out, plan, {n: found["rewards"][n]["reward"] for n in names}).save(out / "grid.png")
-        report(settings, plan, {t: [m.finite() for m in ms] for t, ms in sections.items()}, command)
+        report(settings, plan, {t: [m.finite() for m in ms] for t, ms in sections.items()}, line)
 
 
 def scored(job: Job, folder: Path, plan: Plan, device: torch.device) -> dict[str, Tensor]:
@@ -282,9 +283,7 @@ def diversity(
     return [Measure("cosine distance", distances, rows), Measure("Vendi score", vendis, rows)]
 
 
-def report(
-    settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], command: str
-) -> None:
+def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], line: str) -> None:
     """Write the tables as evaluation.md and all numbers as evaluation.json."""
     out, seed = Path(settings.out), settings.seed
     tables = [f"## {t}\n\n{evaluate.markdown(ms, seed)}" for t, ms in sections.items()]
@@ -296,7 +295,7 @@ def report(
         "wins are pictures above the base's of the same noise, ties counting ½."
         + f" A steered picture is the best of {settings.particles} particles."
         * bool(settings.steer),
-        f"    {command}",
+        f"    {line}",
     ]
     end = [
         "![the first prompts](grid.png)",
@@ -305,7 +304,7 @@ def report(
     ]
     write(out / "evaluation.md", "\n\n".join([*about, *tables, *end]))
     every = {
-        "command": command,
+        "command": line,
         "settings": asdict(settings),
         "versions": versions(),
         "prompts": plan.prompts,
@@ -316,21 +315,11 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
+    """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else list(argv)
-    try:
-        settings = settings_of(words, Evaluate, NOTES, __doc__)
-        run(settings, shlex.join(["python", "scripts/evaluate.py", *words]))
-    except (ValueError, TypeError, OSError) as error:
-        print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "evaluate.py: interrupted; what is drawn is kept: repeat with resume=true",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    line = shlex.join(["python", "scripts/evaluate.py", *words])
+    work = partial(command.settings_of, words, Evaluate, NOTES, __doc__)
+    return command.finish("evaluate.py", "what is drawn is kept", lambda: run(work(), line))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 import rewards
-from finetune import config
 from finetune.rollouts import Plan, check, generate, open_run
-from steering import FeynmanKac, loading, tiny
+from scripts import command
+from steering import loading, tiny
 from steering.prompts import read
 
 
@@ -64,15 +65,6 @@ NOTES = {
 }
 
 
-def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
-    """Settings from [FILE.yaml] and key=value words; prints help and leaves for --help."""
-    if any(word in ("-h", "--help") for word in words):
-        print(about, "settings:", config.explain(kind, notes), sep="\n")
-        raise SystemExit(0)
-    file = Path(words[0]) if words and words[0].endswith((".yaml", ".yml")) else None
-    return config.read(kind, file, list(words[file is not None :]))
-
-
 def run(settings: Rollout) -> None:
     """Check everything, then make this process's shards."""
     if not settings.prompts or not settings.out:
@@ -85,7 +77,7 @@ def run(settings: Rollout) -> None:
         prompts=tuple(dict.fromkeys(prompts)),
         images=settings.images,
         steered=settings.steered,
-        settings=FeynmanKac(**settings.filter),
+        settings=command.filter_of(settings.filter),
         seed=settings.seed,
         prompts_per_shard=settings.prompts_per_shard,
         max_batch=settings.max_batch,
@@ -118,23 +110,10 @@ def run(settings: Rollout) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for what was refused, in one sentence; 1 if it broke; 130 on Ctrl-C."""
+    """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else argv
-    try:
-        run(settings_of(words, Rollout, NOTES, __doc__))
-    except (ValueError, TypeError) as error:
-        print(f"rollout.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"rollout.py: {error}; finished shards are kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "rollout.py: interrupted; finished shards are kept: repeat with resume=true",
-            file=sys.stderr,
-        )
-        return 130
-    return 0
+    work = partial(command.settings_of, words, Rollout, NOTES, __doc__)
+    return command.finish("rollout.py", "finished shards are kept", lambda: run(work()))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ from finetune.grpo import Grpo, Trainer
 from finetune.models import encode, encode_negative, family_of, noising_of
 from finetune.references import load_references
 from rewards.critic import CriticReward, FeatureModel
-from scripts import training
-from scripts.rollout import settings_of
+from scripts import command, training
 from steering import loading, tiny
 from steering.prompts import read
 
@@ -161,11 +160,6 @@ def reward_of(
     weights = {part.name: part.weight for part in fixed.parts} if fixed else {}
     if not settings.references:
         return fixed.evaluate, weights
-    if settings.grpo.groups % accelerator.num_processes:
-        raise ValueError(
-            f"grpo.groups is {settings.grpo.groups} but a critic needs as many in each of the "
-            f"{accelerator.num_processes} processes"
-        )
     references = load_references(settings.references, size, paired=settings.paired)
     references.check(prompts)
     model = FeatureModel(settings.tower, seed=settings.grpo.seed)
@@ -187,10 +181,11 @@ def _encoded(pipe: Any, prompts: list[str], call: dict[str, Any]) -> models.Cond
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status as `training.finish`."""
+    """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else argv
-    work = partial(settings_of, words, Train, NOTES, __doc__)
-    return training.finish("train_adversarial.py", lambda: run(work()))
+    work = partial(command.settings_of, words, Train, NOTES, __doc__)
+    kept = "the last checkpoint is kept"
+    return command.finish("train_adversarial.py", kept, lambda: run(work()))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from finetune.data import load_data
 from finetune.gdro import Gdro, Trainer
 from finetune.models import family_of, noising_of
 from finetune.rollouts import Rollouts
-from scripts import training
-from scripts.rollout import settings_of
+from scripts import command, training
 from steering import loading
 
 
@@ -98,9 +97,11 @@ def run(settings: Train) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status as `training.finish`."""
+    """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else argv
-    return training.finish("train_gdro.py", lambda: run(settings_of(words, Train, NOTES, __doc__)))
+    work = partial(command.settings_of, words, Train, NOTES, __doc__)
+    kept = "the last checkpoint is kept"
+    return command.finish("train_gdro.py", kept, lambda: run(work()))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ __all__ = [
     "accelerator_of",
     "begin",
     "export",
-    "finish",
     "loop",
     "notes",
     "watch_of",
@@ -221,22 +220,3 @@ def export(
     text = (out / "settings.yaml").read_text(encoding="utf-8")
     card.write(out / "lora", card.About(base, kind.__name__, method, text, about, step), out)
     return file
-
-
-def finish(name: str, work: Callable[[], None]) -> int:
-    """Run a script; exit status 0, 2 for what was refused, 1 if it broke, 130 on Ctrl-C."""
-    try:
-        work()
-    except ValueError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"{name}: {error}; the last checkpoint is kept", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f"{name}: interrupted; the last checkpoint is kept: repeat with resume=true",
-            file=sys.stderr,
-        )
-        return 130
-    return 0

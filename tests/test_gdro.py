@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from finetune import lora
 from finetune.data import Data, load_data
 from finetune.gdro import Gdro, Trainer
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
-from finetune.learner import load_state, save_state
+from finetune.learner import check_shares, load_state, save_state
 from finetune.models import encode, family_of, noising_of
 from finetune.rollouts import Plan, Rollouts, add_rewards, generate, open_run
 
@@ -171,6 +173,30 @@ def test_a_full_disk_leaves_the_last_good_state(tmp_path, monkeypatch):
         save_state(trainer, tmp_path)
     assert (tmp_path / "state.pt").read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize(("groups", "equal"), [(1, False), (3, True)])
+def test_groups_that_leave_a_process_without_work_are_refused(groups, equal):
+    with pytest.raises(ValueError, match="2 processes need"):
+        check_shares(groups, 2, equal)
+    check_shares(2, 2, equal)
+
+
+def test_gradients_are_exchanged_at_the_last_part_alone(monkeypatch):
+    trainer, held = trainer_of(groups=3, micro_groups=1), []
+
+    @contextmanager
+    def no_sync(model):
+        held.append("held")
+        yield
+        held.append("released")
+
+    monkeypatch.setattr(trainer.learner.accelerator, "no_sync", no_sync)
+    trainer.learner.bare.register_forward_hook(
+        lambda *_: held.append("forward") if torch.is_grad_enabled() else None
+    )
+    trainer.train_step()
+    assert held == ["held", "forward", "released"] * 2 + ["forward"]
 
 
 def test_shifted_times_lean_to_noise():

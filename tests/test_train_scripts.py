@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from finetune import checks
 from finetune.rollouts import Rollouts
-from scripts import rollout, score, train_gdro, training
+from scripts import command, rollout, score, train_gdro, training
 from steering import loading, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +39,8 @@ def test_every_shard_gets_its_rewards_once(scored, capsys):
     assert len(columns["reward"]) == 10
     assert shard.scored_by() == "jpeg"
     before = (shard.folder / "rewards.parquet").stat().st_mtime_ns
-    command = [str(scored / "run"), "--reward", "jpeg", "--device", "cpu", "--resume"]
-    assert score.main(command) == 0
+    again = [str(scored / "run"), "--reward", "jpeg", "--device", "cpu", "--resume"]
+    assert score.main(again) == 0
     assert (shard.folder / "rewards.parquet").stat().st_mtime_ns == before
 
 
@@ -188,5 +188,5 @@ def test_help_explains_every_setting(script, capsys):
     "file", sorted((ROOT / "scripts/configs").glob("*.yaml")), ids=lambda f: f.stem
 )
 def test_the_settings_that_come_along_are_settings(file):
-    settings = train_gdro.settings_of([str(file)], train_gdro.Train, {}, "")
+    settings = command.settings_of([str(file)], train_gdro.Train, {}, "")
     assert settings.gdro.steps > 0

@@ -1,0 +1,49 @@
+"""What the scripts with `key=value` settings share: reading them, and how a script ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune import config
+from steering import FeynmanKac
+
+__all__ = ["filter_of", "finish", "settings_of"]
+
+
+def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
+    """Settings from [FILE.yaml] and key=value words; prints help and leaves for --help."""
+    if any(word in ("-h", "--help") for word in words):
+        print(about, "settings:", config.explain(kind, notes), sep="\n")
+        raise SystemExit(0)
+    file = Path(words[0]) if words and words[0].endswith((".yaml", ".yml")) else None
+    return config.read(kind, file, list(words[file is not None :]))
+
+
+def filter_of(fields: dict[str, Any]) -> FeynmanKac:
+    """The filter's settings by name; ValueError for a name or a value that it does not have."""
+    try:
+        return FeynmanKac(**fields)
+    except TypeError as error:
+        raise ValueError(f"filter= is wrong: {error}") from None
+
+
+def finish(name: str, kept: str, work: Callable[[], None]) -> int:
+    """Run a script; exit status 0, 2 for what was refused, 1 if it broke, 130 on Ctrl-C.
+
+    kept: what is not lost, for the message.
+    """
+    try:
+        work()
+    except ValueError as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"{name}: {error}; {kept}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; {kept}: repeat with resume=true", file=sys.stderr)
+        return 130
+    return 0
