@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -167,7 +168,8 @@ def loop(
         if watch and checks.is_over(checks.read(out / "checks.csv"), watch.check):
             tqdm.write(f"stopped at step {step}: {watch.check.best} has not risen any more")
             break
-        recent.append(trainer.train_step())
+        start = time.monotonic()
+        recent.append(trainer.train_step() | {"seconds": time.monotonic() - start})
         done = step + 1
         if done % settings.log_every == 0 and main:
             means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}

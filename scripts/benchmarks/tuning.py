@@ -51,6 +51,7 @@ COUNTS = {
     "text": (200, 40),
 }
 STEERED = "steered rollouts"
+ROUNDS = "2 rounds"
 SPLIT_BY_CHANCE = ("single_object", "two_object", "counting")
 # one setting changed at a time, at equal images a step
 VARIATIONS = {
@@ -68,12 +69,13 @@ VARIATIONS = {
 }
 
 
-def prompts_of(task: str, limit: int = 10_000) -> tuple[list[str], list[str]]:
+def prompts_of(task: str, turn: int = 0, limit: int = 10_000) -> tuple[list[str], list[str]]:
     """Different prompts of one of the world's tasks, to tune on and to test on; none is in both.
 
-    Those to test on are of kinds that the base never saw, where there are such kinds.
+    Those to test on are of kinds that the base never saw, where there are such kinds. turn: others
+    of the same kinds, for another round of tuning; the few prompts of a small task stay.
     """
-    rng = np.random.default_rng([TASKS.index(task), 2024])
+    rng = np.random.default_rng([TASKS.index(task), 2024 + (task not in SPLIT_BY_CHANCE) * turn])
     tune, test = COUNTS[task]
     found: list[list[str]] = [[], []]
     if task in SPLIT_BY_CHANCE:
@@ -87,14 +89,18 @@ def prompts_of(task: str, limit: int = 10_000) -> tuple[list[str], list[str]]:
     return found[0], found[1]
 
 
-def prepare(task: str, folder: Path) -> tuple[Path, Path]:
-    """The two files of prompts."""
+def prepare(task: str, folder: Path) -> tuple[list[Path], Path]:
+    """The files of prompts: to tune on, one a round, and to test on."""
     kinds = ["text"] if task == "words" else [kind for kind in TASKS if kind != "text"]
     folder.mkdir(parents=True, exist_ok=True)
-    files = folder / f"{task}-tune.txt", folder / f"{task}-test.txt"
-    for file, lists in zip(files, zip(*map(prompts_of, kinds), strict=True), strict=True):
-        file.write_text("".join(f"{prompt}\n" for prompts in lists for prompt in prompts))
-    return files
+
+    def write(name: str, part: int, turn: int = 0) -> Path:
+        file = folder / f"{task}-{name}.txt"
+        prompts = [prompt for kind in kinds for prompt in prompts_of(kind, turn)[part]]
+        file.write_text("".join(f"{prompt}\n" for prompt in prompts))
+        return file
+
+    return [write("tune", 0), write("tune-2", 0, turn=1)], write("test", 1)
 
 
 def command(script: str, words: Sequence[str], processes: int) -> list[str]:
@@ -122,30 +128,49 @@ def timed(folder: Path, name: str, line: list[str]) -> float:
     return float(seconds.read_text())
 
 
-def one(args: argparse.Namespace, name: str, changes: Sequence[str], steered: bool = False) -> dict:
+def one(args: argparse.Namespace, name: str, changes: Sequence[str]) -> dict:
     """Make rollouts, unless there are some, train and evaluate; the figures of it."""
     folder = args.out / args.task / args.model
-    tune, test = prepare(args.task, folder)
-    reward, n = REWARDS[args.task], args.processes
-    call = f"call.guidance_scale={args.guidance}"
-    common, run = [f"model={args.model}", call], folder / ("steered" if steered else "rollouts")
-    plan = ["images=8", "steered=4", f"reward={reward}"] if steered else [f"images={args.images}"]
-    made = [*common, f"prompts={tune}", f"out={run}", *plan, "resume=true"]
-    took = {
-        "rollouts": timed(folder, run.name, command("rollout.py", made, n)),
-        "scores": timed(
-            folder, f"{run.name}-scores", command("score.py", [str(run), "--reward", reward], 1)
-        ),
-    }
-    tuned = folder / name.replace(" ", "-")
-    words = [str(args.config), f"rollouts={run}", f"out={tuned}", "resume=true", *changes]
-    took["training"] = timed(folder, f"{tuned.name}-train", command("train_gdro.py", words, n))
-    words = [*common, f"prompts={test}", f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}"]
-    words += [f"reward={reward}", f"images={args.test_images}", "resume=true"]
-    timed(folder, f"{tuned.name}-eval", command("evaluate.py", words, n))
+    prompts, test = prepare(args.task, folder)
+    plan = [f"images={args.images}"]
+    rollouts, tuned = folder / "rollouts", folder / name.replace(" ", "-")
+    if name == STEERED:
+        rollouts = folder / "steered"
+        plan = ["images=8", "steered=4", f"reward={REWARDS[args.task]}"]
+    first = folder / "default" if name == ROUNDS else tuned
+    took = trained(args, prompts[0], rollouts, first, plan, changes)
+    if name == ROUNDS:
+        onwards = [f"lora={first / 'lora'}"]
+        again = [*plan, *onwards, "seed=1"]
+        took += trained(args, prompts[1], folder / "rollouts-2", tuned, again, [*changes, *onwards])
+    words = [f"model={args.model}", f"call.guidance_scale={args.guidance}", f"prompts={test}"]
+    words += [f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}", f"reward={REWARDS[args.task]}"]
+    words += [f"images={args.test_images}", "resume=true"]
+    timed(folder, f"{tuned.name}-eval", command("evaluate.py", words, args.processes))
     row = {"model": args.model, "task": args.task, "name": name, "guidance": args.guidance}
     row |= {"seconds": took, "changes": list(changes)} | figures(tuned / "eval")
     return row | {"drift": last(tuned / "log.csv", "drift")}
+
+
+def trained(
+    args: argparse.Namespace,
+    prompts: Path,
+    rollouts: Path,
+    out: Path,
+    plan: Sequence[str],
+    changes: Sequence[str],
+) -> float:
+    """A LoRA in out/lora from rollouts of the prompts; the seconds that all of it took."""
+    folder, reward, n = out.parent, REWARDS[args.task], args.processes
+    words = [f"model={args.model}", f"call.guidance_scale={args.guidance}", f"prompts={prompts}"]
+    words += [f"out={rollouts}", *plan, "resume=true"]
+    scored = [str(rollouts), "--reward", reward]
+    settings = [str(args.config), f"rollouts={rollouts}", f"out={out}", "resume=true", *changes]
+    return (
+        timed(folder, rollouts.name, command("rollout.py", words, n))
+        + timed(folder, f"{rollouts.name}-scores", command("score.py", scored, 1))
+        + timed(folder, f"{out.name}-train", command("train_gdro.py", settings, n))
+    )
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -176,7 +201,7 @@ def markdown(rows: Sequence[dict]) -> str:
         other = default["measures"][name]["variants"]["tuned"]
         more = np.array(tuned["values"]) - np.array(other["values"])
         cells = [row["model"], row["task"], row["name"]]
-        cells += [f"{sum(row['seconds'].values()) / 60:.1f}", name]
+        cells += [f"{row['seconds'] / 60:.1f}", name]
         cells += [f"{base['mean']['mean']:.3f}", f"{tuned['mean']['mean']:.3f}"]
         cells += [_interval(tuned["difference"]), "" if default is row else _plus(interval(more))]
         cells += [_interval(held_out["difference"]), f"{row['drift']:+.4f}"]
@@ -207,21 +232,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--vary", nargs="*", help="change one setting at a time (default: all)")
     parser.add_argument("--steered", action="store_true", help="also from 8 plain + 4 steered")
+    parser.add_argument("--rounds", action="store_true", help="also with images made once more")
     parser.add_argument("--table", action="store_true", help="only print what there is")
     args = parser.parse_args(argv)
     args.out, args.images = args.out.resolve(), args.images or IMAGES[args.task]
     file = f"{CONFIGS.get((args.model, args.task), 'gdro_tiny')}.yaml"
     args.config = (args.config or ROOT / "scripts/configs" / file).resolve()
     if not args.table:
-        runs: list[tuple[str, list[str], bool]] = [("default", [], False)]
+        runs: dict[str, list[str]] = {"default": []}
         if args.vary is not None:
-            runs += [(name, VARIATIONS[name], False) for name in args.vary or VARIATIONS]
-        if args.steered:
-            runs.append((STEERED, [], True))
-        for name, changes, steered in runs:
-            row = one(args, name, changes, steered)
+            runs |= {name: VARIATIONS[name] for name in args.vary or VARIATIONS}
+        runs |= {STEERED: []} if args.steered else {}
+        runs |= {ROUNDS: []} if args.rounds else {}
+        for name, changes in runs.items():
+            row = one(args, name, changes)
             file = args.out / args.task / args.model / f"{name.replace(' ', '-')}.json"
             file.write_text(json.dumps(row))
     rows = [json.loads(file.read_text()) for file in args.out.glob("*/*/*.json")]
-    order = ["default", *VARIATIONS, STEERED]
+    order = ["default", *VARIATIONS, STEERED, ROUNDS]
     print(markdown(sorted(rows, key=lambda r: (r["task"], r["model"], order.index(r["name"])))))
