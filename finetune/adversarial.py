@@ -1,7 +1,8 @@
-"""A critic in the loop: it scores a generator's samples, and learns from the very same ones.
+"""References in the loop: samples are to be like them, as a critic or a fixed reward sees it.
 
 Adv-GRPO (Mao et al. 2025), with one pass of rollouts for both sides: an epoch's samples are scored
-by the critic as it is, the generator moves, then the critic looks at them beside references.
+by the critic as it is, the generator moves, then the critic looks at them beside references. A rule
+cannot be trained; likeness to references is paired with it instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .grpo import Score
 from .learner import draws
 from .references import References
 
-__all__ = ["Adversary"]
+__all__ = ["Adversary", "likened"]
 
 
 class Adversary:
@@ -57,3 +58,22 @@ class Adversary:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.critic.load_state_dict(state)
+
+
+def likened(reward: Any, references: References, seed: int, most: int = 4) -> Score:
+    """A sum of rewards as a Score, with references of each sample's prompt to compare with.
+
+    They are at most `most` pictures of each prompt, or of the style, drawn from the seed alone: the
+    same ones in every epoch and process. `references.check` must have passed the prompts.
+    """
+
+    def shown(key: str) -> Tensor:
+        count = min(most, len(references.pictures[key]))
+        return references.draw([key] * count, draws(seed, 0, "likeness"))
+
+    def score(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        keys = [prompt if references.paired else "" for prompt in prompts]
+        found = {key: shown(key) for key in dict.fromkeys(keys)}
+        return reward.evaluate(images, prompts, references=[found[key] for key in keys])
+
+    return score

@@ -45,16 +45,23 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
         raise ValueError(f"{where} holds no settings; write lines such as 'steps: 200'")
     names, free = _names(kind), _free(kind)
     for key in _keys(given):
-        if key not in names and key.partition(".")[0] not in free:
+        if key not in names and not key.startswith(free):
             close = get_close_matches(key, names, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {names}"
             raise ValueError(f"{where} sets {key!r}, which is unknown; {hint}")
     return OmegaConf.merge(known, given)
 
 
-def _free(kind: type) -> set[str]:
-    """The fields that are dicts, whose keys are somebody else's."""
-    return {field.name for field in dataclasses.fields(kind) if field.default_factory is dict}
+def _free(kind: type, prefix: str = "") -> tuple[str, ...]:
+    """The fields that are dicts, whose keys are somebody else's, with a dot behind each."""
+    found: tuple[str, ...] = ()
+    for field in dataclasses.fields(kind):
+        inner, name = field.default_factory, f"{prefix}{field.name}."
+        if inner is dict:
+            found += (name,)
+        elif isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            found += _free(inner, name)
+    return found
 
 
 def _keys(given: Any, prefix: str = "") -> list[str]:

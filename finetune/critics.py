@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from .replay import Parts, Replay
@@ -144,8 +145,8 @@ class CriticSettings:
     picture at each step; patch_weight: their loss beside the CLS token's; smoothing: the share of
     labels taken to be wrong; r1: the factor of `gradient_penalty` at the references; spectral: the
     largest singular value that a layer of the head may have, 0 for any; replay: how many older
-    pairs are kept; replay_share: how many of them are added to a step's n, as a share of n;
-    trigger, every, below: see `due`.
+    pairs, of all processes, are kept; replay_share: how many of them are added to a step's n, as a
+    share of n; trigger, every, below: see `due`.
     """
 
     lr: float = 1e-4
@@ -180,7 +181,8 @@ class Critic:
 
     Gradients are averaged over processes by hand, and nothing is wrapped: the reward that scores
     is the very object that learns. Processes must begin with the same weights and bring equally
-    many pictures. Each keeps a replay of its own.
+    many pictures. All keep the same replay, so that the state of one process is that of each, and
+    of however many a run goes on with.
     """
 
     def __init__(self, reward: Model, settings: CriticSettings, accelerator: Any = None) -> None:
@@ -206,8 +208,8 @@ class Critic:
 
         Returns what the critic thought of them before, over all processes: loss, the mean scores
         real and fake, margin = real - fake, accuracy; and updated, 1 or 0. FloatingPointError, and
-        no change, where a score or the gradient is not finite. The generator (CPU) draws patches
-        and replay.
+        no change, where a score or the gradient of any process is not finite. The generator (CPU)
+        draws patches, and rows of the replay.
         """
         s, n = self.settings, len(prompts)
         if not len(real) == len(fake) == n or not n:
@@ -223,7 +225,8 @@ class Critic:
         if updated:
             self._update(*self._with_older(parts, prompts, generator))
         if s.replay:
-            self.replay.add(parts, prompts, generator)
+            common = torch.Generator().manual_seed(self.step)  # all processes keep the same rows
+            self.replay.add(*self._of_all(parts, prompts), common)
         self.step += 1
         return stats | {"updated": float(updated)}
 
@@ -232,7 +235,7 @@ class Critic:
         self.reward.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a continuation needs; of a replay, this process's."""
+        """All that a continuation needs."""
         return {
             "step": self.step,
             "module": {k: v.detach().cpu() for k, v in self.reward.module.state_dict().items()},
@@ -284,6 +287,12 @@ class Critic:
         if older:
             parts = tuple(torch.cat([a, b.to(a)]) for a, b in zip(parts, older, strict=True))
         return parts, [*prompts, *old_prompts]
+
+    def _of_all(self, parts: Parts, prompts: Sequence[str]) -> tuple[Parts, list[str]]:
+        """Rows of all processes, in one order."""
+        if self.accelerator is None:
+            return parts, list(prompts)
+        return self.accelerator.gather(parts), gather_object(list(prompts))
 
     def _update(self, parts: Parts, prompts: Sequence[str]) -> None:
         s, half = self.settings, len(parts) // 2

@@ -47,8 +47,10 @@ class Gdro(Tuning):
         self.check_positive("steps", "groups", "micro_groups", "beta", "temperature", "shift")
         if self.k < 2:
             raise ValueError(f"k is {self.k} but a group needs 2 images or more")
-        if self.weight not in ("constant", "elbo"):
-            raise ValueError(f"weight is {self.weight!r} but must be 'constant' or 'elbo'")
+        if self.weight not in ("constant", "velocity", "elbo"):
+            raise ValueError(
+                f"weight is {self.weight!r} but must be 'constant', 'velocity' or 'elbo'"
+            )
         if self.times not in ("logit_normal", "uniform"):
             raise ValueError(f"times is {self.times!r} but must be 'logit_normal' or 'uniform'")
 
@@ -133,10 +135,8 @@ class Trainer:
         with learner.accelerator.autocast():
             pred = predict(learner.network, family, self.noising, x, times, given)
         pred, ref, target = (y.float().unflatten(0, (g, k)) for y in (pred, ref, target))
-        weight, beta = None, s.beta
-        if s.weight == "elbo":
-            weight = self.noising.elbo_weight(t.to(device))[:, None]
-        scores = implicit_scores(pred, ref, target, beta=beta, weight=weight)
+        weight = self._weight(t.to(device))
+        scores = implicit_scores(pred, ref, target, beta=s.beta, weight=weight[:, None])
         rewards = rewards.to(device)
         tie = [torch.Generator().manual_seed(int(seed)) for seed in ties]
         ranked = torch.cat(
@@ -157,11 +157,17 @@ class Trainer:
                 for i in range(g)
             ]
         )
-        return ranked + s.hold_best * held, {
+        return ranked + s.hold_best * weight * held, {
             "loss": ranked,
             "best_image": held,
             **_watched(scores, rewards, pred, ref, target, s.temperature),
         }
+
+    def _weight(self, t: Tensor) -> Tensor:
+        """Of the errors at t, (g,)."""
+        if self.settings.weight == "velocity":
+            return self.noising.velocity_weight(t)
+        return self.noising.elbo_weight(t) if self.settings.weight == "elbo" else t.new_ones(len(t))
 
 
 def _watched(

@@ -197,6 +197,19 @@ class Noising:
         factor = {"epsilon": 1.0, "v_prediction": kept, "sample": kept / (1 - kept)}
         return (slope / 2 * factor[self.prediction]).to(t.dtype)
 
+    def velocity_weight(self, t: Tensor) -> Tensor:
+        """What turns the prediction's squared error into that of the velocity, (n,).
+
+        v = α ε - σ x0 with betas (Salimans & Ho 2022, App. D). Near pure noise, where a picture's
+        layout is settled, an error of ε says next to nothing, as x is nearly ε itself.
+        """
+        if self.alphas_cumprod is None:
+            return torch.ones_like(t)
+        kept = self.alphas_cumprod.to(t)[self.timesteps(t)]
+        one = torch.ones_like(kept)
+        factor = {"epsilon": 1 / kept, "v_prediction": one, "sample": 1 / (1 - kept)}
+        return factor[self.prediction]
+
 
 def noising_of(pipe: Any) -> Noising:
     """The pipeline's noising, from its scheduler's configuration."""

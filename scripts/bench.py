@@ -7,6 +7,7 @@
     python -m scripts.bench rewards          what scoring costs, against the usual way
     python -m scripts.bench training         a training step over the network's own share of it
     python -m scripts.bench tuning           what fine-tuning gains on unseen prompts
+    python -m scripts.bench online           GDRO against Flow-GRPO, reward by seconds
 
 `python -m scripts.bench NAME --help` says more.
 """
@@ -24,6 +25,7 @@ COMMANDS = {
     "rewards": "rewards",
     "training": "training",
     "tuning": "tuning",
+    "online": "online",
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -193,7 +194,11 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
 
 def run(settings: Evaluate, line: str) -> None:
     """Check everything; draw this process's pictures; the main process judges them all."""
-    plan, out, state = plan_of(settings), Path(settings.out).resolve(), PartialState()
+    plan, out, state = (
+        plan_of(settings),
+        Path(settings.out).resolve(),
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")),
+    )
     device = state.device or torch.device("cpu")
     variants = variants_of(settings, plan, device)
     jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 import rewards
@@ -83,7 +84,7 @@ def run(settings: Rollout) -> None:
         max_batch=settings.max_batch,
         call=defaults | settings.call,
     )
-    state = PartialState()
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     reward = rewards.load(settings.reward, state.device) if settings.reward else None
     if reward:
         reward.check(plan.prompts)

@@ -3,8 +3,12 @@
     accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/grpo reward=ocr
     accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/style \
       references=pictures reward="0.5*ocr"
+    accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/alike \
+      references=pictures critic_weight=0 reward="ocr + 0.5*dino(mode=hybrid)"
 
 The reward is fixed, or a critic that learns to tell references from samples (Adv-GRPO), or both.
+References serve the critic, and whatever in reward= compares with some; each prompt has a fixed
+few of them there. With critic_weight=0 there is no critic.
 
 Settings come from a YAML file, if one is named first, and from key=value words. A run that was cut
 off goes on from its last checkpoint when the command is repeated with resume=true. What is made in
@@ -25,13 +29,13 @@ import torch
 
 import rewards
 from finetune import models
-from finetune.adversarial import Adversary
+from finetune.adversarial import Adversary, likened
 from finetune.chains import schedule_of
 from finetune.critics import Critic, CriticSettings
 from finetune.grpo import Grpo, Trainer
 from finetune.models import encode, encode_negative, family_of, noising_of
 from finetune.references import load_references
-from rewards.critic import CriticReward, FeatureModel
+from rewards.critic import KINDS
 from scripts import command, training
 from steering import loading, tiny
 from steering.prompts import read
@@ -45,21 +49,37 @@ class Train(training.Run):
     reward: str = ""
     references: str = ""
     paired: bool = False
-    tower: str = "tiny"
     critic_weight: float = 1.0
+    critic_kind: str = "features"
+    tower: str = "tiny"
+    critic_layers: int = 2
+    critic_from: str = ""
     negative_prompt: str = ""
     call: dict[str, Any] = field(default_factory=dict)
     grpo: Grpo = field(default_factory=Grpo)
     critic: CriticSettings = field(default_factory=CriticSettings)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.critic_weight >= 0:
+            raise ValueError(
+                f"critic_weight is {self.critic_weight} but must not be negative; 0: no critic"
+            )
+        if self.critic_kind not in KINDS:
+            raise ValueError(f"critic_kind is {self.critic_kind!r}; take one of {list(KINDS)}")
+
 
 NOTES = training.notes("grpo") | {
     "prompts": "a file, one prompt a line, or .jsonl",
     "reward": "what samples are scored by, as in 'ocr + 0*clip'",
-    "references": "a folder of pictures, a .json {prompt: [files]} or a data set: for a critic",
-    "paired": "references belong to prompts; false: they are of one style",
-    "tower": "the critic's frozen DINO: tiny, a hub id or a folder",
-    "critic_weight": "of the critic's score beside the reward",
+    "references": "a folder of pictures, a .json {prompt: [files]} or a data set: for a critic, "
+    "and for rewards that compare, as 'ocr + 0.5*dino(mode=hybrid)'",
+    "paired": "references belong to prompts, as a preference needs; false: they are of one style",
+    "critic_weight": "of the critic's score beside the reward; 0: no critic",
+    "critic_kind": "features: a head on a frozen DINO; preference: the last layers of a CLIP",
+    "tower": "that DINO, or that CLIP: tiny, a hub id or a folder",
+    "critic_layers": "how many layers of a preference's image tower are trained",
+    "critic_from": "a folder of a critic to begin with, whose kind and tower it keeps",
     "negative_prompt": "of guidance",
     "call": "keywords of the pipeline's call, as in call.height=512",
     "grpo.steps": "epochs: sample, score, update",
@@ -79,14 +99,14 @@ NOTES = training.notes("grpo") | {
     "grpo.spread": "what advantages are divided by: the deviation of the group, global, or none",
     "grpo.each_reward": "normalise each reward by itself before adding them",
     "grpo.kl": "weight of the divergence from the reference",
-    "critic.lr": "of the critic's Adam",
-    "critic.loss": "hinge, bce or pairwise; by default hinge",
+    "critic.lr": "of the critic's Adam; 5e-6 is usual for a preference",
+    "critic.loss": "hinge, bce or pairwise; by default pairwise for a preference, else hinge",
     "critic.patches": "drawn of each picture at each step",
     "critic.patch_weight": "of their loss beside the whole picture's",
     "critic.smoothing": "the share of labels taken to be wrong",
     "critic.r1": "factor of the gradient penalty at the references",
     "critic.spectral": "the largest singular value of a layer; 0: any",
-    "critic.replay": "how many older samples are kept",
+    "critic.replay": "how many older samples of all processes are kept",
     "critic.replay_share": "how many of them are added to a step, as a share of its samples",
     "critic.trigger": "when it learns: always, every_n, when_fooled or acc_below",
     "critic.every": "the n of every_n",
@@ -112,6 +132,7 @@ def run(settings: Train) -> None:
     dtype = loading.pick_dtype(settings.dtype, accelerator.device)
     load = partial(loading.load_pipeline, name, dtype)
     watch = training.watch_of(settings, prompts, settings.reward, stated, load, accelerator)
+    check_references(settings, fixed, watch)
     pipe = load().to(accelerator.device)
     family = family_of(pipe)
     schedule = schedule_of(pipe, noising_of(pipe), prompts[0], **call)
@@ -147,10 +168,35 @@ def run(settings: Train) -> None:
             f"call {json.dumps(call)}",
             f"rewards: `{settings.reward or 'none but the critic'}`",
         ]
+        if settings.references:
+            about.append(f"references: {settings.references}")
         if isinstance(score, Adversary):
             score.critic.save(out / "critic")
-            about.append(f"a critic of {len(score.references)} pictures, {settings.references}")
+            about.append(f"a critic of {len(score.references)} pictures, in {out / 'critic'}")
         print(training.export(trainer, type(pipe), settings, about, name, "Flow-GRPO"))
+
+
+def check_references(settings: Train, fixed: Any, watch: Any) -> None:
+    """ValueError where references are missing, or would serve nothing."""
+    compares = fixed is not None and fixed.wants_references
+    if compares and not settings.references:
+        raise ValueError(
+            f"the reward {settings.reward} compares with references; set references=, or say "
+            "wants_references = False in a reward of your own"
+        )
+    learns = bool(settings.references and settings.critic_weight)
+    if (settings.critic_from or settings.critic_kind != "features") and not learns:
+        raise ValueError("a critic needs references=, and a critic_weight above 0")
+    if settings.references and not (compares or learns):
+        raise ValueError(
+            f"references={settings.references} serve nothing: critic_weight is 0, and reward= "
+            "compares with none; leave them out"
+        )
+    if watch and any(reward.wants_references for reward in watch.rewards.values()):
+        raise ValueError(
+            "checks have no references to compare with; set check.reward=, and check.quality= if "
+            "it is wanted, to rewards that need none"
+        )
 
 
 def reward_of(
@@ -160,12 +206,29 @@ def reward_of(
     weights = {part.name: part.weight for part in fixed.parts} if fixed else {}
     if not settings.references:
         return fixed.evaluate, weights
+    s, device = settings, accelerator.device
+    model = None
+    if s.critic_weight:
+        model = training.critic_of(
+            s.critic_from,
+            s.critic_kind,
+            s.tower,
+            s.paired,
+            s.grpo.seed,
+            device,
+            s.critic_layers,
+        )
     references = load_references(settings.references, size, paired=settings.paired)
     references.check(prompts)
-    model = FeatureModel(settings.tower, seed=settings.grpo.seed)
-    critic = Critic(CriticReward(model, device=accelerator.device), settings.critic, accelerator)
-    judge = fixed.evaluate if fixed else None
     rank, seed = accelerator.process_index, settings.grpo.seed
+    judge = fixed.evaluate if fixed else None
+    if fixed and fixed.wants_references:
+        judge = likened(fixed, references, seed)
+    if model is None:
+        return judge, weights
+    if "critic" in weights:
+        raise ValueError("reward= has a 'critic' beside the one that learns; name it, old=critic()")
+    critic = Critic(model, settings.critic, accelerator)
     found = Adversary(critic, references, settings.critic_weight, judge, seed, rank)
     return found, weights | {"critic": settings.critic_weight}
 

@@ -50,7 +50,7 @@ NOTES = training.notes("gdro") | {
     "gdro.temperature": "τ: β τ sets how strongly the reward tilts",
     "gdro.form": "full, top1 or rank",
     "gdro.hold_best": "γ: weight of the error on the best image",
-    "gdro.weight": "of each timestep's score: constant or elbo",
+    "gdro.weight": "of a timestep's errors: constant, velocity (as if v was predicted) or elbo",
     "gdro.times": "logit_normal or uniform",
     "gdro.shift": "above 1 times lean to noise, where a picture's content is settled",
     "gdro.shared_noise": "one noise for a group; false shrinks what is learned",

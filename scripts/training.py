@@ -19,12 +19,14 @@ import rewards
 from finetune import card, checks, config, lora
 from finetune.checks import Check, Watch
 from finetune.learner import Learner, load_state, save_state
+from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from steering.prompts import read
 
 __all__ = [
     "Run",
     "accelerator_of",
     "begin",
+    "critic_of",
     "export",
     "loop",
     "notes",
@@ -134,6 +136,24 @@ def watch_of(
     return Watch(check, seen, unseen, found, check.call or call, load)
 
 
+def critic_of(
+    source: str, kind: str, tower: str, paired: bool, seed: int, device: Any, layers: int = 2
+) -> CriticReward:
+    """The critic of a folder, or else an untrained one of a kind; ValueError unless it fits."""
+    found: Any = source
+    if not source and kind == "preference":
+        found = PreferenceModel(tower, layers=layers)
+    elif not source:
+        found = FeatureModel(tower, seed=seed)
+    critic = CriticReward(found, device=device)
+    if critic.paired and not paired:
+        raise ValueError(
+            "a preference critic compares pictures of one prompt; set paired=true, with a .json or "
+            "a table of references by prompt"
+        )
+    return critic
+
+
 def begin(trainer: Any, settings: Run, method: Any) -> None:
     """Go on from a checkpoint or a LoRA, save the settings, start the loggers."""
     learner: Learner = trainer.learner
@@ -149,6 +169,7 @@ def begin(trainer: Any, settings: Run, method: Any) -> None:
             checks.rewind(out / table, trainer.step)
     plain = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(method).items()}
     learner.accelerator.init_trackers("tensorboard", plain)
+    learner.accelerator.wait_for_everyone()  # all read the table of checks next
 
 
 def loop(

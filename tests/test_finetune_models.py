@@ -123,6 +123,25 @@ def test_the_likelihood_weight_makes_the_score_the_exact_log_ratio(prediction):
     torch.testing.assert_close(total, wanted, atol=2e-3, rtol=2e-3)  # what the ends leave out
 
 
+def test_the_velocity_weight_makes_one_error_cost_the_same_whatever_is_predicted():
+    kept = torch.linspace(9, -9, 100, dtype=torch.float64).sigmoid()
+    generator = torch.Generator().manual_seed(0)
+    t, x0, noise, wrong = torch.rand(4, 7, 1, generator=generator, dtype=torch.float64)
+    cost = {}
+    for kind in ("epsilon", "v_prediction", "sample"):
+        noising = Noising(kind, 100, kept)
+        _, target = noising.noised(x0, noise, t[:, 0])
+        x, _ = noising.noised(x0, noise, t[:, 0])
+        signal = kept[noising.timesteps(t[:, 0])].sqrt()[:, None]
+        spread = (1 - signal**2).sqrt()
+        eps = (x - signal * wrong) / spread  # what a network says that takes x0 to be `wrong`
+        said = {"epsilon": eps, "v_prediction": signal * eps - spread * wrong, "sample": wrong}
+        cost[kind] = noising.velocity_weight(t[:, 0]) * (said[kind] - target).square()[:, 0]
+    torch.testing.assert_close(cost["epsilon"], cost["v_prediction"])
+    torch.testing.assert_close(cost["sample"], cost["v_prediction"])
+    assert (Noising("velocity", 100).velocity_weight(t) == 1).all()
+
+
 # --- adapters
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_launch import logged
 
 import rewards
-from finetune import checks
 from scripts import train_adversarial
 from steering import tiny
 
@@ -34,9 +34,9 @@ def test_a_run_resumes_and_its_lora_loads(prompts, tmp_path):
     assert train_adversarial.main([*words, f"out={parts}", "grpo.steps=2", "resume=true"]) == 0
     one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    rows = checks.read(whole / "log.csv")
+    rows = logged(whole)
     assert [row["ratio"] for row in rows] == [1.0, 1.0]
-    assert rows == checks.read(parts / "log.csv")
+    assert rows == logged(parts)
     tiny.load("tiny-sd3").load_lora_weights(whole / "lora")
     assert "rewards: `jpeg`" in (whole / "lora" / "README.md").read_text()
 
@@ -58,8 +58,8 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
     for name in ("lora/pytorch_lora_weights.safetensors", "critic/critic.safetensors"):
         one, two = (load_file(folder / name) for folder in (whole, parts))
         assert all(torch.equal(one[key], two[key]) for key in one)
-    rows = checks.read(whole / "log.csv")
-    assert rows == checks.read(parts / "log.csv")
+    rows = logged(whole)
+    assert rows == logged(parts)
     assert rows[0]["critic_accuracy"] == 0.5  # a new head knows nothing
     assert rows[0]["critic_loss"] == pytest.approx(1.3)
     assert rows[2]["critic_loss"] < 1.3
@@ -77,6 +77,15 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
         (["reward=nothing"], "nothing"),
         (["references=nowhere"], "nowhere"),
         (["critic.trigger=never"], "the trigger 'never' is unknown"),
+        (["critic_weight=-1"], "critic_weight is -1.0 but must not be negative"),
+        (["critic_kind=kind"], "take one of ['features', 'preference']"),
+        (["critic_kind=preference"], "a critic needs references="),
+        (["critic_from=somewhere"], "a critic needs references="),
+        (["reward=dino(tiny)"], "the reward dino(tiny) compares with references; set references="),
+        (["references=.", "critic_weight=0"], "references=. serve nothing"),
+        (["references=.", "critic_weight=0", "critic_from=somewhere"], "a critic_weight above 0"),
+        (["references=.", "critic_kind=preference"], "set paired=true"),
+        (["references=.", "critic_from=/nowhere"], "/nowhere"),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(prompts, tmp_path, words, message, capsys):

@@ -106,10 +106,9 @@ def prepare(task: str, folder: Path) -> tuple[list[Path], Path]:
 def command(script: str, words: Sequence[str], processes: int) -> list[str]:
     """The command line of a script in some processes."""
     launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-        launch += ["--num_processes", str(processes), "--mixed_precision", "no"]
-        launch += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    if processes > 1:  # accelerate's own launcher starts one where there is no GPU
+        launch += ["-m", "torch.distributed.run", "--standalone"]
+        launch += ["--nproc_per_node", str(processes)]
     return [*launch, str(ROOT / "scripts" / script), *words]
 
 
@@ -120,7 +119,7 @@ def timed(folder: Path, name: str, line: list[str]) -> float:
         print(f"{name}: {' '.join(line[-6:])}", file=sys.stderr)
         start = time.monotonic()
         with (folder / f"{name}.log").open("w") as log:
-            alone = os.environ | {"OMP_NUM_THREADS": "1"}
+            alone = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
             code = subprocess.run(line, cwd=ROOT, env=alone, stdout=log, stderr=log).returncode
         if code:
             raise SystemExit(f"{name} failed, see {log.name}")

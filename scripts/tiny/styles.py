@@ -1,0 +1,52 @@
+"""Reference pictures of a style: scenes of the world in other clothes.
+
+    python -m scripts.tiny.styles paper --out references
+
+`paper` is a cream background, which no picture of the world has; `night` the dark blue one alone.
+Kinds and things are those that the embedded models saw; references belong to no prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from .world import COLOURS, TASKS, Scene, render, scene
+
+STYLES = {"paper": (250, 235, 205), "night": (28, 32, 48)}
+INK = {"paper": "black", "night": "white"}
+
+
+def styled(plain: Scene, style: str) -> Scene:
+    """The scene in a style; letters without a colour of their own take one that shows."""
+    ink = plain.ink if plain.ink in COLOURS else INK[style]
+    return replace(plain, background=STYLES[style], ink=ink)
+
+
+def scenes(style: str, count: int, seed: int) -> list[Scene]:
+    """`count` scenes of a style, of each task in turn."""
+    rng = np.random.default_rng(seed)
+    return [styled(scene(rng, TASKS[i % len(TASKS)]), style) for i in range(count)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write them as 0000.png and so on."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("style", choices=sorted(STYLES))
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i, drawn in enumerate(scenes(args.style, args.count, args.seed)):
+        render(drawn).save(args.out / f"{i:04d}.png")
+    print(f"{args.count} pictures in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

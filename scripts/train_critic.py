@@ -1,0 +1,201 @@
+"""Fit a critic on stored rollouts, against reference pictures: adversarial training, offline.
+
+    python scripts/train_critic.py rollouts=runs/a references=pictures out=runs/critic
+    python scripts/score.py runs/a --reward "objects + 0.1*critic(runs/critic)"
+    accelerate launch scripts/train_gdro.py rollouts=runs/a out=runs/tuned
+    accelerate launch scripts/rollout.py prompts=prompts.txt out=runs/b lora=runs/tuned/lora
+    python scripts/train_critic.py "rollouts=[runs/a,runs/b]" references=pictures \\
+      out=runs/critic2 critic_from=runs/critic
+
+Rounds of these need no stochastic sampler. A share of the prompts is not trained on, and the
+critic's accuracy on their samples is logged. Unpaired references have no prompt and are all
+trained on, so that it does not tell whether a critic knows them by heart.
+
+Settings come from a YAML file, if one is named first, and from key=value words. A run that was cut
+off goes on from its last checkpoint when the command is repeated with resume=true. One process.
+
+Made in out=: critic.json and critic.safetensors (what `critic(out)` scores with), log.csv,
+settings.yaml, state.pt (for resume=true).
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from finetune import checks, config
+from finetune.critics import Critic, CriticSettings, accuracy
+from finetune.learner import draws, load_state, save_state
+from finetune.references import References, load_references
+from finetune.rollouts import Rollouts
+from rewards.critic import KINDS
+from rewards.images import to_images
+from scripts import command, train_adversarial, training
+from steering.loading import pick_device
+
+Sample = tuple[str, bytes]  # a prompt and a PNG
+
+
+@dataclass
+class Train:
+    """A fit of a critic."""
+
+    rollouts: Any = ""
+    references: str = ""
+    out: str = ""
+    paired: bool = False
+    kind: str = "features"
+    tower: str = "tiny"
+    critic_from: str = ""
+    held_out: float = 0.1
+    steps: int = 300
+    batch: int = 16
+    seed: int = 0
+    save_every: int = 50
+    log_every: int = 50
+    resume: bool = False
+    critic: CriticSettings = field(default_factory=CriticSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out} but must be in [0, 1)")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {self.kind!r}; take one of {list(KINDS)}")
+
+
+SHARED = ("out", "paired", "tower", "critic_from", "save_every", "log_every", "resume")
+THEIRS = train_adversarial.NOTES
+NOTES = {k: note for k, note in THEIRS.items() if k in SHARED or k.startswith("critic.")} | {
+    "rollouts": "a run of scripts/rollout.py, or several, [a,b], that older samples stay in",
+    "references": "a folder of pictures, a .json {prompt: [files]} or a data set",
+    "kind": THEIRS["critic_kind"],
+    "held_out": "the share of prompts that are not trained on; 0: none",
+    "steps": "updates",
+    "batch": "samples of a step, with a reference each",
+    "seed": "of everything",
+}
+
+
+def run(settings: Train) -> None:
+    """Check everything, then train."""
+    if not (settings.rollouts and settings.references and settings.out):
+        raise ValueError("set rollouts=FOLDER, references=PICTURES and out=FOLDER")
+    out = Path(settings.out)
+    if any((out / n).exists() for n in ("state.pt", "critic.json")) and not settings.resume:
+        raise ValueError(f"{out} holds a critic; add resume=true, or give another out=")
+    given = settings.rollouts if isinstance(settings.rollouts, list) else [settings.rollouts]
+    samples, size = read_samples([str(folder) for folder in given])
+    seen, unseen = split(samples, settings.held_out, settings.seed)
+    source = settings.out if (out / "state.pt").exists() else settings.critic_from
+    s, device = settings, pick_device("auto")
+    model = training.critic_of(source, s.kind, s.tower, s.paired, s.seed, device)
+    critic = Critic(model, settings.critic)
+    references = load_references(settings.references, size, paired=settings.paired)
+    references.check([prompt for prompt, _ in samples])
+    if settings.resume:
+        load_state(critic, out)
+    config.write(settings, out / "settings.yaml")
+    checks.rewind(out / "log.csv", critic.step)
+    loop(critic, references, seen, unseen, settings)
+    for row in checks.read(out / "log.csv")[-1:]:
+        told = f"held-out accuracy {row['held_out_accuracy']:.3f}, " if unseen else ""
+        print(f"{told}training accuracy {row['accuracy']:.3f}: {out}")
+
+
+def read_samples(folders: Sequence[str]) -> tuple[list[Sample], tuple[int, int]]:
+    """All samples of the runs, and their (h, w); ValueError if they have several."""
+    samples: list[Sample] = []
+    sizes: dict[str, tuple[int, int]] = {}
+    for folder in folders:
+        for shard in Rollouts(Path(folder)).shards:
+            rows = shard.table(["prompt", "image"])
+            samples += [(row["prompt"], row["image"]["bytes"]) for row in rows]
+        with Image.open(io.BytesIO(samples[-1][1])) as picture:
+            sizes[folder] = picture.height, picture.width
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"rollouts must be of one size (h, w) but are {sizes}; leave some out")
+    return samples, sizes[folders[0]]
+
+
+def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples of the prompts that are trained on, and of those that are not.
+
+    A prompt's place depends on the seed and its text, so that it mostly stays in another round.
+    """
+    prompts = {prompt for prompt, _ in samples}
+    order = sorted(prompts, key=lambda p: draws(seed, 0, f"held out {p}").initial_seed())
+    count = max(1, round(share * len(order))) if share else 0
+    if count == len(order):
+        raise ValueError(
+            f"held_out={share} leaves none of {len(order)} prompts to train on; set held_out=0, "
+            "or give rollouts of more prompts"
+        )
+    left_out = set(order[:count])
+    return [s for s in samples if s[0] not in left_out], [s for s in samples if s[0] in left_out]
+
+
+def loop(
+    critic: Critic, references: References, seen: list[Sample], unseen: list[Sample], s: Train
+) -> None:
+    """Take the remaining steps, logging and saving on the way."""
+    out = Path(s.out)
+    recent: list[dict[str, float]] = []
+    for step in tqdm(range(critic.step, s.steps), initial=critic.step, total=s.steps):
+        generator = draws(s.seed, step, "samples")
+        rows = torch.randperm(len(seen), generator=generator)[: s.batch].tolist()
+        real, fake, prompts = beside([seen[row] for row in rows], references, generator)
+        recent.append(critic.train_step(real, fake, prompts, generator))
+        done = step + 1
+        if done % s.log_every == 0 or done == s.steps:
+            means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}
+            held_out = look(critic, references, unseen, s) if unseen else {}
+            checks.append(out / "log.csv", {"step": done} | means | held_out)
+            recent.clear()
+        if done % s.save_every == 0 or done == s.steps:
+            critic.save(out)
+            save_state(critic, out)
+
+
+def beside(samples: Sequence[Sample], references: References, generator: torch.Generator) -> Any:
+    """A reference for each sample, the samples, (n, 3, h, w) each, and their prompts."""
+    prompts = [prompt for prompt, _ in samples]
+    fake = to_images([Image.open(io.BytesIO(png)) for _, png in samples])
+    return references.draw(prompts, generator), fake, prompts
+
+
+@torch.no_grad()
+def look(
+    critic: Critic, references: References, samples: list[Sample], s: Train
+) -> dict[str, float]:
+    """What the critic thinks of samples that it is not trained on, beside the same references."""
+    generator, reward, scores = draws(s.seed, 0, "held out"), critic.reward, []
+    for i in range(0, len(samples), s.batch):
+        real, fake, prompts = beside(samples[i : i + s.batch], references, generator)
+        scores.append(torch.stack([reward(real, prompts), reward(fake, prompts)]))
+    real, fake = torch.cat(scores, 1)
+    right = accuracy(real, fake, paired=reward.paired)
+    return {"held_out_accuracy": float(right), "held_out_margin": float((real - fake).mean())}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status as `command.finish`."""
+    words = sys.argv[1:] if argv is None else argv
+    work = partial(command.settings_of, words, Train, NOTES, __doc__)
+    kept = "the last checkpoint is kept"
+    return command.finish("train_critic.py", kept, lambda: run(work()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
