@@ -1,8 +1,7 @@
 """Policy gradients for diffusion: sample groups, score them, move towards their better halves.
 
-GRPO on the moves of a stochastic window (Flow-GRPO, Liu et al. 2025; the window as MixGRPO). Every
-epoch draws prompts and noise from (seed, epoch, group) alone, so a run that is resumed, or split
-among processes, samples the same images.
+GRPO on the moves of a stochastic window (Flow-GRPO, Liu et al. 2025; the window as MixGRPO). What
+an epoch samples, and how it is scored, is online.Samples.
 Legend: g groups, k images a group, n = g·k rows, w steps of the window.
 """
 
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +17,25 @@ from torch import Tensor
 
 from steering.transitions import Transition, log_prob
 
-from .chains import Move, Policy, Schedule, sample
-from .learner import Learner, Tuning, check_shares, draws
-from .losses import clipped, group_advantages, policy_loss
+from .chains import Move, Policy, Schedule
+from .learner import Learner, Tuning, check_shares
+from .losses import clipped, policy_loss
 from .models import Conditioning, Family
+from .online import Batch, Samples, Score, advantages_of, check_settings, update
 
 __all__ = ["Grpo", "Score", "Trainer", "advantages_of", "mean_log_prob"]
-
-# images (n, 3, h, w) and prompts -> the total (n,) and its components by name
-Score = Callable[[Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass
 class Grpo(Tuning):
-    """The settings of a run; scripts/train_adversarial.py explains each."""
+    """The settings of a run; scripts/train_adversarial.py explains each.
+
+    DDPO's importance-weighted form (Black et al. 2023) is window_size = num_inference_steps - 1,
+    noise = 1 (with betas DDIM's ancestral sampler) and share_start = False, with the clip of 1e-4.
+    Its code keeps a running mean and deviation of each prompt's last 16 rewards, for batches
+    without groups; here a group is compared with itself, and the last step, which draws no noise
+    here, is not trained on.
+    """
 
     steps: int = 200
     groups: int = 4
@@ -52,14 +57,7 @@ class Grpo(Tuning):
 
     def __post_init__(self) -> None:
         self.check_positive("steps", "groups", "micro_groups", "updates", "clip", "advantage_clip")
-        if self.k < 2:
-            raise ValueError(
-                f"k is {self.k}; a group of one image has no advantage, give 2 or more"
-            )
-        if self.kl < 0:
-            raise ValueError(f"kl is {self.kl} but must not be negative")
-        if self.spread not in ("group", "global", "none"):
-            raise ValueError(f"spread is {self.spread!r}; take 'group', 'global' or 'none'")
+        check_settings(self)
 
     def window(self, epoch: int) -> range:
         """The stochastic steps of an epoch; a moving window slides on by one step an epoch."""
@@ -76,35 +74,6 @@ def mean_log_prob(transition: Transition, x: Tensor) -> Tensor:
     """
     raised = Transition(transition.mean[:, None], transition.std, transition.x0[:, None])
     return log_prob(raised, x[:, None])[:, 0] / x[0].numel()
-
-
-def advantages_of(
-    total: Tensor, components: dict[str, Tensor], weights: dict[str, float], s: Grpo
-) -> Tensor:
-    """Advantages (g, k), clipped: of the total or, with `each_reward`, Σ weight · the component's.
-
-    Normalising each reward before adding them keeps one of a wide range from drowning the others.
-    """
-    if not s.each_reward:
-        found = group_advantages(total, spread=s.spread)
-    else:
-        parts = [
-            w * group_advantages(components[name], spread=s.spread) for name, w in weights.items()
-        ]
-        found = torch.stack(parts).sum(0)
-    return found.clamp(-s.advantage_clip, s.advantage_clip)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One epoch's images of this process, group by group: (g, k, ...)."""
-
-    given: Conditioning
-    moves: list[Move]
-    images: Tensor
-    prompts: list[str]
-    rewards: Tensor
-    components: dict[str, Tensor]
 
 
 class Trainer:
@@ -132,11 +101,11 @@ class Trainer:
     ) -> None:
         schedule.check_window(settings.window(0), settings.noise)
         check_shares(settings.groups, accelerator.num_processes, equal=True)
-        self.settings, self.schedule = settings, schedule
-        self.prompts, self.given, self.empty = list(prompts), given, empty
-        self.decode, self.weights = decode, weights or {}
-        self.score: Any = score
+        self.settings, self.schedule, self.empty = settings, schedule, empty
         self.learner = Learner(network, family, settings, accelerator)
+        self.samples = Samples(
+            self.learner, schedule, prompts, given, decode, score, settings, weights
+        )
 
     @property
     def step(self) -> int:
@@ -145,24 +114,17 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs, that of a learning reward included."""
-        state = self.learner.state_dict()
-        return state | {"score": self.score.state_dict()} if self._learns else state
+        return self.samples.with_score(self.learner.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state)
-        if self._learns:
-            self.score.load_state_dict(state["score"])
-
-    @property
-    def _learns(self) -> bool:
-        return hasattr(self.score, "observe")
+        self.samples.load_score(state)
 
     def train_step(self) -> dict[str, float]:
         """One epoch: sample, score, and `updates` moves of the optimiser."""
         s, epoch = self.settings, self.step
-        mine = list(range(self.learner.accelerator.process_index, s.groups, self._world))
-        batches = [self._sampled(epoch, part) for part in _split(mine, s.micro_groups)]
-        advantages = self._advantages(batches)
+        batches = [self._sampled(epoch, part) for part in self.samples.shares()]
+        advantages = self.samples.advantages(batches)
         old: list[list[Tensor]] = []
         if s.updates > 1:
             with torch.no_grad():
@@ -170,83 +132,18 @@ class Trainer:
         seen: dict[str, float] = {}
         for _ in range(s.updates):
             seen = self._update(batches, advantages, old)
-        told = self._told(batches) | seen
-        if self._learns:
-            images = torch.cat([batch.images for batch in batches])
-            prompts = [prompt for batch in batches for prompt in batch.prompts]
-            told |= self.score.observe(images, prompts, epoch)
-        return told
-
-    @property
-    def _world(self) -> int:
-        return self.learner.accelerator.num_processes
+        return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
 
     def _policy(self, network: Any) -> Policy:
         family, s = self.learner.family, self.settings
         return Policy(network, family, self.schedule.noising, s.guidance_scale, self.empty)
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
-        """Images of some of the epoch's groups."""
-        s, chosen = self.settings, self._chosen(epoch)
-        drawn = [self._drawn(epoch, i, chosen[i]) for i in groups]
-        prompts = [self.prompts[chosen[i]] for i in groups for _ in range(s.k)]
-        images = self.decode(torch.cat([latents for latents, _ in drawn])).clamp(0, 1)
-        with torch.no_grad():
-            total, components = self.score(images, prompts)
-        _check_finite(total, prompts)
-        moves = [
-            Move(step[0].step, *(torch.cat([getattr(m, end) for m in step]) for end in "xy"))
-            for step in zip(*(taken for _, taken in drawn), strict=True)
-        ]
-        grouped = {name: values.view(-1, s.k) for name, values in components.items()}
-        given = self._given([chosen[i] for i in groups], s.k)
-        return Batch(given, moves, images, prompts, total.view(-1, s.k), grouped)
-
-    def _chosen(self, epoch: int) -> list[int]:
-        """The prompt of each of the epoch's groups, none twice as long as they last."""
-        s, order = self.settings, []
-        while len(order) < s.groups:
-            generator = draws(s.seed, epoch, f"prompts {len(order) // len(self.prompts)}")
-            order += torch.randperm(len(self.prompts), generator=generator).tolist()
-        return order[: s.groups]
-
-    def _drawn(self, epoch: int, group: int, prompt: int) -> tuple[Tensor, list[Move]]:
-        """Latents (k, *shape) and the noisy moves of one group."""
-        s, device = self.settings, self.learner.accelerator.device
-        window, shape = s.window(epoch), self.schedule.shape
+        """Images of some of the epoch's groups, and the moves of its window."""
+        s, window = self.settings, self.settings.window(epoch)
         self.schedule.check_window(window, s.noise)
-        generator = draws(s.seed, epoch, f"group {group}")
-        start = torch.randn(1 if s.share_start else s.k, *shape, generator=generator)
-        noise = torch.randn(len(window), s.k, *shape, generator=generator)
-        with self.learner.accelerator.autocast():
-            return sample(
-                self._policy(self.learner.bare),
-                self.schedule,
-                start.to(device),
-                self._given([prompt], s.k),
-                window,
-                s.noise,
-                noise.to(device),
-            )
-
-    def _given(self, rows: Sequence[int], k: int) -> Conditioning:
-        device = self.learner.accelerator.device
-        return {
-            name: value[list(rows)].repeat_interleave(k, 0).to(device)
-            for name, value in self.given.items()
-        }
-
-    def _advantages(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """(g, k) of each batch; a global spread is over all processes."""
-        accelerator, sizes = self.learner.accelerator, [len(b.rewards) for b in batches]
-        gather, first = accelerator.gather, accelerator.process_index * sum(sizes)
-        total = gather(torch.cat([b.rewards for b in batches]))
-        parts = {
-            name: gather(torch.cat([b.components[name] for b in batches]))
-            for name in batches[0].components
-        }
-        found = advantages_of(total, parts, self.weights, self.settings)
-        return list(found[first : first + sum(sizes)].split(sizes))
+        policy = self._policy(self.learner.bare)
+        return self.samples.batch(policy, epoch, groups, window, s.noise, s.share_start)
 
     def _density(self, batch: Batch, move: Move) -> tuple[Transition, Tensor]:
         """The move that the network would make now, and the log-density of the one it made."""
@@ -265,18 +162,13 @@ class Trainer:
         old: Sequence[Sequence[Tensor]],
     ) -> dict[str, float]:
         """One move of the optimiser over all groups and all steps of the window."""
-        s, sums = self.settings, {}
-        work = [(i, j) for i, b in enumerate(batches) for j in range(len(b.moves))]
-        count = s.groups * s.k * len(batches[0].moves)
-        for number, (i, j) in enumerate(work):
-            with self.learner.accumulating(last=number == len(work) - 1):
-                before = old[i][j] if old else None
-                loss, seen = self._loss(batches[i], batches[i].moves[j], advantages[i], before)
-                self.learner.accelerator.backward(loss.sum() * self._world / count)
-            for name, value in (seen | {"loss": loss}).items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().sum().cpu()
-        norm = self.learner.update()
-        return self.learner.reduced(sums, count) | {"grad_norm": norm}
+        parts = [
+            partial(self._loss, batch, move, advantages[i], old[i][j] if old else None)
+            for i, batch in enumerate(batches)
+            for j, move in enumerate(batch.moves)
+        ]
+        count = self.settings.groups * self.settings.k * len(batches[0].moves)
+        return update(self.learner, parts, count)
 
     def _loss(
         self, batch: Batch, move: Move, advantages: Tensor, before: Tensor | None
@@ -301,27 +193,3 @@ class Trainer:
             )
         ref = self.schedule.transition(move.step, output, move.x, self.settings.noise)
         return (own.mean - ref.mean).square().flatten(1).mean(1) / (2 * own.std.square())
-
-    def _told(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Means over all images of all processes."""
-        s = self.settings
-        sums = {"reward": torch.stack([b.rewards.sum() for b in batches]).sum()}
-        for name in batches[0].components:
-            sums[name] = torch.stack([b.components[name].sum() for b in batches]).sum()
-        spread = torch.cat([b.rewards.std(1) for b in batches])
-        sums["spread"] = s.k * spread.sum()
-        sums["flat_groups"] = s.k * (spread == 0).float().sum()
-        return self.learner.reduced(sums, s.groups * s.k)
-
-
-def _split(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def _check_finite(rewards: Tensor, prompts: Sequence[str]) -> None:
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise FloatingPointError(
-            f"{len(bad)} of {len(rewards)} rewards are not finite, as that of an image of "
-            f"{prompts[bad[0]]!r}"
-        )

@@ -1,4 +1,4 @@
-"""Fine-tune a model on its own samples by policy gradients (Flow-GRPO), into a LoRA.
+"""Fine-tune a model on its own samples by Flow-GRPO or DiffusionNFT, into a LoRA.
 
     accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/grpo reward=ocr
     accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/style \
@@ -28,12 +28,13 @@ from typing import Any
 import torch
 
 import rewards
-from finetune import models
+from finetune import grpo, models, nft
 from finetune.adversarial import Adversary, likened
 from finetune.chains import schedule_of
 from finetune.critics import Critic, CriticSettings
-from finetune.grpo import Grpo, Trainer
+from finetune.grpo import Grpo
 from finetune.models import encode, encode_negative, family_of, noising_of
+from finetune.nft import Nft
 from finetune.references import load_references
 from rewards.critic import KINDS
 from scripts import command, training
@@ -56,7 +57,9 @@ class Train(training.Run):
     critic_from: str = ""
     negative_prompt: str = ""
     call: dict[str, Any] = field(default_factory=dict)
+    method: str = "grpo"
     grpo: Grpo = field(default_factory=Grpo)
+    nft: Nft = field(default_factory=Nft)
     critic: CriticSettings = field(default_factory=CriticSettings)
 
     def __post_init__(self) -> None:
@@ -67,9 +70,19 @@ class Train(training.Run):
             )
         if self.critic_kind not in KINDS:
             raise ValueError(f"critic_kind is {self.critic_kind!r}; take one of {list(KINDS)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; take one of {list(METHODS)}")
 
+    @property
+    def tuned(self) -> Any:
+        """The settings of the method that is taken."""
+        return getattr(self, self.method)
+
+
+METHODS = {"grpo": (grpo.Trainer, "Flow-GRPO"), "nft": (nft.Trainer, "DiffusionNFT")}
 
 NOTES = training.notes("grpo") | {
+    "method": "grpo (policy gradients, Flow-GRPO) or nft (regression, DiffusionNFT)",
     "prompts": "a file, one prompt a line, or .jsonl",
     "reward": "what samples are scored by, as in 'ocr + 0*clip'",
     "references": "a folder of pictures, a .json {prompt: [files]} or a data set: for a critic, "
@@ -99,6 +112,12 @@ NOTES = training.notes("grpo") | {
     "grpo.spread": "what advantages are divided by: the deviation of the group, global, or none",
     "grpo.each_reward": "normalise each reward by itself before adding them",
     "grpo.kl": "weight of the divergence from the reference",
+    "nft.noisings": "noised copies of an image in an update, each at a time of its own",
+    "nft.guidance_scale": "of sampling; what is trained is the conditional prediction",
+    "nft.beta": "how far the good and the bad policy lie from the one that sampled",
+    "nft.old_decay": "the one that samples is an average of those before; its highest decay",
+    "nft.times": "logit_normal or uniform",
+    "nft.shift": "above 1 times lean to noise, where a picture's content is settled",
     "critic.lr": "of the critic's Adam; 5e-6 is usual for a preference",
     "critic.loss": "hinge, bce or pairwise; by default pairwise for a preference, else hinge",
     "critic.patches": "drawn of each picture at each step",
@@ -112,19 +131,23 @@ NOTES = training.notes("grpo") | {
     "critic.every": "the n of every_n",
     "critic.below": "the accuracy of acc_below",
 }
+COMMON = ("steps", "groups", "k", "micro_groups", "updates", "num_inference_steps")
+COMMON += ("advantage_clip", "spread", "each_reward", "kl")
+NOTES |= training.notes("nft")
+NOTES |= {f"nft.{name}": NOTES[f"grpo.{name}"] for name in COMMON}
 
 
 def run(settings: Train) -> None:
     """Check everything, then train."""
     if not (settings.prompts and settings.out and (settings.reward or settings.references)):
         raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC, or references=, or both")
-    name, out, grpo = settings.model or "tiny-sd3", Path(settings.out), settings.grpo
+    name, out, tuned = settings.model or "tiny-sd3", Path(settings.out), settings.tuned
     if (out / "state.pt").exists() and not settings.resume:
         raise ValueError(f"{out} holds a run; add resume=true, or give another out=")
     prompts = list(dict.fromkeys(prompt.text for prompt in read(Path(settings.prompts))))
     defaults = tiny.call_defaults(name) if name in tiny.NAMES else {}
-    stated = defaults | settings.call | {"guidance_scale": grpo.guidance_scale}
-    call = stated | {"num_inference_steps": grpo.num_inference_steps}
+    stated = defaults | settings.call | {"guidance_scale": tuned.guidance_scale}
+    call = stated | {"num_inference_steps": tuned.num_inference_steps}
     accelerator = training.accelerator_of(settings)
     fixed = rewards.load(settings.reward, accelerator.device) if settings.reward else None
     if fixed:
@@ -137,7 +160,7 @@ def run(settings: Train) -> None:
     family = family_of(pipe)
     schedule = schedule_of(pipe, noising_of(pipe), prompts[0], **call)
     given = _encoded(pipe, prompts, call)
-    guided = grpo.guidance_scale > 1 and "guidance" not in given
+    guided = tuned.guidance_scale > 1 and "guidance" not in given
     empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
     for part in pipe.components:
         if part.startswith(("text_encoder", "tokenizer")):
@@ -146,7 +169,8 @@ def run(settings: Train) -> None:
         empty_latents = torch.zeros(1, *schedule.shape, device=accelerator.device)
         height, width = models.decode(pipe, empty_latents, call).shape[2:]
     score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
-    trainer = Trainer(
+    kind, title = METHODS[settings.method]
+    trainer = kind(
         getattr(pipe, family.network),
         family,
         schedule,
@@ -154,17 +178,17 @@ def run(settings: Train) -> None:
         given,
         torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call))),
         score,
-        grpo,
+        tuned,
         accelerator,
         weights,
         empty,
     )
-    training.begin(trainer, settings, grpo)
-    training.loop(trainer, grpo.steps, settings, watch, ("reward", "grad_norm"))
+    training.begin(trainer, settings, tuned)
+    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"))
     accelerator.end_training()
     if accelerator.is_main_process:
         about = [
-            f"{len(prompts)} prompts, {grpo.k} images of {grpo.groups} of them an epoch, "
+            f"{len(prompts)} prompts, {tuned.k} images of {tuned.groups} of them an epoch, "
             f"call {json.dumps(call)}",
             f"rewards: `{settings.reward or 'none but the critic'}`",
         ]
@@ -173,7 +197,7 @@ def run(settings: Train) -> None:
         if isinstance(score, Adversary):
             score.critic.save(out / "critic")
             about.append(f"a critic of {len(score.references)} pictures, in {out / 'critic'}")
-        print(training.export(trainer, type(pipe), settings, about, name, "Flow-GRPO"))
+        print(training.export(trainer, type(pipe), settings, about, name, title))
 
 
 def check_references(settings: Train, fixed: Any, watch: Any) -> None:
@@ -214,13 +238,13 @@ def reward_of(
             s.critic_kind,
             s.tower,
             s.paired,
-            s.grpo.seed,
+            s.tuned.seed,
             device,
             s.critic_layers,
         )
     references = load_references(settings.references, size, paired=settings.paired)
     references.check(prompts)
-    rank, seed = accelerator.process_index, settings.grpo.seed
+    rank, seed = accelerator.process_index, settings.tuned.seed
     judge = fixed.evaluate if fixed else None
     if fixed and fixed.wants_references:
         judge = likened(fixed, references, seed)

@@ -223,3 +223,46 @@ def test_settings_that_cannot_work_are_refused(change, message):
 def test_a_moving_window_slides_over_all_steps_but_the_last():
     settings = Grpo(num_inference_steps=5, window_size=2, window_moves=True)
     assert [settings.window(epoch).start for epoch in range(4)] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_window_over_all_steps_but_the_last_is_ddpo(name):
+    """Black et al. 2023, the importance-weighted estimator with PPO's clip, on DDPM's own moves."""
+    trainer = trainer_of(name, window_size=3, share_start=False, noise=1.0, lr=1e-2)
+    batch, schedule = trainer._sampled(0, [0]), trainer.schedule
+    assert [move.step for move in batch.moves] == [0, 1, 2]
+    advantages = trainer.samples.advantages([batch])[0].flatten()
+    weights = list(trainer.learner.weights.values())
+
+    def log_density(move):
+        x, now, after = move.x, schedule.now[move.step], schedule.after[move.step]
+        output = trainer._policy(trainer.learner.bare)(x, schedule.t[move.step], batch.given)
+        if name == "sd3":  # all noise is drawn afresh around the predicted image
+            mean, std = (1 - after) * (x - now * output), after
+        else:  # Ho et al. 2020, eqs. 6 and 7
+            kept = now / after
+            x0 = (x - (1 - now).sqrt() * output) / now.sqrt()
+            mean = after.sqrt() * (1 - kept) * x0 + kept.sqrt() * (1 - after) * x
+            mean, std = mean / (1 - now), ((1 - after) / (1 - now) * (1 - kept)).sqrt()
+        normal = torch.distributions.Normal(mean.float(), std.float())
+        return normal.log_prob(move.y).flatten(1).mean(1)
+
+    with torch.no_grad():
+        old = [log_density(move) for move in batch.moves]
+        before = [trainer._density(batch, move)[1] for move in batch.moves]
+    trainer.train_step()
+    outside = 0
+    for move, own, held in zip(batch.moves, old, before, strict=True):
+        loss, seen = trainer._loss(batch, move, advantages, held)
+        ratio = (log_density(move) - own).exp()
+        bounded = ratio.clamp(1 - 1e-4, 1 + 1e-4)
+        expected = torch.maximum(-advantages * ratio, -advantages * bounded)
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), weights)]),
+            torch.cat([g.flatten() for g in torch.autograd.grad(expected.mean(), weights)]),
+            atol=1e-5,
+            rtol=1e-3,
+        )
+        outside += seen["clipped"].sum()
+    assert outside > 0

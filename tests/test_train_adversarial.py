@@ -41,6 +41,19 @@ def test_a_run_resumes_and_its_lora_loads(prompts, tmp_path):
     assert "rewards: `jpeg`" in (whole / "lora" / "README.md").read_text()
 
 
+def test_a_run_of_nft_resumes_and_its_lora_loads(prompts, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    small = [word.replace("grpo.", "nft.") for word in SMALL if "window" not in word]
+    words = [*prompts, *small, "method=nft"]
+    assert train_adversarial.main([*words, f"out={whole}", "nft.steps=2"]) == 0
+    assert train_adversarial.main([*words, f"out={parts}", "nft.steps=1"]) == 0
+    assert train_adversarial.main([*words, f"out={parts}", "nft.steps=2", "resume=true"]) == 0
+    one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    tiny.load("tiny-sd3").load_lora_weights(whole / "lora")
+    assert "DiffusionNFT" in (whole / "lora" / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")

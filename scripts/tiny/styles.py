@@ -2,13 +2,15 @@
 
     python -m scripts.tiny.styles paper --out references
 
-`paper` is a cream background, which no picture of the world has; `night` the dark blue one alone.
+`paper` is a cream background, which no picture of the world has; `night` the dark blue one alone;
+`plain` the world as it is.
 Kinds and things are those that the embedded models saw; references belong to no prompt.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +24,16 @@ INK = {"paper": "black", "night": "white"}
 
 def styled(plain: Scene, style: str) -> Scene:
     """The scene in a style; letters without a colour of their own take one that shows."""
+    if style == "plain":
+        return plain
     ink = plain.ink if plain.ink in COLOURS else INK[style]
     return replace(plain, background=STYLES[style], ink=ink)
 
 
-def scenes(style: str, count: int, seed: int) -> list[Scene]:
+def scenes(style: str, count: int, seed: int, tasks: Sequence[str] = TASKS) -> list[Scene]:
     """`count` scenes of a style, of each task in turn."""
     rng = np.random.default_rng(seed)
-    return [styled(scene(rng, TASKS[i % len(TASKS)]), style) for i in range(count)]
+    return [styled(scene(rng, tasks[i % len(tasks)]), style) for i in range(count)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,13 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("style", choices=sorted(STYLES))
+    parser.add_argument("style", choices=["plain", *STYLES])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    for i, drawn in enumerate(scenes(args.style, args.count, args.seed)):
+    for i, drawn in enumerate(scenes(args.style, args.count, args.seed, args.tasks)):
         render(drawn).save(args.out / f"{i:04d}.png")
     print(f"{args.count} pictures in {args.out}")
 

@@ -1,0 +1,185 @@
+"""DiffusionNFT: learn from one's own samples by regression, without log-probabilities.
+
+Zheng et al. 2025. Images are sampled without noise from the old policy, a slow copy of the trained
+one; then their noised latents pull the prediction towards the good ones and away from the bad.
+There is no ratio, and so nothing that depends on how a batch was split or rounded.
+Legend: g groups, k images a group, n = g·k rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import lora
+from .chains import Policy, Schedule
+from .learner import Learner, Tuning, check_shares, draws
+from .losses import nft_loss
+from .models import Conditioning, Family, predict
+from .online import Batch, Samples, Score, check_settings, update
+
+__all__ = ["Nft", "Trainer", "draw_times"]
+
+
+@dataclass
+class Nft(Tuning):
+    """The settings of a run.
+
+    beta: how far the implicit policies lie from the old one; noisings: of each image in an update,
+    each at its own time; old_decay: the highest decay of the old policy, which is min(epoch / 1000,
+    old_decay) as in the paper; guidance_scale: of sampling alone, the prediction that is trained is
+    the conditional one; kl: weight of mean|v - v_ref|², 1e-4 in the paper's code. That code writes
+    the loss with x0, each half over its own mean error; here it is the paper's eq. 5.
+    """
+
+    steps: int = 200
+    groups: int = 4
+    k: int = 8
+    micro_groups: int = 1
+    updates: int = 1
+    noisings: int = 2
+    num_inference_steps: int = 10
+    guidance_scale: float = 1.0
+    beta: float = 1.0
+    advantage_clip: float = 5.0
+    spread: str = "global"
+    each_reward: bool = False
+    old_decay: float = 0.5
+    times: str = "logit_normal"
+    shift: float = 1.0
+    kl: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.check_positive("steps", "groups", "micro_groups", "updates", "noisings")
+        self.check_positive("beta", "advantage_clip", "shift")
+        check_settings(self)
+        if not 0 <= self.old_decay < 1:
+            raise ValueError(f"old_decay is {self.old_decay} but must be in [0, 1)")
+        if self.times not in ("logit_normal", "uniform"):
+            raise ValueError(f"times is {self.times!r} but must be 'logit_normal' or 'uniform'")
+
+
+def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:
+    """t (count,) in (0, 1): "uniform" or "logit_normal", shifted (Esser et al. 2024, eqs. 19, 23).
+
+    A shift above 1 moves them towards noise.
+    """
+    normal = kind == "logit_normal"
+    t = (torch.randn if normal else torch.rand)(count, generator=generator)
+    t = t.sigmoid() if normal else t
+    return (shift * t / (1 + (shift - 1) * t)).clamp(1e-3, 1 - 1e-3)
+
+
+class Trainer:
+    """A network that learns from the samples of its slow copy, an epoch at a time.
+
+    The arguments are those of grpo.Trainer.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        family: Family,
+        schedule: Schedule,
+        prompts: Sequence[str],
+        given: Conditioning,
+        decode: Callable[[Tensor], Tensor],
+        score: Score,
+        settings: Nft,
+        accelerator: Any,
+        weights: dict[str, float] | None = None,
+        empty: Conditioning | None = None,
+    ) -> None:
+        check_shares(settings.groups, accelerator.num_processes, equal=True)
+        self.settings, self.noising, self.empty = settings, schedule.noising, empty
+        self.learner = Learner(network, family, settings, accelerator)
+        self.old = lora.Average(self.learner.weights, settings.old_decay)
+        self.samples = Samples(
+            self.learner, schedule, prompts, given, decode, score, settings, weights
+        )
+
+    @property
+    def step(self) -> int:
+        """How many epochs there have been."""
+        return self.learner.step // self.settings.updates
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a continuation needs, the old policy and a learning reward included."""
+        return self.samples.with_score(self.learner.state_dict() | {"old": self.old.state_dict()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state)
+        self.old.load_state_dict(state["old"])
+        self.samples.load_score(state)
+
+    def train_step(self) -> dict[str, float]:
+        """One epoch: sample from the old policy, score, and `updates` moves of the optimiser."""
+        s, epoch = self.settings, self.step
+        if epoch == 0:  # it may begin at a LoRA that was read since this was made
+            lora.fill(self.old.weights, self.learner.weights)
+        batches = [self._sampled(epoch, part) for part in self.samples.shares()]
+        advantages = self.samples.advantages(batches)
+        good = [a.flatten() / s.advantage_clip / 2 + 0.5 for a in advantages]
+        seen: dict[str, float] = {}
+        for number in range(s.updates):
+            parts = [
+                partial(self._loss, batch, good[i], epoch, f"noise {number} {j}")
+                for i, batch in enumerate(batches)
+                for j in range(s.noisings)
+            ]
+            seen = update(self.learner, parts, s.groups * s.k * s.noisings)
+        self.old.update(self.learner.weights)
+        return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
+
+    def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
+        """Images of some of the epoch's groups, by the old policy and without noise."""
+        learner, scale = self.learner, self.settings.guidance_scale
+        policy = Policy(learner.bare, learner.family, self.noising, scale, self.empty)
+        with lora.swapped(learner.weights, self.old.weights):
+            return self.samples.batch(policy, epoch, groups, range(0), 0.0, share_start=False)
+
+    def _loss(
+        self, batch: Batch, good: Tensor, epoch: int, purpose: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each row (n,), and what to log of it."""
+        s, learner = self.settings, self.learner
+        x, t, target = self._noised(batch, epoch, purpose)
+        # the others' first: they change the weights, which a graph for gradients must keep
+        with torch.no_grad(), lora.swapped(learner.weights, self.old.weights):
+            old = self._predicted(learner.bare, x, t, batch.given)
+        ref = None
+        if s.kl:
+            with torch.no_grad(), learner.reference():
+                ref = self._predicted(learner.bare, x, t, batch.given)
+        pred = self._predicted(learner.network, x, t, batch.given)
+        loss = nft_loss(pred, old, target, good, beta=s.beta)
+        seen = {"moved": _distance(pred, old)}
+        if ref is not None:
+            seen["kl"] = divergence = _distance(pred, ref)
+            loss = loss + s.kl * divergence
+        return loss, seen
+
+    def _noised(self, batch: Batch, epoch: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(x_t, t, target) of a batch's rows, whose noise and times come from their group."""
+        s, times, noise = self.settings, [], []
+        for group in batch.groups:
+            generator = draws(s.seed, epoch, f"{purpose} {group}")
+            times.append(draw_times(s.k, s.times, s.shift, generator))
+            noise.append(torch.randn(s.k, *batch.latents.shape[1:], generator=generator))
+        x0 = batch.latents.float()
+        t = torch.cat(times).to(x0.device)
+        x, target = self.noising.noised(x0, torch.cat(noise).to(x0), t)
+        return x, t, target
+
+    def _predicted(self, network: Any, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
+        with self.learner.accelerator.autocast():
+            return predict(network, self.learner.family, self.noising, x, t, given).float()
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().flatten(1).mean(1)

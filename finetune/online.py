@@ -1,0 +1,244 @@
+"""An epoch of learning from one's own samples: choose prompts, make images, score, compare, tell.
+
+What grpo.Trainer and nft.Trainer share. Every epoch draws prompts and noise from (seed, epoch,
+group) alone, so a run that is resumed, or split among processes, samples the same images.
+Legend: g groups, k images a group, n = g·k rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .chains import Move, Policy, Schedule, sample
+from .learner import Learner, draws
+from .losses import group_advantages
+from .models import Conditioning
+
+__all__ = ["Batch", "Samples", "Score", "Settings", "advantages_of", "check_settings", "update"]
+
+# images (n, 3, h, w) and prompts -> the total (n,) and its components by name
+Score = Callable[[Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Settings(Protocol):
+    """What of a run's settings says how its images are made and compared."""
+
+    seed: int
+    groups: int
+    k: int
+    micro_groups: int
+    advantage_clip: float
+    spread: str
+    each_reward: bool
+    kl: float
+
+
+def check_settings(s: Settings) -> None:
+    """ValueError for groups that cannot be compared, or a divergence that is rewarded."""
+    if s.k < 2:
+        raise ValueError(f"k is {s.k}; a group of one image has no advantage, give 2 or more")
+    if s.kl < 0:
+        raise ValueError(f"kl is {s.kl} but must not be negative")
+    if s.spread not in ("group", "global", "none"):
+        raise ValueError(f"spread is {s.spread!r}; take 'group', 'global' or 'none'")
+
+
+def advantages_of(
+    total: Tensor, components: dict[str, Tensor], weights: dict[str, float], s: Settings
+) -> Tensor:
+    """Advantages (g, k), clipped: of the total or, with `each_reward`, Σ weight · the component's.
+
+    Normalising each reward before adding them keeps one of a wide range from drowning the others.
+    """
+    if not s.each_reward:
+        found = group_advantages(total, spread=s.spread)
+    else:
+        parts = [
+            w * group_advantages(components[name], spread=s.spread) for name, w in weights.items()
+        ]
+        found = torch.stack(parts).sum(0)
+    return found.clamp(-s.advantage_clip, s.advantage_clip)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of some of an epoch's groups: rows (n, ...), rewards and components (g, k)."""
+
+    groups: Sequence[int]
+    given: Conditioning
+    latents: Tensor
+    moves: list[Move]
+    images: Tensor
+    prompts: list[str]
+    rewards: Tensor
+    components: dict[str, Tensor]
+
+
+class Samples:
+    """What a run samples for and is scored by; the arguments are those of the trainers."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        schedule: Schedule,
+        prompts: Sequence[str],
+        given: Conditioning,
+        decode: Callable[[Tensor], Tensor],
+        score: Score,
+        settings: Settings,
+        weights: dict[str, float] | None,
+    ) -> None:
+        self.learner, self.schedule, self.settings = learner, schedule, settings
+        self.prompts, self.given = list(prompts), given
+        self.decode, self.weights = decode, weights or {}
+        self.score: Any = score
+
+    @property
+    def learns(self) -> bool:
+        """Whether the score does."""
+        return hasattr(self.score, "observe")
+
+    def with_score(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A trainer's state, and that of a learning reward."""
+        return state | {"score": self.score.state_dict()} if self.learns else state
+
+    def load_score(self, state: dict[str, Any]) -> None:
+        if self.learns:
+            self.score.load_state_dict(state["score"])
+
+    def shares(self) -> list[list[int]]:
+        """This process's groups, those that are evaluated at once together."""
+        s, accelerator = self.settings, self.learner.accelerator
+        mine = list(range(accelerator.process_index, s.groups, accelerator.num_processes))
+        return [mine[i : i + s.micro_groups] for i in range(0, len(mine), s.micro_groups)]
+
+    def batch(
+        self,
+        policy: Policy,
+        epoch: int,
+        groups: Sequence[int],
+        window: range,
+        noise: float,
+        share_start: bool,
+    ) -> Batch:
+        """Images of some of the epoch's groups, with the noisy moves of the window."""
+        k, chosen = self.settings.k, self._chosen(epoch)
+        drawn = [
+            self._drawn(policy, epoch, i, chosen[i], window, noise, share_start) for i in groups
+        ]
+        prompts = [self.prompts[chosen[i]] for i in groups for _ in range(k)]
+        latents = torch.cat([rows for rows, _ in drawn])
+        images = self.decode(latents).clamp(0, 1)
+        with torch.no_grad():
+            total, components = self.score(images, prompts)
+        moves = [
+            Move(step[0].step, *(torch.cat([getattr(m, end) for m in step]) for end in "xy"))
+            for step in zip(*(taken for _, taken in drawn), strict=True)
+        ]
+        grouped = {name: values.view(-1, k) for name, values in components.items()}
+        given = self._given([chosen[i] for i in groups])
+        rewards = total.view(-1, k)
+        return Batch(groups, given, latents, moves, images, prompts, rewards, grouped)
+
+    def _chosen(self, epoch: int) -> list[int]:
+        """The prompt of each of the epoch's groups, none twice as long as they last."""
+        s, order = self.settings, []
+        while len(order) < s.groups:
+            generator = draws(s.seed, epoch, f"prompts {len(order) // len(self.prompts)}")
+            order += torch.randperm(len(self.prompts), generator=generator).tolist()
+        return order[: s.groups]
+
+    def _drawn(
+        self,
+        policy: Policy,
+        epoch: int,
+        group: int,
+        prompt: int,
+        window: range,
+        noise: float,
+        share_start: bool,
+    ) -> tuple[Tensor, list[Move]]:
+        """Latents (k, *shape) and the noisy moves of one group."""
+        s, shape = self.settings, self.schedule.shape
+        device = self.learner.accelerator.device
+        generator = draws(s.seed, epoch, f"group {group}")
+        start = torch.randn(1 if share_start else s.k, *shape, generator=generator)
+        drawn = torch.randn(len(window), s.k, *shape, generator=generator).to(device)
+        given = self._given([prompt])
+        with self.learner.accelerator.autocast():
+            return sample(policy, self.schedule, start.to(device), given, window, noise, drawn)
+
+    def _given(self, rows: Sequence[int]) -> Conditioning:
+        """The conditioning of k images of each of these prompts."""
+        k, device = self.settings.k, self.learner.accelerator.device
+        return {
+            name: value[list(rows)].repeat_interleave(k, 0).to(device)
+            for name, value in self.given.items()
+        }
+
+    def advantages(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """(g, k) of each batch; a global spread is over all processes."""
+        accelerator, sizes = self.learner.accelerator, [len(b.rewards) for b in batches]
+        gather, first = accelerator.gather, accelerator.process_index * sum(sizes)
+        total = gather(torch.cat([b.rewards for b in batches]))
+        if not total.isfinite().all():  # seen by all processes: none waits for another's gradient
+            _refuse(total.flatten(), gather_object([p for b in batches for p in b.prompts]))
+        parts = {
+            name: gather(torch.cat([b.components[name] for b in batches]))
+            for name in batches[0].components
+        }
+        found = advantages_of(total, parts, self.weights, self.settings)
+        return list(found[first : first + sum(sizes)].split(sizes))
+
+    def told(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Means over all images of all processes."""
+        s = self.settings
+        sums = {"reward": torch.stack([b.rewards.sum() for b in batches]).sum()}
+        for name in batches[0].components:
+            sums[name] = torch.stack([b.components[name].sum() for b in batches]).sum()
+        spread = torch.cat([b.rewards.std(1) for b in batches])
+        sums["spread"] = s.k * spread.sum()
+        sums["flat_groups"] = s.k * (spread == 0).float().sum()
+        return self.learner.reduced(sums, s.groups * s.k)
+
+    def observed(self, batches: Sequence[Batch], epoch: int) -> dict[str, float]:
+        """What a learning reward says, having seen the images."""
+        if not self.learns:
+            return {}
+        images = torch.cat([batch.images for batch in batches])
+        prompts = [prompt for batch in batches for prompt in batch.prompts]
+        return self.score.observe(images, prompts, epoch)
+
+
+def update(
+    learner: Learner, parts: Sequence[Callable[[], tuple[Tensor, dict[str, Tensor]]]], count: int
+) -> dict[str, float]:
+    """One move of the optimiser by the mean of losses, over `count` rows of all processes.
+
+    Each part gives its rows' losses and what to log of them when its turn comes.
+    """
+    sums: dict[str, Tensor] = {}
+    world = learner.accelerator.num_processes
+    for number, part in enumerate(parts):
+        with learner.accumulating(last=number == len(parts) - 1):
+            loss, seen = part()
+            # processes' gradients are averaged, so that this is the mean over all rows
+            learner.accelerator.backward(loss.sum() * world / count)
+        for name, value in (seen | {"loss": loss}).items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach().sum().cpu()
+    norm = learner.update()
+    return learner.reduced(sums, count) | {"grad_norm": norm}
+
+
+def _refuse(rewards: Tensor, prompts: Sequence[str]) -> None:
+    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+    raise FloatingPointError(
+        f"{len(bad)} of {len(rewards)} rewards are not finite, as that of an image of "
+        f"{prompts[bad[0]]!r}"
+    )

@@ -1,0 +1,167 @@
+"""DiffusionNFT: fixed where nothing is better, repeatable, and it raises its reward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_grpo import PROMPTS, brightness, weights_of
+from tiny_pipelines import family
+
+from finetune import lora
+from finetune.chains import schedule_of
+from finetune.learner import load_state, save_state
+from finetune.models import decode, encode, encode_negative, family_of, noising_of
+from finetune.nft import Nft, Trainer, draw_times
+
+
+def trainer_of(name="sd3", score=brightness, **changed):
+    pipe, call = family(name)
+    call |= {"num_inference_steps": 3, "guidance_scale": changed.get("guidance_scale", 1.0)}
+    own, noising = family_of(pipe), noising_of(pipe)
+    settings = Nft(
+        **{"groups": 2, "k": 4, "rank": 2, "alpha": 2, "lr": 1e-3, "num_inference_steps": 3}
+        | changed
+    )
+    with torch.no_grad():
+        given = encode(pipe, PROMPTS, **call)
+        empty = encode_negative(pipe, "", **call) if settings.guidance_scale > 1 else None
+    return Trainer(
+        getattr(pipe, own.network),
+        own,
+        schedule_of(pipe, noising, PROMPTS[0], **call),
+        PROMPTS,
+        given,
+        lambda latents: decode(pipe, latents, call),
+        score,
+        settings,
+        Accelerator(cpu=True),
+        empty=empty,
+    )
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
+def test_where_no_image_is_better_nothing_moves(name):
+    trainer = trainer_of(name, score=lambda images, _: (torch.ones(len(images)), {}), updates=2)
+    before = weights_of(trainer)
+    seen = trainer.train_step()
+    assert seen["grad_norm"] <= 1e-9
+    assert seen["moved"] == 0.0
+    assert seen["loss"] > 0
+    torch.testing.assert_close(weights_of(trainer), before, atol=1e-6, rtol=0)
+
+
+def test_the_first_gradient_is_that_of_regression_weighted_by_advantages():
+    """At v = v_old, with r = (1 + a)/2: -2 β a (v - v_old) per element (Zheng et al., eq. 5)."""
+    trainer = trainer_of(groups=1, noisings=1, beta=0.3, advantage_clip=2.0)
+    batch = trainer._sampled(0, [0])
+    (good,) = (a.flatten() / 4 + 0.5 for a in trainer.samples.advantages([batch]))
+    assert 0 <= good.min() < 0.5 < good.max() <= 1
+    weights = list(trainer.learner.weights.values())
+    loss, _ = trainer._loss(batch, good, 0, "noise 0 0")
+    found = torch.autograd.grad(loss.sum(), weights)
+    x, t, target = trainer._noised(batch, 0, "noise 0 0")
+    pred = trainer._predicted(trainer.learner.bare, x, t, batch.given)
+    slope = -2 * 0.3 * (2 * good - 1).view(-1, 1, 1, 1) * (target - pred.detach())
+    expected = torch.autograd.grad((slope * pred).flatten(1).mean(1).sum(), weights)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_four_epochs_are_two_and_a_resumed_two_bit_for_bit(tmp_path):
+    more = {"updates": 2, "noisings": 1, "kl": 0.1}
+    whole, first, second = (trainer_of(**more) for _ in range(3))
+    seen = [whole.train_step() for _ in range(4)]
+    for _ in range(2):
+        first.train_step()
+    save_state(first, tmp_path)
+    assert load_state(second, tmp_path)
+    assert second.step == 2
+    assert [second.train_step() for _ in range(2)] == seen[2:]
+    assert torch.equal(weights_of(whole), weights_of(second))
+    assert seen[0]["kl"] > 0  # of the epoch's second update; the first was at the reference
+
+
+def test_images_come_from_the_old_policy_and_not_from_how_groups_are_split():
+    one, many = trainer_of(micro_groups=2), trainer_of(micro_groups=1)
+    for _ in range(2):
+        one.train_step()
+        many.train_step()
+    lora.fill(many.learner.weights, one.learner.weights)
+    lora.fill(many.old.weights, one.old.weights)
+    together = one._sampled(2, [0, 1]).images
+    apart = torch.cat([many._sampled(2, [i]).images for i in range(2)])
+    torch.testing.assert_close(apart, together, atol=1e-6, rtol=0)
+    with torch.no_grad():  # the trained weights do not sample
+        for weight in many.learner.weights.values():
+            weight.add_(0.5)
+    torch.testing.assert_close(many._sampled(2, [0]).images, together[:4], atol=1e-6, rtol=0)
+
+
+def test_the_old_policy_follows_by_the_papers_decay():
+    trainer = trainer_of(noisings=1)
+    start = torch.cat([w.flatten() for w in trainer.old.weights.values()])
+    trainer.train_step()
+    first = weights_of(trainer)
+    old = torch.cat([w.flatten() for w in trainer.old.weights.values()])
+    torch.testing.assert_close(old, 0.001 * start + 0.999 * first, atol=1e-7, rtol=0)
+
+
+def test_it_begins_at_the_lora_that_it_is_given():
+    trainer = trainer_of(noisings=1)
+    trainer.learner.start_from({n: w + 0.1 for n, w in trainer.learner.weights.items()})
+    began = weights_of(trainer)
+    sampled = []
+    inner = trainer.samples.batch
+
+    def looked(*arguments, **more):
+        sampled.append(weights_of(trainer))
+        return inner(*arguments, **more)
+
+    trainer.samples.batch = looked
+    trainer.train_step()
+    assert all(torch.equal(weights, began) for weights in sampled)
+
+
+def test_it_raises_its_reward():
+    trainer = trainer_of(lr=2e-2, groups=3, k=6, micro_groups=3)
+    rewards = [trainer.train_step()["reward"] for _ in range(25)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.01
+
+
+def test_guidance_is_of_sampling_alone():
+    trainer = trainer_of("sd", guidance_scale=3.0, noisings=1, groups=1)
+    rows = []
+    trainer.learner.bare.register_forward_hook(
+        lambda module, arguments, keywords, output: rows.append(len(output[0])), with_kwargs=True
+    )
+    trainer.train_step()
+    assert rows == [8, 8, 8, 4, 4]
+
+
+@pytest.mark.parametrize("kind", ["logit_normal", "uniform"])
+def test_times_follow_their_law(kind):
+    generator = torch.Generator().manual_seed(0)
+    t = draw_times(20000, kind, 1.0, generator)
+    share = (t < 0.25).float().mean().item()
+    logit = torch.tensor(0.25).logit()
+    expected = 0.25 if kind == "uniform" else torch.distributions.Normal(0, 1).cdf(logit).item()
+    assert share == pytest.approx(expected, abs=0.01)
+    assert draw_times(20000, kind, 3.0, generator).median() == pytest.approx(0.75, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 1}, "no advantage"),
+        ({"kl": -1.0}, "negative"),
+        ({"beta": 0.0}, "beta is 0.0 but must be positive"),
+        ({"noisings": 0}, "positive"),
+        ({"old_decay": 1.0}, "old_decay"),
+        ({"times": "all"}, "'logit_normal' or 'uniform'"),
+        ({"spread": "all"}, "take 'group'"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Nft(**change)
