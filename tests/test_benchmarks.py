@@ -5,10 +5,14 @@ import pytest
 import torch
 from torch import nn
 
+import rewards
+from finetune import checks
 from finetune.gdro import Gdro
-from scripts.benchmarks import cost, foresight, lift, training, tuning
+from rewards.images import to_images
+from scripts.benchmarks import adversarial, cost, foresight, lift, online, training, tuning
+from scripts.tiny import styles
 from scripts.tiny.fit import fit, split
-from scripts.tiny.world import TASKS
+from scripts.tiny.world import COLOURS, TASKS, render
 from steering import FeynmanKac
 
 
@@ -123,3 +127,32 @@ def test_the_table_compares_runs_prompt_by_prompt():
     ).splitlines()
     assert "| 1.5 | exact | 0.250 | 0.750 | +0.500 [+0.000, +1.000] |  |" in first
     assert "| -0.250 [-0.250, -0.250] |" in second
+
+
+def test_a_curve_counts_the_seconds_of_images_and_steps_but_not_of_checks(tmp_path):
+    (tmp_path / "gdro").mkdir()
+    for name, seconds in (("rollouts", 50), ("scores", 10)):
+        (tmp_path / f"gdro-{name}.seconds").write_text(str(seconds))
+    for step, seconds in ((5, 1.0), (10, 3.0)):
+        checks.append(tmp_path / "gdro" / "log.csv", {"step": step, "seconds": seconds})
+    for step, reward in ((0, 0.5), (10, 0.7)):
+        checks.append(tmp_path / "gdro" / "checks.csv", {"step": step, "held_out/reward": reward})
+    rows = online.curve(tmp_path, "gdro")
+    assert [row["seconds"] for row in rows] == [60, 60 + 5 * 1.0 + 5 * 3.0]
+    assert online.reached(rows, 0.6) == pytest.approx(70)
+    assert online.reached(rows, 0.8) is None
+
+
+def test_references_are_in_their_style_and_show_what_the_world_shows():
+    night = styles.scenes("night", 24, 0, adversarial.THINGS)
+    images = to_images([render(drawn) for drawn in night])
+    assert adversarial.in_style(images, "night") == 1
+    plain = styles.scenes("plain", 24, 0, adversarial.THINGS)
+    assert [drawn.prompt for drawn in plain] == [drawn.prompt for drawn in night]
+    assert adversarial.in_style(to_images([render(drawn) for drawn in plain]), "night") < 0.6
+    assert (rewards.load("objects")(images, [drawn.prompt for drawn in night]) == 1).all()
+
+
+def test_letters_without_a_colour_take_one_that_shows():
+    for drawn in styles.scenes("paper", 40, 0, ["text"]):
+        assert drawn.ink in ("black", *COLOURS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,10 +13,9 @@ from safetensors.torch import load_file
 
 from finetune import checks
 from finetune.rollouts import Rollouts
-from scripts import command, rollout, score, train_gdro, training
+from scripts import rollout, score, train_gdro, training
 from steering import loading, tiny
 
-ROOT = Path(__file__).parents[1]
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
 
 
@@ -182,11 +180,3 @@ def test_help_explains_every_setting(script, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "(default:" in line]
     assert len(lines) == len(script.NOTES)
     assert not [line for line in lines if len(line.split("(default")[0].split()) < 2]
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "scripts/configs").glob("*.yaml")), ids=lambda f: f.stem
-)
-def test_the_settings_that_come_along_are_settings(file):
-    settings = command.settings_of([str(file)], train_gdro.Train, {}, "")
-    assert settings.gdro.steps > 0

@@ -5,12 +5,12 @@
     python -m scripts.bench adversarial --table --grid docs
 
 tiny-sd3, one process. Style: 200 references whose background is the dark blue one alone, one
-picture of four in the base; the words and shapes that the prompt asks for should survive. Hacking:
-the reward is a small JPEG file, which an empty picture has; the same run with a critic of 200
-pictures of the world beside it. Unseen prompts, drawn by the stock sampler at 20 steps; 95 %
-bootstrap intervals over prompts. The distance is Fréchet's between the embedded DINO's features of
-all pictures and of 200 other references, which no critic saw; a critic sees the same features, the
-share of borders in the style is of pixels alone.
+picture of four in the base; the shapes that the prompt asks for should survive. Hacking: the reward
+is a small JPEG file, which an empty picture has; the same run with a critic of 200 pictures of the
+world beside it, weak as in the style's run or stronger. Unseen prompts, drawn by the stock sampler
+at 20 steps; 95 % bootstrap intervals over prompts. The distance is Fréchet's between the embedded
+DINO's features of all pictures and of 200 other references, which no critic saw; a critic sees the
+same features, the share of borders in the style is of pixels alone.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ THINGS = [task for task in TASKS if task != "text"]
 SHAPES = "objects(mode=share)"
 # of each case: the references' style, the reward that is looked at, and each run's settings
 STYLE = {"with a critic": [f"reward={SHAPES}"]}
-HACKING = {"reward alone": ["reward=jpeg"], "with a critic": ["reward=jpeg"]}
+HACKING = {
+    "reward alone": ["reward=jpeg"],
+    "with a weak critic": ["reward=jpeg"],
+    "with a critic": ["reward=jpeg", "critic_weight=20", "critic.lr=3e-4"],
+}
 CASES = {"style": ("night", STYLE), "hacking": ("plain", HACKING)}
 WATCHED = f"{SHAPES} + 0*clip(tiny) + 0*jpeg"
 MEASURES = ("mean of 6 tasks", "objects", "clip", "jpeg")

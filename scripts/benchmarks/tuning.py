@@ -66,6 +66,7 @@ VARIATIONS = {
     "β÷3": ["gdro.beta=3"],
     "β×3": ["gdro.beta=30"],
     "shift 1": ["gdro.shift=1"],
+    "unweighted": ["gdro.weight=constant", "gdro.beta=100", "gdro.hold_best=200"],  # tiny-sd
 }
 
 

@@ -1,0 +1,93 @@
+"""The recipes of scripts/configs are settings of their scripts; the memory they need, computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
+
+from scripts import command, train_adversarial, train_gdro
+from scripts.benchmarks import memory
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "scripts/configs").glob("*.yaml"))
+KINDS = {
+    "gdro": train_gdro.Train,
+    "grpo": train_adversarial.Train,
+    "adversarial": train_adversarial.Train,
+}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_holds_settings_of_its_script(file):
+    kind = KINDS[file.stem.split("_")[0]]
+    settings = command.settings_of([str(file)], kind, {}, "")
+    method = settings.gdro if kind is train_gdro.Train else settings.grpo
+    assert method.steps > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "published"), [("sd15", 859_520_964), ("sdxl", 2_567_463_684)], ids=["sd15", "sdxl"]
+)
+def test_the_unets_have_the_parameters_of_the_published_ones(name, published):
+    with torch.device("meta"):
+        parts = memory.parts_of(memory.MODELS[name], online=True)
+    assert [_numbers(part) for part in parts] == [published, 83_653_863, 86_580_480]
+
+
+def test_the_transformer_has_the_two_and_a_half_billion_of_its_card():
+    with torch.device("meta"):
+        (network,) = memory.parts_of(memory.MODELS["sd35m"], online=False)
+    places = sum(buffer.numel() for buffer in network.buffers())  # they are in the file too
+    assert _numbers(network) + places == pytest.approx(2.5e9, rel=0.02)
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class Block(nn.Module):
+    """Residual convolution, norm and attention, checkpointed or not."""
+
+    def __init__(self, less: bool) -> None:
+        super().__init__()
+        self.less, self.norm = less, nn.GroupNorm(8, 64)
+        self.conv, self.out = nn.Conv2d(64, 256, 3, padding=1), nn.Conv2d(256, 64, 1)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.silu(self.conv(self.norm(x)))
+        q = x.flatten(2).mT[:, None]
+        seen = nn.functional.scaled_dot_product_attention(q, q, q)[:, 0].mT
+        return self.out(y) + seen.reshape(x.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (checkpoint(self.inner, x, use_reentrant=False) if self.less else self.inner(x))
+
+
+def _step(less: bool) -> None:
+    network = nn.Sequential(*(Block(less) for _ in range(4)))
+    x = torch.zeros(4, 64, 32, 32)
+    network(x).square().mean().backward()
+
+
+@pytest.mark.parametrize("less", [False, True])
+def test_the_peak_is_that_of_the_real_allocator(less):
+    with FakeTensorMode(), memory.Count() as count:
+        _step(less)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        _step(less)
+    profiler: Any = seen.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    assert count.peak == pytest.approx(int(live.max()), rel=0.1)
+
+
+def test_the_documented_table_is_what_the_command_prints():
+    text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    assert memory.row("sd15", "gdro", less=True) in text
