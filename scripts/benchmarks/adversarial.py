@@ -7,8 +7,9 @@
 tiny-sd3, one process. Style: 200 references whose background is the dark blue one alone, one
 picture of four in the base; the shapes that the prompt asks for should survive. Hacking: the reward
 is a small JPEG file, which an empty picture has; the same run with a critic of 200 pictures of the
-world beside it, weak as in the style's run or stronger. Unseen prompts, drawn by the stock sampler
-at 20 steps; 95 % bootstrap intervals over prompts. The distance is Fréchet's between the embedded
+world beside it, and with a preference model (the embedded CLIP) that compares a picture of each
+prompt. Unseen prompts, drawn by the stock sampler at 20 steps; 95 % bootstrap intervals over
+prompts. The distance is Fréchet's between the embedded
 DINO's features of all pictures and of 200 other references, which no critic saw; a critic sees the
 same features, the share of borders in the style is of pixels alone.
 """
@@ -32,17 +33,18 @@ from rewards.sets import frechet
 from rewards.vit import view
 
 from ..tiny.styles import STYLES, scenes
-from ..tiny.world import BACKGROUNDS, TASKS, render
+from ..tiny.world import BACKGROUNDS, TASKS, render, scene
 from .tuning import ROOT, command, prepare, timed
 
 THINGS = [task for task in TASKS if task != "text"]
 SHAPES = "objects(mode=share)"
 # of each case: the references' style, the reward that is looked at, and each run's settings
 STYLE = {"with a critic": [f"reward={SHAPES}"]}
+PREFERENCE = ["critic_kind=preference", "paired=true", "critic.lr=5e-6", "critic_weight=2"]
 HACKING = {
     "reward alone": ["reward=jpeg"],
-    "with a weak critic": ["reward=jpeg"],
-    "with a critic": ["reward=jpeg", "critic_weight=20", "critic.lr=3e-4"],
+    "with a critic": ["reward=jpeg"],
+    "with a preference critic": ["reward=jpeg", "grpo.each_reward=true", *PREFERENCE],
 }
 CASES = {"style": ("night", STYLE), "hacking": ("plain", HACKING)}
 WATCHED = f"{SHAPES} + 0*clip(tiny) + 0*jpeg"
@@ -55,19 +57,37 @@ def run(case: str, out: Path, images: int, changes: Sequence[str]) -> None:
     style, runs = CASES[case]
     references = out / style
     references.mkdir(exist_ok=True)
-    for i, scene in enumerate(scenes(style, 200, 0, THINGS)):
-        render(scene).save(references / f"{i:04d}.png")
+    for i, drawn in enumerate(scenes(style, 200, 0, THINGS)):
+        render(drawn).save(references / f"{i:04d}.png")
+    by_prompt = out / "by-prompt.json"
+    by_prompt.write_text(json.dumps(drawn_for(tune.read_text().splitlines(), out / "by-prompt")))
     for name, words in runs.items():
         tuned = out / f"{case}-{name.replace(' ', '-')}"
         settings = [str(ROOT / "scripts/configs/adversarial_tiny.yaml"), f"prompts={tune}"]
         settings += [f"out={tuned}", "resume=true", *words, *changes]
         if "critic" in name:
-            settings += [f"references={references}"]
+            pictures_of = by_prompt if "preference" in name else references
+            settings += [f"references={pictures_of}"]
         timed(out, tuned.name, command("train_adversarial.py", settings, 1))
         drawn = ["model=tiny-sd3", "call.guidance_scale=1.0", f"prompts={test}", "resume=true"]
         drawn += [f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}", f"images={images}"]
         line = command("evaluate.py", [*drawn, f"reward={WATCHED}"], 1)
         timed(out, f"{tuned.name}-eval", line)
+
+
+def drawn_for(prompts: Sequence[str], folder: Path) -> dict[str, list[str]]:
+    """A picture of each prompt, as the world draws it, by prompt."""
+    rng, left, found = np.random.default_rng(0), set(prompts), {}
+    folder.mkdir(exist_ok=True)
+    while left:
+        drawn = scene(rng, str(rng.choice(THINGS)))
+        if drawn.prompt not in left:
+            continue
+        left.remove(drawn.prompt)
+        file = folder / f"{prompts.index(drawn.prompt):04d}.png"
+        render(drawn).save(file)
+        found[drawn.prompt] = [str(file)]
+    return found
 
 
 def drawn_by(folder: Path) -> Tensor:
@@ -94,7 +114,7 @@ def markdown(out: Path) -> str:
     lines = ["| case | pictures of | distance | in style | " + " | ".join(MEASURES) + " | alarm |"]
     lines.append("|" + "---|" * (5 + len(MEASURES)))
     for case, (style, runs) in CASES.items():
-        others = to_images([render(scene) for scene in scenes(style, 200, 1, THINGS)])
+        others = to_images([render(drawn) for drawn in scenes(style, 200, 1, THINGS)])
         target = dino.tokens(others, 64).cls
         shown: list[tuple[str, Path, str]] = []
         for name in runs:

@@ -114,7 +114,7 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
     """Reward, held-out reward and corrected score against seconds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
     shown = {"reward": "OCR, held-out words", "clip": "CLIP, not trained on"}
     shown |= {"corrected": "corrected score"}
     for axes, (key, title) in zip(figure.subplots(1, len(shown)), shown.items(), strict=True):
@@ -127,7 +127,8 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
         )
         axes.set_title(title)
         axes.set_xlim(left=0)
-    figure.axes[0].legend()
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
     figure.savefig(file, dpi=110)
 
 
