@@ -1,1 +1,1 @@
-"""Fine-tuning toward the tilted target: offline GDRO, and policy gradients with a critic."""
+"""Fine-tuning toward the tilted target: offline GDRO; Flow-GRPO, DiffusionNFT; a critic."""

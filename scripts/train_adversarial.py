@@ -157,32 +157,7 @@ def run(settings: Train) -> None:
     watch = training.watch_of(settings, prompts, settings.reward, stated, load, accelerator)
     check_references(settings, fixed, watch)
     pipe = load().to(accelerator.device)
-    family = family_of(pipe)
-    schedule = schedule_of(pipe, noising_of(pipe), prompts[0], **call)
-    given = _encoded(pipe, prompts, call)
-    guided = tuned.guidance_scale > 1 and "guidance" not in given
-    empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
-    for part in pipe.components:
-        if part.startswith(("text_encoder", "tokenizer")):
-            setattr(pipe, part, None)  # prompts are encoded; images still have to be decoded
-    with torch.no_grad():  # a picture's size
-        empty_latents = torch.zeros(1, *schedule.shape, device=accelerator.device)
-        height, width = models.decode(pipe, empty_latents, call).shape[2:]
-    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
-    kind, title = METHODS[settings.method]
-    trainer = kind(
-        getattr(pipe, family.network),
-        family,
-        schedule,
-        prompts,
-        given,
-        torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call))),
-        score,
-        tuned,
-        accelerator,
-        weights,
-        empty,
-    )
+    trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
     training.begin(trainer, settings, tuned)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"))
     accelerator.end_training()
@@ -197,7 +172,49 @@ def run(settings: Train) -> None:
         if isinstance(score, Adversary):
             score.critic.save(out / "critic")
             about.append(f"a critic of {len(score.references)} pictures, in {out / 'critic'}")
-        print(training.export(trainer, type(pipe), settings, about, name, title))
+        print(
+            training.export(trainer, type(pipe), settings, about, name, METHODS[settings.method][1])
+        )
+
+
+def trainer_of(
+    settings: Train,
+    pipe: Any,
+    prompts: list[str],
+    call: dict[str, Any],
+    fixed: Any,
+    accelerator: Any,
+) -> tuple[Any, Any]:
+    """The trainer of the method that is taken, and what scores its samples.
+
+    The pipeline loses its text encoders, whose work is done here.
+    """
+    family = family_of(pipe)
+    schedule = schedule_of(pipe, noising_of(pipe), prompts[0], **call)
+    given = _encoded(pipe, prompts, call)
+    guided = settings.tuned.guidance_scale > 1 and "guidance" not in given
+    empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
+    for part in pipe.components:
+        if part.startswith(("text_encoder", "tokenizer")):
+            setattr(pipe, part, None)  # prompts are encoded; images still have to be decoded
+    with torch.no_grad():  # a picture's size
+        empty_latents = torch.zeros(1, *schedule.shape, device=accelerator.device)
+        height, width = models.decode(pipe, empty_latents, call).shape[2:]
+    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
+    trainer = METHODS[settings.method][0](
+        getattr(pipe, family.network),
+        family,
+        schedule,
+        prompts,
+        given,
+        torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call))),
+        score,
+        settings.tuned,
+        accelerator,
+        weights,
+        empty,
+    )
+    return trainer, score
 
 
 def check_references(settings: Train, fixed: Any, watch: Any) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from critic_models import MAKERS, PROMPTS, N, generator, pictures, preference, state, untrained
+from two_processes import run_pair
 
 import rewards
 from finetune.critics import (
@@ -226,25 +223,7 @@ torch.save((seen, t.state(reward.module)), f"{sys.argv[1]}/{rank}.pt")
     "kind", [pytest.param(name, marks=[pytest.mark.slow] * (name != "colours")) for name in MAKERS]
 )
 def test_two_processes_hold_the_same_weights_after_20_steps(kind, tmp_path):
-    root = Path(__file__).parents[1]
-    base = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-    }
-    line = [sys.executable, "-c", PROGRAM, str(tmp_path), kind]
-    both = [
-        subprocess.Popen(
-            line, env=base | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE
-        )
-        for i in range(2)
-    ]
-    for process in both:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    run_pair(PROGRAM, str(tmp_path), kind, port=0)
     (stats, weights), (other_stats, other_weights) = (
         torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2)
     )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_launch import ROOT, command, ran
+from test_launch import command, ran
 from torch.utils._pytree import tree_leaves
+from two_processes import run_pair
 
 SMALL = [
     *("grpo.groups=2", "grpo.k=2", "grpo.rank=2", "grpo.num_inference_steps=3"),
@@ -120,24 +117,7 @@ torch.save((whole.state_dict(), second.state_dict(), told), f"{sys.argv[1]}/{ran
 
 
 def test_two_critics_resume_from_the_state_of_one_and_stop_together(tmp_path):
-    base = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + (os.getpid() + 1) % 20000),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}",
-    }
-    line = [sys.executable, "-c", PAIR, str(tmp_path)]
-    both = [
-        subprocess.Popen(
-            line, env=base | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE
-        )
-        for i in range(2)
-    ]
-    for process in both:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    run_pair(PAIR, str(tmp_path), port=1)
     (whole, again, told), (other_whole, other_again, other_told) = (
         torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2)
     )

@@ -9,9 +9,9 @@ picture of four in the base; the shapes that the prompt asks for should survive.
 is a small JPEG file, which an empty picture has; the same run with a critic of 200 pictures of the
 world beside it, and with a preference model (the embedded CLIP) that compares a picture of each
 prompt. Unseen prompts, drawn by the stock sampler at 20 steps; 95 % bootstrap intervals over
-prompts. The distance is Fréchet's between the embedded
-DINO's features of all pictures and of 200 other references, which no critic saw; a critic sees the
-same features, the share of borders in the style is of pixels alone.
+prompts. The distance is Fréchet's between the embedded DINO's features of all pictures and of 200
+other references, which no critic saw; a critic sees the same features, the share of borders in the
+style is of pixels alone.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def run(case: str, out: Path, images: int, changes: Sequence[str]) -> None:
             pictures_of = by_prompt if "preference" in name else references
             settings += [f"references={pictures_of}"]
         timed(out, tuned.name, command("train_adversarial.py", settings, 1))
-        drawn = ["model=tiny-sd3", "call.guidance_scale=1.0", f"prompts={test}", "resume=true"]
-        drawn += [f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}", f"images={images}"]
-        line = command("evaluate.py", [*drawn, f"reward={WATCHED}"], 1)
+        judged = ["model=tiny-sd3", "call.guidance_scale=1.0", f"prompts={test}", "resume=true"]
+        judged += [f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}", f"images={images}"]
+        line = command("evaluate.py", [*judged, f"reward={WATCHED}"], 1)
         timed(out, f"{tuned.name}-eval", line)
 
 
@@ -99,7 +99,6 @@ def drawn_by(folder: Path) -> Tensor:
 
 def in_style(images: Tensor, style: str) -> float:
     """The share of pictures whose border is nearer to the style's background than to any other."""
-
     edge = torch.cat(
         [images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], 2
     )
