@@ -123,9 +123,22 @@ def _add_inputs(p: argparse.ArgumentParser) -> None:
         help="an AutoencoderTiny (folder or hub id) that decodes for the scores on the way; none; "
         "auto: that of an embedded model, none for others",
     )
+    group.add_argument(
+        "--preview-size",
+        type=float,
+        default=1.0,
+        help="sides of the pictures scored on the way, as a share of the image's",
+    )
     group = p.add_argument_group("the pipeline's call (by default its own values)")
     group.add_argument("--steps", type=_count, help="denoising steps")
     group.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
+    group.add_argument(
+        "--guidance-interval",
+        type=_interval,
+        default=(0.0, 1.0),
+        metavar="A,B",
+        help="guide only from A to B of the run; steps outside cost half and make another p",
+    )
     group.add_argument("--negative-prompt", help="what to keep away from")
     group.add_argument("--height", type=_count, help="pixels")
     group.add_argument("--width", type=_count, help="pixels")
@@ -140,7 +153,8 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=["auto", *loading.DTYPES], help=dtype)
     attention = "auto, sdpa, xformers, or another backend of diffusers"
     add("--attention", default="auto", help=attention)
-    add("--max-batch", type=_count, help="rows that the network evaluates at once")
+    rows = "rows that the network evaluates at once; auto: all, and fewer where memory runs out"
+    add("--max-batch", type=_rows, default="auto", help=rows)
     add("--prompts-per-call", type=_count, default=1, help="prompts in one batch")
 
 
@@ -148,6 +162,18 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: pass a whole number of 1 or more")
     return int(text)
+
+
+def _rows(text: str) -> int | str:
+    return text if text == "auto" else _count(text)
+
+
+def _interval(text: str) -> tuple[float, float]:
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: pass two fractions, as in 0,0.6") from None
+    return low, high
 
 
 def _populations(text: str) -> tuple[int, ...]:
@@ -283,7 +309,9 @@ def kinds_of_call(
     call = {
         "particles": args.particles,
         "preview": preview,
+        "preview_size": args.preview_size,
         "max_batch": args.max_batch,
+        "guidance_interval": args.guidance_interval,
         "prompts_per_call": args.prompts_per_call,
         **call_keywords(args),
     }

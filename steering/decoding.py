@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from steering.schedulers import Chain
 
-__all__ = ["Decoder", "Tape", "do_nothing", "to_pil", "to_tensor", "view_of"]
+__all__ = ["Decoder", "Tape", "do_nothing", "in_float32", "to_pil", "to_tensor", "view_of"]
 
 _HEAD = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
 
@@ -90,8 +90,9 @@ class Decoder:
     """Decodes the latents of one pipeline call, `chunk` rows at a time.
 
     `images(latents)` are float (n, 3, h, w) in [0, 1], by `preview` instead of the pipeline's own
-    decoder where there is one, without safety checker and watermark; `finals(latents)` are the PIL
-    images that the pipeline returns.
+    decoder where there is one, without safety checker and watermark, their sides `preview_size` of
+    the image's; `finals(latents)` are the PIL images that the pipeline returns. `precise` is what
+    `in_float32` made of the pipeline's decoder.
     """
 
     def __init__(
@@ -102,11 +103,14 @@ class Decoder:
         call: dict[str, Any],
         *,
         preview: Any = None,
+        preview_size: float = 1.0,
         decode: Callable[[Tensor], Tensor] | None = None,
+        precise: Any = None,
         chunk: int = 8,
     ):
         self._pipe, self._tape, self._call = pipe, tape, call
-        self._decode, self._chunk = decode, chunk
+        self._decode, self._chunk, self._size = decode, chunk, preview_size
+        self._precise = precise
         ended = copy.deepcopy(scheduler)
         ended.chain = Chain(noise=ended.chain.noise, finished=True)
         self._ended = {
@@ -114,6 +118,8 @@ class Decoder:
             "maybe_free_model_hooks": do_nothing,
             "_progress_bar_config": {"disable": True},
         }
+        if precise is not None:
+            self._ended["vae"] = precise
         self._preview = dict(self._ended)
         if preview is not None:
             self._preview["vae"] = preview
@@ -127,7 +133,7 @@ class Decoder:
     def _images(self, latents: Tensor) -> Tensor:
         if self._decode is not None:
             return _decoded(self._decode, latents)
-        images = self._tail(latents, self._preview, "pt")
+        images = self._tail(_smaller(latents, self._size), self._preview, "pt")
         if images.ndim == 5:  # (n, frames, 3, h, w)
             images = images.squeeze(1)
         return images.float()
@@ -142,12 +148,40 @@ class Decoder:
         return [image[0] if isinstance(image, list) else image for image in images]
 
     def _tail(self, latents: Tensor, replaced: dict[str, Any], output_type: str) -> Any:
+        if self._precise is not None and replaced["vae"] is self._precise:
+            latents = latents.float()
         with _SHARED:
             view = view_of(self._pipe, **replaced, **self._tape.players(latents))
             # a tail that draws noise would do so for n rows; a generator a row might not fit them
             generator = Generator().manual_seed(0)
             call = self._call | {"generator": generator, "output_type": output_type}
             return view(**call)[0]
+
+
+def in_float32(pipe: DiffusionPipeline) -> Any:
+    """A float32 copy of a decoder that overflows in float16, None for any other.
+
+    Its pipeline (SDXL) would cast it there and back at every decoding. One that is moved between
+    devices on demand is left to that.
+    """
+    vae: Any = getattr(pipe, "vae", None)
+    overflows = hasattr(pipe, "upcast_vae") and getattr(vae, "dtype", None) == torch.float16
+    if not overflows or not vae.config.get("force_upcast") or hasattr(vae, "_hf_hook"):
+        return None
+    return copy.deepcopy(vae).to(torch.float32)
+
+
+def _smaller(latents: Tensor, size: float) -> Tensor:
+    if size == 1:
+        return latents
+    if latents.ndim != 4:
+        raise ValueError(
+            f"preview_size={size}: this pipeline's latents, {tuple(latents.shape)}, are no plane "
+            "that could be made smaller; leave preview_size= out."
+        )
+    sides = [max(1, round(side * size)) for side in latents.shape[2:]]
+    smaller = torch.nn.functional.interpolate(latents.float(), sides, mode="area")
+    return smaller.to(latents.dtype)
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:

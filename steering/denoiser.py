@@ -1,4 +1,4 @@
-"""A stand-in for a network that evaluates fewer rows at once, or only those that are alive.
+"""A stand-in for a network that evaluates fewer rows at once, or only those that count.
 
 The pipeline calls it as it would the network. Arguments with the batch's rows are cut, everything
 else is passed on as it is; the module itself is not patched, so compiled ones keep their graph.
@@ -17,6 +17,7 @@ __all__ = [
     "Denoiser",
     "Rows",
     "denoisers",
+    "distinct",
     "networks",
     "perturbed",
     "refuse_step_caches",
@@ -34,7 +35,10 @@ class Rows:
     """Which rows of a batch are evaluated, and how many at once; shared by a call's networks.
 
     `live` (m,) are rows of the n particles, None for all; `source` (n,) says for every particle
-    which entry of `live` to show. A batch of 2n rows (guidance) holds the n particles twice.
+    which entry of `live` to show. A batch of 2n rows (guidance) holds the n particles twice, first
+    without and then with their prompts. `guidance` is the part of the run, of [0, 1], in which both
+    are evaluated; outside of it the second shows for the first, which leaves guidance nothing to
+    add (Kynkäänniemi et al. 2024).
     """
 
     max_batch: int | None = None
@@ -42,6 +46,8 @@ class Rows:
     num: int = 0
     live: Tensor | None = None
     source: Tensor | None = None
+    guidance: tuple[float, float] = (0.0, 1.0)
+    progress: float = 0.0  # share of the steps that are done
 
     def keep(self, live: Tensor, num: int) -> None:
         """Evaluate the rows `live` of `num`; dead rows show the output of a live one."""
@@ -49,23 +55,52 @@ class Rows:
         source[live] = torch.arange(len(live), device=live.device)
         self.num, self.live, self.source = num, live, source
 
-    def indices(self, n: int) -> tuple[Tensor | None, Tensor | None]:
-        """Rows of a batch of n to evaluate, and where each of the n finds its output."""
-        if self.live is None or self.source is None or self.num == 0 or n % self.num:
+    def indices(self, x: Any) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of a batch x to evaluate, and where each row of x finds its output."""
+        n = len(x)
+        guided = self.guidance[0] <= self.progress < self.guidance[1]
+        if self.num == 0 or n % self.num or (guided and self.live is None):
             return None, None
-        copies = torch.arange(n // self.num, device=self.live.device)[:, None]
-        live = (copies * self.num + self.live).flatten()
-        return live, (copies * len(self.live) + self.source).flatten()
+        copies = n // self.num
+        if not guided and copies != 2:
+            raise ValueError(
+                f"guidance_interval={self.guidance}: this pipeline's network sees each particle "
+                f"{copies} times a step, not once without and once with its prompt, so there is "
+                "nothing to leave out; leave guidance_interval= out."
+            )
+        device = x.device if isinstance(x, Tensor) else x[0].device
+        every = torch.arange(self.num, device=device)
+        live, source = (every if part is None else part for part in (self.live, self.source))
+        if not guided:
+            return self.num + live, source.repeat(2)
+        each = torch.arange(copies, device=device)[:, None]
+        return (each * self.num + live).flatten(), (each * len(live) + source).flatten()
 
     def chunk(self, n: int) -> int:
         size = n if self.max_batch is None else min(n, self.max_batch)
         return -(-size // 2**self.halvings)
 
 
+class Distinct:
+    """Of equal rows of tokens, one is evaluated."""
+
+    def indices(self, x: Any) -> tuple[Tensor | None, Tensor | None]:
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.is_floating_point():
+            return None, None
+        _, source = torch.unique(x, dim=0, return_inverse=True)
+        order = torch.arange(len(x), device=x.device)
+        first = torch.full((int(source.max()) + 1,), len(x), device=x.device)
+        first = first.scatter_reduce(0, source, order, "amin")
+        return (None, None) if len(first) == len(x) else (first, source)
+
+    def chunk(self, n: int) -> int:
+        return n
+
+
 class Denoiser:
     """Delegates to `module` in everything but the call, `isinstance` included."""
 
-    def __init__(self, module: torch.nn.Module, rows: Rows):
+    def __init__(self, module: torch.nn.Module, rows: Rows | Distinct):
         self._module, self._rows = module, rows
 
     @property
@@ -78,7 +113,7 @@ class Denoiser:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = _sample(args, kwargs)
         n, as_list = len(x), isinstance(x, list)
-        live, source = self._rows.indices(n)
+        live, source = self._rows.indices(x)
         total = n
         if live is not None:
             args, kwargs = _cut_call(args, kwargs, n, live)
@@ -162,6 +197,15 @@ def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
 def denoisers(pipe: DiffusionPipeline, rows: Rows) -> dict[str, Denoiser]:
     """A stand-in for each of them, all cutting by the same `rows`."""
     return {name: Denoiser(net, rows) for name, net in networks(pipe).items()}
+
+
+def distinct(pipe: DiffusionPipeline) -> dict[str, Denoiser]:
+    """Stand-ins for the text encoders that encode equal texts of a batch once."""
+    return {
+        name: Denoiser(part, Distinct())
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)
+    }
 
 
 def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:

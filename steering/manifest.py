@@ -8,11 +8,13 @@ pass steer_each() the text `occurrence + 1` times, with `only=[occurrence]`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
+import itertools
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,30 +113,47 @@ def fingerprint(module: torch.nn.Module) -> str:
     sha256 of name, shape, dtype and a sample of the values of every entry of the state dict. What
     is on the meta device, as under sequential offload, has no values to look at.
     """
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-            digest.update(_sample(value))
+    entries = module.state_dict().items()
+    named = [(name, value) for name, value in entries if isinstance(value, Tensor)]
+    samples = [_sample(value) for _, value in named]
+    values = b"".join(_read(samples))
+    digest, start = hashlib.sha256(), 0
+    for (name, value), sample in zip(named, samples, strict=True):
+        end = start + sum(map(len, sample))
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(values[start:end])
+        start = end
     return digest.hexdigest()[:16]
 
 
-def _sample(tensor: Tensor) -> bytes:
+def _sample(tensor: Tensor) -> list[Tensor]:
+    """Some of the values as bytes, where they lie."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:  # a quantised weight, made of tensors
-        return b"".join(_sample(getattr(tensor, name)) for name in inner()[0])
+        return [part for name in inner()[0] for part in _sample(getattr(tensor, name))]
+    if tensor.is_meta:
+        return []
     # odd, so that it meets every column of a matrix whose width is a power of two
     stride = -(-tensor.numel() // _SAMPLE) | 1
     if tensor.is_contiguous():
-        return _bytes(tensor.detach().reshape(-1)[::stride])
+        return [_as_bytes(tensor.detach().reshape(-1)[::stride])]
     which = torch.arange(0, tensor.numel(), stride, device=tensor.device)  # no copy of it all
-    return _bytes(tensor.detach()[torch.unravel_index(which, tensor.shape)])
+    return [_as_bytes(tensor.detach()[torch.unravel_index(which, tensor.shape)])]
+
+
+def _read(samples: list[list[Tensor]]) -> Iterator[bytes]:
+    """Their bytes, in order; neighbours on one device come in one copy, as each waits for it."""
+    parts = [part for sample in samples for part in sample]
+    for _, together in itertools.groupby(parts, key=lambda part: part.device):
+        yield torch.cat(list(together)).cpu().numpy().tobytes()
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    if tensor.is_meta:
-        return b""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return b"" if tensor.is_meta else _as_bytes(tensor.detach().cpu()).numpy().tobytes()
 
 
 def _adapters(component: str, module: torch.nn.Module) -> list[dict[str, Any]]:
@@ -192,6 +211,12 @@ def _is_dealt(name: str, value: Any, b: int) -> bool:
 
 
 def versions() -> dict[str, str]:
+    """A fresh copy of what is looked up once."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
     """Of Python and of the packages that decide a picture; those that are not installed left out.
 
     A checkout of this package itself need not be installed.

@@ -48,6 +48,7 @@ class Filter:
     def __call__(self, look: Look) -> Tensor | None:
         if look.step == 0:
             self._begin(look)
+        self._rows.progress = (look.step + 1) / len(look.stds)  # when the network is called next
         if look.step not in self._sizes:
             self._on_step(self._num_steps, None, None)
             return None

@@ -24,8 +24,15 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steering.call import PipelineCall, check_pipeline, check_preview
-from steering.decoding import Decoder, Tape, do_nothing, to_tensor, view_of
-from steering.denoiser import Rows, denoisers, perturbed, refuse_step_caches, undisturbed
+from steering.decoding import Decoder, Tape, do_nothing, in_float32, to_tensor, view_of
+from steering.denoiser import (
+    Rows,
+    denoisers,
+    distinct,
+    perturbed,
+    refuse_step_caches,
+    undisturbed,
+)
 from steering.filter import final_log_z
 from steering.manifest import describe, select
 from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
@@ -73,10 +80,12 @@ def steer(
     seed: int = 0,
     preview: Any = None,
     decode: Callable[[Tensor], Tensor] | None = None,
-    max_batch: int | None = None,
+    max_batch: int | str | None = "auto",
     prompts_per_call: int = 1,
     progress: bool = True,
     references: Sequence[Any] | None = None,
+    preview_size: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     **pipe_kwargs: Any,
 ) -> Steered:
     """Draw `particles` weighted images a prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
@@ -84,9 +93,12 @@ def steer(
     reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,), with `references` (one a prompt) as a
     keyword where there are any. preview: an AutoencoderTiny that decodes for the scores along the
     way; the final images come from the pipeline's own decoder, and the reward is that of the 8-bit
-    image. decode: latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be
-    reached. max_batch: how many rows the network evaluates at once. pipe_kwargs: keywords of the
-    pipeline's own call.
+    image. preview_size: sides of what is scored on the way, as a share of the image's. decode:
+    latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be reached.
+    max_batch: how many rows the network evaluates at once, at most; where memory runs out, "auto"
+    (or None) too, that is halved as often as it takes. guidance_interval (a, b): step i of n is
+    guided where a <= i/n < b; the others cost half (and make another p). pipe_kwargs: keywords of
+    the pipeline's own call.
 
     Raises ValueError before any step for what cannot work, and during the run for a reward that is
     not finite. Whatever cuts the run off, Ctrl-C too, the exception's `finished` is the Steered of
@@ -109,6 +121,8 @@ def steer(
             prompts_per_call=prompts_per_call,
             progress=progress,
             references=references,
+            preview_size=preview_size,
+            guidance_interval=guidance_interval,
             **pipe_kwargs,
         ):
             parts.append(part)  # one by one: what is finished outlives an interrupt
@@ -128,10 +142,12 @@ def steer_each(
     seed: int = 0,
     preview: Any = None,
     decode: Callable[[Tensor], Tensor] | None = None,
-    max_batch: int | None = None,
+    max_batch: int | str | None = "auto",
     prompts_per_call: int = 1,
     progress: bool = True,
     references: Sequence[Any] | None = None,
+    preview_size: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     only: Sequence[int] | None = None,
     **pipe_kwargs: Any,
 ) -> Iterator[Steered]:
@@ -162,7 +178,8 @@ def steer_each(
         preview=preview,
         decode=decode,
         prompts_per_call=prompts_per_call,
-        rows=Rows(max_batch),
+        preview_size=preview_size,
+        rows=Rows(None if max_batch == "auto" else max_batch, guidance=guidance_interval),  # type: ignore[arg-type]
     )
     run.check()
     indices = range(len(prompts)) if only is None else only
@@ -183,28 +200,36 @@ def _each(run: "_Run", groups: list[Sequence[int]], progress: bool) -> Iterator[
         for number, indices in enumerate(groups):
             bar.set_description(f"prompt {number + 1}/{len(groups)}", refresh=False)
             done = bar.n
-            try:
-                result = run.steered(indices, on_step)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or run.rows.halvings or run.perturbed():
-                    raise
-                result = None
-            if result is None:  # outside the handler, whose traceback holds the tensors
+            while (result := run.attempt(indices, on_step)) is None:
+                run = replace(run, rows=replace(run.rows, halvings=run.rows.halvings + 1))
                 logger.warning(
-                    "Out of memory: the network's batch is halved from here on, and prompt %d "
-                    "starts again.",
+                    "Out of memory: the network's batch is halved from here on, to 1/%d of what "
+                    "it was, and prompt %d starts again.",
+                    2**run.rows.halvings,
                     indices[0],
                 )
-                run = replace(run, rows=replace(run.rows, halvings=1))
                 bar.n = done
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                result = run.steered(indices, on_step)
             resampled |= any(score.resampled.any() for score in result.lineage.scores)
             if number == len(groups) - 1 and result.lineage.scores and not resampled:
                 _say_that_nothing_moved(run.settings, run.k)
             yield result
+
+
+def _check_share(size: Any) -> None:
+    if not isinstance(size, int | float) or not 0 < size <= 1:
+        raise ValueError(f"preview_size={size!r}: pass a share of the image's sides, above 0 to 1.")
+
+
+def _check_interval(interval: Any) -> None:
+    ends = interval if isinstance(interval, tuple) and len(interval) == 2 else (1, 0)
+    if not all(isinstance(end, int | float) for end in ends) or not 0 <= ends[0] < ends[1] <= 1:
+        raise ValueError(
+            f"guidance_interval={interval!r}: pass two fractions of the run, the first of them "
+            "smaller, such as (0.2, 0.7)."
+        )
 
 
 def _say_that_nothing_moved(settings: FeynmanKac, k: int) -> None:
@@ -244,6 +269,7 @@ class _Run:
     preview: Any
     decode: Callable[[Tensor], Tensor] | None
     prompts_per_call: int
+    preview_size: float
     rows: Rows
 
     def check(self) -> None:
@@ -253,15 +279,18 @@ class _Run:
             counts["max_batch"] = self.rows.max_batch
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: pass a whole number of 1 or more.")
+                also = ', or "auto"' if name == "max_batch" else ""
+                raise ValueError(f"{name}={value!r}: pass a whole number of 1 or more{also}.")
+        _check_share(self.preview_size)
+        _check_interval(self.rows.guidance)
         self.call.check_packing(self.prompts_per_call)
         if self.decode is None:
             self.call.check_frames()
         refuse_step_caches(self.pipe)
-        if (self.rows.max_batch is not None or self.settings.funnel) and self.perturbed():
+        if self._cuts() and self.perturbed():
             raise ValueError(
-                "Perturbed attention guidance needs its whole batch at once; leave max_batch= and "
-                "funnel out, or pass pag_scale=0."
+                "Perturbed attention guidance needs its whole batch at once; leave max_batch=, "
+                "guidance_interval= and funnel out, or pass pag_scale=0."
             )
         check_preview(self.pipe, self.preview)
         if not needs_scores(self.settings, self.k):
@@ -272,6 +301,12 @@ class _Run:
                 + way_out(self.settings)
             )
         self._check_window()
+
+    def _cuts(self) -> bool:
+        """Whether a network may be shown fewer rows than its pipeline hands it."""
+        rows = self.rows
+        fewer = rows.guidance != (0.0, 1.0) or self.settings.funnel != ()
+        return rows.max_batch is not None or rows.halvings > 0 or fewer
 
     def _check_window(self) -> None:
         refused = []
@@ -289,10 +324,21 @@ class _Run:
         """Whether the rows of a batch depend on one another, so that it must not be cut."""
         return perturbed(self.pipe, self.call.value("pag_scale"))
 
+    def attempt(self, indices: Sequence[int], on_step: Callable[..., None]) -> Steered | None:
+        """As `steered`; None, with no traceback that holds tensors, where memory ran out."""
+        try:
+            return self.steered(indices, on_step)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            whole = 2 * len(indices) * self.k  # guidance included
+            smallest = self.rows.chunk(min(whole, self.rows.max_batch or whole)) == 1
+            if not _out_of_memory(error) or smallest or self.perturbed():
+                raise
+            return None
+
     @torch.no_grad()
     def steered(self, indices: Sequence[int], on_step: Callable[..., None]) -> Steered:
         """Steer the prompts `indices` through one call of the pipeline."""
-        rows = replace(self.rows, live=None, source=None)
+        rows = replace(self.rows, live=None, source=None, num=len(indices) * self.k)
         keys = [_keys(self.prompts)[i] for i in indices]
         noise = [_generator(self.seed, key, i) for key in keys for i in range(self.k)]
         call = self.call.for_prompts(indices, self.k, noise)
@@ -304,7 +350,9 @@ class _Run:
             tape,
             call,
             preview=self.preview,
+            preview_size=self.preview_size,
             decode=self.decode,
+            precise=self._precise,
             chunk=-(-min(_DECODE_CHUNK, len(noise)) // 2**rows.halvings),
         )
         particles = Filter(
@@ -323,8 +371,10 @@ class _Run:
             "_progress_bar_config": {"disable": True},
             "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
         }
-        if rows.max_batch or rows.halvings or self.settings.funnel:
+        if self._cuts():
             replaced |= denoisers(self.pipe, rows)
+        if len(indices) > 1:
+            replaced |= distinct(self.pipe)
         view = view_of(self.pipe, **replaced)
         tape.record(view)
         with undisturbed(self.pipe):
@@ -354,6 +404,10 @@ class _Run:
         )
 
     @cached_property
+    def _precise(self) -> Any:
+        return None if self.decode is not None else in_float32(self.pipe)
+
+    @cached_property
     def _described(self) -> dict[str, Any]:
         """The manifest of all prompts: it reads the weights, once a run."""
         return describe(
@@ -366,7 +420,9 @@ class _Run:
             reward=self.judge.name,
             particles=self.k,
             seed=self.seed,
-            max_batch=self.rows.max_batch,
+            max_batch=self.rows.max_batch or "auto",
+            preview_size=self.preview_size,
+            guidance_interval=self.rows.guidance,
             halvings=self.rows.halvings,
             prompts_per_call=self.prompts_per_call,
             decode=self.decode is not None,

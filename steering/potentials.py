@@ -83,9 +83,9 @@ def closing(rewards: Tensor, reward_scale: float) -> Tensor:
     return reward_scale * rewards
 
 
-# The conditional ess that one score may leave, and the halvings that find its λ to 1e-9 of λ.
+# The conditional ess that one score may leave, and the cuts that find its λ to 32^-6 = 1e-9 of λ.
 TARGET = 0.5
-HALVINGS = 30
+ROUNDS, PARTS = 6, 32
 
 
 def adaptive(
@@ -96,24 +96,28 @@ def adaptive(
     Moves from the λ_{t-1} in `scale` (b,) towards `reward_scale` until the conditional ess
     k (Σ W g)^2 / Σ W g^2 of the increments g = exp(λ_t S_t - applied) falls to k/2 (Zhou, Johansen
     & Aston 2016), or all the way where it does not. `log_weights`, `total` = S_t and `applied` =
-    λ_{t-1} S_{t-1} are (b, k); returns (b,). A fixed number of bisections, on the device. Of the
-    last bracket it takes the end just past the target, so that min_ess = 0.5 resamples there.
+    λ_{t-1} S_{t-1} are (b, k); returns (b,). A fixed number of rounds, on the device, each of which
+    cuts the bracket in PARTS at once. Of the last one it takes the end just past the target, so
+    that min_ess = 0.5 resamples there.
     """
     k = log_weights.shape[-1]
-    low = torch.zeros_like(scale)
-    high = torch.ones_like(scale)
+    low = torch.zeros_like(scale)[:, None]
+    high = torch.ones_like(low)
+    cuts = torch.arange(1, PARTS, device=scale.device, dtype=scale.dtype) / PARTS
 
     def reached(fraction: Tensor) -> Tensor:
-        return scale + fraction * (reward_scale - scale)
+        return scale[:, None] + fraction * (reward_scale - scale[:, None])
 
     def too_far(fraction: Tensor) -> Tensor:
-        increments = reached(fraction)[:, None] * total - applied
-        return conditional_ess(log_weights, increments) < TARGET * k
+        increments = reached(fraction)[:, :, None] * total[:, None] - applied[:, None]
+        return conditional_ess(log_weights[:, None], increments) < TARGET * k
 
-    binds = too_far(high)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        past = too_far(middle)
-        low, high = torch.where(past, low, middle), torch.where(past, middle, high)
+    binds = too_far(high)[:, 0]
+    for _ in range(ROUNDS):
+        ends = torch.cat([low, low + cuts * (high - low), high], dim=1)
+        # the first end past the target, the last of them where none is
+        past = torch.cat([too_far(ends[:, 1:-1]), torch.ones_like(low, dtype=torch.bool)], dim=1)
+        first = past.to(torch.uint8).argmax(dim=1, keepdim=True)
+        low, high = ends.gather(1, first), ends.gather(1, first + 1)
     # Full scale exactly, not to within round-off, where nothing binds.
-    return torch.where(binds, reached(high), torch.full_like(scale, reward_scale))
+    return torch.where(binds, reached(high)[:, 0], torch.full_like(scale, reward_scale))

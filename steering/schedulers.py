@@ -67,6 +67,7 @@ class Chain:
     finished: bool = False
     stds: tuple[float, ...] = ()
     clamped: tuple[bool, ...] = ()  # DDIM: where 1 - ᾱ' - σ² rounds below 0
+    timesteps: tuple[int, ...] = ()  # DDIM: those of the executed steps
     step: int = 0
     lineage: Tensor | None = None
 
@@ -134,24 +135,26 @@ class StochasticDDIM(DDIMScheduler):
         if not self.chain.stds:
             self._plan(timestep)
         std, clamped = self.chain.stds[self.chain.step], self.chain.clamped[self.chain.step]
-        stock: Any = functools.partial(super().step, timestep=timestep)
+        # as a number: asking a tensor on the device whether it is the last would wait for it
+        stock: Any = functools.partial(super().step, timestep=self.chain.timesteps[self.chain.step])
 
         def predict() -> Tensor:
             return stock(model_output, sample=sample, eta=0.0).pred_original_sample
 
         sample, model_output = self.chain.select(sample, model_output, predict)
         generator = self.chain.generators if generator is None else generator
+        if variance_noise is None and generator is not None and self.chain.noise > 0:
+            variance_noise = _draw(model_output, generator)
         if not clamped:
             return stock(
                 model_output,
                 sample=sample,
                 eta=self.chain.noise,
                 use_clipped_model_output=use_clipped_model_output,
-                generator=None if variance_noise is not None else generator,
                 variance_noise=variance_noise,
                 return_dict=return_dict,
             )
-        z = _draw(model_output, generator) if variance_noise is None else variance_noise
+        z: Any = variance_noise
         x0 = stock(model_output, sample=sample, eta=0.0).pred_original_sample
         previous = math.sqrt(1 - std**2) * x0 + std * z
         if not return_dict:
@@ -161,8 +164,9 @@ class StochasticDDIM(DDIMScheduler):
     def _plan(self, first: Any) -> None:
         """The σ of every step from timestep `first` on, rounded as the stock step rounds it."""
         timesteps = self.timesteps.tolist()
+        timesteps = timesteps[timesteps.index(int(first)) :]
         stds, clamped = [], []
-        for timestep in timesteps[timesteps.index(int(first)) :]:
+        for timestep in timesteps:
             previous = timestep - self.config.num_train_timesteps // self.num_inference_steps
             last = previous < 0
             alpha_bar = self.final_alpha_cumprod if last else self.alphas_cumprod[previous]
@@ -170,6 +174,7 @@ class StochasticDDIM(DDIMScheduler):
             stds.append(float(std))
             clamped.append(bool(1 - alpha_bar - std**2 < 0))
         self.chain.stds, self.chain.clamped = tuple(stds), tuple(clamped)
+        self.chain.timesteps = tuple(timesteps)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         original_samples, noise = map(self.chain.follow, (original_samples, noise))
@@ -251,7 +256,11 @@ def _draw(like: Tensor, generators: Any) -> Tensor:
             "This pipeline passes no generator to its scheduler; give one a particle as "
             "stochastic(scheduler, noise, generators)."
         )
-    return randn_tensor(like.shape, generator=generators, device=like.device, dtype=like.dtype)
+    one = generators[0] if isinstance(generators, list | tuple) else generators
+    noise = randn_tensor(like.shape, generator=generators, device=one.device, dtype=like.dtype)
+    if one.device.type == "cpu" and like.device.type == "cuda":
+        noise = noise.pin_memory()  # else the copy would wait for the device
+    return noise.to(like.device, non_blocking=True)
 
 
 def stochastic(

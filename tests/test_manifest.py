@@ -197,6 +197,7 @@ def test_what_computes_the_attention_is_recorded():
 
 def test_versions_are_those_of_what_is_installed(monkeypatch):
     monkeypatch.setattr(manifest, "_PACKAGES", ("torch", "Pillow", "no-such-package"))
+    monkeypatch.setattr(manifest, "_versions", manifest._versions.__wrapped__)  # not what was kept
     versions = described(family("sd")[0])["versions"]
     assert versions.keys() == {"python", "torch", "Pillow"}
     assert torch.__version__.startswith(versions["torch"])

@@ -244,7 +244,7 @@ def test_perturbed_attention_is_never_cut(monkeypatch):
     call = {"progress": False, "num_inference_steps": 6}
     funnel = Settings(num_scores=1, funnel=(1,))
     for change in ({"max_batch": 2}, {"settings": funnel}):
-        with pytest.raises(ValueError, match=r"Perturbed attention .* leave max_batch= and funnel"):
+        with pytest.raises(ValueError, match=r"Perturbed attention .* leave max_batch=, .* funnel"):
             steer(pipe, PROMPT, brightness, 2, **change, **call)
     steer(pipe, PROMPT, brightness, 2, max_batch=2, pag_scale=0.0, **call)
     plain = steer(pipe, PROMPT, brightness, 2, **call)
@@ -404,7 +404,7 @@ def test_best_sample_and_origins():
 # --- trouble on the way
 
 
-def test_out_of_memory_halves_the_networks_batch_once_and_goes_on(monkeypatch, caplog):
+def test_out_of_memory_halves_the_networks_batch_until_it_fits(monkeypatch, caplog):
     pipe, keywords = family("sd")
     whole = steer(pipe, PROMPT, brightness, 4, SHARP, progress=False, **keywords)
     real = pipe.unet.forward
@@ -421,6 +421,10 @@ def test_out_of_memory_halves_the_networks_batch_once_and_goes_on(monkeypatch, c
     assert sum("halved" in record.getMessage() for record in caplog.records) == 1
     torch.testing.assert_close(out.latents[0], whole.latents[0], rtol=1e-3, atol=1e-3)
     largest = 1
+    out = steer(pipe, PROMPT, brightness, 4, SHARP, progress=False, **keywords)
+    torch.testing.assert_close(out.latents, whole.latents, rtol=1e-3, atol=1e-3)
+    assert (out.manifest["max_batch"], out.manifest["halvings"]) == ("auto", 3)
+    largest = 0
     with pytest.raises(torch.OutOfMemoryError):
         steer(pipe, PROMPT, brightness, 4, SHARP, progress=False, **keywords)
 
