@@ -2,6 +2,7 @@
 
     python -m scripts.bench closed-forms     the filter against exact answers
     python -m scripts.bench lift             plain, best-of-k and FK on the embedded models
+    python -m scripts.bench frontier         reward against network evaluations and seconds
     python -m scripts.bench foresight        what a score in mid-run says of the end
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
     python -m scripts.bench rewards          what scoring costs, against the usual way
@@ -22,6 +23,7 @@ import importlib
 COMMANDS = {
     "closed-forms": "closed_forms",
     "lift": "lift",
+    "frontier": "frontier",
     "foresight": "foresight",
     "cost": "cost",
     "rewards": "rewards",

@@ -75,7 +75,7 @@ def steered(
     **call: Any,
 ) -> Steered:
     """Steer every prompt once by the task's reward; `call` over the embedded model's defaults."""
-    pipe = tiny.load(model)
+    pipe = call.pop("pipe", None) or tiny.load(model)
     pipe.set_progress_bar_config(disable=True)
     keywords: Any = tiny.call_defaults(model) | call
     return steer(
