@@ -1,94 +1,50 @@
-"""The memory of a training micro-batch, computed without a GPU: bytes are counted, never used.
+"""The memory of training and of steering, computed without a GPU: bytes are counted, never used.
 
-    python -m scripts.bench memory --models sd15 --methods gdro
+    python -m scripts.bench memory --models sd15 --methods gdro     a training micro-batch
+    python -m scripts.bench memory --inference --models sd15        a steered run
 
 The networks are the published ones in their real shapes, without weights (fake tensors). Each step
 is run on them, and every storage is counted from its making until it is freed; the figure is the
 peak. Not in it: what docs/memory.md lists. A micro-batch fits where it leaves a fifth of the card
-free. A group is k images, 6 of GDRO and 8 of Flow-GRPO; guidance evaluates each twice.
+free. A group is k images, 6 of GDRO and 8 of Flow-GRPO; guidance evaluates each twice. Steering
+runs without gradients, everything in bfloat16; its rows are what the network evaluates at once,
+two a particle.
 """
 
 from __future__ import annotations
 
 import argparse
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import Dinov2Config, Dinov2Model
 
 from finetune import lora
 from finetune.models import FAMILIES, Noising, predict
 
+from .networks import (
+    MODELS,
+    Model,
+    decoder_of,
+    inputs,
+    latents_of,
+    network_of,
+    parameters,
+    parts_of,
+    text_encoder,
+)
+
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 HELD_IN = (torch.bfloat16, torch.bfloat16, torch.float32)  # network, decoder, critic's tower
 SPARE = 0.2  # of a card: fragments, workspaces of kernels, the driver's context
-
-
-@dataclass(frozen=True)
-class Model:
-    """A published model: its network and decoder by their configurations.
-
-    given: the shape of a prompt's conditioning, by name; side: of pictures, in pixels.
-    """
-
-    family: str
-    network: str
-    config: Mapping[str, Any]
-    latents: int
-    given: Mapping[str, tuple[int, ...]]
-    side: int
-
-
-# from the models' own config.json; what is not stated is diffusers' default. SD3.5's prompts are 77
-# tokens of the CLIPs and 256 of T5
-SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SD35M = {
-    "num_layers": 24,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "pos_embed_max_size": 384,
-    "qk_norm": "rms_norm",
-    "dual_attention_layers": tuple(range(13)),
-}
-MODELS = {
-    "sd15": Model(
-        "StableDiffusionPipeline", "UNet2DConditionModel", SD15, 4, {"embeds": (77, 768)}, 512
-    ),
-    "sdxl": Model(
-        *("StableDiffusionXLPipeline", "UNet2DConditionModel", SDXL, 4),
-        {"embeds": (77, 2048), "pooled": (1280,), "time_ids": (6,)},
-        1024,
-    ),
-    "sd35m": Model(
-        *("StableDiffusion3Pipeline", "SD3Transformer2DModel", SD35M, 16),
-        {"embeds": (333, 4096), "pooled": (2048,)},
-        512,
-    ),
-}
-
+POPULATIONS, SIDES, DECODED = (4, 8, 16), (512, 1024), 8  # steer() decodes eight images at once
 
 # images of a group, rows of the network an image, and whether decoder and critic are at hand
 METHODS = {"gdro": (6, 1, False), "grpo": (8, 1, True), "grpo, guided": (8, 2, True)}
@@ -131,29 +87,6 @@ def in_float(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return norm(*args, **kwargs)
 
     return called
-
-
-def parts_of(model: Model, online: bool) -> list[Any]:
-    """The network and, if online, the autoencoder and the critic's DINOv2-base.
-
-    The three models' autoencoders are alike but for the channels of latents.
-    """
-    quant = model.latents == 4
-    network = getattr(diffusers, model.network)(**model.config).eval()
-    if not online:
-        return [network]
-    kind: Any = diffusers.AutoencoderKL  # it annotates sizes as tuples of one
-    decoder = kind(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=model.latents,
-        use_quant_conv=quant,
-        use_post_quant_conv=quant,
-    )
-    tower = Dinov2Model(Dinov2Config(image_size=518, patch_size=14))
-    return [network, decoder.requires_grad_(False), tower.requires_grad_(False)]
 
 
 def place(module: nn.Module, dtype: torch.dtype) -> None:
@@ -229,6 +162,73 @@ def row(name: str, method: str, less: bool, rank: int = 32) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@torch.no_grad()
+def call_peak(model: Model, side: int, rows: int) -> float:
+    """The most bytes while the network evaluates `rows`; network and autoencoder are loaded."""
+    with torch.device("meta"):
+        parts = [network_of(model), decoder_of(model)]
+    with FakeTensorMode(), Count() as count:
+        for part in parts:
+            place(part.requires_grad_(False), torch.bfloat16)
+        parts[0](**inputs(model, rows, side, torch.bfloat16))
+    return float(count.peak)
+
+
+@torch.no_grad()
+def decode_peak(model: Model, side: int, images: int, sliced: bool) -> float:
+    """The most bytes while `images` are decoded at once, or one by one; both are loaded."""
+    with torch.device("meta"):
+        parts = [network_of(model), decoder_of(model)]
+    if sliced:
+        parts[1].enable_slicing()
+    with FakeTensorMode(), Count() as count:
+        for part in parts:
+            place(part.requires_grad_(False), torch.bfloat16)
+        parts[1].decode(latents_of(model, images, side, torch.bfloat16)).sample.float()
+    return float(count.peak)
+
+
+def most_rows(card: float, texts: float, one: float, each: float, rows: int, decode: float) -> int:
+    """How many rows leave a fifth of the card free; 0 where decoding does not.
+
+    one: bytes of a call of `rows`; each: of a row more; texts: of what else is loaded.
+    """
+    room = (1 - SPARE) * card - texts
+    return max(0, int(rows + (room - one) // each)) if decode <= room else 0
+
+
+def steered_row(name: str, side: int) -> str:
+    """A line of the table of steering; the peak is linear in the rows, drawn through two calls."""
+    model = MODELS[name]
+    with torch.device("meta"):
+        texts = 2.0 * sum(parameters(text_encoder(text)) for text, _ in model.texts)
+        held = 2.0 * (parameters(network_of(model)) + parameters(decoder_of(model)))
+    calls = {k: call_peak(model, side, 2 * k) for k in POPULATIONS}
+    (few, one), *_, (many, two) = ((2 * k, calls[k]) for k in POPULATIONS)
+    each = (two - one) / (many - few)
+    decodes = [decode_peak(model, side, DECODED, sliced) for sliced in (False, True)]
+    cells = [name, str(side)]
+    cells += [f"{size / 1e9:.1f}" for size in (held, texts, *calls.values(), *decodes)]
+    for card in CARDS.values():
+        for resident in (texts, 0.0):
+            most = [most_rows(card, resident, one, each, few, decode) for decode in decodes]
+            cells.append(f"{most[1]}{'' if most[0] else ' (sliced)'}" if most[1] else "none")
+    return f"| {' | '.join(cells)} |"
+
+
+def steering_table(names: list[str]) -> None:
+    """Print the table of steering, line by line."""
+    heads = ["model", "side", "weights", "text encoders"]
+    heads += [f"call, k = {k}" for k in POPULATIONS]
+    heads += [f"decode of {DECODED}", "sliced"]
+    for card in CARDS:
+        heads += [f"rows in {card}", "text encoders freed"]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for name in names:
+        for side in SIDES:
+            print(steered_row(name, side), flush=True)
+
+
 def main(argv: list[str]) -> None:
     """Print the table, line by line."""
     parser = argparse.ArgumentParser(
@@ -237,7 +237,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--inference", action="store_true", help="of steering, not of training")
     args = parser.parse_args(argv)
+    if args.inference:
+        steering_table(args.models)
+        return
     print(
         "| model | side | method | checkpointing | k | GB of a group | GB an image more | ", end=""
     )

@@ -1,0 +1,187 @@
+"""The published networks in their real shapes and without weights: nothing of them is computed.
+
+Configurations are those of the models' own config.json; what these do not state is diffusers' or
+transformers' default. Legend: rows, what a network evaluates at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    T5Config,
+    T5EncoderModel,
+)
+
+from finetune.models import FAMILIES
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model: its network and decoder by their configurations.
+
+    given: the shape of a prompt's conditioning, by name; side: of pictures, in pixels; guided: the
+    network evaluates a picture twice; texts: its text encoders and the tokens that each reads.
+    """
+
+    family: str
+    network: str
+    config: Mapping[str, Any]
+    latents: int
+    given: Mapping[str, tuple[int, ...]]
+    side: int
+    guided: bool = True
+    texts: tuple[tuple[str, int], ...] = ()
+
+
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}
+SDXL = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SD35M = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}
+FLUX = {"guidance_embeds": True}
+# SD3.5's prompts are 77 tokens of the CLIPs and 256 of T5
+MODELS = {
+    "sd15": Model(
+        *("StableDiffusionPipeline", "UNet2DConditionModel", SD15, 4, {"embeds": (77, 768)}, 512),
+        texts=(("clip-l", 77),),
+    ),
+    "sdxl": Model(
+        *("StableDiffusionXLPipeline", "UNet2DConditionModel", SDXL, 4),
+        {"embeds": (77, 2048), "pooled": (1280,), "time_ids": (6,)},
+        1024,
+        texts=(("clip-l", 77), ("clip-bigg", 77)),
+    ),
+    "sd35m": Model(
+        *("StableDiffusion3Pipeline", "SD3Transformer2DModel", SD35M, 16),
+        {"embeds": (333, 4096), "pooled": (2048,)},
+        512,
+        texts=(("clip-l", 77), ("clip-bigg", 77), ("t5-xxl", 256)),
+    ),
+}
+# guidance is distilled into it, so that it evaluates a picture once
+FLUX_DEV = Model(
+    *("FluxPipeline", "FluxTransformer2DModel", FLUX, 16),
+    {"embeds": (512, 4096), "pooled": (768,)},
+    1024,
+    guided=False,
+    texts=(("clip-l", 77), ("t5-xxl", 512)),
+)
+
+
+def network_of(model: Model) -> Any:
+    """The network that is evaluated at every step."""
+    return getattr(diffusers, model.network)(**model.config).eval()
+
+
+def decoder_of(model: Model) -> Any:
+    """The autoencoder; the models' are alike but for the channels of latents."""
+    quant = model.latents == 4
+    kind: Any = diffusers.AutoencoderKL  # it annotates sizes as tuples of one
+    decoder = kind(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=model.latents,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+    )
+    return decoder.requires_grad_(False).eval()
+
+
+def preview_of(model: Model) -> Any:
+    """taesd, taesdxl, taesd3 or taef1: diffusers' defaults but for the channels of latents."""
+    tiny = diffusers.AutoencoderTiny(latent_channels=model.latents)
+    return tiny.requires_grad_(False).eval()
+
+
+def text_encoder(name: str) -> Any:
+    """OpenAI's CLIP ViT-L/14, OpenCLIP's ViT-bigG/14 or the encoder of T5 1.1 XXL."""
+    if name == "t5-xxl":
+        xxl = T5Config(
+            d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+        )
+        return T5EncoderModel(xxl).eval()
+    if name == "clip-l":
+        large = CLIPTextConfig(
+            hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12
+        )
+        return CLIPTextModel(large).eval()
+    huge = CLIPTextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_attention_heads=20,
+        num_hidden_layers=32,
+        projection_dim=1280,
+        hidden_act="gelu",
+    )
+    return CLIPTextModelWithProjection(huge).eval()
+
+
+def parts_of(model: Model, online: bool) -> list[Any]:
+    """The network and, if online, the autoencoder and the critic's DINOv2-base."""
+    if not online:
+        return [network_of(model)]
+    tower = Dinov2Model(Dinov2Config(image_size=518, patch_size=14))
+    return [network_of(model), decoder_of(model), tower.requires_grad_(False)]
+
+
+def inputs(
+    model: Model, rows: int, side: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Keywords of one call of the network, on the default device, without values."""
+    given = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in model.given.items()}
+    x = torch.empty(rows, model.latents, side // 8, side // 8, dtype=dtype)
+    if model is FLUX_DEV:
+        tokens = (side // 16) ** 2
+        x = torch.empty(rows, tokens, 64, dtype=dtype)
+        return {
+            "hidden_states": x,
+            "timestep": torch.empty(rows, dtype=dtype),
+            "encoder_hidden_states": given["embeds"],
+            "pooled_projections": given["pooled"],
+            "guidance": torch.empty(rows, dtype=dtype),
+            "img_ids": torch.empty(tokens, 3, dtype=dtype),
+            "txt_ids": torch.empty(given["embeds"].shape[1], 3, dtype=dtype),
+        }
+    return FAMILIES[model.family].keywords(x, torch.empty(rows), given)
+
+
+def latents_of(model: Model, rows: int, side: int, dtype: torch.dtype = torch.float32) -> Any:
+    """Latents as the decoder takes them, without values."""
+    return torch.empty(rows, model.latents, side // 8, side // 8, dtype=dtype)
+
+
+def parameters(module: nn.Module) -> int:
+    """Numbers in a module's file: parameters and, in SD3.5, its table of places."""
+    kept = [*module.parameters(), *(b for b in module.buffers() if b.numel() > 1e6)]
+    return sum(math.prod(tensor.shape) for tensor in kept)
