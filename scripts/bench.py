@@ -4,6 +4,8 @@
     python -m scripts.bench lift             plain, best-of-k and FK on the embedded models
     python -m scripts.bench frontier         reward against network evaluations and seconds
     python -m scripts.bench foresight        what a score in mid-run says of the end
+    python -m scripts.bench speed            what everything costs, to compare with later
+    python -m scripts.bench soak             memory over many prompts
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
     python -m scripts.bench rewards          what scoring costs, against the usual way
     python -m scripts.bench training         a training step over the network's own share of it
@@ -26,6 +28,8 @@ COMMANDS = {
     "frontier": "frontier",
     "foresight": "foresight",
     "cost": "cost",
+    "speed": "speed",
+    "soak": "soak",
     "rewards": "rewards",
     "training": "training",
     "tuning": "tuning",

@@ -135,8 +135,9 @@ class PipelineCall:
         call = dict(self.keywords)
         count = next((name for name in _COUNTS if name in self.defaults), None)
         # several prompts are written out: some pipelines (Sana, PixArt) repeat the attention masks
-        # of several prompts in another order than their embeddings
-        written_out = count is None or len(indices) > 1
+        # of several prompts in another order than their embeddings; and so are embeddings, which
+        # SD3 does not repeat
+        written_out = count is None or len(indices) > 1 or "prompt_embeds" in call
         rows = [i for i in indices for _ in range(k)] if written_out else list(indices)
         for name in self._per_prompt():
             call[name] = self._deal(call[name], rows)

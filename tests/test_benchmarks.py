@@ -17,7 +17,8 @@ from steering import FeynmanKac
 
 
 def test_cost_runs_both_sides_of_a_pair():
-    (ratio,) = cost.measure("tiny-sd3", 2, 1, "jpeg", preview=True, num_scores=2)
+    pipe, call, preview = cost.subject("tiny-sd3", torch.device("cpu"), torch.float32)
+    (ratio,) = cost.measure(pipe, call, rewards.load("jpeg"), 2, 1, preview, num_scores=2)
     assert np.isfinite(ratio)
 
 

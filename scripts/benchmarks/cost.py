@@ -1,11 +1,13 @@
 """Seconds of k steered particles over seconds of k plain samples, in pairs inside one run.
 
     python -m scripts.bench cost --model tiny-sd3 --particles 8 --pairs 9
+    python -m scripts.bench cost --model sd15 sdxl sd35m --device cuda --dtype bfloat16
 
 The plain run is the pipeline's own call for one prompt and k images with the same chain; the
 steered one scores `--num-scores` times in mid-run, through the preview decoder or the pipeline's
-own, and once at the end. Machines
-are shared and their speed drifts, so the two alternate and the figure is the ratio pair by pair.
+own, and once at the end. Machines are shared and their speed drifts, so the two alternate and the
+figure is the ratio pair by pair. sd15, sdxl and sd35m are networks of that size with random
+weights.
 """
 
 from __future__ import annotations
@@ -13,90 +15,132 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
-import diffusers
 import torch
 
 import rewards
-from steering import FeynmanKac, generators, steer, tiny
+from steering import FeynmanKac, generators, loading, steer, tiny
 from steering.schedulers import stochastic
+
+from .machine import about, peak
+from .networks import MODELS
+from .sized import DTYPES, sized
 
 PROMPT = "a red circle left of a blue star"
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
+    """Wall-clock time of one call, until the device has finished."""
+    _wait()
     start = time.perf_counter()
     call()
+    _wait()
     return time.perf_counter() - start
 
 
-def measure(
-    model: str, k: int, pairs: int, reward_spec: str, preview: bool, num_scores: int
-) -> list[float]:
-    """The ratios steered/plain of alternating pairs, after one warm-up of each."""
-    pipe = tiny.load(model)
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratios(first: Callable[[], object], second: Callable[[], object], pairs: int) -> list[float]:
+    """Seconds of `first` over those of `second`, of alternating pairs, after a warm-up of each."""
+    second()
+    first()
+    found = []
+    for pair in range(pairs):
+        # Which comes first changes, so that a drift in speed favours neither.
+        order = (second, first) if pair % 2 == 0 else (first, second)
+        a, b = map(seconds, order)
+        found.append(b / a if pair % 2 == 0 else a / b)
+    return found
+
+
+def subject(
+    model: str, device: torch.device, dtype: torch.dtype, side: int | None = None
+) -> tuple[Any, dict[str, Any], Any]:
+    """A pipeline, the keywords of its call and its preview decoder: embedded, or of that size."""
+    if model in MODELS:
+        return sized(model, device, dtype, side)
+    pipe = tiny.load(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
-    keywords = tiny.call_defaults(model)
-    reward = rewards.load(reward_spec)
-    settings = FeynmanKac(num_scores=num_scores)
-    plain_pipe = copy.copy(pipe)
-    decoder = tiny.preview() if preview else None
+    return pipe, tiny.call_defaults(model), tiny.preview().to(device, dtype)
+
+
+def measure(
+    pipe: Any,
+    keywords: dict[str, Any],
+    reward: Any,
+    k: int,
+    pairs: int,
+    preview: Any,
+    num_scores: int,
+) -> list[float]:
+    """The ratios steered/plain of alternating pairs."""
+    settings, plain_pipe = FeynmanKac(num_scores=num_scores), copy.copy(pipe)
+    rows = {n: v.repeat(k, *[1] * (v.ndim - 1)) for n, v in keywords.items() if _is_tensor(v)}
+    prompt = {} if rows else {"prompt": PROMPT, "num_images_per_prompt": k}
 
     def plain() -> object:
         draws = generators(0, [PROMPT], k)
         vars(plain_pipe)["scheduler"] = stochastic(pipe.scheduler, settings.noise, draws)
-        return plain_pipe(PROMPT, num_images_per_prompt=k, generator=draws, **keywords)
+        return plain_pipe(generator=draws, **prompt, **keywords | rows)
 
     def steered() -> object:
         return steer(
-            pipe,
-            [PROMPT],
-            reward,
-            particles=k,
-            settings=settings,
-            preview=decoder,
+            *(pipe, [PROMPT], reward, k, settings),
+            preview=preview,
             progress=False,
             **keywords,
         )
 
-    plain()
-    steered()
-    ratios = []
-    for pair in range(pairs):
-        # Which comes first changes, so that a drift in speed favours neither.
-        first, second = (plain, steered) if pair % 2 == 0 else (steered, plain)
-        a, b = seconds(first), seconds(second)
-        ratios.append(b / a if pair % 2 == 0 else a / b)
-    return ratios
+    return ratios(steered, plain, pairs)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure, print one Markdown row a model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="+", choices=tiny.NAMES, default=list(tiny.NAMES))
-    parser.add_argument("--particles", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=9)
-    parser.add_argument("--num-scores", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--reward", default="clip(tiny)")
-    args = parser.parse_args(argv)
-    print(
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.machine()} CPU,"
-        f" {torch.get_num_threads()} threads, float32, {args.reward}, {args.pairs} pairs\n"
+    """Parse the command line, measure, print one Markdown row for each case."""
+    parser = argparse.ArgumentParser(
+        prog="cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print("| model | k | scores | decoder | steered / plain: median [min, max] |")
-    print("|---|---|---|---|---|")
-    for model, count, preview in itertools.product(args.model, args.num_scores, (True, False)):
-        ratios = measure(model, args.particles, args.pairs, args.reward, preview, count)
-        print(
-            f"| {model} | {args.particles} | {count} | {'preview' if preview else 'full'} |"
-            f" {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}] |",
-            flush=True,
-        )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=(*tiny.NAMES, *MODELS), default=list(tiny.NAMES))
+    add("--particles", type=int, default=8)
+    add("--pairs", type=int, default=9)
+    add("--num-scores", type=int, nargs="+", default=[4, 8])
+    add("--steps", type=int, nargs="+", help="by default the model's own")
+    add("--reward", default="clip(tiny)", help="clip(source=random:0) has the size of ViT-B/32")
+    add("--decoder", nargs="+", choices=("preview", "full"), default=["preview", "full"])
+    add("--device", default="cpu")
+    add("--dtype", choices=sorted(DTYPES), default="float32")
+    add("--side", type=int, help="pixels; by default the model's own")
+    args = parser.parse_args(argv)
+    device = loading.pick_device(args.device)
+    print(about(device, DTYPES[args.dtype]) + f", {args.reward}, {args.pairs} pairs\n")
+    print("| model | k | steps | scores | decoder | steered / plain: median [min, max] | peak GB |")
+    print("|---|---|---|---|---|---|---|")
+    reward = rewards.load(args.reward, device)
+    for model in args.model:
+        pipe, keywords, decoder = subject(model, device, DTYPES[args.dtype], args.side)
+        counts = args.steps or [keywords["num_inference_steps"]]
+        for steps, count, kind in itertools.product(counts, args.num_scores, args.decoder):
+            call = keywords | {"num_inference_steps": steps}
+            preview = decoder if kind == "preview" else None
+            with peak(device) as most:
+                found = measure(pipe, call, reward, args.particles, args.pairs, preview, count)
+            print(
+                f"| {model} | {args.particles} | {steps} | {count} | {kind} |"
+                f" {statistics.median(found):.3f} [{min(found):.3f}, {max(found):.3f}] |"
+                f" {most.gigabytes:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

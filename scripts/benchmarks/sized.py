@@ -1,0 +1,92 @@
+"""Pipelines of published size with random weights: what a step costs does not depend on values.
+
+They take embeddings in place of prompts, so that no text encoder is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import torch
+
+from .networks import MODELS, decoder_of, network_of, preview_of
+
+__all__ = ["DTYPES", "sized"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# a pipeline's own numbers of steps and guidance
+STEPS = {"sd15": (50, 7.5), "sdxl": (50, 5.0), "sd35m": (28, 7.0)}
+SCALES = {"sd15": (0.18215, 0.0), "sdxl": (0.13025, 0.0), "sd35m": (1.5305, 0.0609)}
+
+
+def sized(
+    name: str, device: torch.device, dtype: torch.dtype, side: int | None = None
+) -> tuple[Any, dict[str, Any], Any]:
+    """A pipeline of the size of `name`, the keywords of its call for one prompt, its preview.
+
+    side: of the pictures, in pixels; by default the model's own.
+    """
+    model = MODELS[name]
+    side = side or model.side
+    with torch.device(device):
+        network = network_of(model).to(device, dtype)
+        vae, preview = (part.to(device, dtype) for part in (decoder_of(model), preview_of(model)))
+    factor, shift = SCALES[name]
+    vae.register_to_config(scaling_factor=factor, shift_factor=shift or None)
+    none = dict.fromkeys(("text_encoder", "tokenizer"))
+    scheduler: Any
+    if name == "sd35m":
+        more = {f"{part}_{i}": None for part in none for i in (2, 3)}
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        pipe: Any = diffusers.StableDiffusion3Pipeline(
+            transformer=network, vae=vae, scheduler=scheduler, **none, **more
+        )
+    else:
+        scheduler = diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        )
+        if name == "sdxl":
+            pipe = diffusers.StableDiffusionXLPipeline(
+                unet=network,
+                vae=vae,
+                scheduler=scheduler,
+                text_encoder_2=None,
+                tokenizer_2=None,
+                add_watermarker=False,
+                **none,
+            )
+        else:
+            pipe = diffusers.StableDiffusionPipeline(
+                unet=network,
+                vae=vae,
+                scheduler=scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+                **none,
+            )
+    pipe.set_progress_bar_config(disable=True)
+    steps, guidance = STEPS[name]
+    call = {"num_inference_steps": steps, "guidance_scale": guidance, "height": side, "width": side}
+    return pipe, call | _embeddings(name, device, dtype), preview
+
+
+def _embeddings(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    draws = torch.Generator().manual_seed(0)
+    given = MODELS[name].given
+
+    def drawn(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=draws).to(device, dtype)
+
+    made = {}
+    for side in ("", "negative_"):
+        made[f"{side}prompt_embeds"] = drawn(given["embeds"])
+        if "pooled" in given:
+            made[f"{side}pooled_prompt_embeds"] = drawn(given["pooled"])
+    return made
