@@ -65,7 +65,7 @@ FIELD_HELP = {
     "8,8,8,4,4,4,2,2; empty keeps all",
 }
 # What may differ between a run and its continuation: it changes speed or memory, not the target.
-MACHINE = {"device", "attention", "max_batch"}
+MACHINE = {"device", "attention", "max_batch", "spread"}
 SAID_ELSEWHERE = {"out", "resume", "prompts", "prompt_file"}  # in the manifest's other entries
 
 
@@ -155,6 +155,8 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     add("--attention", default="auto", help=attention)
     rows = "rows that the network evaluates at once; auto: all, and fewer where memory runs out"
     add("--max-batch", type=_rows, default="auto", help=rows)
+    spread = "under accelerate launch: one prompt's particles over all processes, not the prompts"
+    add("--spread", action="store_true", help=spread)
     add("--prompts-per-call", type=_count, default=1, help="prompts in one batch")
 
 

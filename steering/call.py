@@ -120,6 +120,14 @@ class PipelineCall:
                 "prompts and images in orders of their own; leave prompts_per_call at 1."
             )
 
+    def check_spread(self) -> None:
+        images = [name for name in self.keywords if "image" in name]
+        if images:
+            raise ValueError(
+                f"spread= with {images[0]}=: pipelines encode it with noise of the first particle, "
+                "which lives on one of the processes; leave spread= out."
+            )
+
     def check_frames(self) -> None:
         frames = self.value("num_frames")
         if frames not in (None, 1):

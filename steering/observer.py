@@ -11,6 +11,7 @@ from steering.filter import FilterState, close, resample, start, weigh
 from steering.lineage import Lineage, Score
 from steering.schedulers import Look
 from steering.settings import FeynmanKac, population_sizes, scored_steps
+from steering.spread import Spread
 
 __all__ = ["Filter", "needs_scores", "refuse_not_finite", "way_out"]
 
@@ -18,7 +19,8 @@ __all__ = ["Filter", "needs_scores", "refuse_not_finite", "way_out"]
 class Filter:
     """Steers b prompts of k particles through one pipeline call (`Chain.observer`).
 
-    `judge(x0) -> (b, num)` decodes and scores the rows x0 (b*num, *shape) of the living particles;
+    `judge(x0) -> (b, num)` decodes and scores the rows x0 (b*num, *shape) of the living particles,
+    where there are several processes those of this one;
     `on_step(num_steps, ess, best)` hears of every step, with numbers where it was scored.
     """
 
@@ -32,8 +34,11 @@ class Filter:
         rows: Rows,
         describe: Callable[[int, int], str],
         on_step: Callable[[int, float | None, float | None], None],
+        spread: Spread | None = None,
     ):
         self.b, self.k, self.num = b, k, k
+        self._spread = spread or Spread()
+        self._rows_each = k // self._spread.size
         self.state: FilterState | None = None
         self._settings, self._judge, self._generators = settings, judge, generators
         self._rows, self.describe, self._on_step = rows, describe, on_step
@@ -53,7 +58,7 @@ class Filter:
             self._on_step(self._num_steps, None, None)
             return None
         x0 = look.predict()
-        rewards = self._judge(self.living(x0))
+        rewards = self.whole(self._judge(self.living(x0)))
         if self.state is None:
             self.state = start(self.b, self.k, rewards.device)
         # the finite check comes with the one read below; until then no index may depend on a NaN
@@ -98,19 +103,24 @@ class Filter:
         self._on_step(self._num_steps, ess.mean().item(), rewards.max().item())
 
     def _descend(self, ancestors: Tensor) -> Tensor:
-        """Rows (b*k,) of the whole batch; those past the population repeat a living one."""
-        size = ancestors.shape[1]
-        spare = ancestors[:, :1].expand(-1, self.k - size)
-        offsets = torch.arange(self.b, device=ancestors.device)[:, None] * self.k
-        if size < self.k:
-            self.num = size
-            living = offsets + torch.arange(size, device=ancestors.device)
-            self._rows.keep(living.flatten(), self.b * self.k)
-        return (torch.cat([ancestors, spare], dim=1) + offsets).flatten()
+        """This process's rows of the whole batch; those past the population repeat a living one."""
+        self.num, rows = ancestors.shape[1], self._rows_each
+        ancestors = self._spread.own(ancestors)
+        size, prompts = ancestors.shape[1], torch.arange(self.b, device=ancestors.device)[:, None]
+        spare = ancestors[:, :1].expand(-1, rows - size)
+        if size < rows:
+            living = prompts * rows + torch.arange(size, device=ancestors.device)
+            self._rows.keep(living.flatten(), self.b * rows)
+        return (torch.cat([ancestors, spare], dim=1) + prompts * self.k).flatten()
 
     def living(self, x: Tensor) -> Tensor:
-        """x (b*k, *shape) -> the rows of the present population, (b*num, *shape)."""
-        return x.unflatten(0, (self.b, self.k))[:, : self.num].flatten(0, 1)
+        """Rows x of this process -> those of the present population."""
+        living = self.num // self._spread.size
+        return x.unflatten(0, (self.b, self._rows_each))[:, :living].flatten(0, 1)
+
+    def whole(self, values: Tensor) -> Tensor:
+        """(b, ...) of this process's living particles -> (b, num) of all."""
+        return self._spread.whole(values.flatten()).unflatten(0, (self.b, self.num))
 
     def close(self, rewards: Tensor) -> FilterState:
         """The final weights, by the rewards (b, num) of the final images."""

@@ -24,7 +24,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steering.call import PipelineCall, check_pipeline, check_preview
-from steering.decoding import Decoder, Tape, do_nothing, in_float32, to_tensor, view_of
+from steering.decoding import Decoder, Tape, do_nothing, in_float32, to_pil, to_tensor, view_of
 from steering.denoiser import (
     Rows,
     denoisers,
@@ -40,6 +40,7 @@ from steering.result import Steered
 from steering.schedulers import stochastic
 from steering.scoring import Judge, RewardFunction
 from steering.settings import FeynmanKac, population_sizes, scored_steps
+from steering.spread import Spread
 
 __all__ = ["RewardFunction", "Steered", "generators", "steer", "steer_each"]
 
@@ -86,6 +87,7 @@ def steer(
     references: Sequence[Any] | None = None,
     preview_size: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    spread: Any = None,
     **pipe_kwargs: Any,
 ) -> Steered:
     """Draw `particles` weighted images a prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
@@ -97,8 +99,9 @@ def steer(
     latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be reached.
     max_batch: how many rows the network evaluates at once, at most; where memory runs out, "auto"
     (or None) too, that is halved as often as it takes. guidance_interval (a, b): step i of n is
-    guided where a <= i/n < b; the others cost half (and make another p). pipe_kwargs: keywords of
-    the pipeline's own call.
+    guided where a <= i/n < b; the others cost half (and make another p). spread: True, or a process
+    group, over whose processes each prompt's particles are spread; all call this alike, and get the
+    same. pipe_kwargs: keywords of the pipeline's own call.
 
     Raises ValueError before any step for what cannot work, and during the run for a reward that is
     not finite. Whatever cuts the run off, Ctrl-C too, the exception's `finished` is the Steered of
@@ -123,6 +126,7 @@ def steer(
             references=references,
             preview_size=preview_size,
             guidance_interval=guidance_interval,
+            spread=spread,
             **pipe_kwargs,
         ):
             parts.append(part)  # one by one: what is finished outlives an interrupt
@@ -148,6 +152,7 @@ def steer_each(
     references: Sequence[Any] | None = None,
     preview_size: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    spread: Any = None,
     only: Sequence[int] | None = None,
     **pipe_kwargs: Any,
 ) -> Iterator[Steered]:
@@ -179,6 +184,7 @@ def steer_each(
         decode=decode,
         prompts_per_call=prompts_per_call,
         preview_size=preview_size,
+        spread=Spread(spread),
         rows=Rows(None if max_batch == "auto" else max_batch, guidance=guidance_interval),  # type: ignore[arg-type]
     )
     run.check()
@@ -270,6 +276,7 @@ class _Run:
     decode: Callable[[Tensor], Tensor] | None
     prompts_per_call: int
     preview_size: float
+    spread: Spread
     rows: Rows
 
     def check(self) -> None:
@@ -281,6 +288,10 @@ class _Run:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 also = ', or "auto"' if name == "max_batch" else ""
                 raise ValueError(f"{name}={value!r}: pass a whole number of 1 or more{also}.")
+        self.spread.check("particles=", (self.k,))
+        self.spread.check("funnel=", self.settings.funnel)
+        if self.spread.size > 1:
+            self.call.check_spread()
         _check_share(self.preview_size)
         _check_interval(self.rows.guidance)
         self.call.check_packing(self.prompts_per_call)
@@ -329,19 +340,22 @@ class _Run:
         try:
             return self.steered(indices, on_step)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            whole = 2 * len(indices) * self.k  # guidance included
+            whole = 2 * len(indices) * self.k  # guided rows too
             smallest = self.rows.chunk(min(whole, self.rows.max_batch or whole)) == 1
-            if not _out_of_memory(error) or smallest or self.perturbed():
+            # another process would wait for this one at the next score
+            alone = self.spread.size == 1
+            if not _out_of_memory(error) or smallest or self.perturbed() or not alone:
                 raise
             return None
 
     @torch.no_grad()
     def steered(self, indices: Sequence[int], on_step: Callable[..., None]) -> Steered:
         """Steer the prompts `indices` through one call of the pipeline."""
-        rows = replace(self.rows, live=None, source=None, num=len(indices) * self.k)
         keys = [_keys(self.prompts)[i] for i in indices]
-        noise = [_generator(self.seed, key, i) for key in keys for i in range(self.k)]
-        call = self.call.for_prompts(indices, self.k, noise)
+        own = range(self.spread.rank, self.k, self.spread.size)  # of the particles
+        noise = [_generator(self.seed, key, i) for key in keys for i in own]
+        rows = replace(self.rows, live=None, source=None, num=len(noise))
+        call = self.call.for_prompts(indices, len(own), noise)
         scheduler = stochastic(self.pipe.scheduler, self.settings.noise, noise)
         tape = Tape()
         decoder = Decoder(
@@ -364,8 +378,10 @@ class _Run:
             rows=rows,
             describe=lambda i, j: f"prompt {indices[i]}, {keys[i][0]!r}, particle {j}",
             on_step=on_step,
+            spread=self.spread,
         )
         scheduler.chain.observer = particles
+        scheduler.chain.exchange = self.spread.whole
         replaced = {
             "scheduler": scheduler,
             "_progress_bar_config": {"disable": True},
@@ -386,7 +402,12 @@ class _Run:
     ) -> Steered:
         images = decoder.finals(latents)
         self.pipe.maybe_free_model_hooks()
-        scores, parts = self.judge.evaluate(to_tensor(images, latents.device), indices)
+        pixels = to_tensor(images, latents.device)
+        scores, parts = self.judge.evaluate(pixels, indices)
+        if self.spread.size > 1:
+            scores, latents = particles.whole(scores), self.spread.whole(latents)
+            parts = {name: particles.whole(part.to(scores.device)) for name, part in parts.items()}
+            images = to_pil(self.spread.whole((pixels * 255).round().to(torch.uint8)) / 255)
         state = particles.close(scores)
         rewards, num = scores.cpu(), particles.num
         refuse_not_finite(rewards, particles.describe, "the final image")
@@ -395,7 +416,7 @@ class _Run:
             prompts=tuple(chosen),
             images=[images[i : i + num] for i in range(0, len(images), num)],
             rewards=rewards,
-            components=parts,
+            components={name: part.cpu() for name, part in parts.items()},
             log_weights=state.log_weights.cpu(),
             log_z=final_log_z(state).cpu(),
             lineage=particles.lineage,

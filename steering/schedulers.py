@@ -57,13 +57,15 @@ class Chain:
     """The state of one run of a stochastic scheduler.
 
     `observer(look)` returns the rows (n,) int64 that survive, or None; `lineage` (n,) says from
-    which row of the start each present row descends. A `finished` chain has no steps left: its
+    which row of the start each present row descends. Both are rows of `exchange(x)`, which adds
+    those of other processes to the rows x of this one. A `finished` chain has no steps left: its
     scheduler takes a pipeline straight to the tail of its call.
     """
 
     noise: float
     generators: Sequence[Generator] | None = None
     observer: Callable[[Look], Tensor | None] | None = None
+    exchange: Callable[[Tensor], Tensor] = lambda x: x
     finished: bool = False
     stds: tuple[float, ...] = ()
     clamped: tuple[bool, ...] = ()  # DDIM: where 1 - ᾱ' - σ² rounds below 0
@@ -84,14 +86,14 @@ class Chain:
         self.step += 1
         if rows is None:
             return sample, model_output
-        self.lineage = rows if self.lineage is None else self.lineage[rows]
-        return sample[rows], model_output[rows]
+        self.lineage = rows if self.lineage is None else self.exchange(self.lineage)[rows]
+        return self.exchange(sample)[rows], self.exchange(model_output)[rows]
 
     def follow(self, x: Tensor) -> Tensor:
         """Per-row noise or image latents that the pipeline keeps, in the order of the lineage."""
         if self.lineage is None or x.shape[0] != self.lineage.shape[0]:
             return x
-        return x[self.lineage.to(x.device)]
+        return self.exchange(x)[self.lineage.to(x.device)]
 
 
 class _NoSteps(Tensor):

@@ -1,0 +1,158 @@
+"""One population over several processes is the population of one process."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_pipelines import family
+from two_processes import run_pair
+
+from steering import FeynmanKac, steer
+from steering.spread import Spread
+
+SETTINGS = FeynmanKac(reward_scale=300.0, num_scores=3, score_from=0.2, score_to=0.7)
+FUNNEL = dataclasses.replace(SETTINGS, funnel=(4, 4, 2))
+PROMPTS = ["a red cube", "two dots", "a red cube"]
+CASES = {
+    "sd": ("sd", {"settings": SETTINGS}),
+    "sd3": ("sd3", {"settings": SETTINGS, "prompts_per_call": 2}),
+    "funnel": ("sd", {"settings": FUNNEL, "guidance_interval": (0.0, 0.5)}),
+    "funnel of a flow": ("sd3", {"settings": FUNNEL, "prompts_per_call": 3}),
+    "best of k": ("sd", {"settings": dataclasses.replace(SETTINGS, min_ess=0.0)}),
+    "scale 0": ("sd", {"settings": dataclasses.replace(SETTINGS, reward_scale=0.0)}),
+}
+
+
+class Parts:
+    """Brightness with a part of its own, as the sums of the reward library have."""
+
+    def __call__(self, images, prompts):
+        return images.mean((1, 2, 3)) * 10
+
+    def evaluate(self, images, prompts):
+        total = self(images, prompts)
+        return total, {"half": total / 2}
+
+
+class Broken(Parts):
+    """NaN, from the first score on, for the darkest particle of all."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def __call__(self, images, prompts):
+        scores = super().__call__(images, prompts)
+        scores[1] = torch.nan if self.rank == 1 else scores[1]
+        return scores
+
+
+def run(name, **more):
+    kind, call = CASES[name]
+    pipe, keywords = family(kind)
+    keywords = {**keywords, "num_inference_steps": 9, "progress": False}
+    return steer(pipe, PROMPTS, Parts(), 8 if "funnel" not in name else 6, **keywords | call | more)
+
+
+def refused(rank):
+    pipe, keywords = family("sd")
+    with pytest.raises(ValueError, match=r"The reward of prompt 0, 'a', particle 3 is NaN at step"):
+        steer(pipe, "a", Broken(rank), 4, SETTINGS, spread=True, progress=False, **keywords)
+
+
+PROGRAM = """
+import sys, torch
+from accelerate import PartialState
+import test_spread
+state = PartialState(cpu=True)
+for name in test_spread.CASES:
+    out = test_spread.run(name, spread=True)
+    saved = {
+        "latents": out.latents, "rewards": out.rewards, "log_z": out.log_z,
+        "log_weights": out.log_weights, "half": out.components["half"],
+        "pixels": test_spread.pixels(out),
+        **{f"{s.step} {k}": getattr(s, k) for s in out.lineage.scores
+           for k in ("rewards", "ess", "ancestors", "log_weights")},
+    }
+    torch.save(saved, f"{sys.argv[1]}/{name}-{state.process_index}.pt")
+test_spread.refused(state.process_index)
+"""
+
+
+def pixels(out):
+    from steering.decoding import to_tensor
+
+    images = [image for row in out.images for image in row]
+    return (to_tensor(images, "cpu") * 255).round().to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spread")
+    run_pair(PROGRAM, str(folder), port=77)
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_what_one_gives(name, spread):
+    both = [torch.load(spread / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+    for key in both[0]:
+        assert torch.equal(both[0][key], both[1][key]), key
+    alone, found = run(name), both[0]
+    # a batch half as large rounds its sums in another order: at most a level, and seldom
+    off = (found["pixels"].int() - pixels(alone).int()).abs()
+    assert off.max() <= 1
+    assert (off > 0).float().mean() < 0.01
+    for score in alone.lineage.scores:
+        assert torch.equal(found[f"{score.step} ancestors"], score.ancestors)
+    tight = {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(found["latents"], alone.latents, **tight)
+    torch.testing.assert_close(found["rewards"], alone.rewards, **tight)
+    torch.testing.assert_close(found["half"], alone.components["half"], **tight)
+    torch.testing.assert_close(found["log_z"], alone.log_z, rtol=1e-4, atol=1e-2)
+    resampled = [score for score in alone.lineage.scores if score.resampled.any()]
+    if "scale" not in name and "best" not in name:
+        places = torch.arange(resampled[0].ancestors.shape[1])
+        moved = [(s.ancestors % 2 != places[: s.ancestors.shape[1]] % 2).any() for s in resampled]
+        assert any(moved)  # a parent on the other process
+
+
+def test_alone_nothing_is_exchanged():
+    alone, x = Spread(), torch.arange(6.0)
+    assert alone.whole(x) is x
+    assert torch.equal(alone.own(x[None]), x[None])
+
+
+def test_rows_are_dealt_in_turn_and_come_back_in_order(monkeypatch):
+    """Two ranks of b = 2 prompts and k = 6 particles, without processes."""
+    values = torch.arange(12).reshape(2, 6)
+    ranks = [Spread() for _ in range(2)]
+    for rank, one in enumerate(ranks):
+        one.rank, one.size = rank, 2
+    shares = [one.own(values).flatten() for one in ranks]
+    assert shares[1].tolist() == [1, 3, 5, 7, 9, 11]
+
+    def gather(parts, x, group=None):
+        for part, share in zip(parts, shares, strict=True):
+            part.copy_(share)
+
+    monkeypatch.setattr("steering.spread.dist.all_gather", gather)
+    assert torch.equal(ranks[0].whole(shares[0]), values.flatten())
+
+
+def test_what_cannot_be_spread_is_refused(monkeypatch):
+    pipe, keywords = family("sd")
+    with pytest.raises(ValueError, match="start the program with accelerate launch"):
+        steer(pipe, "a", Parts(), 4, spread=True, **keywords)
+    two = Spread()
+    two.size = 2
+    monkeypatch.setattr("steering.pipeline.Spread", lambda group: two)
+    with pytest.raises(ValueError, match=r"particles= 5 cannot be spread over 2 processes"):
+        steer(pipe, "a", Parts(), 5, **keywords)
+    inpaint, call = family("inpaint")
+    with pytest.raises(ValueError, match=r"spread= with image=: .* leave spread= out"):
+        steer(inpaint, "a", Parts(), 4, **call)
+    odd = dataclasses.replace(SETTINGS, funnel=(4, 3, 2))
+    with pytest.raises(ValueError, match=r"funnel= \(4, 3, 2\) cannot be spread"):
+        steer(pipe, "a", Parts(), 4, odd, **keywords)
