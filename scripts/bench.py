@@ -11,7 +11,8 @@
     python -m scripts.bench training         a training step over the network's own share of it
     python -m scripts.bench tuning           what fine-tuning gains on unseen prompts
     python -m scripts.bench online           GDRO against Flow-GRPO, reward by seconds
-    python -m scripts.bench memory           the memory of a training micro-batch, computed
+    python -m scripts.bench memory           the memory of training and of steering, computed
+    python -m scripts.bench scale            operations, bytes and many GPUs, computed
     python -m scripts.bench adversarial      a style taken on, a reward not hacked
 
 `python -m scripts.bench NAME --help` says more.
@@ -35,6 +36,7 @@ COMMANDS = {
     "tuning": "tuning",
     "online": "online",
     "memory": "memory",
+    "scale": "scale",
     "adversarial": "adversarial",
 }
 

@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -38,6 +38,7 @@ from .networks import (
     network_of,
     parameters,
     parts_of,
+    place,
     text_encoder,
 )
 
@@ -87,17 +88,6 @@ def in_float(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return norm(*args, **kwargs)
 
     return called
-
-
-def place(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give a module of the meta device tensors of the mode that is on; trained ones in float32."""
-    for part in module.modules():
-        for name, old in part._parameters.items():
-            if old is not None:
-                new = torch.empty(old.shape, dtype=torch.float32 if old.requires_grad else dtype)
-                part._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
-        for name, old in part._buffers.items():
-            part._buffers[name] = None if old is None else torch.empty(old.shape, dtype=dtype)
 
 
 def step(network: Any, model: Model, rows: int, offline: bool) -> None:

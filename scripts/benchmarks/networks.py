@@ -185,3 +185,16 @@ def parameters(module: nn.Module) -> int:
     """Numbers in a module's file: parameters and, in SD3.5, its table of places."""
     kept = [*module.parameters(), *(b for b in module.buffers() if b.numel() > 1e6)]
     return sum(math.prod(tensor.shape) for tensor in kept)
+
+
+def place(module: nn.Module, dtype: torch.dtype) -> None:
+    """Give a module of the meta device tensors of the mode that is on; trained ones in float32."""
+    for part in module.modules():
+        for name, old in part._parameters.items():
+            if old is not None:
+                new = torch.empty(old.shape, dtype=torch.float32 if old.requires_grad else dtype)
+                part._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+        for name, old in part._buffers.items():
+            if old is not None:
+                kept = dtype if old.is_floating_point() else old.dtype
+                part._buffers[name] = torch.empty(old.shape, dtype=kept)
