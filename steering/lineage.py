@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Lineage", "Score"]
+__all__ = ["Lineage", "Moment", "Score"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Score:
     log_weights: Tensor  # (b, k), with this score's potential
     ess: Tensor  # (b,), 1 to k, before resampling
     ancestors: Tensor  # (b, num) int64
+    previews: Tensor | None = None  # (b, k, 3, h, w) uint8, small pictures of x̂0
 
     @property
     def resampled(self) -> Tensor:
@@ -30,6 +31,16 @@ class Score:
             return torch.ones(len(self.ancestors), dtype=torch.bool)
         stay = torch.arange(self.ancestors.shape[1])
         return (self.ancestors != stay).any(dim=1)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step of a call for some of the prompts, as it has just been decided."""
+
+    step: int
+    num_steps: int
+    score: Score | None = None  # where the step was scored
+    prompts: tuple[int, ...] = ()  # indices of the run's
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Lineage:
     def prompt(self, index: int) -> "Lineage":
         """The lineage of one prompt, b = 1."""
         one = slice(index, index + 1)
-        scores = (Score(s.step, *(part[one] for part in _parts(s))) for s in self.scores)
+        scores = (Score(s.step, *(_of(part, one) for part in _parts(s))) for s in self.scores)
         return Lineage(self.num_steps, tuple(scores))
 
     def to_json(self) -> dict[str, Any]:
@@ -76,9 +87,17 @@ class Lineage:
         joined = []
         for scores in zip(*(lineage.scores for lineage in lineages), strict=True):
             columns = zip(*map(_parts, scores), strict=True)
-            joined.append(Score(scores[0].step, *map(torch.cat, columns)))
+            joined.append(Score(scores[0].step, *map(_joined, columns)))
         return Lineage(lineages[0].num_steps, tuple(joined))
 
 
-def _parts(score: Score) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return score.rewards, score.log_weights, score.ess, score.ancestors
+def _parts(score: Score) -> tuple[Any, ...]:
+    return score.rewards, score.log_weights, score.ess, score.ancestors, score.previews
+
+
+def _of(part: Tensor | None, rows: slice) -> Any:
+    return None if part is None else part[rows]
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Any:
+    return torch.cat([part for part in parts if part is not None]) if None not in parts else None

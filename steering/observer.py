@@ -8,20 +8,22 @@ from torch import Generator, Tensor
 
 from steering.denoiser import Rows
 from steering.filter import FilterState, close, resample, start, weigh
-from steering.lineage import Lineage, Score
+from steering.lineage import Lineage, Moment, Score
 from steering.schedulers import Look
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 from steering.spread import Spread
 
 __all__ = ["Filter", "needs_scores", "refuse_not_finite", "way_out"]
 
+PREVIEW = 64  # px, the longer side of the small pictures that a lineage keeps
+
 
 class Filter:
     """Steers b prompts of k particles through one pipeline call (`Chain.observer`).
 
-    `judge(x0) -> (b, num)` decodes and scores the rows x0 (b*num, *shape) of the living particles,
-    where there are several processes those of this one;
-    `on_step(num_steps, ess, best)` hears of every step, with numbers where it was scored.
+    `judge(x0) -> (b, num), (b*num, 3, h, w)` decodes and scores the rows x0 (b*num, *shape) of the
+    living particles, where there are several processes those of this one; `on_step(moment)` hears
+    of every step, after its score and before its move.
     """
 
     def __init__(
@@ -29,11 +31,11 @@ class Filter:
         b: int,
         k: int,
         settings: FeynmanKac,
-        judge: Callable[[Tensor], Tensor],
+        judge: Callable[[Tensor], tuple[Tensor, Tensor]],
         generators: Sequence[Generator],
         rows: Rows,
         describe: Callable[[int, int], str],
-        on_step: Callable[[int, float | None, float | None], None],
+        on_step: Callable[[Moment], None],
         spread: Spread | None = None,
     ):
         self.b, self.k, self.num = b, k, k
@@ -55,10 +57,11 @@ class Filter:
             self._begin(look)
         self._rows.progress = (look.step + 1) / len(look.stds)  # when the network is called next
         if look.step not in self._sizes:
-            self._on_step(self._num_steps, None, None)
+            self._on_step(Moment(look.step, self._num_steps))
             return None
         x0 = look.predict()
-        rewards = self.whole(self._judge(self.living(x0)))
+        rewards, images = self._judge(self.living(x0))
+        rewards, previews = self.whole(rewards), self._previews(images)
         if self.state is None:
             self.state = start(self.b, self.k, rewards.device)
         # the finite check comes with the one read below; until then no index may depend on a NaN
@@ -68,7 +71,7 @@ class Filter:
         log_weights, size = state.log_weights, self._sizes[look.step]
         moving = look.stds[look.step] > 0
         self.state, ancestors, ess = resample(state, self._settings, self._generators, size, moving)
-        self._keep(look.step, rewards, log_weights, ess, ancestors)
+        self._keep(look.step, rewards, log_weights, ess, ancestors, previews)
         return self._descend(ancestors)
 
     def _begin(self, look: Look) -> None:
@@ -91,16 +94,32 @@ class Filter:
                 )
         self._sizes = dict(zip(steps, sizes, strict=True))
 
+    def _previews(self, images: Tensor) -> Tensor:
+        """(b, num, 3, h, w) uint8 of all particles, on the way to the host: no one waits for it."""
+        side = max(images.shape[2:])
+        if side > PREVIEW:
+            sides = [max(1, round(edge * PREVIEW / side)) for edge in images.shape[2:]]
+            images = torch.nn.functional.interpolate(images, sides, mode="area")
+        small = self._spread.whole((images.clamp(0, 1) * 255).round().to(torch.uint8))
+        return small.to("cpu", non_blocking=True).unflatten(0, (self.b, self.num))
+
     def _keep(
-        self, step: int, rewards: Tensor, log_weights: Tensor, ess: Tensor, ancestors: Tensor
+        self,
+        step: int,
+        rewards: Tensor,
+        log_weights: Tensor,
+        ess: Tensor,
+        ancestors: Tensor,
+        previews: Tensor,
     ) -> None:
         """Read everything about this score in one copy, and refuse a reward that is not finite."""
         parts = (rewards, log_weights, ess[:, None], ancestors.to(rewards.dtype))
         read = torch.cat(parts, dim=1).cpu().split([part.shape[1] for part in parts], dim=1)
         rewards, log_weights, ess, ancestors = read
         refuse_not_finite(rewards, self.describe, f"step {step} of {self._num_steps}")
-        self._scores.append(Score(step, rewards, log_weights, ess[:, 0], ancestors.long()))
-        self._on_step(self._num_steps, ess.mean().item(), rewards.max().item())
+        score = Score(step, rewards, log_weights, ess[:, 0], ancestors.long(), previews)
+        self._scores.append(score)
+        self._on_step(Moment(step, self._num_steps, score))
 
     def _descend(self, ancestors: Tensor) -> Tensor:
         """This process's rows of the whole batch; those past the population repeat a living one."""

@@ -48,11 +48,12 @@ class Steered:
         return [row[i] for row, i in zip(self.images, drawn, strict=True)]
 
     def save(self, folder: str | Path) -> Path:
-        """Write every image as PNG, `manifest.json` and `lineage.json`.
+        """Write every image as PNG, `manifest.json`, `lineage.json` and what each score looked at.
 
         The manifest repeats the run, and lists the files. Each PNG carries its parameters as text,
         with what its noise depends on: the seed, the prompt's text and how often that came before
-        (its occurrence), and the particle's index.
+        (its occurrence), and the particle's index. previews-0000.webp, ... hold small pictures of
+        a prompt's particles, a column a score.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,18 @@ class Steered:
             "log_z": self.log_z.tolist(),
         }
         _write_json(folder / "manifest.json", self.manifest | {"results": results})
-        _write_json(folder / "lineage.json", self.lineage.to_json())
+        _write_json(folder / "lineage.json", self.lineage.to_json() | self._save_previews(folder))
         return folder
+
+    def _save_previews(self, folder: Path) -> dict[str, Any]:
+        """Their entry in lineage.json; none where nothing was scored."""
+        sheets = [sheet for i in range(len(self.prompts)) if (sheet := _sheet(self.lineage, i))]
+        if not sheets:
+            return {}
+        names = [f"previews-{i:04d}.webp" for i in range(len(sheets))]
+        for name, (sheet, _) in zip(names, sheets, strict=True):
+            sheet.save(folder / name, quality=75, method=4)
+        return {"previews": {"files": names, "tile": list(sheets[0][1])}}
 
     def _about(self, prompt: int, particle: int) -> dict[str, Any]:
         parts = {name: part[prompt, particle].item() for name, part in self.components.items()}
@@ -104,6 +115,19 @@ class Steered:
             latents=torch.cat([part.latents for part in parts]),
             manifest=join([part.manifest for part in parts]),
         )
+
+
+def _sheet(lineage: Lineage, prompt: int) -> tuple[Image.Image, tuple[int, int]] | None:
+    """One prompt's previews, a column a score and a row a particle, and the size of a tile."""
+    columns = [score.previews[prompt] for score in lineage.scores if score.previews is not None]
+    if not columns:
+        return None
+    height, width = columns[0].shape[2:]
+    sheet = torch.zeros(len(columns[0]) * height, len(columns) * width, 3, dtype=torch.uint8)
+    for i, tiles in enumerate(columns):  # (k, 3, h, w)
+        column = tiles.permute(0, 2, 3, 1).flatten(0, 1)
+        sheet[: len(column), i * width : (i + 1) * width] = column
+    return Image.fromarray(sheet.numpy()), (width, height)
 
 
 def _png_text(about: dict[str, Any]) -> PngInfo:

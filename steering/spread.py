@@ -56,6 +56,6 @@ class Spread:
         """Raise ValueError for numbers of particles that do not divide by the ranks."""
         if any(count % self.size for count in counts):
             raise ValueError(
-                f"{what} {counts if len(counts) > 1 else counts[0]} cannot be spread over "
+                f"{what} {counts[0] if len(counts) == 1 else counts} cannot be spread over "
                 f"{self.size} processes; pass multiples of {self.size}."
             )

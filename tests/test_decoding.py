@@ -132,7 +132,7 @@ def test_without_progress_nothing_is_printed(capfd):
 def test_decoding_in_chunks_changes_nothing_but_memory(monkeypatch):
     pipe, keywords = family("sd")
     whole = steer(pipe, PROMPT, brightness, 5, progress=False, **keywords)
-    monkeypatch.setattr("steering.pipeline._DECODE_CHUNK", 2)
+    monkeypatch.setattr("steering.run.DECODE_CHUNK", 2)
     parts = steer(pipe, PROMPT, brightness, 5, progress=False, **keywords)
     torch.testing.assert_close(parts.rewards, whole.rewards, rtol=1e-4, atol=1e-3)
 

@@ -1,0 +1,253 @@
+"""One run of steer(): its checked arguments, and one call of the pipeline for some of its prompts.
+
+b prompts, k particles a prompt, rows prompt-major.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from steering.call import PipelineCall, check_preview
+from steering.decoding import Decoder, Tape, do_nothing, in_float32, to_pil, to_tensor, view_of
+from steering.denoiser import (
+    Rows,
+    denoisers,
+    distinct,
+    perturbed,
+    refuse_step_caches,
+    undisturbed,
+)
+from steering.filter import final_log_z
+from steering.lineage import Moment
+from steering.manifest import describe, select
+from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
+from steering.result import Steered
+from steering.schedulers import stochastic
+from steering.scoring import Judge
+from steering.seeds import generator, keys
+from steering.settings import FeynmanKac, population_sizes, scored_steps
+from steering.spread import Spread
+
+__all__ = ["Run"]
+
+DECODE_CHUNK = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """steer()'s arguments, checked; `steered` is one call of the pipeline."""
+
+    pipe: DiffusionPipeline
+    call: PipelineCall
+    judge: Judge
+    prompts: tuple[str, ...]
+    k: int
+    settings: FeynmanKac
+    seed: int
+    preview: Any
+    decode: Callable[[Tensor], Tensor] | None
+    prompts_per_call: int
+    preview_size: float
+    spread: Spread
+    rows: Rows
+
+    def check(self) -> None:
+        """Raise ValueError, before any step, for what cannot work."""
+        counts = {"particles": self.k, "prompts_per_call": self.prompts_per_call}
+        if self.rows.max_batch is not None:
+            counts["max_batch"] = self.rows.max_batch
+        for name, value in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                also = ', or "auto"' if name == "max_batch" else ""
+                raise ValueError(f"{name}={value!r}: pass a whole number of 1 or more{also}.")
+        self.spread.check("particles=", (self.k,))
+        self.spread.check("funnel=", self.settings.funnel)
+        if self.spread.size > 1:
+            self.call.check_spread()
+        _check_share(self.preview_size)
+        _check_interval(self.rows.guidance)
+        self.call.check_packing(self.prompts_per_call)
+        if self.decode is None:
+            self.call.check_frames()
+        refuse_step_caches(self.pipe)
+        if self._cuts() and self.perturbed():
+            raise ValueError(
+                "Perturbed attention guidance needs its whole batch at once; leave max_batch=, "
+                "guidance_interval= and funnel out, or pass pag_scale=0."
+            )
+        check_preview(self.pipe, self.preview)
+        if not needs_scores(self.settings, self.k):
+            return
+        if self.settings.noise == 0 and self.settings.reward_scale != 0:
+            raise ValueError(
+                "noise=0 leaves no noise to tell the copies of a particle apart; "
+                + way_out(self.settings)
+            )
+        self._check_window()
+
+    def _cuts(self) -> bool:
+        """Whether a network may be shown fewer rows than its pipeline hands it."""
+        rows = self.rows
+        fewer = rows.guidance != (0.0, 1.0) or self.settings.funnel != ()
+        return rows.max_batch is not None or rows.halvings > 0 or fewer
+
+    def _check_window(self) -> None:
+        refused = []
+        counts = self.call.num_steps()
+        for steps in counts:
+            try:
+                scored = scored_steps(steps, self.settings)
+                population_sizes(self.k, len(scored), self.settings)
+            except ValueError as error:
+                refused.append(error)
+        if refused and len(refused) == len(counts):  # else the first step knows, and decides
+            raise refused[0]
+
+    def perturbed(self) -> bool:
+        """Whether the rows of a batch depend on one another, so that it must not be cut."""
+        return perturbed(self.pipe, self.call.value("pag_scale"))
+
+    def attempt(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered | None:
+        """As `steered`; None, with no traceback that holds tensors, where memory ran out."""
+        try:
+            return self.steered(indices, on_step)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            whole = 2 * len(indices) * self.k  # guided rows too
+            smallest = self.rows.chunk(min(whole, self.rows.max_batch or whole)) == 1
+            # another process would wait for this one at the next score
+            alone = self.spread.size == 1
+            if not _out_of_memory(error) or smallest or self.perturbed() or not alone:
+                raise
+            return None
+
+    @torch.no_grad()
+    def steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
+        """Steer the prompts `indices` through one call of the pipeline."""
+        texts = [keys(self.prompts)[i] for i in indices]
+        own = range(self.spread.rank, self.k, self.spread.size)  # of the particles
+        noise = [generator(self.seed, text, i) for text in texts for i in own]
+        rows = replace(self.rows, live=None, source=None, num=len(noise))
+        call = self.call.for_prompts(indices, len(own), noise)
+        scheduler = stochastic(self.pipe.scheduler, self.settings.noise, noise)
+        tape = Tape()
+        decoder = Decoder(
+            self.pipe,
+            scheduler,
+            tape,
+            call,
+            preview=self.preview,
+            preview_size=self.preview_size,
+            decode=self.decode,
+            precise=self._precise,
+            chunk=-(-min(DECODE_CHUNK, len(noise)) // 2**rows.halvings),
+        )
+
+        def judge(x0: Tensor) -> tuple[Tensor, Tensor]:
+            images = decoder.images(x0)
+            return self.judge.score(images, indices), images
+
+        particles = Filter(
+            len(indices),
+            self.k,
+            self.settings,
+            judge=judge,
+            generators=[generator(self.seed, text, "resample") for text in texts],
+            rows=rows,
+            describe=lambda i, j: f"prompt {indices[i]}, {texts[i][0]!r}, particle {j}",
+            on_step=lambda moment: on_step(replace(moment, prompts=tuple(indices))),
+            spread=self.spread,
+        )
+        scheduler.chain.observer = particles
+        scheduler.chain.exchange = self.spread.whole
+        replaced = {
+            "scheduler": scheduler,
+            "_progress_bar_config": {"disable": True},
+            "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
+        }
+        if self._cuts():
+            replaced |= denoisers(self.pipe, rows)
+        if len(indices) > 1:
+            replaced |= distinct(self.pipe)
+        view = view_of(self.pipe, **replaced)
+        tape.record(view)
+        with undisturbed(self.pipe):
+            latents = view(**call, output_type="latent")[0]
+            return self._result(indices, particles.living(latents), decoder, particles)
+
+    def _result(
+        self, indices: Sequence[int], latents: Tensor, decoder: Decoder, particles: Filter
+    ) -> Steered:
+        images = decoder.finals(latents)
+        self.pipe.maybe_free_model_hooks()
+        pixels = to_tensor(images, latents.device)
+        scores, parts = self.judge.evaluate(pixels, indices)
+        if self.spread.size > 1:
+            scores, latents = particles.whole(scores), self.spread.whole(latents)
+            parts = {name: particles.whole(part.to(scores.device)) for name, part in parts.items()}
+            images = to_pil(self.spread.whole((pixels * 255).round().to(torch.uint8)) / 255)
+        state = particles.close(scores)
+        rewards, num = scores.cpu(), particles.num
+        refuse_not_finite(rewards, particles.describe, "the final image")
+        chosen = [self.prompts[i] for i in indices]
+        return Steered(
+            prompts=tuple(chosen),
+            images=[images[i : i + num] for i in range(0, len(images), num)],
+            rewards=rewards,
+            components={name: part.cpu() for name, part in parts.items()},
+            log_weights=state.log_weights.cpu(),
+            log_z=final_log_z(state).cpu(),
+            lineage=particles.lineage,
+            latents=latents.unflatten(0, (len(indices), num)).cpu(),
+            manifest=select(self._described, indices),
+        )
+
+    @cached_property
+    def _precise(self) -> Any:
+        return None if self.decode is not None else in_float32(self.pipe)
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        """The manifest of all prompts: it reads the weights, once a run."""
+        return describe(
+            self.pipe,
+            self.settings,
+            self.call.keywords,
+            keys(self.prompts),
+            references=self.judge.references,
+            preview=self.preview,
+            reward=self.judge.name,
+            particles=self.k,
+            seed=self.seed,
+            max_batch=self.rows.max_batch or "auto",
+            preview_size=self.preview_size,
+            guidance_interval=self.rows.guidance,
+            halvings=self.rows.halvings,
+            prompts_per_call=self.prompts_per_call,
+            decode=self.decode is not None,
+        )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
+    )
+
+
+def _check_share(size: Any) -> None:
+    if not isinstance(size, int | float) or not 0 < size <= 1:
+        raise ValueError(f"preview_size={size!r}: pass a share of the image's sides, above 0 to 1.")
+
+
+def _check_interval(interval: Any) -> None:
+    ends = interval if isinstance(interval, tuple) and len(interval) == 2 else (1, 0)
+    if not all(isinstance(end, int | float) for end in ends) or not 0 <= ends[0] < ends[1] <= 1:
+        raise ValueError(
+            f"guidance_interval={interval!r}: pass two fractions of the run, the first of them "
+            "smaller, such as (0.2, 0.7)."
+        )
