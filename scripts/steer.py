@@ -65,7 +65,7 @@ FIELD_HELP = {
     "8,8,8,4,4,4,2,2; empty keeps all",
 }
 # What may differ between a run and its continuation: it changes speed or memory, not the target.
-MACHINE = {"device", "attention", "max_batch", "spread"}
+MACHINE = {"device", "attention", "compile", "max_batch", "spread"}
 SAID_ELSEWHERE = {"out", "resume", "prompts", "prompt_file"}  # in the manifest's other entries
 
 
@@ -120,8 +120,8 @@ def _add_inputs(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preview",
         default="auto",
-        help="an AutoencoderTiny (folder or hub id) that decodes for the scores on the way; none; "
-        "auto: that of an embedded model, none for others",
+        help="an AutoencoderTiny (folder or hub id) that decodes for the scores on the way; tiny, "
+        "the embedded one; none; auto: the published one for the model's VAE, if there is one",
     )
     group.add_argument(
         "--preview-size",
@@ -151,8 +151,10 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     dtype = "of the networks; auto: float32 on a CPU, else a half type"
     add("--dtype", default="auto", choices=["auto", *loading.DTYPES], help=dtype)
-    attention = "auto, sdpa, xformers, or another backend of diffusers"
+    attention = "auto: xformers where it works, else sdpa; or another backend of diffusers"
     add("--attention", default="auto", help=attention)
+    compiled = "torch.compile the networks: slow at the first step, faster then"
+    add("--compile", action="store_true", help=compiled)
     rows = "rows that the network evaluates at once; auto: all, and fewer where memory runs out"
     add("--max-batch", type=_rows, default="auto", help=rows)
     spread = "under accelerate launch: one prompt's particles over all processes, not the prompts"
@@ -258,6 +260,7 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     args.reward = args.reward or ("clip(tiny)" if args.model in tiny.NAMES else "clip")
     reward = rewards.load(args.reward, device)
     reward.check([prompt.text for prompt in prompts])
+    args.preview = loading.pick_preview(args.preview, args.model)
     out = open_folder(args, prompts, command)
     shares = runs.divide(out, prompts, args.prompts_per_call)
     folders = sorted(folder for share in shares for folder in share.batches)
@@ -299,9 +302,11 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     dtype = loading.DTYPES[args.dtype]
     pipe = loading.load_pipeline(args.model, dtype, args.lora).to(args.device)
     preview = loading.load_preview(args.preview, args.model, dtype)
+    preview = None if preview is None else preview.to(args.device)
     loading.set_attention(pipe, args.attention)
+    loading.tune(pipe, args.compile, preview)
     pipe.set_progress_bar_config(disable=True)  # steer_each() has a bar over all prompts
-    return pipe, None if preview is None else preview.to(args.device)
+    return pipe, preview
 
 
 def kinds_of_call(

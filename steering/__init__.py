@@ -26,6 +26,7 @@ def __getattr__(name: str) -> object:
     if name in ("schedulers", "tiny"):
         return importlib.import_module(f"steering.{name}")
     if name in _FROM_PIPELINE:
+        importlib.import_module("steering.attention").shield()
         return getattr(importlib.import_module("steering.pipeline"), name)
     raise AttributeError(f"module 'steering' has no attribute {name!r}")
 

@@ -1,32 +1,39 @@
-"""A pipeline by name: embedded, from a folder or from the hub; its LoRA, device and attention."""
+"""A pipeline by name: embedded, from a folder or from the hub; its LoRA, preview and device."""
 
-import contextlib
 import difflib
-import logging
-import re
-import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from steering import tiny
+from steering.attention import set_attention, shield
+from steering.hub import HUB_ID, one_sentence, where
 
 __all__ = [
     "DTYPES",
+    "PREVIEWS",
     "check_name",
     "load_pipeline",
     "load_preview",
     "pick_device",
     "pick_dtype",
+    "pick_preview",
     "set_attention",
+    "tune",
 ]
 
-logger = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+# The AutoencoderTiny that decodes the latents of an AutoencoderKL, told by its latent channels and
+# scaling factor: Stable Diffusion 1 and 2, SDXL, SD3 and 3.5, Flux; and who else took their VAE.
+# https://github.com/madebyollin/taesd
+PREVIEWS = {
+    (4, 0.18215): "madebyollin/taesd",
+    (4, 0.13025): "madebyollin/taesdxl",
+    (16, 1.5305): "madebyollin/taesd3",
+    (16, 0.3611): "madebyollin/taef1",
+}
+_EMBEDDED = "tiny"  # the preview decoder of tiny.NAMES
 
 
 def check_name(name: str) -> None:
@@ -37,7 +44,7 @@ def check_name(name: str) -> None:
     known = f"a folder that pipe.save_pretrained() wrote, a hub id, or {' or '.join(tiny.NAMES)}"
     if path.exists():
         raise ValueError(f"{name} is no pipeline (it has no model_index.json): give {known}")
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name, tiny.NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give {known}"
         raise ValueError(f"there is no model {name}: {hint}")
@@ -50,9 +57,10 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **comp
     not there, or is no pipeline.
     """
     check_name(name)
-    path, offline = (name, True) if name in tiny.NAMES else _where(name)
-    adapter = _where(lora) if lora else None
-    with _one_sentence(f"the model {name}", path, offline):
+    path, offline = (name, True) if name in tiny.NAMES else where(name)
+    adapter = where(lora) if lora else None
+    shield()
+    with one_sentence(f"the model {name}", path, offline):
         from diffusers import DiffusionPipeline
 
         if name in tiny.NAMES:
@@ -65,23 +73,62 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **comp
         if not hasattr(pipe, "load_lora_weights"):
             raise ValueError(f"{type(pipe).__name__} takes no LoRA: leave {lora} out")
         path, offline = adapter
-        with _one_sentence(f"the LoRA {lora}", path, offline):
+        with one_sentence(f"the LoRA {lora}", path, offline):
             pipe.load_lora_weights(path, local_files_only=offline)
     return pipe
 
 
-def load_preview(choice: str, model: str, dtype: torch.dtype) -> Any:
-    """The AutoencoderTiny that `choice` names: a folder or hub id, "none", or "auto".
+def pick_preview(choice: str, model: str) -> str:
+    """The preview decoder `choice` by its name, before the model is loaded; auto is what suits it.
 
-    auto: that of an embedded `model`, None for others. Raises ValueError for what is not there.
+    A folder, a hub id, "tiny" (the embedded one) or "none". Reads no more than the configuration of
+    the model's VAE; raises ValueError where that is not there.
     """
-    if choice == "none" or (choice == "auto" and model not in tiny.NAMES):
+    if choice != "auto":
+        return choice
+    if model in tiny.NAMES:
+        return _EMBEDDED
+    shield()
+    path, offline = where(model)
+    with one_sentence(f"the model {model}", path, offline):
+        from diffusers import AutoencoderKL, DiffusionPipeline
+
+        index: Any = DiffusionPipeline.load_config(path, local_files_only=offline)
+        if (index.get("vae") or (None, None))[1] != "AutoencoderKL":
+            return "none"
+        return _suited(AutoencoderKL.load_config(path, subfolder="vae", local_files_only=offline))
+
+
+def _suited(config: Any) -> str:
+    """The published decoder of an AutoencoderKL's latents, 8 pixels a side; none for others."""
+    # Playground 2.5 whitens latents that are SDXL's, by numbers that a preview's tail would not use
+    if config.get("latents_mean") is not None or len(config.get("block_out_channels", ())) != 4:
+        return "none"
+    traits = config.get("latent_channels", 4), config.get("scaling_factor", 0.18215)
+    return PREVIEWS.get(traits, "none")
+
+
+def load_preview(choice: str, model: str, dtype: torch.dtype, pipe: Any = None) -> Any:
+    """The AutoencoderTiny that `choice` names: a folder or hub id, "tiny", "none", or "auto".
+
+    auto: the one that suits `pipe`, the embedded one for an embedded `model`; None for others.
+    Raises ValueError for what is not there, the published decoder of this model included: the
+    scores on the way would be others without it.
+    """
+    if choice == "auto":
+        choice = _EMBEDDED if model in tiny.NAMES else "none"
+        vae = getattr(pipe, "vae", None)
+        if choice == "none" and type(vae).__name__ == "AutoencoderKL":
+            choice = _suited(vae.config)
+    if choice == "none":
         return None
-    path, offline = ("", False) if choice == "auto" else _where(choice)
-    with _one_sentence(f"the preview decoder {choice}", path, offline):
+    shield()
+    path, offline = ("", False) if choice == _EMBEDDED else where(choice)
+    without = "--preview none" if choice in PREVIEWS.values() else ""  # auto may have chosen it
+    with one_sentence(f"the preview decoder {choice}", path, offline, without):
         from diffusers import AutoencoderTiny
 
-        if choice == "auto":
+        if choice == _EMBEDDED:
             embedded: Any = tiny.preview()
             return embedded.to(dtype)
         return AutoencoderTiny.from_pretrained(path, dtype=dtype, local_files_only=offline)
@@ -112,112 +159,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float16 if old or device.type == "mps" else torch.bfloat16
 
 
-def set_attention(pipe: Any, name: str) -> None:
-    """Choose the attention backend of the pipeline's networks; auto leaves them as they are.
+def tune(pipe: Any, compile: bool = False, preview: Any = None) -> None:
+    """Lay out or compile the networks for speed, in place; pictures differ by rounding alone.
 
-    sdpa is PyTorch's own. xformers falls back to it, with a line in the log, where it cannot be
-    used. Raises ValueError for a backend that diffusers does not know or that is not installed.
+    On CUDA, networks of convolutions (UNet, ControlNet, VAE and `preview`) keep their weights in
+    channels_last. compile: torch.compile of the denoising networks for each shape they meet, which
+    takes minutes at the first step and needs a compiler.
     """
-    if name == "auto":
-        return
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
     from steering.denoiser import networks
 
-    backend = "native" if name == "sdpa" else name
-    known = ["auto", "sdpa", *(item.value for item in AttentionBackendName)]
-    if backend not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"there is no attention {name}: {hint}")
-    if name == "xformers" and not _xformers_works(pipe.device, pipe.dtype):
-        logger.warning("xformers cannot be used here; going on with PyTorch's own attention")
-        backend = "native"
-    for network in networks(pipe).values():
-        _set_backend(network, backend)
-
-
-def _set_backend(network: Any, backend: str) -> None:
-    dispatched = any(
-        hasattr(getattr(module, "processor", None), "_attention_backend")
-        for module in network.modules()
-    )
-    if dispatched:
-        with _one_sentence(f"the attention {backend}"):
-            network.set_attention_backend(backend)
-    elif backend == "xformers":  # the older networks, UNets and SD3's, have a switch of their own
-        network.enable_xformers_memory_efficient_attention()
-    elif backend != "native":
-        kind = type(network).__name__
-        logger.warning("%s has no choice of attention; %s is not used", kind, backend)
-
-
-def _xformers_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """Try it: a build for another torch imports, warns, and fails only when it is called."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)
-    try:
-        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
-
-        x = torch.zeros(1, 16, 1, 64, device=device, dtype=dtype)
-        memory_efficient_attention(x, x, x)
-    except (ImportError, OSError, RuntimeError, NotImplementedError, ValueError):
-        return False
-    return True
-
-
-def _where(name: str) -> tuple[str, bool]:
-    """A local path if there is one, else the hub id; and whether to look on this machine only.
-
-    One short request finds out, where the loaders would try to connect for half a minute.
-    """
-    path = Path(name).expanduser()
-    if path.exists():
-        return str(path), True
-    if not _HUB_ID.fullmatch(name):
-        raise ValueError(f"there is no {name}: give a folder or a hub id (owner/name)")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        HfApi().model_info(name, timeout=10)
-    except HfHubHTTPError:  # the hub answered; its loader will say what is wrong
-        return name, False
-    except Exception:  # the client's library, and so its errors, changes with its version
-        return name, True
-    return name, False
-
-
-@contextlib.contextmanager
-def _one_sentence(what: str, path: str = "", offline: bool = False) -> Iterator[None]:
-    """Failures to load become one ValueError, with no log lines or progress bars before it.
-
-    path, offline: what `_where` said. The libraries' own reasons for what a hub out of reach could
-    not give are left out.
-    """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    loggings = (diffusers_logging, transformers_logging)
-    bars = [library for library in loggings if library.is_progress_bar_enabled()]
-    for library in bars:
-        library.disable_progress_bar()
-    try:
-        yield
-    except (
-        OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, AttributeError,
-    ) as error:  # fmt: skip
-        if offline and isinstance(error, OSError | ValueError) and not Path(path).exists():
-            raise ValueError(
-                f"cannot load {what}; with no network, give a folder that holds it"
-            ) from error
-        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        # a class that model_index.json names, or what a class of another kind lacks
-        unfit = isinstance(error, AttributeError)
-        hint = ": it is of a kind that does not fit here; name one that does" if unfit else ""
-        raise ValueError(f"cannot load {what} ({reason}){hint}") from error
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
-        for library in bars:
-            library.enable_progress_bar()
+    if pipe.device.type == "cuda":
+        parts = [getattr(pipe, name, None) for name in ("unet", "controlnet", "vae")]
+        for part in (*parts, preview):
+            # of videos: five axes have no such layout
+            if part is not None and all(weight.ndim < 5 for weight in part.parameters()):
+                part.to(memory_format=torch.channels_last)
+    if compile:
+        for network in networks(pipe).values():
+            network.compile(dynamic=False)  # in place: its class and its state dict stay

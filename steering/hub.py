@@ -1,0 +1,73 @@
+"""A folder, or an id of the Hugging Face hub; and failures to load either, in one sentence."""
+
+import contextlib
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["HUB_ID", "one_sentence", "where"]
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def where(name: str) -> tuple[str, bool]:
+    """A local path if there is one, else the hub id; and whether to look on this machine only.
+
+    One short request finds out, where the loaders would try to connect for half a minute.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path), True
+    if not HUB_ID.fullmatch(name):
+        raise ValueError(f"there is no {name}: give a folder or a hub id (owner/name)")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().model_info(name, timeout=10)
+    except HfHubHTTPError:  # the hub answered; its loader will say what is wrong
+        return name, False
+    except Exception:  # the client's library, and so its errors, changes with its version
+        return name, True
+    return name, False
+
+
+@contextlib.contextmanager
+def one_sentence(
+    what: str, path: str = "", offline: bool = False, instead: str = ""
+) -> Iterator[None]:
+    """Failures to load become one ValueError, with no log lines or progress bars before it.
+
+    path, offline: what `where` said. The libraries' own reasons for what a hub out of reach could
+    not give are left out. instead: what to do without it.
+    """
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    loggings = (diffusers_logging, transformers_logging)
+    bars = [library for library in loggings if library.is_progress_bar_enabled()]
+    for library in bars:
+        library.disable_progress_bar()
+    try:
+        yield
+    except (
+        OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, AttributeError,
+    ) as error:  # fmt: skip
+        other = f", or {instead}" if instead else ""
+        if offline and isinstance(error, OSError | ValueError) and not Path(path).exists():
+            raise ValueError(
+                f"cannot load {what}; with no network, give a folder that holds it{other}"
+            ) from error
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
+        # a class that model_index.json names, or what a class of another kind lacks
+        unfit = isinstance(error, AttributeError)
+        hint = ": it is of a kind that does not fit here; name one that does" if unfit else ""
+        hint += f"; give a folder that holds it{other}" if other else ""
+        raise ValueError(f"cannot load {what} ({reason}){hint}") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        for library in bars:
+            library.enable_progress_bar()
