@@ -5,8 +5,19 @@ import json
 import pytest
 import tiny_pipelines
 import torch
+from command_line import SMALL, refused
+from diffusers import (
+    AutoencoderTiny,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 
-from steering.loading import load_pipeline
+from scripts import steer as script
+from steering import FeynmanKac, loading, steer, tiny
+from steering.loading import PREVIEWS, load_pipeline, load_preview, pick_preview
+from steering.manifest import fingerprint
 
 
 @pytest.mark.parametrize("kind", ["NoSuchPipeline", "UNet2DConditionModel"])
@@ -20,3 +31,188 @@ def test_lora_for_a_pipeline_that_takes_none_is_refused(tmp_path):
     tiny_pipelines.pixart().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"PixArtAlphaPipeline takes no LoRA: leave .* out"):
         load_pipeline(str(tmp_path), torch.float32, lora=str(tmp_path))
+
+
+# what the config.json of madebyollin/taesd, taesdxl (4), taesd3 and taef1 (16) say
+PUBLISHED = {
+    "act_fn": "relu",
+    "decoder_block_out_channels": (64, 64, 64, 64),
+    "encoder_block_out_channels": (64, 64, 64, 64),
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    "num_decoder_blocks": (3, 3, 3, 1),
+    "num_encoder_blocks": (1, 3, 3, 3),
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+# what the config.json of the models' vae say
+VAES = {
+    "sd": {"latent_channels": 4, "scaling_factor": 0.18215},
+    "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025},
+    "sd3": {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "flux": {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+}
+IDS = dict(zip(VAES, PREVIEWS.values(), strict=True))
+
+
+def published_vae(family, **config):
+    """A VAE with that model's latents, 8 pixels a side; few channels within."""
+    given = {**VAES[family], **config}
+    return tiny_pipelines.vae(
+        given.pop("latent_channels"),
+        block_out_channels=(8,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        **given,
+    )
+
+
+def published(family, **config):
+    """A small pipeline whose latents have the shape and the scale of the published model's."""
+    pipe = getattr(tiny_pipelines, family)()
+    parts = {**pipe.components, "vae": published_vae(family, **config)}
+    if family == "sd3":
+        channels = {"in_channels": 16, "out_channels": 16}
+        config = {**pipe.transformer.config, **channels}
+        parts["transformer"] = tiny_pipelines._seeded(SD3Transformer2DModel, config)
+        pipe = StableDiffusion3Pipeline(**parts)
+    elif family == "flux":
+        config = {**pipe.transformer.config, "in_channels": 64}
+        parts["transformer"] = tiny_pipelines._seeded(FluxTransformer2DModel, config)
+        pipe = FluxPipeline(**parts)
+    elif family == "sd":
+        pipe = type(pipe)(**parts, requires_safety_checker=False)
+    else:
+        pipe = type(pipe)(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Published decoders that are at hand: the ids that are asked for, with random weights."""
+    asked = []
+
+    def from_pretrained(name, dtype, local_files_only):
+        asked.append(name)
+        channels = 16 if name.endswith(("sd3", "f1")) else 4
+        config = {**PUBLISHED, "latent_channels": channels}
+        return tiny_pipelines._seeded(AutoencoderTiny, config).to(dtype)
+
+    monkeypatch.setattr(AutoencoderTiny, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading, "where", lambda name: (name, False))
+    return asked
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_published_decoders_decode_8_pixels_a_side(channels):
+    with torch.device("meta"):
+        decoder = AutoencoderTiny(**PUBLISHED, latent_channels=channels)
+        images = decoder.decode(torch.empty(2, channels, 64, 64)).sample
+    assert images.shape == (2, 3, 512, 512)
+    assert decoder.config.scaling_factor == 1  # latents of unit variance, as the network has them
+    assert decoder.config.shift_factor == 0
+
+
+@pytest.mark.parametrize("family", VAES)
+def test_auto_is_the_published_decoder_of_the_vae_and_steers(family, served):
+    pipe = published(family)
+    preview = load_preview("auto", "some/model", torch.float32, pipe)
+    assert served == [IDS[family]]
+    seen = []
+
+    def reward(images, prompts):
+        seen.append(images.shape)
+        return images.mean((1, 2, 3))
+
+    size = {"height": 64, "width": 64, "num_inference_steps": 5}
+    settings = FeynmanKac(num_scores=2)
+    out = steer(pipe, ["a cat"], reward, 2, settings, preview=preview, progress=False, **size)
+    assert seen == [(2, 3, 64, 64)] * (len(out.lineage.scores) + 1)
+
+
+@pytest.mark.parametrize("family", VAES)
+def test_auto_is_known_by_name_before_the_model_is_loaded(family, tmp_path):
+    published(family).save_pretrained(tmp_path)
+    assert pick_preview("auto", str(tmp_path)) == IDS[family]
+
+
+# Playground 2.5; a VAE of its own; one of 2 pixels a side
+@pytest.mark.parametrize(
+    "config",
+    [{"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, {"scaling_factor": 0.5}, None],
+)
+def test_auto_is_none_for_other_latents(config, tmp_path):
+    pipe = tiny_pipelines.sdxl() if config is None else published("sdxl", **config)
+    assert load_preview("auto", "some/model", torch.float32, pipe) is None
+    pipe.save_pretrained(tmp_path)
+    assert pick_preview("auto", str(tmp_path)) == "none"
+
+
+def test_auto_is_none_for_other_decoders(tmp_path):
+    pipe = tiny_pipelines.sana()
+    assert load_preview("auto", "some/model", torch.float32, pipe) is None
+    pipe.save_pretrained(tmp_path)
+    assert pick_preview("auto", str(tmp_path)) == "none"
+
+
+def test_embedded_models_have_one_of_their_own():
+    assert pick_preview("auto", "tiny-sd3") == "tiny"
+    weights = fingerprint(tiny.preview())
+    for choice in ("auto", "tiny"):
+        assert fingerprint(load_preview(choice, "tiny-sd3", torch.float32)) == weights
+
+
+def test_without_the_pipeline_auto_is_the_embedded_one_or_none():
+    assert load_preview("auto", "some/model", torch.float32) is None
+
+
+@pytest.mark.parametrize("choice", ["none", "some/decoder", "tiny"])
+def test_what_was_named_is_kept(choice):
+    assert pick_preview(choice, "/nowhere") == choice
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_decoder_that_cannot_be_had_is_named_with_the_way_out():
+    """Going on without would give other pictures than with it."""
+    said = "the preview decoder madebyollin/taesd; .* a folder that holds it, or --preview none$"
+    with pytest.raises(ValueError, match=said):
+        load_preview("auto", "some/model", torch.float32, published("sd"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_hub_says_no_and_the_way_out_is_the_same(monkeypatch):
+    monkeypatch.setattr(loading, "where", lambda name: (name, False))
+    with pytest.raises(ValueError, match=r"madebyollin/taesd \(.*; give .* or --preview none$"):
+        load_preview("madebyollin/taesd", "some/model", torch.float32)
+
+
+@pytest.mark.usefixtures("offline")
+def test_steer_refuses_in_one_sentence_and_runs_without(tmp_path, capsys):
+    published("sd").save_pretrained(tmp_path / "model")
+    arguments = ["a cat", "--model", str(tmp_path / "model"), *SMALL, "--out", str(tmp_path / "o")]
+    capsys.readouterr()
+    assert "--preview none" in refused(capsys, *arguments)
+    assert script.main([*arguments, "--preview", "none"]) == 0
+
+
+def test_the_decoder_that_auto_stands_for_is_in_the_manifest(tmp_path, served, capsys):
+    """So that a continuation where auto would be another decoder is refused."""
+    published("sd").save_pretrained(tmp_path / "model")
+    arguments = ["a cat", "--model", str(tmp_path / "model"), *SMALL, "--out", str(tmp_path / "o")]
+    size = ["--height", "64", "--width", "64"]
+    assert script.main([*arguments, *size]) == 0
+    manifest = json.loads((tmp_path / "o" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["settings"]["preview"] == "madebyollin/taesd"
+    capsys.readouterr()
+    said = refused(capsys, *arguments, *size, "--resume", "--preview", "none")
+    assert "preview='madebyollin/taesd', not 'none'" in said
+    assert script.main([*arguments, *size, "--resume", "--preview", "madebyollin/taesd"]) == 0

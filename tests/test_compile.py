@@ -1,0 +1,126 @@
+"""Compiled networks: the filter lets them keep their graph, and tune() compiles in place.
+
+Graphs are counted by a backend that captures them and runs them as they are, so no compiler is
+needed. A graph is captured again whenever a guard of dynamo fails: on a shape, a number, a type.
+"""
+
+import pytest
+import tiny_pipelines
+import torch
+
+from steering import FeynmanKac, loading, steer
+from steering.denoiser import networks
+from steering.manifest import fingerprint
+
+PROMPTS = ("a cat", "two dogs", "x")
+
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The batch of each graph that is captured, by whom torch.compile is asked."""
+    captured = []
+
+    def capture(graph, inputs):
+        batches = [x.shape[0] for x in inputs if isinstance(x, torch.Tensor) and x.ndim >= 3]
+        captured.append(max(batches, key=batches.count))
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **kwargs: compiler(*args, backend=capture, **kwargs)
+    )
+    torch._dynamo.reset()
+    yield captured
+    torch._dynamo.reset()
+
+
+def by_user(pipe):
+    for name, network in networks(pipe).items():
+        setattr(pipe, name, torch.compile(network, dynamic=False))
+
+
+def by_tune(pipe):
+    loading.tune(pipe, compile=True)
+
+
+# the batches of the graphs of one network: twice the rows with guidance
+CALLS = {
+    "plain": ({}, [8]),
+    "funnel": ({"settings": FeynmanKac(num_scores=2, funnel=(4, 2))}, [8, 4]),
+    "max_batch": ({"max_batch": 3}, [3, 2]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("compiled", [by_user, by_tune])
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_the_filter_captures_each_shape_once(family, compiled, call, graphs):
+    pipe, keywords = tiny_pipelines.family(family)
+    plain = steer(pipe, PROMPTS[0], brightness, 4, progress=False, **CALLS[call][0], **keywords)
+    assert graphs == []
+    compiled(pipe)
+    outs = []
+    for prompt in PROMPTS:
+        outs.append(
+            steer(pipe, prompt, brightness, 4, progress=False, **CALLS[call][0], **keywords)
+        )
+        assert graphs == CALLS[call][1], prompt  # all at the first prompt, none later
+    # the same arithmetic, in another order where dynamo takes it apart
+    torch.testing.assert_close(outs[0].rewards, plain.rewards, rtol=0, atol=1e-3)
+    assert outs[0].lineage.scores[0].ancestors.tolist() == (
+        plain.lineage.scores[0].ancestors.tolist()
+    )
+
+
+@pytest.mark.parametrize("family", ["flux", "controlnet"])
+def test_of_every_network_once(family, graphs):
+    pipe, keywords = tiny_pipelines.family(family)
+    by_tune(pipe)
+    for prompt in PROMPTS:
+        steer(pipe, prompt, brightness, 4, progress=False, **keywords)
+        assert len(graphs) == len(networks(pipe))
+
+
+def test_tune_leaves_the_weights_and_the_class_as_they_are(graphs):
+    """So that a compiled run can carry on one that was not."""
+    pipe, _ = tiny_pipelines.family("sd")
+    before = type(pipe.unet), fingerprint(pipe.unet)
+    by_tune(pipe)
+    assert (type(pipe.unet), fingerprint(pipe.unet)) == before
+
+
+class OnCuda:
+    """A pipeline that says that it is on CUDA; its weights are on the CPU."""
+
+    def __init__(self, pipe):
+        self.__dict__.update(pipe.components)
+        self.device = torch.device("cuda")
+
+
+def is_channels_last(network):
+    weights = [weight for weight in network.parameters() if weight.ndim == 4]
+    weights = [weight for weight in weights if weight.shape[1] > 1 and weight.shape[-1] > 1]
+    return bool(weights) and all(
+        weight.is_contiguous(memory_format=torch.channels_last) for weight in weights
+    )
+
+
+def test_on_cuda_convolutions_are_laid_out_channels_last():
+    pipe, _ = tiny_pipelines.family("controlnet")
+    preview = tiny_pipelines.vae()
+    loading.tune(pipe)
+    parts = (pipe.unet, pipe.controlnet, pipe.vae, preview)
+    assert not any(is_channels_last(part) for part in parts)
+    loading.tune(OnCuda(pipe), preview=preview)
+    assert all(is_channels_last(part) for part in parts)
+
+
+def test_transformers_and_videos_keep_their_layout():
+    pipe, _ = tiny_pipelines.family("wan")  # its VAE's convolutions have five axes
+    loading.tune(OnCuda(pipe))
+    assert all(weight.is_contiguous() for weight in pipe.transformer.parameters())
+    assert all(weight.is_contiguous() for weight in pipe.vae.parameters())
