@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from steering.hub import one_sentence
 
-__all__ = ["set_attention", "shield", "xformers_works"]
+__all__ = ["is_dispatched", "set_attention", "shield", "xformers_works"]
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ def _quietly() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _is_dispatched(network: torch.nn.Module) -> bool:
+def is_dispatched(network: torch.nn.Module) -> bool:
     """Whether its attention goes through diffusers' dispatcher; older networks have a switch."""
     return any(
         hasattr(getattr(module, "processor", None), "_attention_backend")
@@ -127,11 +127,11 @@ def _computes_the_same(network: torch.nn.Module) -> bool:
 
 def _may_have_xformers(network: Any) -> bool:
     """The older switch is kept from networks that it may change; of the newer the user decides."""
-    return (_is_dispatched(network) or _computes_the_same(network)) and _works_in(network)
+    return (is_dispatched(network) or _computes_the_same(network)) and _works_in(network)
 
 
 def _works_in(network: Any) -> bool:
-    return xformers_works(network.device, network.dtype, _is_dispatched(network))
+    return xformers_works(network.device, network.dtype, is_dispatched(network))
 
 
 @functools.cache
@@ -183,7 +183,7 @@ def _called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _set_backend(network: Any, backend: str) -> None:
-    if _is_dispatched(network):
+    if is_dispatched(network):
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry as Registry
 
         before = Registry.get_active_backend()[0]

@@ -1,0 +1,247 @@
+"""Seconds of a network's evaluation with each attention backend over those with PyTorch's own.
+
+    python -m scripts.bench attention
+    python -m scripts.bench attention --networks flux --backends native flex xformers --rows 2
+
+On CUDA the networks are the published ones by their configurations, with random weights (the cost
+does not depend on the values), in bfloat16; on a CPU the embedded ones and a small Flux. Backends
+alternate inside one process and the figure is the ratio round by round, so that a drift in speed
+favours none. What cannot run is listed with its reason. difference: of the outputs, over the
+largest of PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import statistics
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from scripts.benchmarks.memory import MODELS
+from steering import attention, loading, tiny
+
+NATIVE = "native"
+# PyTorch's own kernels, one alone; for the newer networks the same as diffusers' name sets
+KERNELS = {
+    "_native_math": SDPBackend.MATH,
+    "_native_flash": SDPBackend.FLASH_ATTENTION,
+    "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+# none that would fetch kernels from the hub
+BACKENDS = (NATIVE, *KERNELS, "flex", "xformers", "flash", "_flash_3", "sage")
+PUBLISHED = ("sd15", "sdxl", "sd35m", "flux")
+SMALL = (*tiny.NAMES, "small-flux")
+SMALL_FLUX = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "axes_dims_rope": (8, 12, 12),
+    "joint_attention_dim": 128,
+    "pooled_projection_dim": 64,
+}
+TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 333, "FluxTransformer2DModel": 512}
+
+
+def skeleton(name: str) -> Any:
+    """A network of the published configuration `name` on the meta device, without weights."""
+    kind: Any = diffusers.FluxTransformer2DModel
+    config: Any = {"guidance_embeds": True} | (SMALL_FLUX if name == "small-flux" else {})
+    if name in MODELS:
+        kind, config = getattr(diffusers, MODELS[name].network), MODELS[name].config
+    with torch.device("meta"):
+        return kind(**config).eval()
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network by name: an embedded one, or random weights by its published configuration."""
+    if name in tiny.NAMES:
+        pipe = loading.load_pipeline(name, dtype)
+        return (pipe.unet if name == "tiny-sd" else pipe.transformer).to(device)
+    network = skeleton(name).to(dtype).to_empty(device=device)
+    generator = Generator(device).manual_seed(0)
+    for values in (*network.parameters(), *network.buffers()):
+        if values.ndim > 1:
+            values.data.normal_(0, values[0].numel() ** -0.5, generator=generator)
+        else:
+            values.data.fill_(0.1)
+    return network
+
+
+def inputs(network: Any, rows: int) -> dict[str, Any]:
+    """Arguments of a call with `rows` latents of the size that the network was made for."""
+    config, kind = network.config, type(network).__name__
+    generator = Generator().manual_seed(0)
+    tokens = TOKENS[kind]
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(network.device, network.dtype)
+
+    times = torch.full((rows,), 500.0, device=network.device, dtype=network.dtype)
+    if kind == "FluxTransformer2DModel":
+        side = 64 if config.num_layers > 2 else 16  # of 1024 pixels
+        return {
+            "hidden_states": noise(rows, side * side, config.in_channels),
+            "encoder_hidden_states": noise(rows, tokens, config.joint_attention_dim),
+            "pooled_projections": noise(rows, config.pooled_projection_dim),
+            "timestep": times / 1000,
+            "guidance": times / 1000,
+            "img_ids": noise(side * side, 3),
+            "txt_ids": noise(tokens, 3),
+        }
+    x = noise(rows, config.in_channels, config.sample_size, config.sample_size)
+    if kind == "SD3Transformer2DModel":
+        return {
+            "hidden_states": x,
+            "encoder_hidden_states": noise(rows, tokens, config.joint_attention_dim),
+            "pooled_projections": noise(rows, config.pooled_projection_dim),
+            "timestep": times,
+        }
+    given: dict[str, Any] = {
+        "sample": x,
+        "timestep": times,
+        "encoder_hidden_states": noise(rows, tokens, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": noise(rows, pooled), "time_ids": noise(rows, 6)}
+        given["added_cond_kwargs"] = added
+    return given
+
+
+@contextlib.contextmanager
+def using(network: Any, backend: str) -> Iterator[None]:
+    """Let a network compute its attention by `backend`; RuntimeError where it cannot."""
+    if backend == NATIVE:
+        yield
+        return
+    if backend in KERNELS:
+        with sdpa_kernel(KERNELS[backend]):
+            yield
+        return
+    newer = attention.is_dispatched(network)
+    if backend == "xformers" and not attention.xformers_works(network.device, network.dtype, newer):
+        raise RuntimeError("not installed, or its kernels do not run here")
+    if backend != "xformers" and not newer:
+        raise RuntimeError("this network has no switch for it")
+    before = network.attn_processors
+    attention.set_attention(SimpleNamespace(transformer=network), backend)
+    try:
+        yield
+    finally:
+        if newer:
+            network.reset_attention_backend()
+        else:
+            network.set_attn_processor(before)
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, given: dict[str, Any], backend: str) -> tuple[Tensor, float]:
+    """The output, and the seconds that it took."""
+    with using(network, backend), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of flex, that it is slow
+        _wait(given)
+        start = time.perf_counter()
+        out = network(**given, return_dict=False)[0]
+        _wait(given)
+        return out, time.perf_counter() - start
+
+
+def _wait(given: dict[str, Any]) -> None:
+    if given["timestep"].is_cuda:
+        torch.cuda.synchronize()
+
+
+def measure(
+    name: str,
+    backends: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """An entry a backend: seconds and ratios to native, round by round, or the reason for none."""
+    network = build(name, device, dtype)
+    given = inputs(network, rows)
+    expected, _ = evaluate(network, given, NATIVE)
+    found: dict[str, dict[str, Any]] = {}
+    for backend in (NATIVE, *(item for item in backends if item != NATIVE)):
+        entry: dict[str, Any] = {"network": name, "backend": backend, "reason": None}
+        try:
+            out, _ = evaluate(network, given, backend)
+            difference = (out.float() - expected.float()).abs().max() / expected.abs().max()
+            entry["difference"] = difference.item()
+        except Exception as error:  # a kernel that lacks this device, dtype, shape or package
+            said = " ".join(str(error).split()).partition(". ")[0]
+            entry["reason"] = textwrap.shorten(said, 120) or type(error).__name__
+        found[backend] = entry | {"seconds": [], "ratios": []}
+    working = [backend for backend, entry in found.items() if entry["reason"] is None]
+    for turn in range(rounds):
+        order = working[turn % len(working) :] + working[: turn % len(working)]
+        seconds = {backend: evaluate(network, given, backend)[1] for backend in order}
+        for backend in working:
+            found[backend]["seconds"].append(seconds[backend])
+            found[backend]["ratios"].append(seconds[backend] / seconds[NATIVE])
+    return list(found.values())
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [entry["network"], entry["backend"]]
+    if entry["reason"] is not None:
+        cells += ["", "", "", entry["reason"]]
+    else:
+        ratios = entry["ratios"]
+        cells += [
+            f"{1000 * statistics.median(entry['seconds']):.1f}",
+            f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]",
+            f"{entry['difference']:.1e}",
+            "",
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, measure, print the table network by network."""
+    parser = argparse.ArgumentParser(
+        prog="attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--networks", nargs="+", choices=(*PUBLISHED, *SMALL))
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=["auto", *loading.DTYPES])
+    parser.add_argument("--rows", type=int, default=8, help="of the batch")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args(argv)
+    diffusers.utils.logging.set_verbosity_error()
+    device = loading.pick_device(args.device)
+    dtype = loading.pick_dtype(args.dtype, device)
+    name = platform.machine() + " CPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(
+        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, "
+        f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}, "
+        f"{args.rows} rows, {args.rounds} rounds\n"
+    )
+    print("| network | backend | ms | over native: median [min, max] | difference | reason |")
+    print("|---|---|---|---|---|---|")
+    for network in args.networks or (PUBLISHED if device.type == "cuda" else SMALL):
+        for entry in measure(network, args.backends, device, dtype, args.rows, args.rounds):
+            print(line(entry), flush=True)
+
+
+if __name__ == "__main__":
+    main()

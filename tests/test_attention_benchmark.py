@@ -1,0 +1,49 @@
+"""scripts/benchmarks/attention.py: the published networks take its inputs, the small ones run."""
+
+import math
+
+import pytest
+import torch
+
+from scripts.benchmarks import attention
+
+OUT = {"sd15": (2, 4, 64, 64), "sdxl": (2, 4, 128, 128), "sd35m": (2, 16, 128, 128)}
+# in billions, of the published checkpoints
+SIZES = {"sd15": 0.860, "sdxl": 2.567, "sd35m": 2.243, "flux": 11.901}
+
+
+@pytest.mark.parametrize("name", attention.PUBLISHED)
+def test_published_networks_take_the_inputs(name):
+    network = attention.skeleton(name).to(torch.bfloat16)
+    size = sum(weight.numel() for weight in network.parameters())
+    assert size / 1e9 == pytest.approx(SIZES[name], rel=0.002)
+    with torch.no_grad():
+        out = network(**attention.inputs(network, 2), return_dict=False)[0]
+    assert out.shape == OUT.get(name, (2, 4096, 64))
+
+
+def test_backends_alternate_and_agree_and_the_others_say_why_not():
+    backends = ["_native_math", "flex", "xformers", "flash", "nonsense"]
+    cpu = torch.device("cpu")
+    entries = attention.measure("small-flux", backends, cpu, torch.float32, 1, 2)
+    found = {entry["backend"]: entry for entry in entries}
+    assert list(found) == ["native", *backends]
+    for backend in ("native", "_native_math", "flex"):
+        assert len(found[backend]["seconds"]) == len(found[backend]["ratios"]) == 2
+        assert found[backend]["difference"] < 1e-5
+        assert all(math.isfinite(ratio) for ratio in found[backend]["ratios"])
+    assert found["native"]["ratios"] == [1, 1]
+    for backend in ("xformers", "flash", "nonsense"):
+        assert found[backend]["seconds"] == []
+        assert found[backend]["reason"]
+    assert "there is no attention nonsense" in attention.line(found["nonsense"])
+
+
+def test_a_network_is_left_as_it_was():
+    network = attention.build("tiny-sd", torch.device("cpu"), torch.float32)
+    before = network.attn_processors
+    given = attention.inputs(network, 1)
+    with pytest.raises(RuntimeError, match="no switch"):
+        attention.evaluate(network, given, "flex")
+    attention.evaluate(network, given, "_native_math")
+    assert network.attn_processors == before
