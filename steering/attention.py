@@ -161,7 +161,8 @@ def _agrees(
     generator = Generator().manual_seed(0)
     shapes = [(2, n, 2, width) for n in (queries, keys, keys)]
     q, k, v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
-    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    rows = (x.transpose(1, 2) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(next(rows), next(rows), next(rows))
     out = (_dispatched if dispatched else _called)(q, k, v)
     return torch.allclose(out, expected.transpose(1, 2), atol=_TOLERANCE)
 

@@ -117,7 +117,7 @@ def load_preview(choice: str, model: str, dtype: torch.dtype, pipe: Any = None) 
     """
     if choice == "auto":
         choice = _EMBEDDED if model in tiny.NAMES else "none"
-        vae = getattr(pipe, "vae", None)
+        vae: Any = getattr(pipe, "vae", None)
         if choice == "none" and type(vae).__name__ == "AutoencoderKL":
             choice = _suited(vae.config)
     if choice == "none":

@@ -1,6 +1,7 @@
 """steering.loading: what is no pipeline, or does not fit one, is refused in a sentence."""
 
 import json
+from typing import Any
 
 import pytest
 import tiny_pipelines
@@ -115,7 +116,7 @@ def served(monkeypatch):
 @pytest.mark.parametrize("channels", [4, 16])
 def test_published_decoders_decode_8_pixels_a_side(channels):
     with torch.device("meta"):
-        decoder = AutoencoderTiny(**PUBLISHED, latent_channels=channels)
+        decoder: Any = AutoencoderTiny(**PUBLISHED, latent_channels=channels)
         images = decoder.decode(torch.empty(2, channels, 64, 64)).sample
     assert images.shape == (2, 3, 512, 512)
     assert decoder.config.scaling_factor == 1  # latents of unit variance, as the network has them
@@ -133,7 +134,7 @@ def test_auto_is_the_published_decoder_of_the_vae_and_steers(family, served):
         seen.append(images.shape)
         return images.mean((1, 2, 3))
 
-    size = {"height": 64, "width": 64, "num_inference_steps": 5}
+    size: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 5}
     settings = FeynmanKac(num_scores=2)
     out = steer(pipe, ["a cat"], reward, 2, settings, preview=preview, progress=False, **size)
     assert seen == [(2, 3, 64, 64)] * (len(out.lineage.scores) + 1)
