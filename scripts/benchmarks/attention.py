@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import platform
 import statistics
 import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,8 +28,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from scripts.benchmarks.memory import MODELS
 from steering import attention, loading, tiny
+
+from . import networks
+from .machine import about
+from .networks import FLUX_DEV, network_of
 
 NATIVE = "native"
 # PyTorch's own kernels, one alone; for the newer networks the same as diffusers' name sets
@@ -41,9 +44,8 @@ KERNELS = {
 }
 # none that would fetch kernels from the hub
 BACKENDS = (NATIVE, *KERNELS, "flex", "xformers", "flash", "_flash_3", "sage")
-PUBLISHED = ("sd15", "sdxl", "sd35m", "flux")
-SMALL = (*tiny.NAMES, "small-flux")
 SMALL_FLUX = {
+    "guidance_embeds": True,
     "num_layers": 2,
     "num_single_layers": 2,
     "num_attention_heads": 4,
@@ -52,17 +54,20 @@ SMALL_FLUX = {
     "joint_attention_dim": 128,
     "pooled_projection_dim": 64,
 }
+MODELS = {
+    **networks.MODELS,
+    "flux": FLUX_DEV,
+    "small-flux": replace(FLUX_DEV, config=SMALL_FLUX),
+}
+PUBLISHED = tuple(name for name in MODELS if name != "small-flux")
+SMALL = (*tiny.NAMES, "small-flux")
 TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 333, "FluxTransformer2DModel": 512}
 
 
 def skeleton(name: str) -> Any:
     """A network of the published configuration `name` on the meta device, without weights."""
-    kind: Any = diffusers.FluxTransformer2DModel
-    config: Any = {"guidance_embeds": True} | (SMALL_FLUX if name == "small-flux" else {})
-    if name in MODELS:
-        kind, config = getattr(diffusers, MODELS[name].network), MODELS[name].config
     with torch.device("meta"):
-        return kind(**config).eval()
+        return network_of(MODELS[name])
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -228,14 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     diffusers.utils.logging.set_verbosity_error()
     device = loading.pick_device(args.device)
     dtype = loading.pick_dtype(args.dtype, device)
-    name = platform.machine() + " CPU"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    print(
-        f"torch {torch.__version__}, diffusers {diffusers.__version__}, {name}, "
-        f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}, "
-        f"{args.rows} rows, {args.rounds} rounds\n"
-    )
+    print(f"{about(device, dtype)}, {args.rows} rows, {args.rounds} rounds\n")
     print("| network | backend | ms | over native: median [min, max] | difference | reason |")
     print("|---|---|---|---|---|---|")
     for network in args.networks or (PUBLISHED if device.type == "cuda" else SMALL):
