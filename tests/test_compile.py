@@ -123,8 +123,10 @@ def test_on_cuda_convolutions_are_laid_out_channels_last():
     loading.tune(pipe)
     parts = (pipe.unet, pipe.controlnet, pipe.vae, preview)
     assert not any(is_channels_last(part) for part in parts)
+    before = [fingerprint(part) for part in parts]
     loading.tune(OnCuda(pipe), preview=preview)
     assert all(is_channels_last(part) for part in parts)
+    assert [fingerprint(part) for part in parts] == before
 
 
 def test_transformers_and_videos_keep_their_layout():
