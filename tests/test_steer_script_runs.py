@@ -103,7 +103,7 @@ def test_manifest_repeats_the_run(finished):
     assert [prompt["seed"] for prompt in manifest["prompts"]] == [0, 7, 0]
     assert manifest["prompts"][1]["text"].endswith("wd λ 猫")
     assert {"model", "reward", "particles", "steps", "dtype"} <= manifest["settings"].keys()
-    assert manifest["machine"].keys() == {"device", "attention", "max_batch", "spread"}
+    assert manifest["machine"].keys() == {"device", "attention", "compile", "max_batch", "spread"}
     assert manifest["machine"]["device"] != "auto"
     assert manifest["command"] == ["steer.py", *arguments]
     assert {"python", "torch", "diffusers"} <= manifest["versions"].keys()
