@@ -1,20 +1,24 @@
 """The keywords of a pipeline's own call: checked before any work, then dealt out to its prompts."""
 
+from __future__ import annotations
+
 import dataclasses
 import difflib
 import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from steering.denoiser import networks
 from steering.settings import FeynmanKac
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["PipelineCall", "check_pipeline", "check_preview"]
 
@@ -52,7 +56,7 @@ class PipelineCall:
         prompts: Sequence[str],
         keywords: dict[str, Any],
         ours: Sequence[str] = (),
-    ) -> "PipelineCall":
+    ) -> PipelineCall:
         """`ours` are the names of steer()'s own arguments, for a hint where one is misspelt."""
         parameters = inspect.signature(type(pipe).__call__).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -183,6 +187,8 @@ class PipelineCall:
 
 def check_pipeline(pipe: DiffusionPipeline) -> None:
     """Raise ValueError where a network would draw noise of its own."""
+    from diffusers import DiffusionPipeline  # here, so that importing steering imports no models
+
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(
             f"steer() got a {type(pipe).__name__}; pass a diffusers pipeline, such as "

@@ -6,19 +6,23 @@ pipeline runs; `Decoder` then calls the same pipeline again with no steps left, 
 and the latents replaced, so that exactly the stock tail runs, and nothing is encoded twice.
 """
 
+from __future__ import annotations
+
 import copy
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Generator, Tensor
 
 from steering.schedulers import Chain
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["Decoder", "Tape", "do_nothing", "in_float32", "to_pil", "to_tensor", "view_of"]
 

@@ -4,14 +4,18 @@ The pipeline calls it as it would the network. Arguments with the batch's rows a
 else is passed on as it is; the module itself is not patched, so compiled ones keep their graph.
 """
 
+from __future__ import annotations
+
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "Denoiser",

@@ -113,6 +113,7 @@ def fingerprint(module: torch.nn.Module) -> str:
     sha256 of name, shape, dtype and a sample of the values of every entry of the state dict. What
     is on the meta device, as under sequential offload, has no values to look at.
     """
+    module = getattr(module, "_orig_mod", module)  # of what torch.compile() has wrapped
     entries = module.state_dict().items()
     named = [(name, value) for name, value in entries if isinstance(value, Tensor)]
     samples = [_sample(value) for _, value in named]
