@@ -9,6 +9,7 @@ and the latents replaced, so that exactly the stock tail runs, and nothing is en
 from __future__ import annotations
 
 import copy
+import math
 import re
 import threading
 from collections.abc import Callable
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Decoder", "Tape", "do_nothing", "in_float32", "to_pil", "to_tensor", "view_of"]
 
+CHUNK_AREA = 64 * 64  # latent places of 512 x 512 pixels
 _HEAD = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
 
 # Pipelines shared by threads: fast tokenizers, causal video decoders and the upcast of the SDXL
@@ -91,7 +93,7 @@ class Tape:
 
 
 class Decoder:
-    """Decodes the latents of one pipeline call, `chunk` rows at a time.
+    """Decodes the latents of one pipeline call, `chunk` rows of 512 x 512 pixels at a time.
 
     `images(latents)` are float (n, 3, h, w) in [0, 1], by `preview` instead of the pipeline's own
     decoder where there is one, without safety checker and watermark, their sides `preview_size` of
@@ -132,7 +134,7 @@ class Decoder:
                 self._preview[name] = None
 
     def images(self, latents: Tensor) -> Tensor:
-        return torch.cat([self._images(part) for part in latents.split(self._chunk)])
+        return torch.cat([self._images(part) for part in latents.split(self._at_once(latents))])
 
     def _images(self, latents: Tensor) -> Tensor:
         if self._decode is not None:
@@ -144,12 +146,18 @@ class Decoder:
 
     def finals(self, latents: Tensor) -> list[Image.Image]:
         images = []
-        for part in latents.split(self._chunk):
+        for part in latents.split(self._at_once(latents)):
             if self._decode is not None:
                 images += to_pil(_decoded(self._decode, part))
             else:
                 images += self._tail(part, self._ended, "pil")
         return [image[0] if isinstance(image, list) else image for image in images]
+
+    def _at_once(self, latents: Tensor) -> int:
+        """Fewer of large pictures: eight of 1024 x 1024 take more memory than the network does."""
+        packed = latents.ndim == 3  # (n, tokens, channels), each token 2 x 2 places
+        area = latents.shape[1] * 4 if packed else math.prod(latents.shape[2:])
+        return max(1, min(self._chunk, self._chunk * CHUNK_AREA // area))
 
     def _tail(self, latents: Tensor, replaced: dict[str, Any], output_type: str) -> Any:
         if self._precise is not None and replaced["vae"] is self._precise:

@@ -12,6 +12,7 @@ from tiny_pipelines import FAMILIES, family, sd
 
 from steering import steer
 from steering.decoding import Decoder, Tape, to_pil, to_tensor, view_of
+from steering.schedulers import stochastic
 
 PROMPT = "a red cube"
 
@@ -135,6 +136,24 @@ def test_decoding_in_chunks_changes_nothing_but_memory(monkeypatch):
     monkeypatch.setattr("steering.run.DECODE_CHUNK", 2)
     parts = steer(pipe, PROMPT, brightness, 5, progress=False, **keywords)
     torch.testing.assert_close(parts.rewards, whole.rewards, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((4, 8, 8), 8),
+        ((4, 64, 64), 8),
+        ((16, 128, 128), 2),
+        ((16, 256, 256), 1),
+        ((1024, 64), 8),  # packed, as Flux's: 512 x 512
+        ((4096, 64), 2),
+        ((16, 1, 64, 64), 8),  # one frame
+    ],
+)
+def test_fewer_large_pictures_are_decoded_at_once(shape, rows):
+    pipe, _ = family("sd")
+    decoder = Decoder(pipe, stochastic(pipe.scheduler), Tape(), {})
+    assert decoder._at_once(torch.zeros(9, *shape, device="meta")) == rows
 
 
 class Censor(torch.nn.Module):

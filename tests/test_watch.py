@@ -1,6 +1,7 @@
 """What a run shows while it runs, and keeps of it: moments, previews, stopping."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 
 import json
 

@@ -70,7 +70,7 @@ def measured(
 
     def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal rows
-        sample = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+        sample: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
         rows += len(sample)
 
     for network in networks(pipe).values():

@@ -45,7 +45,7 @@ from .networks import (
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 HELD_IN = (torch.bfloat16, torch.bfloat16, torch.float32)  # network, decoder, critic's tower
 SPARE = 0.2  # of a card: fragments, workspaces of kernels, the driver's context
-POPULATIONS, SIDES, DECODED = (4, 8, 16), (512, 1024), 8  # steer() decodes eight images at once
+POPULATIONS, DECODED = (4, 8, 16), {512: 8, 1024: 2}  # images that steer() decodes at once
 
 # images of a group, rows of the network an image, and whether decoder and critic are at hand
 METHODS = {"gdro": (6, 1, False), "grpo": (8, 1, True), "grpo, guided": (8, 2, True)}
@@ -196,7 +196,7 @@ def steered_row(name: str, side: int) -> str:
     calls = {k: call_peak(model, side, 2 * k) for k in POPULATIONS}
     (few, one), *_, (many, two) = ((2 * k, calls[k]) for k in POPULATIONS)
     each = (two - one) / (many - few)
-    decodes = [decode_peak(model, side, DECODED, sliced) for sliced in (False, True)]
+    decodes = [decode_peak(model, side, DECODED[side], sliced) for sliced in (False, True)]
     cells = [name, str(side)]
     cells += [f"{size / 1e9:.1f}" for size in (held, texts, *calls.values(), *decodes)]
     for card in CARDS.values():
@@ -210,12 +210,12 @@ def steering_table(names: list[str]) -> None:
     """Print the table of steering, line by line."""
     heads = ["model", "side", "weights", "text encoders"]
     heads += [f"call, k = {k}" for k in POPULATIONS]
-    heads += [f"decode of {DECODED}", "sliced"]
+    heads += ["decode", "sliced"]
     for card in CARDS:
         heads += [f"rows in {card}", "text encoders freed"]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name in names:
-        for side in SIDES:
+        for side in DECODED:
             print(steered_row(name, side), flush=True)
 
 

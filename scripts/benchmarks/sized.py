@@ -34,12 +34,13 @@ def sized(
         vae, preview = (part.to(device, dtype) for part in (decoder_of(model), preview_of(model)))
     factor, shift = SCALES[name]
     vae.register_to_config(scaling_factor=factor, shift_factor=shift or None)
-    none = dict.fromkeys(("text_encoder", "tokenizer"))
+    none: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer"))
+    kinds: Any = diffusers  # its annotations leave out that parts may be missing
     scheduler: Any
     if name == "sd35m":
         more = {f"{part}_{i}": None for part in none for i in (2, 3)}
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-        pipe: Any = diffusers.StableDiffusion3Pipeline(
+        pipe: Any = kinds.StableDiffusion3Pipeline(
             transformer=network, vae=vae, scheduler=scheduler, **none, **more
         )
     else:
@@ -52,7 +53,7 @@ def sized(
             steps_offset=1,
         )
         if name == "sdxl":
-            pipe = diffusers.StableDiffusionXLPipeline(
+            pipe = kinds.StableDiffusionXLPipeline(
                 unet=network,
                 vae=vae,
                 scheduler=scheduler,
@@ -62,7 +63,7 @@ def sized(
                 **none,
             )
         else:
-            pipe = diffusers.StableDiffusionPipeline(
+            pipe = kinds.StableDiffusionPipeline(
                 unet=network,
                 vae=vae,
                 scheduler=scheduler,
