@@ -1,0 +1,362 @@
+"""The report of a run as one page: the pictures, the genealogy that led to them, the settings.
+
+Written from saved folders alone, without the model. Pictures are inlined small, with links to the
+files beside the page.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+from steering import genealogy, markup
+from steering.markup import escape, link, number, text
+from steering.thumbnails import Budget, sprite
+
+__all__ = ["write", "write_run"]
+
+# Bytes, a third less than they take in the page, which stays below 15 MB.
+_TREES, _PICTURES, _MOST = 4_500_000, 2_700_000, 14_500_000
+_OPEN = 12  # prompts whose genealogy is unfolded from the start
+_READING = """<p class="note">Columns are the steps where every particle was scored, by the image
+that was predicted there; lines lead from a parent to its children. The bar under a picture is its
+weight, the number its reward. “Kept” says that a step did not resample. Point at a picture, or go
+to it by the tab key, for more.</p>
+<p class="keys"><span class="key best">lineage of the best image</span>
+<span class="key alive">of the others returned</span> <span class="key dead">died out</span></p>"""
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A folder that `Steered.save` wrote."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    lineage: dict[str, Any]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        return self.manifest["results"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.manifest["settings"]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One prompt. base: the folder's address as the page sees it, "" or "some/folder/"."""
+
+    saved: _Saved
+    plain: _Saved | None
+    index: int
+    base: str
+    plain_base: str
+
+    @property
+    def prompt(self) -> str:
+        return self.saved.results["prompts"][self.index]
+
+    @property
+    def rewards(self) -> list[float]:
+        return self.saved.results["rewards"][self.index]
+
+    @property
+    def plain_rewards(self) -> list[float]:
+        return self.plain.results["rewards"][self.index] if self.plain else []
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What the pictures of a page may take."""
+
+    trees: Budget
+    pictures: Budget
+
+
+def write(folder: Path, plain: Path | None = None) -> Path:
+    """Write report.html into a folder that `Steered.save` wrote; returns its path.
+
+    plain: the folder of the same prompts at the same seeds with min_ess=0, for the baselines; left
+    out where it does not exist. Raises ValueError for a folder of something else.
+    """
+    folder = Path(folder)
+    entries = list(_entries(folder, folder, plain))
+    saved = entries[0].saved
+    name = folder.resolve().name
+    head = [f"<h1>{escape(name)}</h1>", _about(saved, len(entries))]
+    call = f"<h2>Repeat it</h2>\n<pre><code>{escape(_call(saved.manifest))}</code></pre>"
+    tail = [call, _facts(saved.manifest), _files(["manifest.json", "lineage.json"])]
+    return _compose(folder, name, head, entries, tail)
+
+
+def write_run(out: Path) -> Path:
+    """Write report.html into the folder of a run of steer.py; returns its path.
+
+    What is finished is in it. Raises ValueError where nothing is.
+    """
+    out = Path(out)
+    manifest = _json(out / "manifest.json")
+    folders = sorted(path.parent for path in out.glob("[0-9]*-*/steered/manifest.json"))
+    if not folders:
+        raise ValueError(f"{out} holds no finished prompt: pass the folder of a run of steer.py")
+    entries = [e for folder in folders for e in _entries(out, folder, folder.with_name("plain"))]
+    name = out.resolve().name
+    head = [f"<h1>{escape(name)}</h1>", _about(entries[0].saved, len(entries))]
+    missing = len(manifest["prompts"]) - len(entries)
+    if missing > 0:
+        head.append(f'<p class="warn">{missing} of the run’s prompts are not finished.</p>')
+    words = manifest["command"]
+    command = shlex.join(["python", "scripts/steer.py", *words[1:]])
+    facts = {name: manifest[name] for name in ("settings", "machine", "versions")}
+    tail = [
+        f"<h2>Repeat it</h2>\n<pre><code>{escape(command)}</code></pre>",
+        _facts(facts | {"weights": entries[0].saved.manifest.get("weights")}),
+        _files(["manifest.json"]),
+    ]
+    return _compose(out, name, head, entries, tail)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}: pass the folder of a saved run") from None
+
+
+def _read(folder: Path) -> _Saved:
+    saved = _Saved(folder, _json(folder / "manifest.json"), _json(folder / "lineage.json"))
+    if "results" not in saved.manifest:
+        raise ValueError(f"{folder} is not what Steered.save writes: for a whole run, write_run")
+    return saved
+
+
+def _entries(page: Path, folder: Path, plain: Path | None) -> Iterator[_Entry]:
+    saved = _read(folder)
+    other = _read(Path(plain)) if plain is not None and Path(plain).is_dir() else None
+    prompts = saved.results["prompts"]
+    if other and other.results["prompts"] != prompts:
+        raise ValueError(f"{plain} has other prompts than {folder}: pass the run's own baseline")
+    base, plain_base = _base(page, folder), _base(page, Path(plain)) if other and plain else ""
+    for index in range(len(prompts)):
+        yield _Entry(saved, other, index, base, plain_base)
+
+
+def _base(page: Path, folder: Path) -> str:
+    relative = Path(os.path.relpath(folder.resolve(), page.resolve())).as_posix()
+    return "" if relative == "." else relative + "/"
+
+
+def _compose(
+    folder: Path, name: str, head: list[str], entries: Sequence[_Entry], tail: list[str]
+) -> Path:
+    """The sections of as many prompts as there is room for, and the summary of all."""
+    tiles = sum(_tiles(entry) for entry in entries)
+    pictures = sum(len(e.rewards) + 2 * bool(e.plain) for e in entries)
+    room = _Room(Budget(_TREES, tiles, longest=64), Budget(_PICTURES, pictures))
+    sections: list[str] = []
+    left = _MOST
+    for place, entry in enumerate(entries):
+        section = _section(entry, place, room, unfolded=len(entries) <= _OPEN)
+        left -= len(section.encode("utf-8", "xmlcharrefreplace"))
+        if left < 0 and sections:
+            rest = len(entries) - place
+            sections.append(
+                f'<p class="warn">The last {rest} prompts have no room here; their folders hold '
+                "what there is to see.</p>"
+            )
+            break
+        sections.append(section)
+    shown = sum(section.startswith("<section") for section in sections)
+    body = [*head, _summary(entries, shown), *sections, *tail]
+    return markup.keep(folder / "report.html", markup.document(name, "\n".join(body)))
+
+
+def _tiles(entry: _Entry) -> int:
+    scores = entry.saved.lineage["scores"]
+    columns = len(scores) + 1 if "previews" in entry.saved.lineage else 1
+    return columns * max([len(entry.rewards), *(len(s["rewards"][entry.index]) for s in scores)])
+
+
+def _about(saved: _Saved, count: int) -> str:
+    manifest = saved.manifest
+    settings = saved.settings
+    said = [
+        f"{count} prompt{'s' * (count != 1)}",
+        f"{manifest.get('particles', len(saved.results['rewards'][0]))} particles",
+        f"reward {manifest.get('reward')}",
+        f"λ = {settings['reward_scale']:g}",
+        f"potential {settings['potential']}",
+        f"model {Path(str(manifest.get('model'))).name}",
+    ]
+    return f'<p class="lead">{escape(", ".join(said))}</p>'
+
+
+def _summary(entries: Sequence[_Entry], shown: int) -> str:
+    """A line a prompt: the rewards of the plain sample, of the best of k, of the best steered."""
+    compared = all(entry.plain for entry in entries)
+    heads, rows, columns = ["prompt", "steered, best", "mean", "log Ẑ"], [], []
+    if compared:
+        k = len(entries[0].plain_rewards)
+        heads[1:1] = ["plain", f"best of {k}"]
+    for place, entry in enumerate(entries):
+        values = [max(entry.rewards), fmean(entry.rewards)]
+        if compared:
+            values = [entry.plain_rewards[0], max(entry.plain_rewards), *values]
+        columns.append(values)
+        log_z = number(entry.saved.results["log_z"][entry.index])
+        name = text(entry.prompt)
+        linked = f'<a href="#p{place}">{name}</a>' if place < shown else name
+        rows.append([linked, *map(number, values), log_z])
+    foot = []
+    if len(entries) > 1:
+        means = [number(fmean(column)) for column in zip(*columns, strict=True)]
+        foot = ["mean over prompts", *means, ""]
+    return f'<h2>Rewards</h2>\n<div class="summary">{markup.table(heads, rows, foot)}</div>'
+
+
+def _section(entry: _Entry, place: int, room: _Room, unfolded: bool) -> str:
+    saved, index = entry.saved, entry.index
+    story = genealogy.read(saved.manifest, saved.lineage, index)
+    finals = [_image(saved.folder, name) for name in saved.results["files"][index]]
+    pictures = [
+        _figure(entry, j, image, room, marked=j == story.best) for j, image in enumerate(finals)
+    ]
+    parts = [f'<section id="p{place}" class="prompt">', f"<h2>{text(entry.prompt)}</h2>"]
+    baselines = _group("Without steering", _baselines(entry, room)) if entry.plain else ""
+    parts.append(f'<div class="groups">{baselines}{_group("Steered", pictures)}</div>')
+    if story.parents:
+        previews, tile = _previews(saved, index)
+        tiles = sprite(finals, previews, tile)
+        address, _ = room.trees.encode(tiles.image, (tiles.columns, tiles.rows))
+        tree = genealogy.picture(story, tiles, address, f"Genealogy of prompt {place + 1}")
+        parts += [
+            f"<details{' open' * unfolded}><summary>How they came about</summary>",
+            _READING if place == 0 else "",
+            tree,
+            f'<div class="charts">{genealogy.charts(story, saved.settings["min_ess"])}</div>',
+            "</details>",
+        ]
+    else:
+        parts.append(
+            '<p class="note">Nothing was scored on the way, so nothing was resampled: every '
+            "image is a sample of the plain chain.</p>"
+        )
+    return "\n".join([*parts, "</section>"])
+
+
+def _group(name: str, figures: Sequence[str]) -> str:
+    return f'<div><h3>{name}</h3>\n<div class="pictures">{"".join(figures)}</div></div>\n'
+
+
+def _baselines(entry: _Entry, room: _Room) -> list[str]:
+    """The plain sample and the best of k, at the same seeds."""
+    assert entry.plain is not None
+    rewards = entry.plain_rewards
+    best = max(range(len(rewards)), key=rewards.__getitem__)
+    shown = []
+    for j, name in ((0, "plain"), (best, f"best of {len(rewards)}")):
+        file = entry.plain.results["files"][entry.index][j]
+        image = _image(entry.plain.folder, file)
+        caption = f"{name} {number(rewards[j])}{_components(entry.plain, entry.index, j)}"
+        label = f"{name}, reward {markup.short(rewards[j])}"
+        shown.append(_framed(image, entry.plain_base + file, label, caption, room))
+    return shown
+
+
+def _figure(entry: _Entry, j: int, image: Image.Image, room: _Room, marked: bool) -> str:
+    file = entry.saved.results["files"][entry.index][j]
+    reward = entry.rewards[j]
+    caption = ("best " * marked) + number(reward) + _components(entry.saved, entry.index, j)
+    label = f"particle {j}, reward {markup.short(reward)}{', the best' * marked}"
+    return _framed(image, entry.base + file, label, caption, room, marked)
+
+
+def _components(saved: _Saved, index: int, j: int) -> str:
+    """The parts of a reward, where it has more than one."""
+    parts = saved.results["components"]
+    if len(parts) < 2:
+        return ""
+    lines = (f"<br>{escape(name)} {number(rows[index][j])}" for name, rows in parts.items())
+    return f"<small>{''.join(lines)}</small>"
+
+
+def _framed(
+    image: Image.Image, path: str, label: str, caption: str, room: _Room, marked: bool = False
+) -> str:
+    address, small = room.pictures.encode(image)
+    pixels = ' class="pixels"' if max(image.size) <= 96 else ""
+    picture = (
+        f'<img src="{address}" width="{small.width}" height="{small.height}" loading="lazy"'
+        f'{pixels} alt="{escape(label)}">'
+    )
+    kind = ' class="best"' if marked else ""
+    return (
+        f'<figure{kind}><a href="{link(path)}">{picture}</a>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _previews(saved: _Saved, index: int) -> tuple[Image.Image | None, tuple[int, int] | None]:
+    known = saved.lineage.get("previews")
+    if not known:  # a folder of an older version
+        return None, None
+    width, height = known["tile"]
+    return _image(saved.folder, known["files"][index]), (width, height)
+
+
+def _image(folder: Path, name: str) -> Image.Image:
+    """A picture of the folder itself: a manifest from elsewhere may name any file."""
+    if Path(name).name != name:
+        raise ValueError(f"{folder} names the picture {name!r}, which is not a file of its own")
+    with Image.open(folder / name) as image:
+        return image.convert("RGB")
+
+
+def _call(manifest: dict[str, Any]) -> str:
+    """The lines of Python that make it again, but for the objects that are only named."""
+    names = ("particles", "seed", "prompts_per_call", "preview_size", "guidance_interval")
+    given = {name: manifest[name] for name in names if name in manifest}
+    given["settings"] = _Code("FeynmanKac", manifest["settings"])
+    call = _Code("steer", given | manifest.get("pipeline_keywords", {}))
+    return (
+        "from steering import FeynmanKac, steer\n\n"
+        f"# pipe: {manifest.get('pipeline')} of {manifest.get('model')}\n"
+        f"# reward: {manifest.get('reward')}\n"
+        f"prompts = {manifest['prompts']!r}\n"
+        f"out = {call!r}".replace("steer(", "steer(\n    pipe, prompts, reward, ")
+    )
+
+
+@dataclass(frozen=True)
+class _Code:
+    name: str
+    keywords: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.keywords.items())})"
+
+
+def _facts(manifest: dict[str, Any]) -> str:
+    left_out = {"results", "prompts", "occurrences"}
+    parts = []
+    for name, value in manifest.items():
+        if name not in left_out and isinstance(value, dict) and value:
+            parts.append(f"<h3>{escape(name.replace('_', ' '))}</h3>{markup.pairs(value)}")
+    plain = {n: v for n, v in manifest.items() if n not in left_out and not isinstance(v, dict)}
+    others = markup.pairs(plain) if plain else ""
+    inner = "\n".join([others, *parts])
+    return f"<details><summary>Settings and versions</summary>\n{inner}\n</details>"
+
+
+def _files(names: Sequence[str]) -> str:
+    linked = ", ".join(f'<a href="{link(name)}">{escape(name)}</a>' for name in names)
+    return f'<p class="note">All numbers: {linked}.</p>'
