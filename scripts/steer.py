@@ -1,7 +1,8 @@
 """Steer a diffusion model towards a reward and keep the pictures.
 
 The samples come from p(x0 | prompt) exp(λ r(x0, prompt)): a Feynman-Kac particle filter runs inside
-the pipeline's own call, one population of particles a prompt.
+the pipeline's own call, one population of particles a prompt. Under `accelerate launch` the prompts
+are split over the processes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 import rewards
+from scripts.launched import Processes, Stopped, is_main, join
 from steering import FeynmanKac, loading, runs, tiny
 from steering.manifest import versions
 from steering.prompts import Prompt, read
@@ -38,6 +40,9 @@ examples:
 
   # carry on where an interrupted run stopped
   python scripts/steer.py --prompt-file prompts.txt --out out/many --resume
+
+  # the same on every GPU of the machine: each process takes its share of the prompts
+  accelerate launch scripts/steer.py --prompt-file prompts.txt --out out/many
 
   # halve the population twice on the way, k = 8, 4, 2
   python scripts/steer.py "two red stars" --model tiny-sd --num-scores 2 --funnel 4,2
@@ -249,11 +254,37 @@ def check_window(settings: FeynmanKac, args: argparse.Namespace, call: dict[str,
 
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Refuse what cannot work, the cheapest check first; then steer what is not finished yet."""
+    processes = join(args.device)
+    prompts, settings, reward = processes.agree(lambda: prepare(args, processes))
+
+    def begin() -> tuple[Path, list[Path]]:
+        out = open_folder(args, prompts, command)
+        return out, runs.pending(runs.divide(out, prompts, args.prompts_per_call))
+
+    out, pending = processes.told(begin)
+    shares = runs.divide(out, prompts, args.prompts_per_call)
+    mine = pending if args.spread else pending[processes.index :: processes.count]
+    folders = sorted(folder for share in shares for folder in share.batches)
+    try:
+        work = processes.agree(lambda: ready(args, settings, reward, shares, mine, processes))
+        keep_all(work, len(mine), processes, args.spread)
+        processes.finish()
+        drawn = runs.draw(out, folders) if processes.is_main else []
+    except KeyboardInterrupt as cut:
+        return interrupted(cut, out, folders, processes)
+    for path in drawn:
+        print(path)
+    return 0
+
+
+def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt], FeynmanKac, Any]:
+    """What takes no model to check; args.device, dtype and reward become those of the run."""
     prompts = read_prompts(args)
     settings = FeynmanKac(**{name: getattr(args, name) for name in FIELD_HELP})
     check_window(settings, args, call_keywords(args))
     loading.check_name(args.model)
-    device = loading.pick_device(args.device)
+    device = processes.device if args.device == "auto" else None
+    device = device or loading.pick_device(args.device)
     # by their names, so that a continuation on another machine cannot mix what auto stands for
     args.device = str(device)
     args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
@@ -261,40 +292,50 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     reward = rewards.load(args.reward, device)
     reward.check([prompt.text for prompt in prompts])
     args.preview = loading.pick_preview(args.preview, args.model)
-    out = open_folder(args, prompts, command)
-    shares = runs.divide(out, prompts, args.prompts_per_call)
-    folders = sorted(folder for share in shares for folder in share.batches)
-    try:
-        finish(args, settings, reward, shares)
-        drawn = runs.draw(out, folders)
-    except KeyboardInterrupt:
+    return prompts, settings, reward
+
+
+def interrupted(
+    cut: KeyboardInterrupt, out: Path, folders: Sequence[Path], processes: Processes
+) -> int:
+    """Say how to carry on, and give the exit status: 130 after Ctrl-C, 1 where a process died."""
+    died = isinstance(cut, Stopped)
+    # One says it for all; a second one, too, where the first may be the one that died.
+    if processes.index < (2 if died else 1):
         done = sum(folder.exists() for folder in folders)
+        what = "stopped by the launcher, as when another process died" if died else "interrupted"
         print(
-            f"steer.py: interrupted; {done} of {len(folders)} are finished and kept: "
+            f"steer.py: {what}; {done} of {len(folders)} are finished and kept: "
             f"repeat the command with --out {out} --resume to carry on",
             file=sys.stderr,
         )
-        return 130
-    for path in drawn:
-        print(path)
-    return 0
+    return 1 if died else 130
 
 
-def finish(
-    args: argparse.Namespace, settings: FeynmanKac, reward: Any, shares: Sequence[runs.Share]
-) -> None:
-    """Load the model, check that it is the one that drew what is there, and draw the rest."""
-    pending = [share for share in shares if share.pending()]
-    if not pending and args.model not in tiny.NAMES:  # those are there in a second
-        return
+Work = Generator[tuple[Path, "dict[str, Steered]"], None, None]
+
+
+def ready(
+    args: argparse.Namespace,
+    settings: FeynmanKac,
+    reward: Any,
+    shares: Sequence[runs.Share],
+    mine: Sequence[Path],
+    processes: Processes,
+) -> Work | None:
+    """Load the model, check that it is the one that drew what is there; the rest, to be drawn."""
+    if not mine and args.model not in tiny.NAMES:  # those are there in a second
+        return None
     pipe, preview = load(args)
     done = [folder for share in shares for folder in share.batches if folder.exists()]
     runs.check_weights(done, pipe, preview)
-    if pending:
-        kinds = kinds_of_call(args, settings, preview)
-        runs.check_calls(pipe, reward, pending, kinds)
-        total = sum(len(share.pending()) for share in pending)
-        keep_all(runs.steer_pending(pipe, reward, pending, kinds), total)
+    if not mine:
+        return None
+    pending = runs.among(shares, mine)
+    kinds = kinds_of_call(args, settings, preview)
+    kinds["steered"]["progress"] = processes.is_main
+    runs.check_calls(pipe, reward, pending, kinds)
+    return runs.steer_pending(pipe, reward, pending, kinds)
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -320,6 +361,7 @@ def kinds_of_call(
         "max_batch": args.max_batch,
         "guidance_interval": args.guidance_interval,
         "prompts_per_call": args.prompts_per_call,
+        "spread": args.spread,
         **call_keywords(args),
     }
     kinds = {"steered": call | {"settings": settings}}
@@ -331,15 +373,22 @@ def kinds_of_call(
     return kinds
 
 
-def keep_all(work: Generator[tuple[Path, dict[str, Steered]], None, None], total: int) -> None:
+def keep_all(work: Work | None, total: int, processes: Processes, spread: bool) -> None:
     """Save each result when it is there and say how it went and how long the rest will take."""
+    if work is None:
+        return
     began = time.monotonic()
+    who = f"process {processes.index}: " if processes.count > 1 and not spread else ""
     # closing: the bar ends before anything is said about what went wrong
     with contextlib.closing(work), logging_redirect_tqdm():
         for done, (folder, results) in enumerate(work, 1):
+            if spread and not processes.is_main:  # it has the same
+                continue
             runs.keep(folder, results)
             left = (time.monotonic() - began) / done * (total - done)
-            tqdm.write(f"{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}")
+            tqdm.write(
+                f"{who}{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}"
+            )
 
 
 def _summary(results: dict[str, Steered]) -> str:
@@ -360,16 +409,25 @@ def _duration(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
+    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C.
+
+    1 where another process of the run died.
+    """
     command = sys.argv[1:] if argv is None else argv
+    args = None
     try:
-        return run(parse(command), command)
+        args = parse(command)
+        return run(args, command)
     except ValueError as error:
-        print(f"steer.py: {' '.join(str(error).split())}", file=sys.stderr)
+        if args or is_main():  # all processes have the same command line
+            print(f"steer.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("steer.py: interrupted before it began", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as cut:
+        died = isinstance(cut, Stopped)
+        if is_main():
+            why = "another process ended" if died else "interrupted"
+            print(f"steer.py: {why} before it began", file=sys.stderr)
+        return 1 if died else 130
 
 
 if __name__ == "__main__":

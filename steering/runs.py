@@ -15,7 +15,7 @@ import re
 import shutil
 import unicodedata
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Share",
+    "among",
     "check_calls",
     "check_weights",
     "divide",
@@ -40,6 +41,7 @@ __all__ = [
     "keep",
     "new_folder",
     "open_run",
+    "pending",
     "steer_pending",
 ]
 
@@ -156,6 +158,24 @@ def divide(out: Path, prompts: Sequence[Prompt], size: int) -> list[Share]:
             batches[folder] = range(start, min(start + size, len(indices)))
         shares.append(Share(seed, [prompts[i] for i in indices], batches))
     return shares
+
+
+def pending(shares: Sequence[Share]) -> list[Path]:
+    """The folders that are not finished, of all shares."""
+    return [folder for share in shares for folder in share.pending()]
+
+
+def among(shares: Sequence[Share], folders: Sequence[Path]) -> list[Share]:
+    """The shares with those of their batches that are in `folders`, without empty ones.
+
+    A prompt draws the same noise as among all: its share keeps the texts of the others.
+    """
+    cut, wanted = [], set(folders)
+    for share in shares:
+        batches = {folder: which for folder, which in share.batches.items() if folder in wanted}
+        if batches:
+            cut.append(replace(share, batches=batches))
+    return cut
 
 
 def check_weights(folders: Sequence[Path], pipe: Any, preview: Any = None) -> None:
