@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator, Tensor
 
+from steering import page
 from steering.lineage import Lineage
 from steering.manifest import PER_PROMPT, join, select
 from steering.resampling import multinomial
@@ -47,13 +48,13 @@ class Steered:
         drawn = multinomial(normalize(self.log_weights), 1, generator).flatten().tolist()
         return [row[i] for row, i in zip(self.images, drawn, strict=True)]
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, report: bool = True) -> Path:
         """Write every image as PNG, `manifest.json`, `lineage.json` and what each score looked at.
 
         The manifest repeats the run, and lists the files. Each PNG carries its parameters as text,
         with what its noise depends on: the seed, the prompt's text and how often that came before
         (its occurrence), and the particle's index. previews-0000.webp, ... hold small pictures of
-        a prompt's particles, a column a score.
+        a prompt's particles, a column a score. report.html shows all of it as one page.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +74,8 @@ class Steered:
         }
         _write_json(folder / "manifest.json", self.manifest | {"results": results})
         _write_json(folder / "lineage.json", self.lineage.to_json() | self._save_previews(folder))
+        if report:
+            page.write(folder)
         return folder
 
     def _save_previews(self, folder: Path) -> dict[str, Any]:

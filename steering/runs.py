@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from steering import report
+from steering import page, report
 from steering.manifest import fingerprint
 from steering.prompts import Prompt
 
@@ -270,14 +270,14 @@ def keep(folder: Path, results: Mapping[str, Steered]) -> None:
     try:
         with _carrying_on(folder.parent):
             for name, result in results.items():
-                result.save(part / name)
+                result.save(part / name, report=False)  # draw() writes one for all
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
-    """Write grid.png (and grid-2.png, ... for many prompts) and history.png of what `keep` saved.
+    """Write report.html, grid.png (grid-2.png, ... for many prompts) and history.png of a run.
 
     Each holds a result "steered", and a result "plain" (min_ess=0) where there is a comparison.
     Raises ValueError where that fails.
@@ -289,9 +289,10 @@ def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
         rows = (
             row for folder in folders for row in report.rows(folder / "steered", folder / "plain")
         )
-        while page := list(itertools.islice(rows, _ROWS_PER_GRID)):
+        while part := list(itertools.islice(rows, _ROWS_PER_GRID)):
             name = f"grid-{len(paths)}.png" if len(paths) > 1 else "grid.png"
-            paths.append(_write(report.comparison(page), out / name))
+            paths.append(_write(report.comparison(part), out / name))
+        paths.append(page.write_run(out))
     return sorted(paths)
 
 

@@ -111,8 +111,6 @@ def test_a_run_that_lost_a_process_keeps_what_is_finished_and_is_resumed(
     out = tmp_path / "out"
     words = [*words, "--out", str(out)]
     err = ended(started(2, *words), who, out)
-    with capsys.disabled():
-        print(err)
     kept = results(out)
     assert 0 < len(kept) < len(PROMPTS)
     assert all(files == results(alone)[name] for name, files in kept.items())
