@@ -1,8 +1,11 @@
-"""What training needs of scored rollouts, read into memory."""
+"""What training needs of scored rollouts. Latents and embeddings stay on disk, memory-mapped."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,25 +13,59 @@ from torch import Tensor
 from .groups import Group, make_groups, normalised
 from .rollouts import Rollouts
 
-__all__ = ["Data", "load_data"]
+__all__ = ["Ahead", "Data", "Rows", "load_data"]
+
+T = TypeVar("T")
+
+
+class Rows:
+    """The rows of several tensors as those of one: rows[index] copies the rows that are asked for.
+
+    parts (n_i, *shape) may be memory-mapped: the rest of them is never read. ValueError for parts
+    whose rows differ in shape or dtype.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        kinds = {(tuple(part.shape[1:]), part.dtype) for part in parts}
+        if len(kinds) != 1:
+            raise ValueError(
+                f"the shards' rows are of {len(kinds)} shapes and types, {sorted(map(str, kinds))},"
+                " but must be alike; make the rollouts with one call of one model"
+            )
+        self.parts = list(parts)
+        self.starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0)
+        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """(*index.shape, *shape)."""
+        flat = index.flatten()
+        owners = torch.searchsorted(self.starts, flat, right=True) - 1
+        found = torch.empty((len(flat), *self.shape[1:]), dtype=self.parts[0].dtype)
+        for i, (owner, row) in enumerate(zip(owners.tolist(), flat.tolist(), strict=True)):
+            found[i] = self.parts[owner][row - int(self.starts[owner])]
+        return found.unflatten(0, index.shape)
 
 
 @dataclass(frozen=True)
 class Data:
     """What training needs of rollouts: latents (rows, ...), conditioning (prompts, ...), groups."""
 
-    latents: Tensor
-    given: dict[str, Tensor]
+    latents: Tensor | Rows
+    given: Mapping[str, Tensor | Rows]
     groups: list[Group]
     dropped: int
 
 
 def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
-    """Read a scored run: the column `reward`, normalised by `norm`, in groups of k or more.
+    """A scored run: the column `reward`, normalised by `norm`, in groups of k or more.
 
-    ValueError for a column that is not there, and as `make_groups`.
+    Latents and conditioning are mapped, not read. ValueError for a column that is not there, and
+    as `make_groups`.
     """
-    latents, given, prompts, rewards = [], [], [], []
+    shards, prompts, rewards = [], [], []
     for shard in run.shards:
         columns = shard.rewards()
         if reward not in columns:
@@ -36,9 +73,7 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
             raise ValueError(
                 f"{shard.folder} has no rewards {reward!r}; {known}; add some with scripts/score.py"
             )
-        tensors = shard.tensors()
-        latents.append(tensors.pop("latents"))
-        given.append(tensors)
+        shards.append(shard.tensors())
         prompts += [row["group"] for row in shard.table(["group"])]
         rewards += columns[reward]
     specs = sorted({shard.scored_by(reward) for shard in run.shards})
@@ -48,6 +83,26 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
             "scripts/score.py --resume"
         )
     groups, dropped = make_groups(prompts, torch.tensor(rewards), k)
-    names = [name.removeprefix("given.") for name in given[0]]
-    merged = {name: torch.cat([part[f"given.{name}"] for part in given]) for name in names}
-    return Data(torch.cat(latents), merged, normalised(groups, norm), dropped)
+    rows = {name: Rows([tensors[name] for tensors in shards]) for name in shards[0]}
+    latents = rows.pop("latents")
+    given = {name.removeprefix("given."): found for name, found in rows.items()}
+    return Data(latents, given, normalised(groups, norm), dropped)
+
+
+class Ahead(Generic[T]):
+    """make(step), with that of the next step made in a thread while the present one is used.
+
+    make must depend on the step alone, so that a step that was not foreseen is made the same.
+    """
+
+    def __init__(self, make: Callable[[int], T]) -> None:
+        self.make = make
+        self.thread = ThreadPoolExecutor(1, "ahead")
+        self.foreseen: tuple[int, Future[T]] | None = None
+
+    def __call__(self, step: int) -> T:
+        foreseen, self.foreseen = self.foreseen, None
+        known = foreseen is not None and foreseen[0] == step
+        found = foreseen[1].result() if known and foreseen else self.make(step)
+        self.foreseen = step + 1, self.thread.submit(self.make, step + 1)
+        return found

@@ -9,15 +9,15 @@ Legend: g groups, k images a group, n = g·k rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .data import Data
+from .data import Ahead, Data
 from .groups import draw_groups, target_entropy
-from .learner import Learner, Tuning, check_shares, draws
+from .learner import Learner, Tuning, add, check_shares, draws
 from .losses import best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, predict
 
@@ -55,6 +55,26 @@ class Gdro(Tuning):
             raise ValueError(f"times is {self.times!r} but must be 'logit_normal' or 'uniform'")
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Groups that are evaluated at once: x0 (g, k, ...), rewards (g, k), t (g,), noise (g, k or 1,
+    ...), given (g, ...) by name, and a seed for the ties of each."""
+
+    x0: Tensor
+    rewards: Tensor
+    t: Tensor
+    noise: Tensor
+    given: dict[str, Tensor]
+    ties: list[int]
+
+    def to(self, device: torch.device) -> Inputs:
+        """On a device, copied from pinned memory while the host goes on."""
+        tensors = {name: getattr(self, name) for name in ("x0", "rewards", "t", "noise")}
+        moved = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
+        given = {name: v.to(device, non_blocking=True) for name, v in self.given.items()}
+        return replace(self, **moved, given=given)
+
+
 class Trainer:
     """A network that learns from rollouts, a step at a time."""
 
@@ -70,6 +90,7 @@ class Trainer:
         check_shares(settings.groups, accelerator.num_processes)
         self.settings, self.noising, self.data = settings, noising, data
         self.learner = Learner(network, family, settings, accelerator)
+        self.inputs = Ahead(self._inputs)
 
     @property
     def step(self) -> int:
@@ -85,15 +106,14 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One update; what it saw, averaged over all groups of all processes."""
         s, world = self.settings, self.learner.accelerator.num_processes
-        batch = list(self._micro_batches(self.step))
+        batch = self.inputs(self.step)
         sums: dict[str, Tensor] = {}
         for i, micro in enumerate(batch):
             with self.learner.accumulating(last=i == len(batch) - 1):
-                loss, seen = self._losses(*micro)
+                loss, seen = self._losses(micro)
                 # processes' gradients are averaged, so that this is the mean over all groups
                 self.learner.accelerator.backward(loss.sum() * world / s.groups)
-            for name, value in seen.items():
-                sums[name] = sums.get(name, torch.zeros(())) + value.detach().sum().cpu()
+            add(sums, seen)
         norm = self.learner.update()
         return self.learner.reduced(sums, s.groups) | {"grad_norm": norm}
 
@@ -115,30 +135,36 @@ class Trainer:
         for part in mine.split(s.micro_groups):
             yield prompts[part], rows[part], rewards[part], t[part], noise[part], ties[part]
 
-    def _losses(
-        self, prompts: Tensor, rows: Tensor, rewards: Tensor, t: Tensor, noise: Tensor, ties: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _inputs(self, step: int) -> list[Inputs]:
+        """What this process's share of a step needs, on the CPU; for a GPU in pinned memory."""
+        found = []
+        for prompts, rows, rewards, t, noise, ties in self._micro_batches(step):
+            given = {name: value[prompts] for name, value in self.data.given.items()}
+            tensors = {"x0": self.data.latents[rows], "rewards": rewards, "t": t, "noise": noise}
+            if self.learner.accelerator.device.type == "cuda":
+                given = {name: value.pin_memory() for name, value in given.items()}
+                tensors = {name: value.pin_memory() for name, value in tensors.items()}
+            found.append(Inputs(**tensors, given=given, ties=ties.tolist()))
+        return found
+
+    def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each group (g,), and what to log of it."""
         s, learner = self.settings, self.learner
-        device, family = learner.accelerator.device, learner.family
-        g, k = rows.shape
-        x0 = self.data.latents[rows].to(device).float()
-        noise = noise.to(device).expand_as(x0).flatten(0, 1)
-        times = t.to(device).repeat_interleave(k)
+        family, inputs = learner.family, inputs.to(learner.accelerator.device)
+        x0, rewards, t = inputs.x0.float(), inputs.rewards, inputs.t
+        g, k = rewards.shape
+        noise = inputs.noise.expand_as(x0).flatten(0, 1)
+        times = t.repeat_interleave(k)
         x, target = self.noising.noised(x0.flatten(0, 1), noise, times)
-        given = {
-            name: value[prompts].repeat_interleave(k, 0).to(device)
-            for name, value in self.data.given.items()
-        }
+        given = {name: value.repeat_interleave(k, 0) for name, value in inputs.given.items()}
         with torch.no_grad(), learner.reference(), learner.accelerator.autocast():
             ref = predict(learner.bare, family, self.noising, x, times, given)
         with learner.accelerator.autocast():
             pred = predict(learner.network, family, self.noising, x, times, given)
         pred, ref, target = (y.float().unflatten(0, (g, k)) for y in (pred, ref, target))
-        weight = self._weight(t.to(device))
+        weight = self._weight(t)
         scores = implicit_scores(pred, ref, target, beta=s.beta, weight=weight[:, None])
-        rewards = rewards.to(device)
-        tie = [torch.Generator().manual_seed(int(seed)) for seed in ties]
+        tie = [torch.Generator().manual_seed(seed) for seed in inputs.ties]
         ranked = torch.cat(
             [
                 gdro_loss(

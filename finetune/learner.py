@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import lora
 from .models import Family
 
-__all__ = ["Learner", "Tuning", "check_shares", "draws", "load_state", "save_state"]
+__all__ = ["Learner", "Tuning", "add", "check_shares", "draws", "load_state", "save_state"]
 
 
 @dataclass
@@ -71,10 +72,14 @@ class Learner:
         self.anchor: dict[str, Tensor] | None = None  # the reference's adapter
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        self.average = lora.Average(self.weights, settings.ema)
+        if settings.compile:  # in place: the reference and samples take the compiled one, too
+            network.compile(dynamic=False)
         optimizer = _optimizer(list(self.weights.values()), settings)
-        model = torch.compile(network) if settings.compile else network
-        self.network, self.optimizer = accelerator.prepare(model, optimizer)
+        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self.weights = lora.parameters(network)  # FSDP puts shares in their place
+        if accelerator.is_fsdp2:  # what stays whole after a forward would miss a swapped adapter
+            network.set_reshard_after_forward(True)
+        self.average = lora.Average(self.weights, settings.ema)
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Begin at an adapter (`lora.read`) that made the data: it is the reference then."""
@@ -107,8 +112,9 @@ class Learner:
         s = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = s.lr * min(1.0, (self.step + 1) / max(s.warmup, 1))
-        norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), s.max_grad_norm)
-        if not norm.isfinite():
+        found = self.accelerator.clip_grad_norm_(list(self.weights.values()), s.max_grad_norm)
+        norm = float(lora.whole({"norm": found})["norm"])
+        if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of step {self.step} is not finite: lower the learning rate"
             )
@@ -118,7 +124,7 @@ class Learner:
         self.step += 1
         if s.refresh and self.step % s.refresh == 0:
             self.anchor = lora.copy(self.weights)
-        return float(norm)
+        return norm
 
     def reduced(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
         """Sums of this process -> means over `count`, over all processes."""
@@ -127,13 +133,15 @@ class Learner:
         return dict(zip(sums, (total / count).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a continuation needs."""
+        """All that a continuation needs, on however many processes; all of them have to ask."""
+        optimizer = self.optimizer.state_dict()
+        moments = {i: lora.whole(state) for i, state in optimizer["state"].items()}
         return {
             "step": self.step,
-            "weights": {name: p.detach().cpu() for name, p in self.weights.items()},
-            "anchor": self.anchor,
+            "weights": {name: p.detach().cpu() for name, p in lora.whole(self.weights).items()},
+            "anchor": None if self.anchor is None else lora.whole(self.anchor),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer | {"state": moments},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,7 +151,12 @@ class Learner:
             self.anchor = lora.copy(self.weights)
             lora.fill(self.anchor, state["anchor"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parts = list(self.weights.values())
+        moments = {
+            i: {k: lora.like(v, parts[i]) if isinstance(v, Tensor) and v.ndim else v for k, v in m}
+            for i, m in ((i, m.items()) for i, m in state["optimizer"]["state"].items())
+        }
+        self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 
 
 def check_shares(groups: int, world: int, equal: bool = False) -> None:
@@ -154,21 +167,35 @@ def check_shares(groups: int, world: int, equal: bool = False) -> None:
 
 
 def _optimizer(weights: list[Any], settings: Tuning) -> torch.optim.Optimizer:
+    lr, decay = settings.lr, settings.weight_decay
     if not settings.eight_bit:
-        return torch.optim.AdamW(weights, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(weights, lr=lr, weight_decay=decay, fused=True)
     try:
         import bitsandbytes as bnb  # type: ignore[import-not-found]
     except ImportError as error:
         raise ValueError("eight_bit needs bitsandbytes: pip install bitsandbytes") from error
-    return bnb.optim.AdamW8bit(weights, lr=settings.lr, weight_decay=settings.weight_decay)
+    return bnb.optim.AdamW8bit(weights, lr=lr, weight_decay=decay)
 
 
-def save_state(trainer: Any, folder: Path) -> None:
-    """Write `trainer.state_dict()` whole or not at all: a full disk leaves the last good one."""
+def add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+    """Add what was seen, by name, where it is: a look from the CPU would wait for the GPU."""
+    for name, value in seen.items():
+        total = value.detach().sum()
+        sums[name] = sums[name] + total if name in sums else total
+
+
+def save_state(trainer: Any, folder: Path, main: bool = True) -> None:
+    """Write `trainer.state_dict()` whole or not at all: a full disk leaves the last good one.
+
+    main: of several processes, which all have to call it, the one that writes.
+    """
+    state = trainer.state_dict()
+    if not main:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / ".state.new"
     try:
-        torch.save(trainer.state_dict(), scratch)
+        torch.save(state, scratch)
         scratch.replace(folder / "state.pt")
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         scratch.unlink(missing_ok=True)

@@ -15,17 +15,20 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 __all__ = [
     "Average",
     "attach",
     "copy",
     "fill",
+    "like",
     "parameters",
     "read",
     "reference",
     "save",
     "swapped",
+    "whole",
 ]
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
@@ -75,6 +78,9 @@ def reference(network: nn.Module) -> Iterator[None]:
     layers = [part for part in network.modules() if isinstance(part, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
+        for name in layer.adapter_layer_names:
+            # peft freezes what it switches off; FSDP would keep what it first gathers then frozen
+            getattr(layer, name).requires_grad_(True)
     try:
         yield
     finally:
@@ -96,11 +102,11 @@ class Average:
         """Move towards the present weights."""
         self.step += 1
         decay = min(self.decay, self.step / 1000)
-        for name, mean in self.weights.items():
-            mean.lerp_(weights[name].detach().to(mean), 1 - decay)
+        present = [weights[name].detach() for name in self.weights]
+        torch._foreach_lerp_(list(self.weights.values()), present, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "weights": self.weights}
+        return {"step": self.step, "weights": whole(self.weights)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = int(state["step"])
@@ -116,7 +122,23 @@ def copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def fill(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """Copy weights by name."""
     for name, value in target.items():
-        value.copy_(source[name])
+        value.copy_(like(source[name], value))
+
+
+def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with the shares of other processes (FSDP), which all have to call it then."""
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in weights.items()
+    }
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor as this process's share of it, where that is what target is."""
+    if not isinstance(target, DTensor) or isinstance(value, DTensor):
+        return value
+    value = value.to(target.device)
+    return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
 @contextmanager
@@ -130,18 +152,18 @@ def swapped(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iter
         fill(weights, own)
 
 
-def save(pipe_class: Any, part: str, network: Any, folder: Path) -> Path:
+def save(pipe_class: Any, part: str, network: Any, folder: Path, main: bool = True) -> Path:
     """Write the adapter as `pipe.load_lora_weights(folder)` reads it, and return the file.
 
-    part: the network's attribute of the pipeline, "unet" or "transformer".
+    part: the network's attribute of the pipeline, "unet" or "transformer"; main: of several
+    processes, which all have to call it, the one that writes.
     """
     from peft.utils import get_peft_model_state_dict
 
-    layers: dict[str, Tensor] = get_peft_model_state_dict(network)
+    layers = whole(get_peft_model_state_dict(network))
     about = network.peft_config["default"].to_dict()  # alpha, which the weights do not show
-    pipe_class.save_lora_weights(
-        folder, **{f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": about}
-    )
+    stored = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": about}
+    pipe_class.save_lora_weights(folder, is_main_process=main, **stored)
     return Path(folder) / FILE
 
 

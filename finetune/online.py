@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .chains import Move, Policy, Schedule, sample
-from .learner import Learner, draws
+from .learner import Learner, add, draws
 from .losses import group_advantages
 from .models import Conditioning
 
@@ -230,8 +230,7 @@ def update(
             loss, seen = part()
             # processes' gradients are averaged, so that this is the mean over all rows
             learner.accelerator.backward(loss.sum() * world / count)
-        for name, value in (seen | {"loss": loss}).items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().sum().cpu()
+        add(sums, seen | {"loss": loss})
     norm = learner.update()
     return learner.reduced(sums, count) | {"grad_norm": norm}
 

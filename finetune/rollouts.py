@@ -267,7 +267,8 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:  # a piece at a time: shards may be large
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, text: str) -> None:
@@ -292,7 +293,7 @@ class Shard:
         return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
 
     def tensors(self) -> dict[str, Tensor]:
-        """ "latents" (rows, ...) and "given.NAME" (prompts, ...)."""
+        """ "latents" (rows, ...) and "given.NAME" (prompts, ...), mapped: read where touched."""
         with safe_open(self.folder / "tensors.safetensors", "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 

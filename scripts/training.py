@@ -200,8 +200,8 @@ def loop(
             recent.clear()
         if watch and (done % watch.check.every == 0 or done == steps):
             _check(learner, done, watch, out)
-        if (done % settings.save_every == 0 or done == steps) and main:
-            save_state(trainer, out)
+        if done % settings.save_every == 0 or done == steps:
+            save_state(trainer, out, main)
 
 
 def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
@@ -212,11 +212,12 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
     accelerator = learner.accelerator
     with learner.averaged():
         row, grid = watch.look(learner.family.network, learner.bare, accelerator)
+    weights = lora.whole(learner.average.weights)
     if accelerator.is_main_process:
         row = {"step": step} | row
         rows = [*checks.read(out / "checks.csv"), row]
         if checks.best_row(rows, watch.check.best)["step"] == step:
-            save_file(lora.copy(learner.average.weights), out / "best.safetensors")
+            save_file(lora.copy(weights), out / "best.safetensors")
         checks.append(out / "checks.csv", row)
         (out / "grids").mkdir(exist_ok=True)
         grid.save(out / "grids" / f"{step:06d}.png")

@@ -1,26 +1,34 @@
-"""A training step against the network's own forward and backward, and memory over many steps.
+"""A training step against its network alone, and memory over many steps.
 
-    python -m scripts.bench training --model tiny-sd3 --pairs 15
+    python -m scripts.bench training --model tiny-sd3 --method gdro --pairs 15
 
-The bare step is, on the same rows and the same network, a forward without the adapter, a forward
-with it, the backward of a mean square, and nothing else: no loss of groups, no optimiser. The two
-alternate and the figure is the ratio pair by pair, as machines are shared and their speed drifts.
+The bare step makes the same calls of the same network on inputs of the same shapes, and nothing
+else. For gdro: a forward without the adapter, one with it, the backward of a mean square. For
+grpo: the forwards that sample, then a forward and a backward for each step of the window. No loss
+of groups, no optimiser, no moves of a sampler, no decoder, no reward. The two alternate and the
+figure is the ratio pair by pair, as machines are shared and their speed drifts. With grpo the
+decoder's part of a step, which no bare network has, is given too.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import statistics
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from finetune import lora
+from finetune import gdro, grpo, lora, models
+from finetune.chains import schedule_of
 from finetune.data import Data
-from finetune.gdro import Gdro, Trainer
 from finetune.groups import Group
 from finetune.models import encode, family_of, noising_of, predict
 from steering import tiny
@@ -28,9 +36,10 @@ from steering import tiny
 from .cost import seconds
 
 PROMPTS = [f"a {colour} star" for colour in ("red", "blue", "green", "orange", "yellow", "purple")]
+METHODS = ("gdro", "grpo")
 
 
-def trainer_of(model: str, settings: Gdro) -> Trainer:
+def gdro_of(model: str, settings: gdro.Gdro) -> gdro.Trainer:
     """A trainer on random latents and rewards, of real prompts."""
     pipe = tiny.load(model)
     family, call = family_of(pipe), tiny.call_defaults(model)
@@ -43,37 +52,101 @@ def trainer_of(model: str, settings: Gdro) -> Trainer:
         for i in range(len(PROMPTS))
     ]
     data = Data(torch.randn(shape, generator=draws), encode(pipe, PROMPTS, **call), groups, 0)
-    return Trainer(network, family, noising, data, settings, Accelerator(cpu=True))
+    return gdro.Trainer(network, family, noising, data, settings, Accelerator(cpu=True))
 
 
-def bare_step(trainer: Trainer) -> Callable[[], None]:
+class Decoder:
+    """A pipeline's decoder that counts its seconds."""
+
+    def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
+        self.pipe, self.call, self.seconds = pipe, call, 0.0
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        start = time.perf_counter()
+        images = models.decode(self.pipe, latents, self.call)
+        self.seconds += time.perf_counter() - start
+        return images
+
+
+def redness(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A reward that costs nothing."""
+    return images[:, 0].mean((1, 2)), {}
+
+
+def grpo_of(model: str, settings: grpo.Grpo) -> tuple[grpo.Trainer, Decoder]:
+    """A trainer that samples for a reward which costs nothing, and its decoder."""
+    pipe = tiny.load(model)
+    family, noising = family_of(pipe), noising_of(pipe)
+    call = tiny.call_defaults(model) | {
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+    }
+    schedule, given = schedule_of(pipe, noising, PROMPTS[0], **call), encode(pipe, PROMPTS, **call)
+    network, decoder = getattr(pipe, family.network), Decoder(pipe, call)
+    return grpo.Trainer(
+        network,
+        family,
+        schedule,
+        PROMPTS,
+        given,
+        decoder,
+        redness,
+        settings,
+        Accelerator(cpu=True),
+    ), decoder
+
+
+def bare_gdro(trainer: gdro.Trainer) -> Callable[[], None]:
     """The networks' share of a step, on inputs made beforehand."""
-    s, batches = trainer.settings, []
-    for prompts, rows, _, t, noise, _ in trainer._micro_batches(0):
-        x0 = trainer.data.latents[rows]
-        times = t.repeat_interleave(s.k)
-        noise = noise.expand_as(x0).flatten(0, 1)
-        x, target = trainer.noising.noised(x0.flatten(0, 1), noise, times)
-        given = {n: v[prompts].repeat_interleave(s.k, 0) for n, v in trainer.data.given.items()}
-        batches.append((x, target, times, given))
+    learner, batches = trainer.learner, []
+    for inputs in trainer.inputs(0):
+        k = inputs.rewards.shape[1]
+        times, noise = inputs.t.repeat_interleave(k), inputs.noise.expand_as(inputs.x0)
+        x, _ = trainer.noising.noised(inputs.x0.flatten(0, 1), noise.flatten(0, 1), times)
+        given = {name: value.repeat_interleave(k, 0) for name, value in inputs.given.items()}
+        batches.append((x, times, given))
 
     def step() -> None:
-        for x, target, times, given in batches:
-            inputs = (
-                trainer.learner.bare,
-                trainer.learner.family,
-                trainer.noising,
-                x,
-                times,
-                given,
-            )
-            with torch.no_grad(), lora.reference(trainer.learner.bare):
-                predict(*inputs)
-            (predict(*inputs) - target).square().mean().backward()
-        for parameter in trainer.learner.weights.values():
-            parameter.grad = None
+        for batch in batches:
+            call = partial(predict, learner.bare, learner.family, trainer.noising, *batch)
+            with torch.no_grad(), lora.reference(learner.bare):
+                call()
+            call().square().mean().backward()
+        _forget(learner)
 
     return step
+
+
+def bare_grpo(trainer: grpo.Trainer) -> Callable[[], None]:
+    """The network's share of an epoch without guidance, one update: sample, then learn."""
+    s, samples, learner = trainer.settings, trainer.samples, trainer.learner
+    shape, window = samples.schedule.shape, s.window(0)
+    call = partial(predict, learner.bare, learner.family, samples.schedule.noising)
+
+    def inputs(groups: int, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        given = {n: v[:groups].repeat_interleave(rows, 0) for n, v in samples.given.items()}
+        return torch.randn(groups * rows, *shape), torch.full((groups * rows,), 0.5), given
+
+    one, group = inputs(1, 1), inputs(1, s.k)
+    parts = [inputs(len(share), s.k) for share in samples.shares()]
+
+    def step() -> None:
+        with torch.no_grad():
+            for _ in range(s.groups):  # which share their start up to the window, if at all
+                for number in range(len(samples.schedule)):
+                    call(*(one if s.share_start and number < window.start else group))
+        for part in parts:
+            for _ in window:
+                call(*part).square().mean().backward()
+        _forget(learner)
+
+    return step
+
+
+def _forget(learner: Any) -> None:
+    for parameter in learner.weights.values():
+        parameter.grad = None
 
 
 def resident() -> float:
@@ -82,34 +155,88 @@ def resident() -> float:
     return pages * 4096 / 2**20
 
 
+def trainer_of(model: str, method: str) -> tuple[Any, Callable[[], None], Decoder | None]:
+    """A trainer of the method, its bare step, and its decoder if it has one."""
+    if method == "gdro":
+        learns = gdro_of(model, gdro.Gdro(groups=4, micro_groups=4))
+        return learns, bare_gdro(learns), None
+    samples, decoder = grpo_of(model, grpo.Grpo(groups=2, k=8, micro_groups=2))
+    return samples, bare_grpo(samples), decoder
+
+
+def measure(model: str, method: str, pairs: int) -> dict[str, Any]:
+    """Steps and bare steps in turn, after one of each to warm up.
+
+    ratios: step over bare, pair by pair; images_per_second and bare_images_per_second, medians;
+    fraction: of the bare network's speed, the median; decoder: its part of a step, the median.
+    """
+    if method not in METHODS:
+        raise ValueError(f"the method is {method!r}; take one of {list(METHODS)}")
+    trainer, bare, decoder = trainer_of(model, method)
+    own, alone, decoding = [], [], []
+    for pair in range(pairs + 1):
+        before = decoder.seconds if decoder else 0.0
+        times = seconds(trainer.train_step), seconds(bare)
+        if pair:
+            own.append(times[0])
+            alone.append(times[1])
+            decoding.append((decoder.seconds - before) / times[0] if decoder else 0.0)
+    images = trainer.settings.groups * trainer.settings.k
+    ratios = [a / b for a, b in zip(own, alone, strict=True)]
+    return {
+        "model": model,
+        "method": method,
+        "images_a_step": images,
+        "ratios": ratios,
+        "images_per_second": images / statistics.median(own),
+        "bare_images_per_second": images / statistics.median(alone),
+        "fraction": 1 / statistics.median(ratios),
+        "decoder": statistics.median(decoding),
+    }
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Measurements as Markdown."""
+    lines = [
+        "| model | method | images a second | bare network | its speed, kept | step / bare, "
+        "median [quartiles] | decoder's part |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        low, middle, high = statistics.quantiles(row["ratios"], n=4)
+        lines.append(
+            f"| {row['model']} | {row['method']} | {row['images_per_second']:.1f} | "
+            f"{row['bare_images_per_second']:.1f} | {row['fraction']:.3f} | "
+            f"{middle:.3f} [{low:.3f}, {high:.3f}] | {row['decoder']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> None:
-    """Print the ratio, images a second, and memory after few and after many steps."""
+    """Print the table, or JSON, and memory after few and after many steps."""
     parser = argparse.ArgumentParser(
         prog="training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="tiny-sd3", choices=["tiny-sd3", "tiny-sd"])
+    parser.add_argument("--model", nargs="+", default=["tiny-sd3"], choices=list(tiny.NAMES))
+    parser.add_argument("--method", nargs="+", default=["gdro"], choices=METHODS)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=200, help="steps over which memory is watched")
+    parser.add_argument("--steps", type=int, default=0, help="steps over which memory is watched")
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
-    settings = Gdro(groups=4, micro_groups=4)
-    trainer = trainer_of(args.model, settings)
-    bare = bare_step(trainer)
-    own: list[float] = []
-    ratios = []
-    for pair in range(args.pairs + 1):
-        times = seconds(trainer.train_step), seconds(bare)
-        if pair:  # the first is a warm-up
-            own.append(times[0])
-            ratios.append(times[0] / times[1])
-    images = settings.groups * settings.k
-    low, _, high = statistics.quantiles(ratios, n=4)
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    if args.pairs < 2:
+        parser.error(f"--pairs is {args.pairs} but must be 2 or more")
+    found = [measure(model, method, args.pairs) for model in args.model for method in args.method]
+    if args.json:
+        print(json.dumps(found))
+        return
     print(
-        f"{args.model}: step / bare: median {statistics.median(ratios):.3f}, "
-        f"quartiles {low:.3f} and {high:.3f}, {args.pairs} pairs"
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"float32, torch {torch.__version__}, {args.pairs} pairs\n\n{table(found)}"
     )
-    print(f"{images / statistics.median(own):.1f} images a second, {images} a step")
-    before = resident()
-    for _ in range(args.steps):
+    if args.steps:
+        trainer, *_ = trainer_of(args.model[0], args.method[0])
         trainer.train_step()
-    print(f"memory {before:.0f} MiB, after {args.steps} more steps {resident():.0f} MiB")
+        before = resident()
+        for _ in range(args.steps):
+            trainer.train_step()
+        print(f"\nmemory {before:.0f} MiB, after {args.steps} more steps {resident():.0f} MiB")

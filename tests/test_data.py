@@ -1,0 +1,98 @@
+"""Rollouts as training reads them: mapped, a step's rows at a time, and those of the next ahead."""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from finetune.data import Ahead, Rows, load_data
+from finetune.rollouts import Shard, add_rewards
+
+
+def test_rows_of_several_tensors_are_those_of_one():
+    parts = [torch.randn(n, 2, 3).half() for n in (3, 1, 4)]
+    rows, every = Rows(parts), torch.cat(parts)
+    index = torch.tensor([[0, 7, 3], [2, 4, 0]])
+    assert rows.shape == (8, 2, 3)
+    assert len(rows) == 8
+    assert rows[index].dtype == torch.float16
+    assert torch.equal(rows[index], every[index])
+    assert torch.equal(rows[torch.arange(8)], every)
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2, 5), torch.zeros(2, 4).half()])
+def test_shards_that_differ_are_refused(other):
+    with pytest.raises(ValueError, match="of 2 shapes and types"):
+        Rows([torch.zeros(2, 4), other])
+
+
+def run_of(folder: Path, shards: int, shape: tuple[int, ...]) -> Any:
+    """Scored shards of two prompts with two images each."""
+    found = []
+    for i in range(shards):
+        shard = Shard(folder / str(i))
+        shard.folder.mkdir()
+        groups = [2 * i, 2 * i, 2 * i + 1, 2 * i + 1]
+        pq.write_table(pa.table({"group": groups}), shard.folder / "table.parquet")
+        tensors = {"latents": torch.full((4, *shape), float(i)), "given.embeds": torch.ones(2, 8)}
+        save_file(tensors, shard.folder / "tensors.safetensors")
+        add_rewards(shard, {"reward": [0.0, 1.0, 2.0, 3.0]})
+        found.append(shard)
+    return SimpleNamespace(shards=found)
+
+
+def anonymous() -> float:
+    """This process's memory that is not mapped from files, in MiB."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read as Linux has it")
+def test_latents_stay_on_disk(tmp_path):
+    run = run_of(tmp_path, 4, (4, 1024, 1024))  # 64 MiB each
+    before = anonymous()
+    data = load_data(run, "reward", "none", 2)
+    rows = data.latents[torch.tensor([[0, 15]])]
+    assert rows[0, :, 0, 0, 0].tolist() == [0.0, 3.0]
+    assert anonymous() - before < 80  # of 256: the two rows, and what rewards and tables take
+
+
+def test_the_next_step_is_made_in_a_thread_while_this_one_is_used():
+    made: list[tuple[int, bool]] = []
+    ready = threading.Event()
+
+    def make(step: int) -> int:
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        if step == 1:
+            ready.set()
+        return 10 * step
+
+    ahead = Ahead(make)
+    assert ahead(0) == 0
+    assert ready.wait(10)  # nobody asked for step 1 yet
+    assert ahead(1) == 10
+    assert ahead(5) == 50  # not foreseen: the run was resumed
+    assert made[:2] == [(0, True), (1, False)]
+    assert (5, True) in made
+
+
+def test_what_goes_wrong_ahead_is_told_when_its_step_comes():
+    def make(step: int) -> int:
+        if step:
+            raise OSError("the disk is gone")
+        return step
+
+    ahead = Ahead(make)
+    assert ahead(0) == 0
+    with pytest.raises(OSError, match="the disk is gone"):
+        ahead(1)
