@@ -18,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from steering.pipeline import steer_each
 
@@ -36,6 +37,8 @@ __all__ = [
     "read",
     "rewind",
 ]
+
+PER_CALL = 4  # prompts of a call of the pipeline
 
 
 @dataclass
@@ -107,6 +110,13 @@ class Watch:
 
         Prompts are split among processes. The rest of the pipeline is loaded for it and dropped.
         """
+        shown = network.register_state_dict_post_hook(_shares)  # a manifest looks at the weights
+        try:
+            return self._look(part, network, accelerator)
+        finally:
+            shown.remove()
+
+    def _look(self, part: str, network: Any, accelerator: Any) -> tuple[dict[str, float], Image]:
         pipe = self.load(**{part: network}).to(accelerator.device)
         pipe.set_progress_bar_config(disable=True)
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -117,6 +127,10 @@ class Watch:
                 continue
             mine = range(rank, len(prompts), world)
             sheet = draw(pipe, prompts, mine, self.rewards, self.check, self.call)
+            most = range(0, len(prompts), world)
+            if accelerator.is_fsdp2 and _calls(mine) < _calls(most):
+                # the others' forward passes wait for this process's share of the weights
+                draw(pipe, prompts, range(1), {}, self.check, self.call)
             sheets = gather_object([sheet])
             row |= {f"{split}/{name}": value for name, value in means(sheets).items()}
             if split == "held_out":
@@ -126,6 +140,18 @@ class Watch:
         shown = [images for _, images in held_out[:8]]
         grid = make_image_grid([x for images in shown for x in images], len(shown), len(shown[0]))
         return row, grid
+
+
+def _shares(module: Any, state: dict[str, Any], *_: Any) -> None:
+    """What this process holds of each weight, as the state."""
+    for name, value in state.items():
+        if isinstance(value, DTensor):
+            state[name] = value.to_local()
+
+
+def _calls(prompts: range) -> int:
+    """How many calls of the pipeline draw so many prompts."""
+    return -(-len(prompts) // PER_CALL)
 
 
 def _first(pair: tuple[int, Any]) -> int:
@@ -154,7 +180,7 @@ def draw(
         check.images,
         PLAIN,
         seed=check.seed,
-        prompts_per_call=4,
+        prompts_per_call=PER_CALL,
         progress=False,
         only=only,
         **call,

@@ -87,7 +87,8 @@ class Trainer:
         settings: Gdro,
         accelerator: Any,
     ) -> None:
-        check_shares(settings.groups, accelerator.num_processes)
+        # with FSDP a forward pass of one process needs one of all others
+        check_shares(settings.groups, accelerator.num_processes, equal=accelerator.is_fsdp2)
         self.settings, self.noising, self.data = settings, noising, data
         self.learner = Learner(network, family, settings, accelerator)
         self.inputs = Ahead(self._inputs)

@@ -80,20 +80,21 @@ def run(settings: Train) -> None:
     family = family_of(pipe)
     network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
     del pipe  # neither decoder nor text encoder stays in memory
-    trainer = Trainer(network.to(accelerator.device), family, noising, data, gdro, accelerator)
+    trainer = Trainer(network, family, noising, data, gdro, accelerator)
     training.begin(trainer, settings, gdro)
     if accelerator.is_main_process:
         print(f"{len(data.groups)} prompts; {data.dropped} left out, whose rewards are all equal")
     training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"))
+    about = [
+        f"{len(plan['prompts'])} prompts, {plan['images']} plain and {plan['steered']} steered "
+        f"images each, seed {plan['seed']}, call {json.dumps(plan['call'])}",
+        f"the base's weights have the fingerprint {made.manifest['weights']}",
+        f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
+    ]
+    file = training.export(trainer, kind, settings, about, name, "offline GDRO")
     accelerator.end_training()
     if accelerator.is_main_process:
-        about = [
-            f"{len(plan['prompts'])} prompts, {plan['images']} plain and {plan['steered']} steered "
-            f"images each, seed {plan['seed']}, call {json.dumps(plan['call'])}",
-            f"the base's weights have the fingerprint {made.manifest['weights']}",
-            f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
-        ]
-        print(training.export(trainer, kind, settings, about, name, "offline GDRO"))
+        print(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

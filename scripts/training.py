@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -100,7 +101,23 @@ def accelerator_of(settings: Run) -> Accelerator:
         if importlib.util.find_spec("wandb") is None:
             raise ValueError("wandb=true needs the package: pip install wandb")
         loggers.append("wandb")
-    return Accelerator(log_with=loggers, project_dir=settings.out)
+    accelerator = Accelerator(log_with=loggers, project_dir=settings.out)
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        _shard(accelerator)
+    return accelerator
+
+
+def _shard(accelerator: Accelerator) -> None:
+    """FSDP on CPUs too, where accelerate leaves it out without a word; ValueError for FSDP 1."""
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        state: Any = accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "FSDP 1 cannot hold frozen and trained weights together; set fsdp_version: 2, as "
+            "scripts/configs/fsdp.yaml does"
+        )
 
 
 def watch_of(
@@ -231,16 +248,23 @@ def export(
 ) -> Path:
     """Write lora/ with its card: the best of the checks, else the last average; the weights' file.
 
-    kind: the pipeline's class; about: lines on the data; base, method: for the card's title.
+    Every process has to call it; the main one writes. kind: the pipeline's class; about: lines on the data; base, method: for the card's title.
     """
     learner: Learner = trainer.learner
+    part, main = learner.family.network, learner.accelerator.is_main_process
     out, step, chosen = Path(settings.out), trainer.step, learner.average.weights
     rows = checks.read(out / "checks.csv")
     if rows:
         step = int(checks.best_row(rows, settings.check.best)["step"])
         chosen = load_file(out / "best.safetensors")
     with lora.swapped(learner.weights, chosen):
-        file = lora.save(kind, learner.family.network, learner.bare, out / "lora")
+        file = lora.save(kind, part, learner.bare, out / "lora", main)
+    if main:
+        _card(out, kind, base, method, about, step)
+    learner.accelerator.wait_for_everyone()
+    return file
+
+
+def _card(out: Path, kind: Any, base: str, method: str, about: Sequence[str], step: int) -> None:
     text = (out / "settings.yaml").read_text(encoding="utf-8")
     card.write(out / "lora", card.About(base, kind.__name__, method, text, about, step), out)
-    return file

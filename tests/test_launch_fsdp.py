@@ -1,0 +1,103 @@
+"""Two processes that hold one network between them (FSDP 2, gloo, CPU) train what one trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_launch import CALL, ROOT, command, logged
+
+from scripts import rollout, score
+
+pytestmark = pytest.mark.slow  # a process takes ten seconds to import all it needs
+
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+WORDS = ["gdro.k=2", "gdro.rank=2", "gdro.micro_groups=1", "gdro.lr=1e-3", "gdro.groups=4"]
+WORDS += ["log_every=1", "check.every=2", "check.images=2", "check.train_prompts=0"]
+# the script, which first says how the network lies
+SCRIPT = """
+import sys
+from torch.distributed.tensor import DTensor
+from scripts import train_gdro, training
+
+loop = training.loop
+
+def looked(trainer, *rest):
+    learner = trainer.learner
+    every = list(learner.bare.parameters())
+    assert all(isinstance(p, DTensor) and p.device_mesh.size() == 2 for p in every)
+    held = sum(p.to_local().numel() for p in every)
+    whole = sum(p.numel() for p in every)
+    assert held < 0.6 * whole, (held, whole)
+    blocks = [m for m in learner.bare.modules() if hasattr(m, "unshard")]
+    assert len(blocks) > 3, len(blocks)
+    loop(trainer, *rest)
+
+training.loop = looked
+sys.exit(train_gdro.main(sys.argv[1:]))
+"""
+
+
+def ran(line: list[str], **more: str) -> None:
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | more
+    done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("fsdp")
+    words = ["CAT", "SUN", "DOG", "OWL"]
+    (made / "prompts.txt").write_text("".join(f'the word "{word}"\n' for word in words))
+    (made / "unseen.txt").write_text("".join(f'the word "{word}"\n' for word in ("HAT", "BOX")))
+    (made / "script.py").write_text(SCRIPT)
+    own = [f"prompts={made / 'prompts.txt'}", f"out={made / 'run'}", "images=3"]
+    assert rollout.main([*own, *CALL]) == 0
+    assert score.main([str(made / "run"), "--reward", "jpeg", "--device", "cpu"]) == 0
+    return made
+
+
+def words_of(folder: Path, out: Path, steps: int) -> list[str]:
+    own = [f"rollouts={folder / 'run'}", f"check.prompts={folder / 'unseen.txt'}"]
+    return [*own, f"out={out}", f"gdro.steps={steps}", *WORDS]
+
+
+def test_two_shares_of_a_network_train_what_a_whole_one_trains_and_resume(folder, tmp_path):
+    script = str(folder / "script.py")
+    one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
+    more = ["gdro.refresh=2", "gdro.weight_decay=0.1"]  # the reference is swapped in from step 2 on
+    ran(command("train_gdro.py", *words_of(folder, one, 4), *more))
+    ran(command(script, *words_of(folder, two, 4), *more, processes=2), **SHARDED)
+    for steps in (3, 4):
+        own = [*words_of(folder, cut, steps), *more, "resume=true"]
+        ran(command(script, *own, processes=2), **SHARDED)
+    file = "lora/pytorch_lora_weights.safetensors"
+    whole, halves, again = (load_file(out / file) for out in (one, two, cut))
+    assert whole.keys() == halves.keys() == again.keys()
+    assert sum(float(v.abs().sum()) for name, v in whole.items() if "lora_B" in name) > 0
+    for name, value in whole.items():
+        torch.testing.assert_close(halves[name], value, atol=1e-5, rtol=1e-3)
+    for a, b in zip(logged(one), logged(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-3, rel=1e-3)
+    states = [torch.load(out / "state.pt", weights_only=True) for out in (two, cut, one)]
+    for name, value in states[0]["weights"].items():
+        assert torch.equal(states[1]["weights"][name], value)
+        torch.testing.assert_close(states[2]["weights"][name], value, atol=1e-5, rtol=1e-3)
+    # another number of processes goes on from it
+    ran(command("train_gdro.py", *words_of(folder, two, 5), *more, "resume=true"))
+
+
+def test_groups_that_do_not_divide_are_refused(folder, tmp_path):
+    words = [*words_of(folder, tmp_path / "out", 1), "gdro.groups=3"]
+    with pytest.raises(AssertionError, match="groups is 3 but 2 processes need as many for each"):
+        ran(command("train_gdro.py", *words, processes=2), **SHARDED)
+    assert sys.executable
