@@ -56,14 +56,20 @@ class Schedule:
             )
 
 
-def schedule_of(pipe: Any, noising: Noising, prompt: str, **call: Any) -> Schedule:
+def schedule_of(
+    pipe: Any, noising: Noising, prompt: str, encoded: Any = None, **call: Any
+) -> Schedule:
     """The steps that the pipeline's own call takes, as DDIM or Euler.
 
     The call is made, on a copy whose scheduler has no steps left: what it sets is the schedule.
+    encoded: `models.encoded` of any prompt, where the encoders are gone.
     """
     scheduler: Any = stochastic(pipe.scheduler, 0.0)
     scheduler.chain.finished = True
     view = view_of(pipe, scheduler=scheduler)
+    if encoded is not None:  # neither prompt nor guidance makes another schedule
+        view = view_of(view, encode_prompt=lambda *_, **__: encoded)
+        call["guidance_scale"] = 1.0
     with torch.no_grad():
         latents = view(prompt, **call | {"output_type": "latent", "return_dict": False})[0]
     shape = tuple(latents.shape[1:])

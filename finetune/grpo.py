@@ -7,7 +7,7 @@ Legend: g groups, k images a group, n = g·k rows, w steps of the window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from steering.transitions import Transition, log_prob
 
-from .chains import Move, Policy, Schedule
+from .chains import Move, Policy
 from .learner import Learner, Tuning, check_shares
 from .losses import clipped, policy_loss
-from .models import Conditioning, Family
-from .online import Batch, Samples, Score, advantages_of, check_settings, update
+from .models import Family
+from .online import Batch, Samples, Score, Task, advantages_of, check_settings, update
 
 __all__ = ["Grpo", "Score", "Trainer", "advantages_of", "mean_log_prob"]
 
@@ -77,35 +77,16 @@ def mean_log_prob(transition: Transition, x: Tensor) -> Tensor:
 
 
 class Trainer:
-    """A network that learns from its own samples, an epoch at a time.
-
-    prompts and given: what is trained on, and its conditioning, a row each; decode: latents to
-    images in [0, 1]; score: the reward, which may learn too: where it has `observe(images, prompts,
-    epoch)`, that is called with what was sampled, and its state is kept. weights: of components,
-    for `each_reward`; empty: the negative prompt's conditioning, for guidance.
-    """
+    """A network that learns from its own samples, an epoch at a time."""
 
     def __init__(
-        self,
-        network: Any,
-        family: Family,
-        schedule: Schedule,
-        prompts: Sequence[str],
-        given: Conditioning,
-        decode: Callable[[Tensor], Tensor],
-        score: Score,
-        settings: Grpo,
-        accelerator: Any,
-        weights: dict[str, float] | None = None,
-        empty: Conditioning | None = None,
+        self, network: Any, family: Family, task: Task, settings: Grpo, accelerator: Any
     ) -> None:
-        schedule.check_window(settings.window(0), settings.noise)
+        task.schedule.check_window(settings.window(0), settings.noise)
         check_shares(settings.groups, accelerator.num_processes, equal=True)
-        self.settings, self.schedule, self.empty = settings, schedule, empty
+        self.settings, self.schedule, self.empty = settings, task.schedule, task.empty
         self.learner = Learner(network, family, settings, accelerator)
-        self.samples = Samples(
-            self.learner, schedule, prompts, given, decode, score, settings, weights
-        )
+        self.samples = Samples(self.learner, task, settings)
 
     @property
     def step(self) -> int:

@@ -20,6 +20,7 @@ __all__ = [
     "Noising",
     "decode",
     "encode",
+    "encoded",
     "family_of",
     "noising_of",
     "predict",
@@ -47,24 +48,27 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 JOINT_TARGETS = (*UNET_TARGETS, "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 
 
-def _encoded(pipe: Any, prompts: list[str], call: Mapping[str, Any], **more: Any) -> Any:
-    """The pipeline's own encode_prompt, without guidance, given those keywords that it knows."""
+def encoded(pipe: Any, prompts: list[str], call: Mapping[str, Any], **more: Any) -> Any:
+    """The pipeline's own encode_prompt, without guidance, given those keywords that it knows.
+
+    call: as in `encode`.
+    """
     parameters = inspect.signature(pipe.encode_prompt).parameters
-    passed = {name: value for name, value in call.items() if name in parameters}
+    passed = {name: call[name] for name in call if name in parameters and name != "device"}
     free: dict[str, Any] = {}
     if "do_classifier_free_guidance" in parameters:
         free["do_classifier_free_guidance"] = False
     for name in ("prompt_2", "prompt_3"):
         if name in parameters and parameters[name].default is inspect.Parameter.empty:
             free[name] = None
-    device = pipe._execution_device
+    device = call.get("device") or pipe._execution_device
     return pipe.encode_prompt(
         prompt=prompts, device=device, num_images_per_prompt=1, **free, **more, **passed
     )
 
 
 def _encode_sd(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
-    return {"embeds": _encoded(pipe, prompts, call)[0]}
+    return {"embeds": encoded(pipe, prompts, call)[0]}
 
 
 def _call_sd(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def _call_sd(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
 
 
 def _encode_sdxl(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
-    embeds, _, pooled, _ = _encoded(pipe, prompts, call)
+    embeds, _, pooled, _ = encoded(pipe, prompts, call)
     side = pipe.default_sample_size * pipe.vae_scale_factor
     size = call.get("height") or side, call.get("width") or side
     original, target = call.get("original_size") or size, call.get("target_size") or size
@@ -87,7 +91,7 @@ def _call_sdxl(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
 
 
 def _encode_sd3(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
-    embeds, _, pooled, _ = _encoded(pipe, prompts, call)
+    embeds, _, pooled, _ = encoded(pipe, prompts, call)
     return {"embeds": embeds, "pooled": pooled}
 
 
@@ -101,7 +105,7 @@ def _call_sd3(x: Tensor, t: Tensor, given: Conditioning) -> dict[str, Any]:
 
 
 def _encode_flux(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Conditioning:
-    embeds, pooled, _ = _encoded(pipe, prompts, call)
+    embeds, pooled, _ = encoded(pipe, prompts, call)
     found = {"embeds": embeds, "pooled": pooled}
     side = pipe.default_sample_size * pipe.vae_scale_factor
     rows, columns = (
@@ -237,7 +241,8 @@ def predict(
 def encode(pipe: Any, prompts: Sequence[str], **call: Any) -> Conditioning:
     """The conditioning of prompts, a row each, by the pipeline's own encoders.
 
-    call: keywords of the pipeline's call that matter for it (height, max_sequence_length, ...).
+    call: keywords of the pipeline's call that matter for it (height, max_sequence_length, ...), and
+    perhaps the `device` that the encoders are on, where the rest of the pipeline is elsewhere.
     """
     with torch.no_grad():
         found = family_of(pipe).encode(pipe, list(prompts), call)

@@ -8,7 +8,7 @@ Legend: g groups, k images a group, n = g·k rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from . import lora
-from .chains import Policy, Schedule
+from .chains import Policy
 from .learner import Learner, Tuning, check_shares, draws
 from .losses import nft_loss
 from .models import Conditioning, Family, predict
-from .online import Batch, Samples, Score, check_settings, update
+from .online import Batch, Samples, Task, check_settings, update
 
 __all__ = ["Nft", "Trainer", "draw_times"]
 
@@ -76,32 +76,16 @@ def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) 
 
 
 class Trainer:
-    """A network that learns from the samples of its slow copy, an epoch at a time.
-
-    The arguments are those of grpo.Trainer.
-    """
+    """A network that learns from the samples of its slow copy, an epoch at a time."""
 
     def __init__(
-        self,
-        network: Any,
-        family: Family,
-        schedule: Schedule,
-        prompts: Sequence[str],
-        given: Conditioning,
-        decode: Callable[[Tensor], Tensor],
-        score: Score,
-        settings: Nft,
-        accelerator: Any,
-        weights: dict[str, float] | None = None,
-        empty: Conditioning | None = None,
+        self, network: Any, family: Family, task: Task, settings: Nft, accelerator: Any
     ) -> None:
         check_shares(settings.groups, accelerator.num_processes, equal=True)
-        self.settings, self.noising, self.empty = settings, schedule.noising, empty
+        self.settings, self.noising, self.empty = settings, task.schedule.noising, task.empty
         self.learner = Learner(network, family, settings, accelerator)
         self.old = lora.Average(self.learner.weights, settings.old_decay)
-        self.samples = Samples(
-            self.learner, schedule, prompts, given, decode, score, settings, weights
-        )
+        self.samples = Samples(self.learner, task, settings)
 
     @property
     def step(self) -> int:

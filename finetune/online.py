@@ -8,8 +8,8 @@ Legend: g groups, k images a group, n = g·k rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -20,7 +20,18 @@ from .learner import Learner, add, draws
 from .losses import group_advantages
 from .models import Conditioning
 
-__all__ = ["Batch", "Samples", "Score", "Settings", "advantages_of", "check_settings", "update"]
+__all__ = [
+    "Batch",
+    "Samples",
+    "Score",
+    "Settings",
+    "Task",
+    "advantages_of",
+    "check_settings",
+    "update",
+]
+
+DECODED = 8  # latents at once
 
 # images (n, 3, h, w) and prompts -> the total (n,) and its components by name
 Score = Callable[[Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
@@ -68,7 +79,10 @@ def advantages_of(
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of some of an epoch's groups: rows (n, ...), rewards and components (g, k)."""
+    """Images of some of an epoch's groups: rows (n, ...), rewards and components (g, k).
+
+    images (n, 3, h, w): on the CPU, as an epoch has many.
+    """
 
     groups: Sequence[int]
     given: Conditioning
@@ -80,24 +94,31 @@ class Batch:
     components: dict[str, Tensor]
 
 
-class Samples:
-    """What a run samples for and is scored by; the arguments are those of the trainers."""
+@dataclass(frozen=True)
+class Task:
+    """What a run samples for, and what scores it.
 
-    def __init__(
-        self,
-        learner: Learner,
-        schedule: Schedule,
-        prompts: Sequence[str],
-        given: Conditioning,
-        decode: Callable[[Tensor], Tensor],
-        score: Score,
-        settings: Settings,
-        weights: dict[str, float] | None,
-    ) -> None:
-        self.learner, self.schedule, self.settings = learner, schedule, settings
-        self.prompts, self.given = list(prompts), given
-        self.decode, self.weights = decode, weights or {}
-        self.score: Any = score
+    prompts and given: what is trained on, and its conditioning, a row each; decode: latents to
+    images in [0, 1]; score: the reward, which may learn too: where it has `observe(images, prompts,
+    epoch)`, that is called with what was sampled, and its state is kept. weights: of components,
+    for `each_reward`; empty: the negative prompt's conditioning, for guidance.
+    """
+
+    schedule: Schedule
+    prompts: Sequence[str]
+    given: Conditioning
+    decode: Callable[[Tensor], Tensor]
+    score: Score
+    weights: dict[str, float] = field(default_factory=dict)
+    empty: Conditioning | None = None
+
+
+class Samples:
+    """The samples of a run's epochs."""
+
+    def __init__(self, learner: Learner, task: Task, settings: Settings) -> None:
+        self.learner, self.task, self.settings = learner, task, settings
+        self.schedule, self.score = task.schedule, cast(Any, task.score)
 
     @property
     def learns(self) -> bool:
@@ -132,9 +153,9 @@ class Samples:
         drawn = [
             self._drawn(policy, epoch, i, chosen[i], window, noise, share_start) for i in groups
         ]
-        prompts = [self.prompts[chosen[i]] for i in groups for _ in range(k)]
+        prompts = [self.task.prompts[chosen[i]] for i in groups for _ in range(k)]
         latents = torch.cat([rows for rows, _ in drawn])
-        images = self.decode(latents).clamp(0, 1)
+        images = torch.cat([self.task.decode(x).clamp(0, 1) for x in latents.split(DECODED)])
         with torch.no_grad():
             total, components = self.score(images, prompts)
         moves = [
@@ -144,14 +165,14 @@ class Samples:
         grouped = {name: values.view(-1, k) for name, values in components.items()}
         given = self._given([chosen[i] for i in groups])
         rewards = total.view(-1, k)
-        return Batch(groups, given, latents, moves, images, prompts, rewards, grouped)
+        return Batch(groups, given, latents, moves, images.cpu(), prompts, rewards, grouped)
 
     def _chosen(self, epoch: int) -> list[int]:
         """The prompt of each of the epoch's groups, none twice as long as they last."""
         s, order = self.settings, []
         while len(order) < s.groups:
-            generator = draws(s.seed, epoch, f"prompts {len(order) // len(self.prompts)}")
-            order += torch.randperm(len(self.prompts), generator=generator).tolist()
+            generator = draws(s.seed, epoch, f"prompts {len(order) // len(self.task.prompts)}")
+            order += torch.randperm(len(self.task.prompts), generator=generator).tolist()
         return order[: s.groups]
 
     def _drawn(
@@ -179,7 +200,7 @@ class Samples:
         k, device = self.settings.k, self.learner.accelerator.device
         return {
             name: value[list(rows)].repeat_interleave(k, 0).to(device)
-            for name, value in self.given.items()
+            for name, value in self.task.given.items()
         }
 
     def advantages(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -193,7 +214,7 @@ class Samples:
             name: gather(torch.cat([b.components[name] for b in batches]))
             for name in batches[0].components
         }
-        found = advantages_of(total, parts, self.weights, self.settings)
+        found = advantages_of(total, parts, self.task.weights, self.settings)
         return list(found[first : first + sum(sizes)].split(sizes))
 
     def told(self, batches: Sequence[Batch]) -> dict[str, float]:

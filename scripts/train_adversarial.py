@@ -35,6 +35,7 @@ from finetune.critics import Critic, CriticSettings
 from finetune.grpo import Grpo
 from finetune.models import encode, encode_negative, family_of, noising_of
 from finetune.nft import Nft
+from finetune.online import Task
 from finetune.references import load_references
 from rewards.critic import KINDS
 from scripts import command, training
@@ -156,25 +157,26 @@ def run(settings: Train) -> None:
     load = partial(loading.load_pipeline, name, dtype)
     watch = training.watch_of(settings, prompts, settings.reward, stated, load, accelerator)
     check_references(settings, fixed, watch)
-    pipe = load().to(accelerator.device)
+    pipe = load()
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
     training.begin(trainer, settings, tuned)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"))
+    about = [
+        f"{len(prompts)} prompts, {tuned.k} images of {tuned.groups} of them an epoch, "
+        f"call {json.dumps(call)}",
+        f"rewards: `{settings.reward or 'none but the critic'}`",
+    ]
+    if settings.references:
+        about.append(f"references: {settings.references}")
+    if isinstance(score, Adversary):
+        if accelerator.is_main_process:
+            score.critic.save(out / "critic")
+        about.append(f"a critic of {len(score.references)} pictures, in {out / 'critic'}")
+    title = METHODS[settings.method][1]
+    file = training.export(trainer, type(pipe), settings, about, name, title)
     accelerator.end_training()
     if accelerator.is_main_process:
-        about = [
-            f"{len(prompts)} prompts, {tuned.k} images of {tuned.groups} of them an epoch, "
-            f"call {json.dumps(call)}",
-            f"rewards: `{settings.reward or 'none but the critic'}`",
-        ]
-        if settings.references:
-            about.append(f"references: {settings.references}")
-        if isinstance(score, Adversary):
-            score.critic.save(out / "critic")
-            about.append(f"a critic of {len(score.references)} pictures, in {out / 'critic'}")
-        print(
-            training.export(trainer, type(pipe), settings, about, name, METHODS[settings.method][1])
-        )
+        print(file)
 
 
 def trainer_of(
@@ -187,34 +189,46 @@ def trainer_of(
 ) -> tuple[Any, Any]:
     """The trainer of the method that is taken, and what scores its samples.
 
-    The pipeline loses its text encoders, whose work is done here.
+    The pipeline loses its text encoders, whose work is done here; of the rest the decoder goes to
+    the device here, the network as the trainer prepares it.
     """
-    family = family_of(pipe)
-    schedule = schedule_of(pipe, noising_of(pipe), prompts[0], **call)
-    given = _encoded(pipe, prompts, call)
+    family, device = family_of(pipe), accelerator.device
+    given, empty, encoded = conditioning_of(settings, pipe, prompts, call, device)
+    schedule = schedule_of(pipe, noising_of(pipe), prompts[0], encoded, **call)
+    pipe.vae.to(device)
+    with torch.no_grad():  # a picture's size
+        height, width = models.decode(
+            pipe, torch.zeros(1, *schedule.shape, device=device), call
+        ).shape[2:]
+    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
+    decode = torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call)))
+    task = Task(schedule, prompts, given, decode, score, weights, empty)
+    network, kind = getattr(pipe, family.network), METHODS[settings.method][0]
+    return kind(network, family, task, settings.tuned, accelerator), score
+
+
+def conditioning_of(
+    settings: Train, pipe: Any, prompts: list[str], call: dict[str, Any], device: torch.device
+) -> tuple[models.Conditioning, models.Conditioning | None, Any]:
+    """That of all prompts, on the CPU, of the negative one, and the encoders' output for one.
+
+    The encoders are on the device for this alone, before the network is, and then gone.
+    """
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+    for name in encoders:
+        if getattr(pipe, name) is not None:
+            getattr(pipe, name).to(device)
+    call = call | {"device": device}
+    parts = [encode(pipe, prompts[i : i + 16], **call) for i in range(0, len(prompts), 16)]
+    given = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
     guided = settings.tuned.guidance_scale > 1 and "guidance" not in given
     empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
+    with torch.no_grad():
+        encoded = models.encoded(pipe, prompts[:1], call)
     for part in pipe.components:
         if part.startswith(("text_encoder", "tokenizer")):
-            setattr(pipe, part, None)  # prompts are encoded; images still have to be decoded
-    with torch.no_grad():  # a picture's size
-        empty_latents = torch.zeros(1, *schedule.shape, device=accelerator.device)
-        height, width = models.decode(pipe, empty_latents, call).shape[2:]
-    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
-    trainer = METHODS[settings.method][0](
-        getattr(pipe, family.network),
-        family,
-        schedule,
-        prompts,
-        given,
-        torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call))),
-        score,
-        settings.tuned,
-        accelerator,
-        weights,
-        empty,
-    )
-    return trainer, score
+            setattr(pipe, part, None)
+    return given, empty, encoded
 
 
 def check_references(settings: Train, fixed: Any, watch: Any) -> None:
@@ -277,11 +291,6 @@ def reward_of(
 def _eight_bits(images: torch.Tensor) -> torch.Tensor:
     """As they will be saved, and as references are: a critic could learn the difference."""
     return (images * 255).round() / 255
-
-
-def _encoded(pipe: Any, prompts: list[str], call: dict[str, Any]) -> models.Conditioning:
-    parts = [encode(pipe, prompts[i : i + 16], **call) for i in range(0, len(prompts), 16)]
-    return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -248,7 +248,8 @@ def export(
 ) -> Path:
     """Write lora/ with its card: the best of the checks, else the last average; the weights' file.
 
-    Every process has to call it; the main one writes. kind: the pipeline's class; about: lines on the data; base, method: for the card's title.
+    Every process has to call it; the main one writes. kind: the pipeline's class; about: lines on
+    the data; base, method: for the card's title.
     """
     learner: Learner = trainer.learner
     part, main = learner.family.network, learner.accelerator.is_main_process

@@ -8,6 +8,7 @@ from torch import nn
 import rewards
 from finetune import checks
 from finetune.gdro import Gdro
+from finetune.grpo import Grpo
 from rewards.images import to_images
 from scripts.benchmarks import adversarial, cost, foresight, lift, online, training, tuning
 from scripts.tiny import styles
@@ -95,15 +96,42 @@ def test_nothing_that_is_tested_was_tuned_on(task):
     assert tuning.prompts_of(task) == (tune, test)
 
 
-def test_the_bare_step_is_the_networks_share_of_a_training_step():
-    trainer = training.trainer_of("tiny-sd3", Gdro(groups=2, k=2, micro_groups=1))
+def calls_of(trainer, bare):
+    """The calls of the network in a step and in the bare step: (rows, whether with gradients)."""
     calls = []
-    trainer.learner.bare.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.learner.bare.register_forward_hook(
+        lambda _module, _args, output: calls.append((len(output[0]), torch.is_grad_enabled()))
+    )
     trainer.train_step()
-    own, step = list(calls), training.bare_step(trainer)
+    own = list(calls)
     calls.clear()
-    step()
-    assert calls == own == [False, True] * 2
+    bare()
+    return own, calls
+
+
+def test_the_bare_step_is_the_networks_share_of_a_training_step():
+    trainer = training.gdro_of("tiny-sd3", Gdro(groups=2, k=2, micro_groups=1))
+    own, bare = calls_of(trainer, training.bare_gdro(trainer))
+    assert bare == own == [(2, False), (2, True)] * 2
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_the_bare_epoch_is_the_networks_share_of_one(start):
+    settings = Grpo(groups=2, k=2, num_inference_steps=3, window_start=start, window_size=1)
+    trainer, _ = training.grpo_of("tiny-sd3", settings)
+    own, bare = calls_of(trainer, training.bare_grpo(trainer))
+    assert sorted(bare) == sorted(own)
+    assert own.count((2, True)) == 2
+
+
+def test_a_measurement_of_training_has_a_ratio_for_each_pair(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(training, "seconds", lambda call: 2.0 + next(clock) % 2)
+    found = training.measure("tiny-sd3", "gdro", 3)
+    assert found["ratios"] == [2 / 3] * 3
+    assert found["fraction"] == 1.5
+    assert found["images_per_second"] == found["images_a_step"] / 2
+    assert "| tiny-sd3 | gdro | 12.0 | 8.0 | 1.500 |" in training.table([found])
 
 
 def test_the_table_compares_runs_prompt_by_prompt():

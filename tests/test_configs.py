@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
@@ -16,7 +17,9 @@ from scripts import command, train_adversarial, train_gdro
 from scripts.benchmarks import memory
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "scripts/configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "scripts/configs").glob("*.yaml"))
+LAUNCHES = [file for file in CONFIGS if file.stem in ("fsdp", "deepspeed")]
+RECIPES = [file for file in CONFIGS if file not in LAUNCHES]
 KINDS = {
     "gdro": train_gdro.Train,
     "grpo": train_adversarial.Train,
@@ -30,6 +33,18 @@ def test_a_recipe_holds_settings_of_its_script(file):
     settings = command.settings_of([str(file)], kind, {}, "")
     method = settings.gdro if kind is train_gdro.Train else settings.grpo
     assert method.steps > 0
+
+
+@pytest.mark.parametrize("file", LAUNCHES, ids=lambda file: file.stem)
+def test_accelerate_launch_takes_its_configuration(file):
+    line = ["--config_file", str(file), "train_gdro.py", "gdro.groups=4"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    assert defaults.distributed_type.value.lower() == file.stem
+    assert arguments.training_script_args == ["gdro.groups=4"]
+    if file.stem == "fsdp":
+        assert (arguments.use_fsdp, arguments.fsdp_version) == (True, 2)
+    else:
+        assert (arguments.use_deepspeed, arguments.zero_stage) == (True, 2)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from finetune.chains import Policy, sample, schedule_of
 from finetune.grpo import Grpo, Trainer, advantages_of, mean_log_prob
 from finetune.learner import load_state, save_state
 from finetune.models import decode, encode, encode_negative, family_of, noising_of
+from finetune.online import Task
 from steering.transitions import Transition
 
 PROMPTS = ["a red star", "two blue circles", "a cross"]
@@ -87,18 +88,16 @@ def trainer_of(name="sd3", score=brightness, **changed):
     )
     with torch.no_grad():
         given = encode(pipe, PROMPTS, **call)
-    return Trainer(
-        getattr(pipe, own.network),
-        own,
-        schedule_of(pipe, noising, PROMPTS[0], **call),
+    schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
+    task = Task(
+        schedule,
         PROMPTS,
         given,
-        lambda latents: decode(pipe, latents, call),
+        lambda x: decode(pipe, x, call),
         score,
-        settings,
-        Accelerator(cpu=True),
         weights={"brightness": 1.0},
     )
+    return Trainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
 
 
 def weights_of(trainer):

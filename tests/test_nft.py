@@ -13,6 +13,7 @@ from finetune.chains import schedule_of
 from finetune.learner import load_state, save_state
 from finetune.models import decode, encode, encode_negative, family_of, noising_of
 from finetune.nft import Nft, Trainer, draw_times
+from finetune.online import Task
 
 
 def trainer_of(name="sd3", score=brightness, **changed):
@@ -26,18 +27,9 @@ def trainer_of(name="sd3", score=brightness, **changed):
     with torch.no_grad():
         given = encode(pipe, PROMPTS, **call)
         empty = encode_negative(pipe, "", **call) if settings.guidance_scale > 1 else None
-    return Trainer(
-        getattr(pipe, own.network),
-        own,
-        schedule_of(pipe, noising, PROMPTS[0], **call),
-        PROMPTS,
-        given,
-        lambda latents: decode(pipe, latents, call),
-        score,
-        settings,
-        Accelerator(cpu=True),
-        empty=empty,
-    )
+    schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
+    task = Task(schedule, PROMPTS, given, lambda x: decode(pipe, x, call), score, empty=empty)
+    return Trainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])

@@ -31,6 +31,7 @@ from finetune.chains import schedule_of
 from finetune.data import Data
 from finetune.groups import Group
 from finetune.models import encode, family_of, noising_of, predict
+from finetune.online import Task
 from steering import tiny
 
 from .cost import seconds
@@ -84,17 +85,8 @@ def grpo_of(model: str, settings: grpo.Grpo) -> tuple[grpo.Trainer, Decoder]:
     }
     schedule, given = schedule_of(pipe, noising, PROMPTS[0], **call), encode(pipe, PROMPTS, **call)
     network, decoder = getattr(pipe, family.network), Decoder(pipe, call)
-    return grpo.Trainer(
-        network,
-        family,
-        schedule,
-        PROMPTS,
-        given,
-        decoder,
-        redness,
-        settings,
-        Accelerator(cpu=True),
-    ), decoder
+    task = Task(schedule, PROMPTS, given, decoder, redness)
+    return grpo.Trainer(network, family, task, settings, Accelerator(cpu=True)), decoder
 
 
 def bare_gdro(trainer: gdro.Trainer) -> Callable[[], None]:
@@ -125,7 +117,7 @@ def bare_grpo(trainer: grpo.Trainer) -> Callable[[], None]:
     call = partial(predict, learner.bare, learner.family, samples.schedule.noising)
 
     def inputs(groups: int, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        given = {n: v[:groups].repeat_interleave(rows, 0) for n, v in samples.given.items()}
+        given = {n: v[:groups].repeat_interleave(rows, 0) for n, v in samples.task.given.items()}
         return torch.randn(groups * rows, *shape), torch.full((groups * rows,), 0.5), given
 
     one, group = inputs(1, 1), inputs(1, s.k)
