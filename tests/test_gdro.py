@@ -296,3 +296,27 @@ def test_entropy_of_the_target_is_1_without_and_0_with_one_best():
 def test_settings_that_cannot_work_are_refused(change):
     with pytest.raises(ValueError, match="but"):
         Gdro(**change)
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_a_compiled_network_learns_the_same_and_is_compiled_once(name, monkeypatch):
+    compiled, compiling = [], torch.compile
+
+    def eagerly(function, **how):
+        def count(graph, inputs):
+            compiled.append(len(inputs))
+            return graph.forward
+
+        return compiling(function, backend=count, **how)
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+    plain, fast = trainer_of(name), trainer_of(name, compile=True, refresh=2)
+    counts = []
+    for _ in range(2):
+        torch.testing.assert_close(plain.train_step(), fast.train_step(), atol=1e-5, rtol=1e-4)
+        counts.append(len(compiled))
+    assert counts == [2, 2]  # with the adapter and without it
+    torch.testing.assert_close(weights_of(fast), weights_of(plain), atol=1e-6, rtol=1e-4)
+    for _ in range(3):
+        fast.train_step()
+    assert len(compiled) == 3  # the reference has moved: with an adapter, without gradients
