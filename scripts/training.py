@@ -104,6 +104,11 @@ def accelerator_of(settings: Run) -> Accelerator:
     accelerator = Accelerator(log_with=loggers, project_dir=settings.out)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         _shard(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed moves the weights by itself after every part of a step, which is not what "
+            "is trained here; use accelerate launch --config_file scripts/configs/fsdp.yaml"
+        )
     return accelerator
 
 

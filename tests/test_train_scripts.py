@@ -128,6 +128,22 @@ def test_a_full_disk_is_told_in_a_sentence(scored, tmp_path, capsys, monkeypatch
     assert "No space left on device; the last checkpoint is kept" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "version", "message"),
+    [("FSDP", 1, "set fsdp_version: 2"), ("DEEPSPEED", 0, "fsdp.yaml")],
+)
+def test_ways_to_split_that_would_train_something_else_are_refused(
+    kind, version, message, monkeypatch
+):
+    made = SimpleNamespace(
+        distributed_type=training.DistributedType[kind], is_fsdp2=kind == "FSDP" and version == 2
+    )
+    monkeypatch.setattr(training, "Accelerator", lambda **_: made)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(kind == "FSDP").lower())
+    with pytest.raises(ValueError, match=message):
+        training.accelerator_of(training.Run())
+
+
 def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypatch):
     parts, alive = [], []
 
