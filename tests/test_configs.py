@@ -37,9 +37,10 @@ def test_a_recipe_holds_settings_of_its_script(file):
 
 def test_accelerate_launch_takes_the_configuration_of_fsdp():
     line = ["--config_file", str(LAUNCH), "train_gdro.py", "gdro.groups=4"]
-    arguments, _, precision = _validate_launch_command(launch_command_parser().parse_args(line))
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
     assert arguments.training_script_args == ["gdro.groups=4"]
-    assert (arguments.use_fsdp, arguments.fsdp_version, precision) == (True, 2, "bf16")
+    assert (arguments.use_fsdp, arguments.fsdp_version) == (True, 2)
+    assert arguments.mixed_precision == "bf16"
     assert arguments.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
 
 
