@@ -1,6 +1,7 @@
 """The processes of a run that `accelerate launch` started: which this is, and what all agree on.
 
-Without a launcher there is one process, and none of this does anything.
+What they tell one another goes over gloo, so it takes no memory of a GPU, and a process that died
+is noticed at once. Without a launcher there is one process, and none of this does anything.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import distributed
 
 __all__ = ["Processes", "Stopped", "is_main", "join"]
 
 T = TypeVar("T")
 
-# What accelerate, torchrun and three MPIs tell the processes that they start.
+# What accelerate, torchrun and three MPIs tell the processes that they start. WORLD_SIZE alone is
+# no sign: a cluster may set it for all that runs there.
 _STARTED = (
     "ACCELERATE_USE_CPU",
-    "WORLD_SIZE",
+    "LOCAL_RANK",
     "PMI_SIZE",
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
-# One process may have hours of work left when another has none: the default, 10 or 30 minutes,
-# would end the run. A process that died is noticed by the launcher, not by this.
+# One process may have hours of work left when another has none; 30 minutes, the default, would end
+# the run.
 _PATIENCE = timedelta(days=7)
 
 
@@ -46,11 +49,13 @@ class Processes:
     """This process among those of the run.
 
     index: 0 is the main process. device: this process's own, None without a launcher.
+    group: what they talk over.
     """
 
     index: int = 0
     count: int = 1
     device: torch.device | None = None
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -85,32 +90,27 @@ class Processes:
 
     def finish(self) -> None:
         """Wait until all are here, and part. Raises Stopped where one has died."""
-        if self.device is None:
-            return
-        from accelerate import PartialState
-        from torch import distributed
-
         if self.count > 1:
-            # Not wait_for_everyone(), which hears no signal while it waits.
-            own = None if self.device.type == "cpu" else [PartialState().local_process_index]
             try:
-                barrier: Any = distributed.barrier(async_op=True, device_ids=own)
+                # Not wait_for_everyone(), which hears no signal while it waits.
+                barrier: Any = distributed.barrier(self.group, async_op=True)
                 while not barrier.is_completed():
                     time.sleep(0.1)
                 barrier.wait()
             except RuntimeError as error:
                 _stop(error)
-        PartialState().destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
     def _gathered(self, value: Any) -> list[Any]:
         if self.count == 1:
             return [value]
-        from accelerate.utils import gather_object
-
+        values: list[Any] = [None] * self.count
         try:
-            return gather_object([value])
+            distributed.all_gather_object(values, value, self.group)
         except RuntimeError as error:
             _stop(error)
+        return values
 
 
 def join(device: str) -> Processes:
@@ -125,15 +125,18 @@ def join(device: str) -> Processes:
 
     none = torch.accelerator.current_accelerator(check_available=True) is None
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or device == "cpu" or none
-    state = PartialState(cpu=cpu, timeout=_PATIENCE)
+    state = PartialState(cpu=cpu)
     if state.num_processes < int(os.environ.get("WORLD_SIZE", "1")):
         raise ValueError(
             f"device {state.device} has no way for {os.environ['WORLD_SIZE']} processes to work "
             "together: pass --device cpu, or start one process"
         )
-    if state.num_processes > 1:
-        signal.signal(signal.SIGTERM, lambda *_: _stop())
-    return Processes(state.process_index, state.num_processes, state.device or torch.device("cpu"))
+    device_here = state.device or torch.device("cpu")
+    if state.num_processes == 1:
+        return Processes(device=device_here)
+    group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    signal.signal(signal.SIGTERM, lambda *_: _stop())
+    return Processes(state.process_index, state.num_processes, device_here, group)
 
 
 def _stop(why: BaseException | None = None) -> NoReturn:

@@ -104,9 +104,7 @@ def ended(process: subprocess.Popen[str], who: str, out: Path) -> str:
 
 
 @pytest.mark.parametrize(("who", "again"), [("0", 1), ("1", 3), ("launcher", 2)])
-def test_a_run_that_lost_a_process_keeps_what_is_finished_and_is_resumed(
-    one, tmp_path, capsys, who, again
-):
+def test_a_run_that_lost_a_process_keeps_what_is_finished_and_is_resumed(one, tmp_path, who, again):
     words, alone = one
     out = tmp_path / "out"
     words = [*words, "--out", str(out)]
