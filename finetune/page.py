@@ -119,13 +119,12 @@ def _alarm(checks: Sequence[Row]) -> str:
             f"of {watched} fell.</p>"
         )
     lines = (
-        f"<li>{name} fell while {_TRAINED} rose, {PATIENCE} checks in a row: first seen at step "
-        f"{steps[0]}</li>"
+        f"{name} fell while {_TRAINED} rose, {PATIENCE} checks in a row: first seen at step "
+        f"{steps[0]}"
         for name, steps in found.items()
     )
     return (
-        '<div class="warn"><strong>Alarm: the rewards go apart.</strong>'
-        f"<ul>{''.join(lines)}</ul></div>"
+        f'<p class="warn"><strong>Alarm: the rewards go apart.</strong><br>{"<br>".join(lines)}</p>'
     )
 
 
@@ -143,7 +142,7 @@ def _curves(log: Sequence[Row], checks: Sequence[Row], best: tuple[str, int] | N
     marks = [(float(step), "best") for _, step in (best,)] if best else []
     first = {steps[0] for steps in alarms(checks).values()}
     marks += [(float(step), "alarm") for step in sorted(first)]
-    parts = [chart("Reward", lines, size=(700, 300), marks=_apart(marks))]
+    parts = [chart("Reward", lines, size=(430, 240), marks=_apart(marks))]
     others = sorted({c.partition("/")[2] for c in checks[0] if "/" in c} - {"reward", "corrected"})
     for name in others:
         columns = [(c, i) for i, c in enumerate((f"train/{name}", f"held_out/{name}"))]

@@ -68,7 +68,7 @@ def chart(
         f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{label}">'
         f"{''.join(drawn)}</svg>"
     )
-    wide = f' style="max-width:{size[0]}px"'
+    wide = f' style="max-width:{size[0]}px;flex-basis:{round(0.85 * size[0])}px"'
     return (
         f'<figure class="chart"{wide}><figcaption>{escape(title)}</figcaption>{svg}{key}</figure>'
     )

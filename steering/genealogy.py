@@ -179,13 +179,13 @@ def _node(genealogy: Genealogy, place: tuple[int, int], fate: str, tile: int) ->
         children = genealogy.parents[column].count(row)
         more = {0: "no children", 1: "1 child"}.get(children, f"{children} children")
     where = "final image" if last else f"step {genealogy.steps[column]}"
-    note = f"particle {row}, {where}<br>reward {short(reward)}<br>weight {short(weight)}<br>{more}"
+    note = [f"particle {row}, {where}", f"reward {short(reward)}", f"weight {short(weight)}", more]
     own = f";--s:{tile}" if tile != column else ""
     shown = "<i></i>" if tile >= 0 else ""
     return (
-        f'<span class="n {fate}{"" if shown else " bare"}{" last" * last}" tabindex="0" '
-        f'style="--c:{column};--r:{row};--p:{100 * weight:.3g}{own}">{shown}'
-        f'<b aria-hidden="true">{short(reward)}</b><span class="tip">{note}</span></span>'
+        f'<span class="n {fate}{"" if shown else " bare"}{" last" * last}" tabindex="0" role="img" '
+        f'aria-label="{"&#10;".join(note)}" style="--c:{column};--r:{row};--p:{100 * weight:.3g}'
+        f'{own}">{shown}<b>{short(reward)}</b></span>'
     )
 
 

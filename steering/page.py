@@ -91,7 +91,7 @@ def write(folder: Path, plain: Path | None = None) -> Path:
     folder = Path(folder)
     entries = list(_entries(folder, folder, plain))
     saved = entries[0].saved
-    name = folder.resolve().name
+    name = "/".join(folder.resolve().parts[-2:])
     head = [f"<h1>{escape(name)}</h1>", _about(saved, len(entries))]
     call = f"<h2>Repeat it</h2>\n<pre><code>{escape(_call(saved.manifest))}</code></pre>"
     tail = [call, _facts(saved.manifest), _files(["manifest.json", "lineage.json"])]
@@ -182,21 +182,19 @@ def _compose(
 
 def _tiles(entry: _Entry) -> int:
     scores = entry.saved.lineage["scores"]
-    columns = len(scores) + 1 if "previews" in entry.saved.lineage else 1
+    columns = len(scores) + 1 if entry.saved.lineage.get("previews") else 1
     return columns * max([len(entry.rewards), *(len(s["rewards"][entry.index]) for s in scores)])
 
 
 def _about(saved: _Saved, count: int) -> str:
-    manifest = saved.manifest
-    settings = saved.settings
-    said = [
-        f"{count} prompt{'s' * (count != 1)}",
-        f"{manifest.get('particles', len(saved.results['rewards'][0]))} particles",
-        f"reward {manifest.get('reward')}",
-        f"λ = {settings['reward_scale']:g}",
-        f"potential {settings['potential']}",
-        f"model {Path(str(manifest.get('model'))).name}",
-    ]
+    manifest, settings = saved.manifest, saved.settings
+    particles = manifest.get("particles", len(saved.results["rewards"][0]))
+    said = [f"{count} prompt{'s' * (count != 1)}", f"{particles} particle{'s' * (particles != 1)}"]
+    if manifest.get("reward"):
+        said.append(f"reward {manifest['reward']}")
+    said += [f"λ = {settings['reward_scale']:g}", f"potential {settings['potential']}"]
+    if manifest.get("model"):
+        said.append(f"model {Path(manifest['model']).name}")
     return f'<p class="lead">{escape(", ".join(said))}</p>'
 
 
@@ -238,11 +236,13 @@ def _section(entry: _Entry, place: int, room: _Room, unfolded: bool) -> str:
         tiles = sprite(finals, previews, tile)
         address, _ = room.trees.encode(tiles.image, (tiles.columns, tiles.rows))
         tree = genealogy.picture(story, tiles, address, f"Genealogy of prompt {place + 1}")
+        curves = genealogy.charts(story, saved.settings["min_ess"])
         parts += [
             f"<details{' open' * unfolded}><summary>How they came about</summary>",
             _READING if place == 0 else "",
+            f'<a class="skip" href="#e{place}">Skip the genealogy</a>',
             tree,
-            f'<div class="charts">{genealogy.charts(story, saved.settings["min_ess"])}</div>',
+            f'<div class="charts" id="e{place}">{curves}</div>',
             "</details>",
         ]
     else:
@@ -324,8 +324,8 @@ def _image(folder: Path, name: str) -> Image.Image:
 def _call(manifest: dict[str, Any]) -> str:
     """The lines of Python that make it again, but for the objects that are only named."""
     names = ("particles", "seed", "prompts_per_call", "preview_size", "guidance_interval")
-    given = {name: manifest[name] for name in names if name in manifest}
-    given["settings"] = _Code("FeynmanKac", manifest["settings"])
+    given = _tuples({name: manifest[name] for name in names if name in manifest})
+    given["settings"] = _Code("FeynmanKac", _tuples(manifest["settings"]))
     call = _Code("steer", given | manifest.get("pipeline_keywords", {}))
     return (
         "from steering import FeynmanKac, steer\n\n"
@@ -334,6 +334,11 @@ def _call(manifest: dict[str, Any]) -> str:
         f"prompts = {manifest['prompts']!r}\n"
         f"out = {call!r}".replace("steer(", "steer(\n    pipe, prompts, reward, ")
     )
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """As they were before JSON made lists of them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)

@@ -189,9 +189,10 @@ def test_every_particle_of_every_score_is_in_the_genealogy(tmp_path):
     places = [re.findall(r"--c:(\d+);--r:(\d+)", attrs["style"] or "")[0] for attrs, _ in nodes]
     assert places == [(str(c), str(r)) for c, k in enumerate(sizes) for r in range(k)]
     rewards = json.loads((folder / "lineage.json").read_text())["scores"][1]["rewards"][0]
-    second = [text for (c, _), (_, text) in zip(places, nodes, strict=True) if c == "1"]
-    for reward, text in zip(rewards, second, strict=True):
-        assert f"reward {markup.short(reward)}" in text
+    second = [node for (c, _), node in zip(places, nodes, strict=True) if c == "1"]
+    for reward, (attrs, text) in zip(rewards, second, strict=True):
+        assert f"reward {markup.short(reward)}\n" in (attrs["aria-label"] or "")
+        assert text == markup.short(reward)
     assert all(attrs["tabindex"] == "0" for attrs, _ in nodes)
 
 
@@ -309,13 +310,21 @@ def test_the_command_is_the_one_that_was_given(tmp_path):
     assert shlex.split(command)[2:] == [*NASTY[:4], "--reward", "ocr", "--out", "x y"]
 
 
-def test_a_folder_alone_says_the_call_that_repeats_it(tmp_path):
-    (code,) = [
-        text for _, text in read(page.write(save(tmp_path / "a", NASTY, [2, 2]))).all("code")
-    ]
-    assert "num_inference_steps=20" in code
-    assert "seed=3" in code
-    compile(code, "call", "exec")
+def test_a_folder_alone_says_the_call_that_repeats_it(tmp_path, monkeypatch):
+    folder = save(tmp_path / "a", NASTY, [4, 2])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"] |= {"funnel": [2], "num_scores": 1}
+    manifest |= {"guidance_interval": [0.0, 0.5]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (code,) = [text for _, text in read(page.write(folder)).all("code")]
+    code = code.replace("\ufffd", "\ud83d")  # a page cannot hold half a pair
+    called = {}
+    monkeypatch.setattr("steering.steer", lambda *given, **named: called.update(named, given=given))
+    exec(code, {"pipe": "P", "reward": "R"})
+    assert called.pop("given") == ("P", NASTY, "R")
+    assert called.pop("settings") == FeynmanKac(reward_scale=4.0, num_scores=1, funnel=(2,))
+    more = {"num_inference_steps": 20, "guidance_interval": (0.0, 0.5)}
+    assert called == {"particles": 4, "seed": 3} | more
 
 
 def test_prompts_stay_text(tmp_path):
@@ -353,6 +362,30 @@ def test_the_policy_forbids_scripts_and_the_network(tmp_path):
     assert "http://" not in html
     assert "https://" not in html
     assert re.findall(r"url\((?!data:)", html) == []
+
+
+def luminance(colour: str) -> float:
+    """Of "#rrggbb", as WCAG 2 defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_text_and_lines_stand_out(theme):
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    css = (Path(page.__file__).parent / "page.css").read_text("utf-8")
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", css.split(":root")[theme + 1]))
+    for name in ("ink", "soft", "best", "warn"):
+        assert contrast(colours[name], colours["back"]) >= 4.5, name
+        assert contrast(colours[name], colours["panel"]) >= 4.5, name
+    for name in ("alive", "dead", "c0", "c1", "c2", "c3"):
+        assert contrast(colours[name], colours["back"]) >= 3, name
 
 
 def test_file_names_are_addresses_of_the_folder_s_own_files(tmp_path):
@@ -460,6 +493,6 @@ def test_what_has_no_room_is_left_to_its_folder(tmp_path, monkeypatch):
     shown = len(found.all("section"))
     assert 1 <= shown < 5
     assert f"The last {5 - shown} prompts have no room" in found.all("p", "warn")[0][1]
-    linked = [attrs["href"] for attrs, _ in found.all("a") if (attrs["href"] or "")[0] == "#"]
-    assert linked == [f"#p{i}" for i in range(shown)]
+    linked = [attrs["href"] for attrs, _ in found.all("a") if (attrs["href"] or "").startswith("#")]
+    assert [href for href in linked if href[:2] == "#p"] == [f"#p{i}" for i in range(shown)]
     assert sum("prompt " in text for _, text in found.all("bdi")) == 5 + shown
