@@ -123,7 +123,8 @@ def _shard(accelerator: Accelerator) -> None:
             "FSDP 1 cannot hold frozen and trained weights together; set fsdp_version: 2, as "
             "scripts/configs/fsdp.yaml does"
         )
-    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.auto_wrap_policy is None:
+    plugin = accelerator.state.fsdp_plugin
+    if plugin is not None and accelerator.is_fsdp2 and plugin.auto_wrap_policy is None:
         # weights that lie in no block stay gathered, and a swapped adapter would not be seen
         raise ValueError("FSDP needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP; set it")
 

@@ -493,6 +493,7 @@ def test_what_has_no_room_is_left_to_its_folder(tmp_path, monkeypatch):
     shown = len(found.all("section"))
     assert 1 <= shown < 5
     assert f"The last {5 - shown} prompts have no room" in found.all("p", "warn")[0][1]
-    linked = [attrs["href"] for attrs, _ in found.all("a") if (attrs["href"] or "").startswith("#")]
+    hrefs = [attrs["href"] or "" for attrs, _ in found.all("a")]
+    linked = [href for href in hrefs if href.startswith("#")]
     assert [href for href in linked if href[:2] == "#p"] == [f"#p{i}" for i in range(shown)]
     assert sum("prompt " in text for _, text in found.all("bdi")) == 5 + shown
