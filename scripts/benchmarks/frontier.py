@@ -157,6 +157,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     tasks = list(dict.fromkeys((row["task"], row["guidance_scale"]) for row in rows))
     grid, axes = plt.subplots(
@@ -176,10 +177,11 @@ def figure(rows: list[dict], path: Path) -> None:
                 xlabel=f"{across} a prompt",
                 ylabel=label,
                 title=f"{mine[0]['model']}, guidance {guidance:g}",
-                xscale="log",
             )
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+        line[0].legend(fontsize=7)
     grid.savefig(path, dpi=110)
 
 
@@ -191,8 +193,9 @@ def _draw(axis: Any, found: dict[str, dict[str, Any]], across: str, which: int) 
         x, y = [p[across] for p in plain], [p["values"][which].mean() for p in plain]
         axis.plot(x, y, style, color=colour, label={"best of": "best of n"}.get(kind, kind))
     others = {n: p for n, p in found.items() if "," in n}
-    for (name, point), mark in zip(others.items(), "Dv*PX<", strict=False):
-        axis.plot(point[across], point["values"][which].mean(), mark, ms=8, label=name)
+    for i, (name, point) in enumerate(others.items()):
+        mean = point["values"][which].mean()
+        axis.plot(point[across], mean, "Dv*PX<"[i], color=f"C{i + 2}", ms=7, label=name)
 
 
 def main(argv: list[str] | None = None) -> None:
