@@ -386,9 +386,8 @@ def keep_all(work: Work | None, total: int, processes: Processes, spread: bool) 
                 continue
             runs.keep(folder, results)
             left = (time.monotonic() - began) / done * (total - done)
-            tqdm.write(
-                f"{who}{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}"
-            )
+            said = f"{who}{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}"
+            tqdm.write(said + "\n", end="")  # in one piece, or those of two processes mix
 
 
 def _summary(results: dict[str, Steered]) -> str:
