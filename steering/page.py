@@ -91,8 +91,10 @@ def write(folder: Path, plain: Path | None = None) -> Path:
     folder = Path(folder)
     entries = list(_entries(folder, folder, plain))
     saved = entries[0].saved
-    name = "/".join(folder.resolve().parts[-2:])
-    head = [f"<h1>{escape(name)}</h1>", _about(saved, len(entries))]
+    # not by the folder's name, which may be one for the time of writing alone
+    name = entries[0].prompt if len(entries) == 1 else f"{len(entries)} prompts"
+    kind = "Steered run" if saved.settings["min_ess"] else "Run without resampling"
+    head = [f"<h1>{kind}</h1>", _about(saved, len(entries))]
     call = f"<h2>Repeat it</h2>\n<pre><code>{escape(_call(saved.manifest))}</code></pre>"
     tail = [call, _facts(saved.manifest), _files(["manifest.json", "lineage.json"])]
     return _compose(folder, name, head, entries, tail)
@@ -163,7 +165,7 @@ def _compose(
     pictures = sum(len(e.rewards) + 2 * bool(e.plain) for e in entries)
     room = _Room(Budget(_TREES, tiles, longest=64), Budget(_PICTURES, pictures))
     sections: list[str] = []
-    left = _MOST
+    left = _MOST - len(_summary(entries, len(entries)).encode("utf-8", "xmlcharrefreplace"))
     for place, entry in enumerate(entries):
         section = _section(entry, place, room, unfolded=len(entries) <= _OPEN)
         left -= len(section.encode("utf-8", "xmlcharrefreplace"))

@@ -119,7 +119,11 @@ def save(
         "reward": "ocr + 'x' <i>",
         "particles": sizes[0],
         "seed": 3,
-        "settings": {"reward_scale": 4.0, "min_ess": settings.min_ess, "potential": "difference"},
+        "settings": {
+            "reward_scale": settings.reward_scale,
+            "min_ess": settings.min_ess,
+            "potential": "difference",
+        },
         "pipeline_keywords": {"num_inference_steps": 20},
         "versions": {"torch": "2.14.1"},
         "weights": {"transformer": "0123456789abcdef"},
@@ -224,9 +228,10 @@ def test_fates_are_those_of_the_lines_walked_back():
 
 @pytest.mark.parametrize("min_ess", [0.0, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("sizes", [[6, 6, 6, 6, 6], [8, 6, 3, 3]])
-def test_the_running_estimate_is_the_filter_s(tmp_path, min_ess, sizes):
+@pytest.mark.parametrize("reward_scale", [0.0, 0.01, 4.0])  # 0.01: resampled to one child each
+def test_the_running_estimate_is_the_filter_s(tmp_path, min_ess, sizes, reward_scale):
     """log Ẑ of each score, which is not saved, from weights and ancestors."""
-    settings = FeynmanKac(reward_scale=4.0, min_ess=min_ess)
+    settings = FeynmanKac(reward_scale=reward_scale, min_ess=min_ess)
     folder = save(tmp_path / "a", ["one", "two", "three"], sizes, settings=settings, previews=False)
     manifest = json.loads((folder / "manifest.json").read_text())
     lineage = json.loads((folder / "lineage.json").read_text())
@@ -429,6 +434,15 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path):
     assert len(found.all("section")) == 1
 
 
+def test_the_page_does_not_depend_on_where_it_was_written(tmp_path):
+    """runs.keep() saves under another name and renames."""
+    folder = save(tmp_path / ".part" / "steered", ["one"], [3, 2])
+    before = page.write(folder).read_bytes()
+    moved = (tmp_path / ".part").rename(tmp_path / "0000-one") / "steered"
+    assert page.write(moved).read_bytes() == before
+    assert Page(before.decode()).all("title")[0][1] == "one"
+
+
 def test_writing_leaves_nothing_else_and_can_be_repeated(tmp_path):
     folder = save(tmp_path / "a", ["one"], [2, 2])
     before = sorted(folder.iterdir())
@@ -493,7 +507,6 @@ def test_what_has_no_room_is_left_to_its_folder(tmp_path, monkeypatch):
     shown = len(found.all("section"))
     assert 1 <= shown < 5
     assert f"The last {5 - shown} prompts have no room" in found.all("p", "warn")[0][1]
-    hrefs = [attrs["href"] or "" for attrs, _ in found.all("a")]
-    linked = [href for href in hrefs if href.startswith("#")]
+    linked = [attrs["href"] or "" for attrs, _ in found.all("a")]
     assert [href for href in linked if href[:2] == "#p"] == [f"#p{i}" for i in range(shown)]
     assert sum("prompt " in text for _, text in found.all("bdi")) == 5 + shown
