@@ -26,6 +26,7 @@ import torch
 import rewards
 from steering import FeynmanKac, loading, steer
 
+from . import processes, training
 from .cost import PROMPT, measure, ratios, subject
 from .frontier import FUNNELS
 from .machine import about, peak
@@ -86,7 +87,18 @@ def cases(pairs: int) -> dict[str, Callable[[], Case]]:
     few = max(2, pairs // 2)
     found["funnel 16 to 4 / 16"] = partial(_case, below, funnel, few)
     found["guided 0-0.5 / guided throughout"] = partial(_case, below, half, few)
+    for method in ("gdro", "grpo"):
+        found[f"training step / its network alone, {method}"] = partial(_training, method, pairs)
+    found["prompts a second of two processes / of one"] = partial(_processes, few)
     return found
+
+
+def _training(method: str, pairs: int) -> Case:
+    return Case(training.measure("tiny-sd3", method, pairs)["ratios"])
+
+
+def _processes(pairs: int) -> Case:
+    return Case(processes.measure(pairs, 8), higher_is_better=True)
 
 
 def _case(function: Callable[..., list[float]], *args: Any) -> Case:

@@ -19,7 +19,6 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from finetune.online import Task
 from steering import tiny
 
 from .cost import seconds
+from .machine import resident
 
 PROMPTS = [f"a {colour} star" for colour in ("red", "blue", "green", "orange", "yellow", "purple")]
 METHODS = ("gdro", "grpo")
@@ -139,12 +139,6 @@ def bare_grpo(trainer: grpo.Trainer) -> Callable[[], None]:
 def _forget(learner: Any) -> None:
     for parameter in learner.weights.values():
         parameter.grad = None
-
-
-def resident() -> float:
-    """This process's resident memory in MiB (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096 / 2**20
 
 
 def trainer_of(model: str, method: str) -> tuple[Any, Callable[[], None], Decoder | None]:
