@@ -29,8 +29,8 @@ _OPEN = 12  # prompts whose genealogy is unfolded from the start
 _READING = """<p class="note">Columns are the steps where every particle was scored, by the image
 that was predicted there; lines lead from a parent to its children. The bar under a picture is its
 weight, the number its reward. “Kept” says that a step did not resample. Point at a picture, or go
-to it by the tab key, for more.</p>
-<p class="keys"><span class="key best">lineage of the best image</span>
+to it by the tab key, for more.</p>"""
+_KEYS = """<p class="keys"><span class="key best">lineage of the best image</span>
 <span class="key alive">of the others returned</span> <span class="key dead">died out</span></p>"""
 
 
@@ -241,7 +241,7 @@ def _section(entry: _Entry, place: int, room: _Room, unfolded: bool) -> str:
         curves = genealogy.charts(story, saved.settings["min_ess"])
         parts += [
             f"<details{' open' * unfolded}><summary>How they came about</summary>",
-            _READING if place == 0 else "",
+            _READING * (place == 0) + _KEYS,
             f'<a class="skip" href="#e{place}">Skip the genealogy</a>',
             tree,
             f'<div class="charts" id="e{place}">{curves}</div>',

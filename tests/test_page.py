@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import steering
 from steering import FeynmanKac, genealogy, markup, page, thumbnails
 from steering.filter import close, final_log_z, resample, start, weigh
 from steering.lineage import Lineage, Score
@@ -324,7 +325,12 @@ def test_a_folder_alone_says_the_call_that_repeats_it(tmp_path, monkeypatch):
     (code,) = [text for _, text in read(page.write(folder)).all("code")]
     code = code.replace("\ufffd", "\ud83d")  # a page cannot hold half a pair
     called = {}
-    monkeypatch.setattr("steering.steer", lambda *given, **named: called.update(named, given=given))
+
+    def steer(*given, **named):
+        called.update(named, given=given)
+
+    # not by its attribute, which would import diffusers
+    monkeypatch.setitem(vars(steering), "steer", steer)
     exec(code, {"pipe": "P", "reward": "R"})
     assert called.pop("given") == ("P", NASTY, "R")
     assert called.pop("settings") == FeynmanKac(reward_scale=4.0, num_scores=1, funnel=(2,))
