@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from steering import genealogy, markup
+from steering import genealogy, markup, recipe
 from steering.markup import escape, link, number, text
 from steering.thumbnails import Budget, sprite
 
@@ -95,7 +94,7 @@ def write(folder: Path, plain: Path | None = None) -> Path:
     name = entries[0].prompt if len(entries) == 1 else f"{len(entries)} prompts"
     kind = "Steered run" if saved.settings["min_ess"] else "Run without resampling"
     head = [f"<h1>{kind}</h1>", _about(saved, len(entries))]
-    call = f"<h2>Repeat it</h2>\n<pre><code>{escape(_call(saved.manifest))}</code></pre>"
+    call = f"<h2>Repeat it</h2>\n<pre><code>{escape(recipe.call(saved.manifest))}</code></pre>"
     tail = [call, _facts(saved.manifest), _files(["manifest.json", "lineage.json"])]
     return _compose(folder, name, head, entries, tail)
 
@@ -116,11 +115,9 @@ def write_run(out: Path) -> Path:
     missing = len(manifest["prompts"]) - len(entries)
     if missing > 0:
         head.append(f'<p class="warn">{missing} of the run’s prompts are not finished.</p>')
-    words = manifest["command"]
-    command = shlex.join(["python", "scripts/steer.py", *words[1:]])
     facts = {name: manifest[name] for name in ("settings", "machine", "versions")}
     tail = [
-        f"<h2>Repeat it</h2>\n<pre><code>{escape(command)}</code></pre>",
+        f"<h2>Repeat it</h2>\n<pre><code>{escape(recipe.command(manifest))}</code></pre>",
         _facts(facts | {"weights": entries[0].saved.manifest.get("weights")}),
         _files(["manifest.json"]),
     ]
@@ -321,35 +318,6 @@ def _image(folder: Path, name: str) -> Image.Image:
         raise ValueError(f"{folder} names the picture {name!r}, which is not a file of its own")
     with Image.open(folder / name) as image:
         return image.convert("RGB")
-
-
-def _call(manifest: dict[str, Any]) -> str:
-    """The lines of Python that make it again, but for the objects that are only named."""
-    names = ("particles", "seed", "prompts_per_call", "preview_size", "guidance_interval")
-    given = _tuples({name: manifest[name] for name in names if name in manifest})
-    given["settings"] = _Code("FeynmanKac", _tuples(manifest["settings"]))
-    call = _Code("steer", given | manifest.get("pipeline_keywords", {}))
-    return (
-        "from steering import FeynmanKac, steer\n\n"
-        f"# pipe: {manifest.get('pipeline')} of {manifest.get('model')}\n"
-        f"# reward: {manifest.get('reward')}\n"
-        f"prompts = {manifest['prompts']!r}\n"
-        f"out = {call!r}".replace("steer(", "steer(\n    pipe, prompts, reward, ")
-    )
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """As they were before JSON made lists of them."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
-@dataclass(frozen=True)
-class _Code:
-    name: str
-    keywords: dict[str, Any]
-
-    def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.keywords.items())})"
 
 
 def _facts(manifest: dict[str, Any]) -> str:

@@ -320,7 +320,12 @@ def test_a_folder_alone_says_the_call_that_repeats_it(tmp_path, monkeypatch):
     folder = save(tmp_path / "a", NASTY, [4, 2])
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["settings"] |= {"funnel": [2], "num_scores": 1}
-    manifest |= {"guidance_interval": [0.0, 0.5]}
+    manifest |= {
+        "guidance_interval": [0.0, 0.5],
+        "reward": "ocr\nraise SystemExit",
+        "model": "\r1/0",
+    }
+    prompts = manifest["prompts"] = [*NASTY, "steer( a boat"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (code,) = [text for _, text in read(page.write(folder)).all("code")]
     code = code.replace("\ufffd", "\ud83d")  # a page cannot hold half a pair
@@ -332,7 +337,7 @@ def test_a_folder_alone_says_the_call_that_repeats_it(tmp_path, monkeypatch):
     # not by its attribute, which would import diffusers
     monkeypatch.setitem(vars(steering), "steer", steer)
     exec(code, {"pipe": "P", "reward": "R"})
-    assert called.pop("given") == ("P", NASTY, "R")
+    assert called.pop("given") == ("P", prompts, "R")
     assert called.pop("settings") == FeynmanKac(reward_scale=4.0, num_scores=1, funnel=(2,))
     more = {"num_inference_steps": 20, "guidance_interval": (0.0, 0.5)}
     assert called == {"particles": 4, "seed": 3} | more

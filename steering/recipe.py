@@ -1,0 +1,52 @@
+"""What repeats a run: its command, or the call of `steer`, from a manifest."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["call", "command"]
+
+
+def command(manifest: dict[str, Any]) -> str:
+    """The line for a shell that made a run of scripts/steer.py."""
+    return shlex.join(["python", "scripts/steer.py", *manifest["command"][1:]])
+
+
+def call(manifest: dict[str, Any]) -> str:
+    """The lines of Python that make it again, but for the objects that are only named.
+
+    Every value is a literal, so that no text of a manifest becomes code.
+    """
+    names = ("particles", "seed", "prompts_per_call", "preview_size", "guidance_interval")
+    given = _tuples({name: manifest[name] for name in names if name in manifest})
+    given["settings"] = _Code("FeynmanKac", _tuples(manifest["settings"]))
+    given |= manifest.get("pipeline_keywords", {})
+    model = [manifest.get("pipeline"), manifest.get("model")]
+    lines = [
+        "from steering import FeynmanKac, steer\n",
+        f"# pipe: {model!r}, reward: {manifest.get('reward')!r}",
+        f"prompts = {manifest['prompts']!r}",
+        "out = steer(",
+        "    pipe,",
+        "    prompts,",
+        "    reward,",
+        *(f"    {name}={value!r}," for name, value in given.items()),
+        ")",
+    ]
+    return "\n".join(lines)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """As they were before JSON made lists of them."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class _Code:
+    name: str
+    keywords: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.keywords.items())})"
