@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rewards
-from finetune import card, checks, config, lora
+from finetune import card, checks, config, lora, page
 from finetune.checks import Check, Watch
 from finetune.learner import Learner, load_state, save_state
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
@@ -271,6 +271,7 @@ def export(
         file = lora.save(kind, part, learner.bare, out / "lora", main)
     if main:
         _card(out, kind, base, method, about, step)
+        page.write(out)
     learner.accelerator.wait_for_everyone()
     return file
 
