@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 from steering.denoiser import Rows
 from steering.filter import FilterState, close, resample, start, weigh
 from steering.lineage import Lineage, Moment, Score
+from steering.potentials import History
 from steering.schedulers import Look
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 from steering.spread import Spread
@@ -70,7 +71,8 @@ class Filter:
         state = weigh(self.state, safe, self._settings, progress)
         log_weights, size = state.log_weights, self._sizes[look.step]
         moving = look.stds[look.step] > 0
-        self.state, ancestors, ess = resample(state, self._settings, self._generators, size, moving)
+        found = resample(state, self._settings, self._generators, size, moving)
+        self.state, ancestors, ess = self._agreed(*found)
         self._keep(look.step, rewards, log_weights, ess, ancestors, previews)
         return self._descend(ancestors)
 
@@ -93,6 +95,21 @@ class Filter:
                     "apart; move the window with score_from or score_to."
                 )
         self._sizes = dict(zip(steps, sizes, strict=True))
+
+    def _agreed(
+        self, state: FilterState, ancestors: Tensor, ess: Tensor
+    ) -> tuple[FilterState, Tensor, Tensor]:
+        """As the first process has them, or devices that round differently might disagree."""
+        if self._spread.size == 1:
+            return state, ancestors, ess
+        one_each = torch.stack([state.log_z, state.scale, ess], 1)
+        parts = (state.log_weights, *state.history, state.anchor, ancestors)
+        packed = torch.cat([one_each, *(part.to(one_each.dtype) for part in parts)], 1)
+        one_each, *rest = self._spread.first(packed).split([3, *[ancestors.shape[1]] * 6], 1)
+        log_weights, *history, anchor, ancestors = rest
+        log_z, scale, ess = one_each.unbind(1)
+        state = FilterState(log_weights, log_z, History(*history), scale, anchor)
+        return state, ancestors.long(), ess
 
     def _previews(self, images: Tensor) -> Tensor:
         """(b, num, 3, h, w) uint8 of all particles, on the way to the host: no one waits for it."""

@@ -5,6 +5,11 @@ draws the noise of its own particles by their own generators, whatever the popul
 exchanges: the rewards, from which every rank computes the same weights and ancestors, and then each
 particle's sample and network output, of which it takes its own particles' parents.
 
+Whatever a rank finds wrong in the gathered rewards every rank finds, and all raise alike. A failure
+of one rank alone (no memory left, a reward that raises) leaves the others waiting for it: under
+accelerate launch or torchrun they are ended with it; without a launcher they wait until it is gone
+or the group's timeout has passed.
+
 b prompts, m of the k particles on this rank, rows prompt-major.
 """
 
@@ -23,8 +28,7 @@ class Spread:
     """The ranks of a process group, or this process alone.
 
     group: None, or a group of torch.distributed; True is the default one. Raises ValueError where
-    there is none. All ranks have to make the same calls, and to be of one kind of device: they
-    compute weights from the same numbers and have to come to the same ancestors.
+    there is none, and on a process that is not in the group. All ranks have to make the same calls.
     """
 
     def __init__(self, group: Any = None):
@@ -38,6 +42,11 @@ class Spread:
             )
         self._group = None if group is True else group
         self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
+        if self.rank < 0:
+            raise ValueError(
+                f"spread= is a process group without this process, rank {dist.get_rank()}: call "
+                "steer() on the processes of the group alone."
+            )
 
     def whole(self, x: Tensor) -> Tensor:
         """Rows (b*m, *shape) of each rank -> (b*m*R, *shape), in the order of the particles."""
@@ -47,6 +56,13 @@ class Spread:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x, group=self._group)
         return torch.stack(parts, dim=1).flatten(0, 1)
+
+    def first(self, values: Tensor) -> Tensor:
+        """What rank 0 has, of numbers that every rank computed: devices may round differently."""
+        if self.size > 1:
+            values = values.contiguous()
+            dist.broadcast(values, group=self._group, group_src=0)
+        return values
 
     def own(self, values: Tensor) -> Tensor:
         """(b, k) of all particles -> (b, m) of this rank's."""

@@ -11,16 +11,24 @@ from tiny_pipelines import family
 from two_processes import run_pair
 
 from steering import FeynmanKac, steer
+from steering.resampling import RESAMPLERS
+from steering.schedulers import Chain
 from steering.spread import Spread
 
 SETTINGS = FeynmanKac(reward_scale=300.0, num_scores=3, score_from=0.2, score_to=0.7)
 FUNNEL = dataclasses.replace(SETTINGS, funnel=(4, 4, 2))
 PROMPTS = ["a red cube", "two dots", "a red cube"]
+FOUR = {"same batches", "sd3", "funnel to 4", "best of k"}  # cases of four processes
 CASES = {
     "sd": ("sd", {"settings": SETTINGS}),
     "sd3": ("sd3", {"settings": SETTINGS, "prompts_per_call": 2}),
-    "funnel": ("sd", {"settings": FUNNEL, "guidance_interval": (0.0, 0.5)}),
-    "funnel of a flow": ("sd3", {"settings": FUNNEL, "prompts_per_call": 3}),
+    "funnel": ("sd", {"settings": FUNNEL, "guidance_interval": (0.0, 0.5), "particles": 6}),
+    "funnel of a flow": ("sd3", {"settings": FUNNEL, "prompts_per_call": 3, "particles": 6}),
+    "same batches": ("sd", {"settings": SETTINGS, "max_batch": 2}),
+    "funnel to 4": (
+        "sd3",
+        {"settings": dataclasses.replace(SETTINGS, funnel=(8, 4, 4)), "prompts_per_call": 3},
+    ),
     "best of k": ("sd", {"settings": dataclasses.replace(SETTINGS, min_ess=0.0)}),
     "scale 0": ("sd", {"settings": dataclasses.replace(SETTINGS, reward_scale=0.0)}),
 }
@@ -53,7 +61,7 @@ def run(name, **more):
     kind, call = CASES[name]
     pipe, keywords = family(kind)
     keywords = {**keywords, "num_inference_steps": 9, "progress": False}
-    return steer(pipe, PROMPTS, Parts(), 8 if "funnel" not in name else 6, **keywords | call | more)
+    return steer(pipe, PROMPTS, Parts(), **{"particles": 8, **keywords, **call, **more})
 
 
 def refused(rank):
@@ -67,18 +75,47 @@ import sys, torch
 from accelerate import PartialState
 import test_spread
 state = PartialState(cpu=True)
-for name in test_spread.CASES:
-    out = test_spread.run(name, spread=True)
-    saved = {
-        "latents": out.latents, "rewards": out.rewards, "log_z": out.log_z,
-        "log_weights": out.log_weights, "half": out.components["half"],
-        "pixels": test_spread.pixels(out),
-        **{f"{s.step} {k}": getattr(s, k) for s in out.lineage.scores
-           for k in ("rewards", "ess", "ancestors", "log_weights")},
-    }
-    torch.save(saved, f"{sys.argv[1]}/{name}-{state.process_index}.pt")
+folder, *names = sys.argv[1:]
+for name in names:
+    torch.save(test_spread.parts(name), f"{folder}/{name}-{state.process_index}.pt")
 test_spread.refused(state.process_index)
+test_spread.only_members(state.process_index)
+test_spread.round_differently(state.process_index)
+torch.save(test_spread.parts("sd"), f"{folder}/rounded-{state.process_index}.pt")
 """
+
+
+def parts(name):
+    out = run(name, spread=True)
+    scores = {
+        f"{score.step} {part}": getattr(score, part)
+        for score in out.lineage.scores
+        for part in ("rewards", "ess", "ancestors", "log_weights")
+    }
+    return scores | {
+        "latents": out.latents,
+        "rewards": out.rewards,
+        "log_z": out.log_z,
+        "log_weights": out.log_weights,
+        "half": out.components["half"],
+        "pixels": pixels(out),
+    }
+
+
+def only_members(rank):
+    group = torch.distributed.new_group([0])
+    if rank == 0:
+        assert Spread(group).size == 1
+    else:
+        with pytest.raises(ValueError, match="a process group without this process, rank"):
+            Spread(group)
+
+
+def round_differently(rank):
+    """As a device would, far more seldom, whose sums are rounded in another order."""
+    stock = RESAMPLERS["ssp"]
+    if rank > 0:
+        RESAMPLERS["ssp"] = lambda *given: stock(*given).flip(1)
 
 
 def pixels(out):
@@ -91,17 +128,23 @@ def pixels(out):
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
-    run_pair(PROGRAM, str(folder), port=77)
+    run_pair(PROGRAM, str(folder), *CASES, port=77)
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_give_what_one_gives(name, spread):
-    both = [torch.load(spread / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
-    for key in both[0]:
-        assert torch.equal(both[0][key], both[1][key]), key
-    alone, found = run(name), both[0]
-    # a batch half as large rounds its sums in another order: at most a level, and seldom
+@pytest.fixture(scope="module")
+def spread_over_4(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spread")
+    run_pair(PROGRAM, str(folder), *FOUR, port=78, count=4)
+    return folder
+
+
+def equals_one(name, folder, count):
+    ranks = [torch.load(folder / f"{name}-{i}.pt", weights_only=True) for i in range(count)]
+    for key in ranks[0]:
+        assert all(torch.equal(ranks[0][key], other[key]) for other in ranks), key
+    alone, found = run(name), ranks[0]
+    # a smaller batch rounds its sums in another order: at most a level, and seldom
     off = (found["pixels"].int() - pixels(alone).int()).abs()
     assert off.max() <= 1
     assert (off > 0).float().mean() < 0.01
@@ -112,11 +155,52 @@ def test_two_processes_give_what_one_gives(name, spread):
     torch.testing.assert_close(found["rewards"], alone.rewards, **tight)
     torch.testing.assert_close(found["half"], alone.components["half"], **tight)
     torch.testing.assert_close(found["log_z"], alone.log_z, rtol=1e-4, atol=1e-2)
+    if name == "same batches":
+        assert torch.equal(found["latents"], alone.latents)
     resampled = [score for score in alone.lineage.scores if score.resampled.any()]
     if "scale" not in name and "best" not in name:
-        places = torch.arange(resampled[0].ancestors.shape[1])
-        moved = [(s.ancestors % 2 != places[: s.ancestors.shape[1]] % 2).any() for s in resampled]
-        assert any(moved)  # a parent on the other process
+        places = torch.arange(resampled[0].rewards.shape[1]) % count
+        homes = [score.ancestors % count for score in resampled]
+        # a parent on another process
+        assert any((home != places[: home.shape[1]]).any() for home in homes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_give_what_one_gives(name, spread):
+    equals_one(name, spread, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FOUR))
+def test_four_processes_give_what_one_gives(name, spread_over_4):
+    equals_one(name, spread_over_4, 4)
+
+
+def test_processes_that_would_disagree_follow_the_first(spread):
+    for rank in range(2):
+        rounded = torch.load(spread / f"rounded-{rank}.pt", weights_only=True)
+        found = torch.load(spread / f"sd-{rank}.pt", weights_only=True)
+        assert all(torch.equal(rounded[key], found[key]) for key in found)
+
+
+def test_a_chain_takes_its_rows_from_those_of_all_processes():
+    """The second of two ranks, whose one row is a child of the other's."""
+    x = torch.tensor([[7.0], [1.0]])
+    seen = []
+
+    def exchange(own):
+        seen.append(own)
+        return torch.cat([torch.zeros_like(own[:1]) + 5, own])
+
+    chain = Chain(noise=1.0, observer=lambda look: torch.tensor([0, 2]), exchange=exchange)
+    chain.restart()
+    sample, output = chain.select(x, -x, lambda: x)
+    assert sample.tolist() == [[5.0], [1.0]]
+    assert output.tolist() == [[5.0], [-1.0]]
+    assert chain.lineage.tolist() == [0, 2]
+    assert chain.follow(x).tolist() == [[5.0], [1.0]]
+    chain.select(sample, output, lambda: x)
+    assert chain.lineage.tolist() == [5, 2]  # row 2 is its own second one, which came from row 2
 
 
 def test_alone_nothing_is_exchanged():

@@ -1,4 +1,4 @@
-"""A program in two processes that talk by gloo, for the tests."""
+"""A program in two processes, or more, that talk by gloo, for the tests."""
 
 import os
 import subprocess
@@ -8,23 +8,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def run_pair(program: str, *words: str, port: int) -> None:
-    """Run a Python program as rank 0 and rank 1; both must end well."""
+def run_pair(program: str, *words: str, port: int, count: int = 2) -> None:
+    """Run a Python program as rank 0 and rank 1 (to `count` - 1); all must end well."""
     base = os.environ | {
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(20000 + (os.getpid() + port) % 20000),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
     line = [sys.executable, "-c", program, *words]
-    both = [
+    ranks = [
         subprocess.Popen(
             line, env=base | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE
         )
-        for i in range(2)
+        for i in range(count)
     ]
-    for process in both:
+    for process in ranks:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors.decode()[-2000:]
