@@ -25,6 +25,13 @@ def run_pair(program: str, *words: str, port: int, count: int = 2) -> None:
         )
         for i in range(count)
     ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors.decode()[-2000:]
+    finally:
+        for process in ranks:  # the others wait for one that failed
+            process.kill()
+            process.wait()
+            assert process.stderr is not None
+            process.stderr.close()
