@@ -6,10 +6,11 @@ is noticed at once. Without a launcher there is one process, and none of this do
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -33,6 +34,7 @@ _STARTED = (
 # One process may have hours of work left when another has none; 30 minutes, the default, would end
 # the run.
 _PATIENCE = timedelta(days=7)
+_NOTICED = 5.0  # seconds after which a launcher, which looks ten times a second, has seen a death
 
 
 class Stopped(KeyboardInterrupt):
@@ -101,6 +103,20 @@ class Processes:
                 _stop(error)
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around a computation that all take part in. Raises Stopped where one has died.
+
+        The RuntimeError of a collective that broke is no different from others, so the launcher
+        decides: it ends the rest when it has noticed a death.
+        """
+        try:
+            yield
+        except RuntimeError:
+            if self.count > 1:
+                time.sleep(_NOTICED)
+            raise
 
     def _gathered(self, value: Any) -> list[Any]:
         if self.count == 1:

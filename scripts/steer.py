@@ -26,6 +26,7 @@ from steering import FeynmanKac, loading, runs, tiny
 from steering.manifest import versions
 from steering.prompts import Prompt, read
 from steering.settings import population_sizes, scored_steps
+from steering.spread import Spread
 
 if TYPE_CHECKING:
     from steering import Steered
@@ -83,6 +84,18 @@ def check_window(settings: FeynmanKac, args: argparse.Namespace, call: dict[str,
         population_sizes(args.particles, len(scored), settings)
 
 
+def check_spread(settings: FeynmanKac, args: argparse.Namespace, count: int) -> None:
+    """Refuse a population that `count` processes cannot share, before a model is loaded."""
+    if count == 1:
+        raise ValueError(
+            "--spread needs processes to spread the particles over and there is one: start more "
+            "with accelerate launch --num_processes, or leave it out"
+        )
+    spread = Spread(True)
+    spread.check("--particles", (args.particles,))
+    spread.check("--funnel", settings.funnel)
+
+
 def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     """Refuse what cannot work, the cheapest check first; then steer what is not finished yet."""
     processes = join(args.device)
@@ -98,7 +111,8 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     folders = sorted(folder for share in shares for folder in share.batches)
     try:
         work = processes.agree(lambda: ready(args, settings, reward, shares, mine, processes))
-        keep_all(work, len(mine), processes, args.spread)
+        with processes.together() if args.spread else contextlib.nullcontext():
+            keep_all(work, len(mine), processes, args.spread)
         processes.finish()
         drawn = runs.draw(out, folders) if processes.is_main else []
     except KeyboardInterrupt as cut:
@@ -113,6 +127,8 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt
     prompts = read_prompts(args)
     settings = FeynmanKac(**{name: getattr(args, name) for name in FIELD_HELP})
     check_window(settings, args, call_keywords(args))
+    if args.spread:
+        check_spread(settings, args, processes.count)
     loading.check_name(args.model)
     device = processes.device if args.device == "auto" else None
     device = device or loading.pick_device(args.device)

@@ -133,6 +133,51 @@ def test_what_is_refused_is_said_once(one):
     assert "holds a run: --resume carries it on" in said
 
 
+def test_a_spread_population_makes_the_pictures_of_one_process(one, tmp_path):
+    """To a level here and there: a smaller batch rounds its sums in another order."""
+    words, _ = one
+    out, _ = ran(2, *words, "--particles", "4", "--out", str(tmp_path / "two"), "--spread")
+    ran(1, *words, "--particles", "4", "--out", str(tmp_path / "one"))
+    assert out.count(" left: ") == len(PROMPTS)
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+    for file in (tmp_path / "one").rglob("0000-0?.png"):
+        other = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        with Image.open(file) as a, Image.open(other) as b:
+            assert np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1
+    for file in (tmp_path / "one").rglob("lineage.json"):
+        other = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        a, b = (json.loads(f.read_text())["scores"] for f in (file, other))
+        assert [score["ancestors"] for score in a] == [score["ancestors"] for score in b]
+
+
+def test_a_spread_population_that_lost_a_process_says_what_is_kept(one, tmp_path):
+    words, _ = one
+    out = tmp_path / "out"
+    err = ended(started(2, *words, "--particles", "4", "--spread", "--out", str(out)), "1", out)
+    (said,) = [line for line in err.splitlines() if "steer.py: " in line]
+    assert "another process died" in said
+    assert f"repeat the command with --out {out} --resume" in said
+    assert "rank      : 1" in err.partition("Root Cause")[2]
+    assert "Error: [" not in err  # of the collective that broke
+
+
+@pytest.mark.parametrize(
+    ("processes", "particles", "why"),
+    [(1, "4", "--spread needs processes"), (2, "3", "--particles 3 cannot be spread over 2")],
+)
+def test_a_spread_that_cannot_be_is_refused_before_a_folder_is_made(
+    one, tmp_path, processes, particles, why
+):
+    out = tmp_path / "out"
+    words = [*one[0], "--particles", particles, "--spread", "--out", str(out)]
+    process = started(processes, *words)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    (said,) = [line for line in err.splitlines() if line.startswith("steer.py: ")]
+    assert why in said
+    assert not out.exists()
+
+
 def test_a_process_that_waits_hears_that_another_died():
     program = (
         "import os, time\n"
