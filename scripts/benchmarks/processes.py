@@ -1,6 +1,7 @@
 """Prompts per second of two processes over those of one, each with a core of its own.
 
     python -m scripts.bench processes --pairs 5 --prompts 8
+    python -m scripts.bench processes --pairs 5 --prompts 8 --commands 2
 
 Two workers are started as torchrun starts them, each bound to one core and one thread. They load
 the model and draw a prompt to warm up. Then, in pairs, one of them draws all prompts while the
@@ -9,6 +10,11 @@ scripts/steer.py, files written. Before each, a barrier; a worker reports the se
 its last file, and the slower one's count. So imports, loading and the launcher are left out. Which
 of a pair comes first alternates, and so does the worker that is alone: the cores of a shared
 machine differ. The figure is the ratio of prompts per second, pair by pair.
+
+On a machine that others use, two processes wait for cores where one need not. *Of CPU seconds* is
+the same ratio with the CPU seconds of the slower worker in place of its seconds: what dividing the
+prompts itself costs. --commands adds whole commands of scripts/steer.py, from the start of Python
+to the grids, of one process on one core and of two.
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -33,6 +41,7 @@ from steering.prompts import Prompt
 
 from .machine import about
 
+ROOT = Path(__file__).parents[2]
 MODEL, PARTICLES = "tiny-sd3", 4
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
@@ -50,22 +59,29 @@ class Drawer:
             "steered": call | {"settings": FeynmanKac(), "progress": False}
         }
 
-    def __call__(self, count: int, ranks: Sequence[int], state: PartialState) -> float:
-        """Seconds in which `ranks` draw so many prompts, after a barrier; the same on all."""
+    def __call__(self, count: int, ranks: Sequence[int], state: PartialState) -> list[float]:
+        """Seconds in which `ranks` draw so many prompts, after a barrier; the same on all.
+
+        Those on the clock, and those of CPU.
+        """
         self.times += 1
         prompts = [Prompt(f"{i} red circles") for i in range(count)]
         rank = state.process_index
         mine = prompts[ranks.index(rank) :: len(ranks)] if rank in ranks else []
         shares = runs.divide(self.folder / str(self.times), mine, 1)
         state.wait_for_everyone()
-        began = time.perf_counter()
+        clocks = (time.perf_counter, time.process_time)
+        began = [clock() for clock in clocks]
         for folder, results in runs.steer_pending(self.pipe, self.reward, shares, self.kinds):
             runs.keep(folder, results)
-        return max(gather_object([time.perf_counter() - began if mine else 0.0]))
+        took = [
+            clock() - start if mine else 0.0 for clock, start in zip(clocks, began, strict=True)
+        ]
+        return [max(kind) for kind in zip(*gather_object([took]), strict=True)]
 
 
-def work(cores: Sequence[int], pairs: int, prompts: int, folder: str) -> list[float]:
-    """A worker: the ratios two/one of prompts per second."""
+def work(cores: Sequence[int], pairs: int, prompts: int, folder: str) -> list[list[float]]:
+    """A worker: the ratios two/one of prompts per second and per CPU second, of each pair."""
     state = PartialState(cpu=True)
     os.sched_setaffinity(0, {cores[state.process_index]})
     torch.set_num_threads(1)
@@ -76,13 +92,13 @@ def work(cores: Sequence[int], pairs: int, prompts: int, folder: str) -> list[fl
         alone = (pair // 2 % 2,)
         order = ((0, 1), alone) if pair % 2 else (alone, (0, 1))
         seconds = {ranks: draw(prompts, ranks, state) for ranks in order}
-        found.append(seconds[alone] / seconds[0, 1])
+        found.append([a / b for a, b in zip(seconds[alone], seconds[0, 1], strict=True)])
     state.destroy_process_group()
     return found
 
 
-def measure(pairs: int, prompts: int) -> list[float]:
-    """The ratios two/one of prompts per second, of alternating pairs.
+def measure(pairs: int, prompts: int) -> dict[str, list[float]]:
+    """The ratios two/one of alternating pairs, of prompts per "second" and per "CPU second".
 
     prompts: how many each side of a pair draws, an even number. Raises ValueError for an odd one,
     which two cannot share evenly, and where this process has fewer than two cores.
@@ -97,10 +113,47 @@ def measure(pairs: int, prompts: int) -> list[float]:
     config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return elastic_launch(config, work)(cores[:2], pairs, prompts, folder)[0]
+            found = elastic_launch(config, work)(cores[:2], pairs, prompts, folder)[0]
     finally:
         os.environ.clear()
         os.environ.update(before)
+    seconds, cpu = zip(*found, strict=True)
+    return {"second": list(seconds), "CPU second": list(cpu)}
+
+
+def commands(pairs: int, prompts: int) -> list[float]:
+    """The ratios two/one of prompts per second of whole commands of scripts/steer.py.
+
+    Raises subprocess.CalledProcessError where one fails.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    found = []
+    for pair in range(pairs):
+        order = (1, 2) if pair % 2 == 0 else (2, 1)
+        seconds = {count: _command(count, cores, prompts) for count in order}
+        found.append(seconds[1] / seconds[2])
+    return found
+
+
+def _command(count: int, cores: Sequence[int], prompts: int) -> float:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    line = [sys.executable, *(launch if count > 1 else []), str(ROOT / "scripts/steer.py")]
+    line += [f"{i} red circles" for i in range(prompts)]
+    line += ["--model", MODEL, "--particles", str(PARTICLES)]
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores[:count])  # a child inherits it
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            subprocess.run(
+                [*line, "--out", f"{folder}/out"],
+                env=os.environ | ENVIRONMENT,
+                check=True,
+                capture_output=True,
+            )
+            return time.perf_counter() - began
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,16 +163,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--commands", type=int, default=0, help="pairs of whole commands")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # as the workers have
     found = measure(args.pairs, args.prompts)
-    print(about(torch.device("cpu"), torch.float32) + f" a process, {args.pairs} pairs\n")
-    print("| model | k | prompts | prompts per second, two / one: median [min, max] |")
-    print("|---|---|---|---|")
-    print(
-        f"| {MODEL} | {PARTICLES} | {args.prompts} | {statistics.median(found):.2f}"
-        f" [{min(found):.2f}, {max(found):.2f}] |"
-    )
+    rows = {
+        "prompts per second": found["second"],
+        "of CPU seconds": found["CPU second"],
+        "whole commands": commands(args.commands, args.prompts),
+    }
+    print(about(torch.device("cpu"), torch.float32) + " a process\n")
+    print(f"{MODEL}, k = {PARTICLES}, {args.prompts} prompts\n")
+    print("| two processes / one | median [min, max] | pairs |\n|---|---|---|")
+    for name, ratios in rows.items():
+        if ratios:
+            middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
+            print(f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {len(ratios)} |")
 
 
 if __name__ == "__main__":
