@@ -46,7 +46,7 @@ class Parts:
 
 
 class Broken(Parts):
-    """NaN, from the first score on, for the darkest particle of all."""
+    """NaN, from the first score on, for the second particle of rank 1."""
 
     def __init__(self, rank):
         self.rank = rank
@@ -64,10 +64,11 @@ def run(name, **more):
     return steer(pipe, PROMPTS, Parts(), **{"particles": 8, **keywords, **call, **more})
 
 
-def refused(rank):
+def refused(rank, count):
     pipe, keywords = family("sd")
-    with pytest.raises(ValueError, match=r"The reward of prompt 0, 'a', particle 3 is NaN at step"):
-        steer(pipe, "a", Broken(rank), 4, SETTINGS, spread=True, progress=False, **keywords)
+    broken = rf"The reward of prompt 0, 'a', particle {count + 1} is NaN at step"
+    with pytest.raises(ValueError, match=broken):
+        steer(pipe, "a", Broken(rank), 2 * count, SETTINGS, spread=True, progress=False, **keywords)
 
 
 PROGRAM = """
@@ -78,7 +79,7 @@ state = PartialState(cpu=True)
 folder, *names = sys.argv[1:]
 for name in names:
     torch.save(test_spread.parts(name), f"{folder}/{name}-{state.process_index}.pt")
-test_spread.refused(state.process_index)
+test_spread.refused(state.process_index, state.num_processes)
 test_spread.only_members(state.process_index)
 test_spread.round_differently(state.process_index)
 torch.save(test_spread.parts("sd"), f"{folder}/rounded-{state.process_index}.pt")
