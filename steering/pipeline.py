@@ -63,11 +63,12 @@ def steer(
     image. preview_size: sides of what is scored on the way, as a share of the image's. decode:
     latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be reached.
     max_batch: how many rows the network evaluates at once, at most; where memory runs out, "auto"
-    (or None) too, that is halved as often as it takes. guidance_interval (a, b): step i of n is
-    guided where a <= i/n < b; the others cost half (and make another p). spread: True, or a process
-    group, over whose processes each prompt's particles are spread; all call this alike, and get the
-    same. watch: called after every step with its `Moment`, which holds previews and weights where
-    it was scored; what it raises ends the run. pipe_kwargs: keywords of the pipeline's own call.
+    (or None) too, that is halved as often as it takes, but not under spread=. guidance_interval
+    (a, b): step i of n is guided where a <= i/n < b; the others cost half (and make another p).
+    spread: True, or a process group, over whose processes each prompt's particles are spread; all
+    call this alike, and get the same. watch: called after every step with its `Moment`, which holds
+    previews and weights where it was scored; what it raises ends the run. pipe_kwargs: keywords of
+    the pipeline's own call.
 
     Raises ValueError before any step for what cannot work, and during the run for a reward that is
     not finite. Whatever cuts the run off, Ctrl-C too, the exception's `finished` is the Steered of

@@ -36,6 +36,9 @@ FUNNELS = {  # population after each of the eight scores
 }
 
 
+LATE = (16, 16, 16, 12, 10, 8, 6, 6)  # whole while guidance lasts
+
+
 @dataclass(frozen=True)
 class Point:
     """One way to spend evaluations: k particles, settings, and what else steer() is given."""
@@ -57,8 +60,9 @@ def points(guided: bool) -> dict[str, Point]:
             call = {"guidance_interval": (low, high)}
             found[f"FK 16, guided {low:g}-{high:g}"] = Point(16, call=call)
         both = {"guidance_interval": (0.0, 0.5)}
-        settings = FeynmanKac(funnel=FUNNELS["16 to 4"])
-        found["funnel 16 to 4, guided 0-0.5"] = Point(16, settings, both)
+        for name, sizes in {"16 to 4": FUNNELS["16 to 4"], "16 to 6": LATE}.items():
+            point = Point(16, FeynmanKac(funnel=sizes), both)
+            found[f"funnel {name}, guided 0-0.5"] = point
     return found
 
 
