@@ -1,0 +1,215 @@
+"""The app's page in Gradio: a form on the left, what happens on the right."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+
+import gradio as gr  # pyright: ignore[reportMissingImports]
+
+import rewards
+from scripts import app_run, app_view
+from scripts.app_run import Desk, Done, Ended, Event, Loading, Waiting
+from steering import FeynmanKac, tiny
+from steering.lineage import Moment
+from steering.potentials import POTENTIALS
+
+__all__ = ["THEME", "build"]
+
+THEME = gr.themes.Default(  # its fonts come with Gradio or the system: no network
+    primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)  # fmt: skip
+HEAD = """<h1>Tilt</h1><p>Several pictures are drawn at once. At each score those that the reward
+likes have children, the others end.</p>"""
+FIRST_PROMPT = "a purple star left of a green circle"
+
+
+def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: int) -> Any:
+    """The page, to be launched; the arguments are what its form begins with, and its limit.
+
+    A reward given here may import code, one typed into the page may not.
+    """
+    with gr.Blocks(title="Tilt", analytics_enabled=False) as page:
+        gr.HTML(HEAD, elem_classes="tilt-head")
+        with gr.Row():
+            with gr.Column(min_width=320):
+                form, run, stop = _form(model, lora, reward, most)
+            with gr.Column(min_width=320, scale=2):
+                status = gr.HTML(elem_classes="tilt-status", elem_id="status")
+                pictures = gr.HTML(elem_id="pictures")
+                scores = gr.HTML(elem_classes="tilt-scores", elem_id="scores")
+    names = list(form)
+
+    def on_run(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        try:
+            wish = app_run.parse(dict(zip(names, values, strict=True)), most, trusted=reward)
+        except ValueError as error:
+            yield {status: app_view.message(str(error), "refused")}
+            return
+        yield {
+            status: app_view.progress("Starting"), pictures: "", scores: "",
+            run: gr.update(interactive=False), stop: gr.update(interactive=True),
+        }  # fmt: skip
+        with contextlib.closing(desk.run(_session(request), wish)) as events:
+            for shown in _shown(events):
+                yield {{"status": status, "pictures": pictures, "scores": scores}[part]: text
+                       for part, text in shown.items()} or gr.skip()  # fmt: skip
+        yield {
+            run: gr.update(interactive=True),
+            stop: gr.update(interactive=False, value="Stop"),
+        }
+
+    def on_stop(request: gr.Request) -> Any:
+        desk.stop(_session(request))
+        return gr.update(interactive=False, value="Stopping after this step")
+
+    def on_leave(request: gr.Request) -> None:
+        desk.stop(_session(request))
+
+    with page:
+        # desk keeps the line, which also knows of runs that are still ending: no limit here
+        gr.on(
+            [run.click, form["prompt"].submit], on_run, [*form.values()],
+            [status, pictures, scores, run, stop], concurrency_limit=None,
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        stop.click(
+            on_stop, None, stop, queue=False, show_progress="hidden", api_visibility="private"
+        )
+        # a browser that went away without closing its stream of events
+        page.unload(on_leave)
+    return page
+
+
+def _session(request: Any) -> str:
+    return str(request.session_hash)
+
+
+def _shown(events: Iterator[Event | None]) -> Iterator[dict[str, str]]:
+    """What changes on the page with each event; nothing, so that Gradio looks at its client."""
+    began, before = time.monotonic(), None
+    scores = ""
+    for event in events:
+        if event is None:
+            yield {}
+        elif isinstance(event, Waiting):
+            began = time.monotonic()
+            others = "one run comes" if event.ahead == 1 else f"{event.ahead} runs come"
+            yield {"status": app_view.progress(f"Waiting: {others} first")}
+        elif isinstance(event, Loading):
+            yield {"status": app_view.progress(event.what)}
+        elif isinstance(event, Moment):
+            shown = {"status": _progress(event)}
+            if event.score is not None:
+                # only ever longer: Gradio then sends what is new
+                scores += app_view.score(event.score, event.num_steps, before)
+                before, shown["scores"] = event.score, scores
+            yield shown
+        elif isinstance(event, Ended):
+            kind = "stopped" if event.stopped else "refused"
+            yield {"status": app_view.message(event.sentence, kind)}
+        elif isinstance(event, Done):
+            seconds = time.monotonic() - began
+            yield {
+                "status": app_view.message("Finished.", "note"),
+                "pictures": app_view.pictures(event, app_view.file_link, seconds),
+            }
+
+
+def _progress(moment: Moment) -> str:
+    done, total = moment.step + 1, moment.num_steps
+    what = f"Step {done} of {total}" if done < total else "Decoding and scoring the pictures"
+    return app_view.progress(what, done, total)
+
+
+def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[Any, Any, Any]:
+    """The inputs by their names in `app_run.parse`, and the two buttons."""
+    form = {"prompt": gr.Textbox(FIRST_PROMPT, label="Prompt", lines=1, max_lines=4)}
+    form["prompt"].max_length = 2000
+    with gr.Row():
+        run = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
+        stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=120)
+    first = reward or app_run.default_reward(model)
+    form["reward"] = gr.Textbox(
+        first, label="Reward", elem_id="reward", info="a sum such as clip + 0.5*ocr(mode=strict)"
+    )
+    with gr.Accordion("Build a reward", open=False):
+        chosen, weights = _builder()
+    with gr.Accordion("Model", open=False):
+        form["model"] = gr.Dropdown(
+            [*dict.fromkeys([model, *tiny.NAMES])], value=model, allow_custom_value=True,
+            label="Model", info="embedded, a folder that pipe.save_pretrained() wrote, or a hub id",
+            elem_id="model",
+        )  # fmt: skip
+        form["lora"] = gr.Textbox(
+            lora, label="LoRA", info="a folder or a hub id; empty: none", elem_id="lora"
+        )
+        form["steps"] = _number("Steps", None, "empty: the model's own", "steps")
+        form["guidance"] = _number("Guidance", None, "empty: the model's own", "guidance")
+    with gr.Accordion("Filter", open=False):
+        form |= _filter(most)
+    _join(form["reward"], form["model"], chosen, weights)
+    return form, run, stop
+
+
+def _filter(most: int) -> dict[str, Any]:
+    default = FeynmanKac()
+    k = min(8, most)
+    return {
+        "particles": _number("Particles", k, f"pictures at once, up to {most}", "particles"),
+        "reward_scale": _number(
+            "λ", default.reward_scale, "a reward higher by 1/λ makes a picture e times as likely"
+        ),
+        "potential": gr.Dropdown(
+            [*POTENTIALS], value=default.potential, label="Potential", info="what a score weighs by"
+        ),
+        "num_scores": _number("Scores", default.num_scores, "on the way, besides the last one"),
+        "min_ess": _number(
+            "Least ESS", default.min_ess,
+            "resample below this share of the particles; 0 never does: best of k",
+        ),
+        "seed": _number("Seed", 0, "the same seed gives the same pictures"),
+    }  # fmt: skip
+
+
+def _number(label: str, value: float | None, info: str, name: str | None = None) -> Any:
+    # without minimum and maximum: what is out of range is answered in the page, by parse()
+    return gr.Number(value, label=label, info=info, elem_id=name)
+
+
+def _builder() -> tuple[Any, dict[str, Any]]:
+    """Names to choose, and a weight for each, shown once it is chosen."""
+    choices = [(f"{name}: {about}", name) for name, about in rewards.available().items()]
+    chosen = gr.CheckboxGroup(choices, label="Rewards", elem_id="chosen")
+    weights = {
+        name: gr.Number(1.0, label=f"Weight of {name}", visible=False, elem_id=f"weight-{name}")
+        for name in rewards.available()
+    }
+    return chosen, weights
+
+
+def _join(reward: Any, model: Any, chosen: Any, weights: dict[str, Any]) -> None:
+    """The builder writes the spec, which is what counts and may be typed over."""
+    names = list(weights)
+
+    def write(picked: list[str], model: str, *numbers: float | None) -> Any:
+        given = dict(zip(names, numbers, strict=True))
+        try:
+            return app_run.spec_of({name: given[name] for name in picked}, model)
+        except ValueError:  # a weight that is being typed
+            return gr.skip()
+
+    def show(picked: list[str]) -> list[Any]:
+        return [gr.update(visible=name in picked) for name in names]
+
+    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    chosen.change(show, chosen, [*weights.values()], **quiet)
+    parts = [chosen, model, *weights.values()]
+    gr.on([part.input for part in [chosen, *weights.values()]], write, parts, reward, **quiet)
+    model.change(lambda model: app_run.default_reward(model), model, reward, **quiet)
