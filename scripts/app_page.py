@@ -130,7 +130,9 @@ def _progress(moment: Moment) -> str:
 
 def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[Any, Any, Any]:
     """The inputs by their names in `app_run.parse`, and the two buttons."""
-    form = {"prompt": gr.Textbox(FIRST_PROMPT, label="Prompt", lines=1, max_lines=4)}
+    form = {
+        "prompt": gr.Textbox(FIRST_PROMPT, label="Prompt", lines=1, max_lines=4, elem_id="prompt")
+    }
     form["prompt"].max_length = 2000
     with gr.Row():
         run = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
@@ -150,8 +152,9 @@ def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[
         form["lora"] = gr.Textbox(
             lora, label="LoRA", info="a folder or a hub id; empty: none", elem_id="lora"
         )
-        form["steps"] = _number("Steps", None, "empty: the model's own", "steps")
-        form["guidance"] = _number("Guidance", None, "empty: the model's own", "guidance")
+        # text: a Number that is left empty says 0
+        for name, label in (("steps", "Steps"), ("guidance", "Guidance")):
+            form[name] = gr.Textbox(label=label, info="empty: the model's own", elem_id=name)
     with gr.Accordion("Filter", open=False):
         form |= _filter(most)
     _join(form["reward"], form["model"], chosen, weights)
@@ -178,7 +181,7 @@ def _filter(most: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _number(label: str, value: float | None, info: str, name: str | None = None) -> Any:
+def _number(label: str, value: float, info: str, name: str | None = None) -> Any:
     # without minimum and maximum: what is out of range is answered in the page, by parse()
     return gr.Number(value, label=label, info=info, elem_id=name)
 
@@ -208,8 +211,12 @@ def _join(reward: Any, model: Any, chosen: Any, weights: dict[str, Any]) -> None
     def show(picked: list[str]) -> list[Any]:
         return [gr.update(visible=name in picked) for name in names]
 
-    quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    # always_last: what is chosen while an answer is under way counts, too
+    quiet = {
+        "queue": False, "show_progress": "hidden", "api_visibility": "private",
+        "trigger_mode": "always_last",
+    }  # fmt: skip
     chosen.change(show, chosen, [*weights.values()], **quiet)
     parts = [chosen, model, *weights.values()]
     gr.on([part.input for part in [chosen, *weights.values()]], write, parts, reward, **quiet)
-    model.change(lambda model: app_run.default_reward(model), model, reward, **quiet)
+    model.change(app_run.default_reward, model, reward, **quiet)

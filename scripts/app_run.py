@@ -41,7 +41,6 @@ MOST_STEPS = 1000  # what the schedulers were trained with
 TICK = 0.5  # s, how often a silent run lets its page look whether someone still listens
 KEPT = 20  # folders of finished runs
 EMBEDDED_REWARDS = ("aesthetic", "clip", "dino")  # those that have a tiny form
-SETTINGS = ("reward_scale", "potential", "min_ess", "num_scores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +136,16 @@ def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wis
         _refuse_imports(parse_spec(reward))
     particles = _whole("particles", form["particles"], 1, most)
     call = tiny.call_defaults(model) if model in tiny.NAMES else {}
-    if form.get("steps") is not None:
-        call["num_inference_steps"] = _whole("steps", form["steps"], 1, MOST_STEPS)
-    if form.get("guidance") is not None:
-        call["guidance_scale"] = _number("guidance", form["guidance"])
-    settings = FeynmanKac(**{name: form[name] for name in SETTINGS if form[name] is not None})
+    if steps := _text(form, "steps"):
+        call["num_inference_steps"] = _whole("steps", _read(steps), 1, MOST_STEPS)
+    if guidance := _text(form, "guidance"):
+        call["guidance_scale"] = _number("guidance", _read(guidance))
+    settings = FeynmanKac(
+        reward_scale=_number("λ", form["reward_scale"]),
+        potential=_text(form, "potential"),
+        min_ess=_number("the least ESS", form["min_ess"]),
+        num_scores=_whole("the number of scores", form["num_scores"], 1, MOST_STEPS),
+    )
     if "num_inference_steps" in call and needs_scores(settings, particles):
         scored_steps(call["num_inference_steps"], settings)
     return Wish(
@@ -174,17 +178,29 @@ def _text(form: Mapping[str, Any], name: str) -> str:
     return (value or "").strip()
 
 
+def _read(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # to be refused as it is
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    raise ValueError(f"{name} is {value!r:.80}: give a finite number")
+    raise ValueError(f"{name} is {_shown(value)}: give a finite number")
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, int | float) and low <= value <= high and value == int(value):
         return int(value)
-    given = "empty" if value is None else f"{value!r:.80}"
-    raise ValueError(f"{name} is {given}: give a whole number from {low} to {high}")
+    raise ValueError(f"{name} is {_shown(value)}: give a whole number from {low} to {high}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "empty" if value is None else f"{value!r:.80}"
 
 
 class Studio:

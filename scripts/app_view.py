@@ -30,11 +30,12 @@ CSS = """
 .tilt-stopped { border-left: 4px solid var(--border-color-accent); padding: 0.4rem 0.8rem; }
 .tilt-scores .prose, .tilt-scores { display: flex; flex-direction: column-reverse; }
 .tilt-score { margin: 0.4rem 0 0.9rem; }
-.tilt-tiles { display: grid; gap: 0.5rem; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); }
+.tilt-tiles { display: grid; gap: 0.5rem; grid-template-columns: repeat(auto-fill, minmax(5.6rem, 1fr)); }
 .tilt-tiles.large { gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
 .tilt-tiles figure { margin: 0; font-size: 0.75rem; line-height: 1.35; }
 .tilt-tiles img { width: 100%; margin: 0; display: block; border-radius: 4px; }
 .tilt-tiles img.small { image-rendering: pixelated; }
+.tilt-tiles a { display: block; line-height: 0; }
 .tilt-tiles figcaption { color: var(--body-text-color-subdued); padding-top: 2px; }
 .tilt-tiles b { color: var(--body-text-color); }
 .tilt-tiles .bar { height: 4px; margin-top: 3px; background: var(--border-color-primary); }
@@ -75,7 +76,7 @@ def score(score: Score, num_steps: int, before: Score | None = None) -> str:
         zip(weights.tolist(), score.rewards[0].tolist(), strict=True)
     ):
         born = f" ← {parents[i]}" if before is not None else ""
-        fate_of = "ends here" if children[i] == 0 else f"×{children[i]}"
+        fate_of = "ends" if children[i] == 0 else f"×{children[i]}"
         caption = f"<b>{i}</b>{born} · {fate_of}<br>{_percent(weight)} · {reward:.3g}"
         image = ""
         if score.previews is not None:
@@ -132,7 +133,7 @@ def _link(url: str, inner: str, kind: str = "") -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "under 1 %"
+    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else "&lt;1 %"
 
 
 def _inline(pixels: Tensor) -> str:

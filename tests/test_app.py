@@ -22,8 +22,8 @@ FORM = {
     "lora": "",
     "reward": "jpeg",
     "particles": 3,
-    "steps": 5,
-    "guidance": None,
+    "steps": "5",
+    "guidance": "",
     "reward_scale": 100.0,
     "potential": "difference",
     "num_scores": 2,
@@ -37,7 +37,7 @@ def parse(**changed):
 
 
 def test_a_form_becomes_a_wish():
-    wish = parse(lora=None, steps=7.0, guidance=3, min_ess=0.5)
+    wish = parse(lora=None, steps=" 7", guidance="3", min_ess=0.5)
     assert (wish.prompt, wish.reward, wish.particles, wish.lora) == ("a cat", "jpeg", 3, None)
     assert wish.call["num_inference_steps"] == 7
     assert wish.call["guidance_scale"] == 3.0
@@ -45,7 +45,7 @@ def test_a_form_becomes_a_wish():
 
 
 def test_what_is_left_empty_is_the_models_own():
-    own = parse(steps=None)
+    own = parse(steps="")
     assert own.call == app_run.tiny.call_defaults("tiny-sd3")
     assert parse(reward=" ").reward == "clip(tiny)"
 
@@ -68,15 +68,19 @@ def test_what_is_left_empty_is_the_models_own():
         ({"particles": None}, "particles is empty"),
         ({"particles": float("nan")}, "nan"),
         ({"particles": "8"}, "'8'"),
-        ({"steps": 0}, "steps is 0"),
-        ({"steps": 10**9}, "from 1 to 1000"),
-        ({"steps": 2}, "no step to score"),
-        ({"guidance": float("inf")}, "guidance is inf"),
+        ({"steps": "0"}, "steps is 0"),
+        ({"steps": "ten"}, "steps is 'ten'"),
+        ({"steps": "7.5"}, "steps is 7.5"),
+        ({"steps": "1000000000"}, "from 1 to 1000"),
+        ({"steps": "2"}, "no step to score"),
+        ({"guidance": "inf"}, "guidance is inf"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": float("inf")}, "seed is inf"),
-        ({"reward_scale": float("nan")}, "reward_scale"),
+        ({"reward_scale": float("nan")}, "λ is nan"),
+        ({"reward_scale": None}, "λ is empty"),
         ({"potential": "diference"}, "'difference'"),
-        ({"num_scores": 0}, "num_scores"),
+        ({"num_scores": 0}, "number of scores is 0"),
+        ({"guidance": "strong"}, "guidance is 'strong'"),
         ({"min_ess": 1.5}, "min_ess"),
         ({"reward": "jpeg +"}, "jpeg"),
         ({"reward": "os:system('true')"}, "os:system would import code"),
@@ -108,7 +112,7 @@ def test_the_builder_writes_a_spec(weights, model, spec):
 
 
 def test_a_weight_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="weight is None"):
+    with pytest.raises(ValueError, match="weight is empty"):
         app_run.spec_of({"clip": None}, "tiny-sd")  # type: ignore[dict-item]
 
 
@@ -260,7 +264,7 @@ def test_a_run_gives_what_steer_gives_and_keeps_the_model(model, tmp_path, monke
 
 
 def test_a_run_is_stopped_inside_the_model(model, tmp_path):
-    asked = parse(model=model, steps=500)
+    asked = parse(model=model, steps="500")
     asked = dataclasses.replace(asked, call=asked.call | {"height": 16, "width": 16})
     desk = Desk(studio(tmp_path).draw)
     events = desk.run("a", asked)
@@ -313,11 +317,11 @@ def test_a_score_shows_weights_parents_and_the_dead():
     tiles = re.findall("<figure.*?</figure>", shown)
     assert len(tiles) == 3
     for tile, weight, parent, fate in zip(
-        tiles, ("70 %", "30 %", "0 %"), (2, 2, 0), ("×2", "×1", "ends here"), strict=True
+        tiles, ("70 %", "30 %", "0 %"), (2, 2, 0), ("×2", "×1", "ends"), strict=True
     ):
         assert f"← {parent} · {fate}" in tile
         assert weight in tile
-        assert ("dead" in tile) == (fate == "ends here")
+        assert ("dead" in tile) == (fate == "ends")
         assert "data:image/webp;base64," in tile
     kept = app_view.score(scored([0, 1, 2], previews=False), 10)
     assert "all kept" in kept

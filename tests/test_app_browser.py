@@ -1,0 +1,297 @@
+"""The app in a real browser: headless Chromium, driven against `python scripts/app.py`.
+
+With TILT_SCREENSHOTS=FOLDER, what the browser shows is written there; docs/app.png is one of them.
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+pytest.importorskip("gradio")
+pytest.importorskip("selenium")
+
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 120  # s, for anything; two slow cores
+SHOTS = os.environ.get("TILT_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """The address of a running app that has no network, and what it has logged so far."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("app") / "log.txt"
+    here = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(log.parent),  # nothing is in its cache
+        "PYTHONPATH": os.pathsep.join(here),
+    }
+    command = [sys.executable, "scripts/app.py", "--port", str(port)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        _await_answer(url, process, log)
+        yield url, log
+        assert process.poll() is None, log.read_text()
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _await_answer(url, process, log):
+    until = time.monotonic() + 2 * PATIENCE
+    while time.monotonic() < until:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"the app did not answer: {log.read_text()}")
+
+
+class Tab:
+    """A browser of its own: one session of the app."""
+
+    def __init__(self, url, width=1200, height=900, dark=False):
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+        for switch in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "hide-scrollbars"):
+            options.add_argument(f"--{switch}")
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+        service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
+        self.driver = webdriver.Chrome(options=options, service=service)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.cdp("Emulation.setEmulatedMedia", features=[scheme])
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.cdp("Emulation.setDeviceMetricsOverride", **size)
+        self.driver.get(url)
+        self.wait(lambda: self.find("#run"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *what):
+        self.driver.quit()
+
+    def cdp(self, command, **parameters):
+        return self.driver.execute_cdp_cmd(command, parameters)
+
+    def wait(self, until):
+        return WebDriverWait(self.driver, PATIENCE, 0.2, [Exception]).until(lambda _: until())
+
+    def find(self, selector):
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def all(self, selector):
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def text(self, selector):
+        # at once: elements are replaced while the run goes on
+        script = "return document.querySelector(arguments[0])?.innerText ?? ''"
+        return self.driver.execute_script(script, selector)
+
+    def open(self, *titles):
+        for title in titles:
+            button = f"//button[contains(., '{title}')]"
+            self.driver.find_element(By.XPATH, button).click()
+
+    def type(self, label, value):
+        # the inside of an accordion is made when it is opened
+        selector = f"#{label} input, #{label} textarea"
+        self.wait(lambda: self.find(selector).is_displayed())
+        element = self.find(selector)
+        element.send_keys(Keys.CONTROL, "a")
+        element.send_keys(str(value) or Keys.DELETE)
+        element.send_keys(Keys.TAB)
+
+    def run(self):
+        self.wait(lambda: self.find("#run").is_enabled())
+        self.find("#run").click()
+
+    def shoot(self, name):
+        if SHOTS:
+            picture = Path(SHOTS) / name
+            size = "return [document.documentElement.scrollWidth, document.body.scrollHeight]"
+            width, height = self.driver.execute_script(size)
+            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+            shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
+            picture.write_bytes(base64.b64decode(shot["data"]))
+
+    def addresses(self):
+        """Every address that the page has asked for."""
+        for entry in self.driver.get_log("performance"):
+            message = json.loads(entry["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                yield message["params"]["request"]["url"]
+
+
+def small(tab, prompt, steps=8, particles=4):
+    """Fill the form for a quick run."""
+    tab.open("Model", "Filter")
+    tab.type("prompt", prompt)
+    tab.type("steps", steps)
+    tab.type("particles", particles)
+
+
+def finished(tab):
+    tab.wait(lambda: "Finished" in tab.text("#status") or tab.all("#status [role=alert]"))
+    assert "Finished" in tab.text("#status"), tab.text("#status")
+
+
+def test_a_prompt_becomes_pictures_and_a_report(app):
+    url, _ = app
+    with Tab(url) as tab:
+        small(tab, "two red <b>stars</b>")
+        tab.run()
+        tab.wait(lambda: tab.all("#scores figure img"))  # previews, while it runs
+        finished(tab)
+        first = tab.all("#scores section")[0]
+        assert len(first.find_elements(By.CSS_SELECTOR, "figure")) == 4
+        assert re.search(r"Step \d of 8 · ESS [\d.]+ of 4", first.text)
+        tab.wait(lambda: all(_drawn(tab, "#scores img")))
+        tab.wait(lambda: all(_drawn(tab, "#pictures img")))
+        assert len(tab.all("#pictures figure")) == 4
+        tab.shoot("app.png")
+        foreign = [a for a in tab.addresses() if not a.startswith((url, "data:", "blob:"))]
+        assert foreign == []
+        picture = tab.find("#pictures figure a").get_attribute("href")
+        with urllib.request.urlopen(picture) as answer:
+            assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
+        if report := tab.all("#pictures .tilt-report"):
+            report[0].click()
+            tab.wait(lambda: len(tab.driver.window_handles) == 2)
+            tab.driver.switch_to.window(tab.driver.window_handles[-1])
+            tab.wait(lambda: "two red <b>stars</b>" in tab.text("body"))
+
+
+def _drawn(tab, selector):
+    script = "return [...document.querySelectorAll(arguments[0])].map(i => i.naturalWidth > 0)"
+    return tab.driver.execute_script(script, selector) or [False]
+
+
+def test_only_its_own_folder_is_served(app):
+    url, _ = app
+    for path in ("/etc/passwd", str(ROOT / "pyproject.toml"), "/tmp"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{url}gradio_api/file={path}")
+        assert refused.value.code in (403, 404)
+        refused.value.close()
+
+
+def test_stop_stops_and_two_people_do_not_mix(app):
+    url, _ = app
+    with Tab(url) as first, Tab(url) as second:
+        small(first, "a circle", steps=1000)
+        small(second, "a star")
+        first.run()
+        first.wait(lambda: "of 1000" in first.text("#status"))
+        second.run()
+        second.wait(lambda: "Waiting: one run comes first" in second.text("#status"))
+        second.find("#stop").click()
+        second.wait(lambda: "Stopped before its first step" in second.text("#status"))
+        assert "of 1000" in first.text("#status")
+        second.run()
+        second.wait(lambda: "Waiting" in second.text("#status"))
+        first.find("#stop").click()
+        first.wait(lambda: re.search(r"Stopped at step \d+ of 1000", first.text("#status")))
+        finished(second)
+        assert not first.all("#pictures img")
+        first.wait(lambda: first.find("#run").is_enabled())
+        first.type("steps", 8)
+        first.run()  # and it is not broken by having been stopped
+        finished(first)
+
+
+def test_a_closed_tab_stops_its_run(app):
+    url, log = app
+    with Tab(url) as gone:
+        small(gone, "a circle", steps=1000)
+        gone.run()
+        gone.wait(lambda: "of 1000" in gone.text("#status"))
+        before = log.read_text().count("A run was stopped")
+    with Tab(url) as tab:
+        tab.wait(lambda: log.read_text().count("A run was stopped") == before + 1)
+        small(tab, "a star")
+        tab.run()
+        finished(tab)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("prompt", "", "The prompt is empty"),
+        ("particles", 10_000, "Particles is 10000: give a whole number from 1 to 64"),
+        ("model", "tiny-sd33", "did you mean tiny-sd3"),
+        ("model", "nobody/has-this", "give a folder that holds it"),
+        ("reward", "clip", "give a folder"),
+        ("reward", "jpg", "did you mean 'jpeg'"),
+        ("reward", "<img src=x>", "<img"),
+        ("lora", "/nowhere/lora", "there is no /nowhere/lora"),
+    ],
+)
+def test_bad_input_is_answered_by_a_sentence(app, tabs, field, value, said):
+    tabs.driver.refresh()  # another session, in the browser that is there
+    tabs.wait(lambda: tabs.find("#run"))
+    small(tabs, "a star")
+    tabs.type(field, value)
+    tabs.run()
+    tabs.wait(lambda: tabs.all("#status [role=alert]"))
+    assert said.lower() in tabs.text("#status").lower()
+    assert not tabs.all("#status img")
+
+
+@pytest.fixture(scope="module")
+def tabs(app):
+    with Tab(app[0]) as tab:
+        yield tab
+
+
+def test_the_builder_writes_the_reward(app):
+    with Tab(app[0]) as tab:
+        tab.open("Build a reward")
+        for name in ("clip", "jpeg"):
+            box = f"//*[@id='chosen']//label[contains(., '{name}:')]//input"
+            tab.wait(lambda box=box: not tab.driver.find_element(By.XPATH, box).click())
+        value = "return document.querySelector('#reward textarea, #reward input').value"
+        spec = lambda: tab.driver.execute_script(value)  # noqa: E731
+        tab.wait(lambda: spec() == "clip(tiny) + jpeg")
+        tab.type("weight-jpeg", 0.01)
+        tab.wait(lambda: spec() == "clip(tiny) + 0.01*jpeg")
+
+
+@pytest.mark.skipif(not SHOTS, reason="looked at by people: TILT_SCREENSHOTS=FOLDER writes them")
+@pytest.mark.parametrize(("width", "dark"), [(1200, True), (390, True), (390, False)])
+def test_screenshots_of_phones_and_the_dark(app, width, dark):
+    with Tab(app[0], width, 844, dark) as tab:
+        small(tab, 'the word "CRAB"', steps=12)
+        tab.type("reward", "ocr")
+        tab.run()
+        tab.wait(lambda: tab.all("#scores figure img"))
+        kind = f"{'phone' if width < 600 else 'desktop'}-{'dark' if dark else 'light'}"
+        tab.shoot(f"app-{kind}-running.png")
+        finished(tab)
+        overflow = "return document.documentElement.scrollWidth - window.innerWidth"
+        assert tab.driver.execute_script(overflow) <= 0
+        tab.wait(lambda: all(_drawn(tab, "#pictures img")))
+        tab.shoot(f"app-{kind}.png")
