@@ -13,7 +13,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
 import rewards
-from scripts import app_run, app_view
+from scripts import app_form, app_view
 from scripts.app_run import Desk, Done, Ended, Event, Loading, Waiting
 from steering import FeynmanKac, tiny
 from steering.lineage import Moment
@@ -27,7 +27,7 @@ THEME = gr.themes.Default(  # its fonts come with Gradio or the system: no netwo
 )  # fmt: skip
 HEAD = """<h1>Tilt</h1><p>Several pictures are drawn at once. At each score those that the reward
 likes have children, the others end.</p>"""
-FIRST_PROMPT = "a purple star left of a green circle"
+FIRST_PROMPT = "a red circle above a blue square"
 
 
 def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: int) -> Any:
@@ -39,16 +39,15 @@ def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: in
         gr.HTML(HEAD, elem_classes="tilt-head")
         with gr.Row():
             with gr.Column(min_width=320):
-                form, run, stop = _form(model, lora, reward, most)
+                form, run, stop, status = _form(model, lora, reward, most)
             with gr.Column(min_width=320, scale=2):
-                status = gr.HTML(elem_classes="tilt-status", elem_id="status")
                 pictures = gr.HTML(elem_id="pictures")
                 scores = gr.HTML(elem_classes="tilt-scores", elem_id="scores")
     names = list(form)
 
     def on_run(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         try:
-            wish = app_run.parse(dict(zip(names, values, strict=True)), most, trusted=reward)
+            wish = app_form.parse(dict(zip(names, values, strict=True)), most, trusted=reward)
         except ValueError as error:
             yield {status: app_view.message(str(error), "refused")}
             return
@@ -128,16 +127,23 @@ def _progress(moment: Moment) -> str:
     return app_view.progress(what, done, total)
 
 
-def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[Any, Any, Any]:
-    """The inputs by their names in `app_run.parse`, and the two buttons."""
+def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[Any, ...]:
+    """The inputs by their names in `app_form.parse`, the two buttons, and the line of progress."""
     form = {
-        "prompt": gr.Textbox(FIRST_PROMPT, label="Prompt", lines=1, max_lines=4, elem_id="prompt")
+        "prompt": gr.Textbox(
+            FIRST_PROMPT,
+            label="Prompt",
+            lines=1,
+            max_lines=4,
+            elem_id="prompt",
+            max_length=2000,
+        )
     }
-    form["prompt"].max_length = 2000
     with gr.Row():
         run = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
         stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=120)
-    first = reward or app_run.default_reward(model)
+    status = gr.HTML(elem_classes="tilt-status", elem_id="status")
+    first = reward or app_form.default_reward(model)
     form["reward"] = gr.Textbox(
         first, label="Reward", elem_id="reward", info="a sum such as clip + 0.5*ocr(mode=strict)"
     )
@@ -158,7 +164,7 @@ def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[
     with gr.Accordion("Filter", open=False):
         form |= _filter(most)
     _join(form["reward"], form["model"], chosen, weights)
-    return form, run, stop
+    return form, run, stop, status
 
 
 def _filter(most: int) -> dict[str, Any]:
@@ -172,7 +178,9 @@ def _filter(most: int) -> dict[str, Any]:
         "potential": gr.Dropdown(
             [*POTENTIALS], value=default.potential, label="Potential", info="what a score weighs by"
         ),
-        "num_scores": _number("Scores", default.num_scores, "on the way, besides the last one"),
+        "num_scores": _number(
+            "Scores", default.num_scores, "on the way, besides the last one", "num_scores"
+        ),
         "min_ess": _number(
             "Least ESS", default.min_ess,
             "resample below this share of the particles; 0 never does: best of k",
@@ -204,7 +212,7 @@ def _join(reward: Any, model: Any, chosen: Any, weights: dict[str, Any]) -> None
     def write(picked: list[str], model: str, *numbers: float | None) -> Any:
         given = dict(zip(names, numbers, strict=True))
         try:
-            return app_run.spec_of({name: given[name] for name in picked}, model)
+            return app_form.spec_of({name: given[name] for name in picked}, model)
         except ValueError:  # a weight that is being typed
             return gr.skip()
 
@@ -219,4 +227,4 @@ def _join(reward: Any, model: Any, chosen: Any, weights: dict[str, Any]) -> None
     chosen.change(show, chosen, [*weights.values()], **quiet)
     parts = [chosen, model, *weights.values()]
     gr.on([part.input for part in [chosen, *weights.values()]], write, parts, reward, **quiet)
-    model.change(app_run.default_reward, model, reward, **quiet)
+    model.change(app_form.default_reward, model, reward, **quiet)

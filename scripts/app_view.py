@@ -21,21 +21,24 @@ __all__ = ["CSS", "file_link", "message", "pictures", "progress", "score"]
 
 # the page's own variables: they follow light and dark
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: auto; }
+.gradio-container { max-width: 1200px !important; margin: auto; width: 100%; }
 .tilt-head h1 { font-size: 1.5rem; font-weight: 600; margin: 0.5rem 0 0; }
 .tilt-head p, .tilt-note { color: var(--body-text-color-subdued); margin: 0.2rem 0; }
 .tilt-status { min-height: 2.6rem; }
-.tilt-status progress { width: 100%; height: 0.5rem; accent-color: var(--color-accent); }
+.tilt-status progress { width: 100%; height: 0.5rem; appearance: none; border: 0; }
+.tilt-status progress, .tilt-status progress::-webkit-progress-bar { background: var(--border-color-primary); }
+.tilt-status progress::-webkit-progress-value { background: var(--color-accent); }
+.tilt-status progress::-moz-progress-bar { background: var(--color-accent); }
 .tilt-refused { border-left: 4px solid #d0453b; padding: 0.4rem 0.8rem; }
 .tilt-stopped { border-left: 4px solid var(--border-color-accent); padding: 0.4rem 0.8rem; }
 .tilt-scores .prose, .tilt-scores { display: flex; flex-direction: column-reverse; }
-.tilt-score { margin: 0.4rem 0 0.9rem; }
+.tilt-score { margin: 0 !important; padding-bottom: 0.9rem; }
 .tilt-tiles { display: grid; gap: 0.5rem; grid-template-columns: repeat(auto-fill, minmax(5.6rem, 1fr)); }
 .tilt-tiles.large { gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
 .tilt-tiles figure { margin: 0; font-size: 0.75rem; line-height: 1.35; }
 .tilt-tiles img { width: 100%; margin: 0; display: block; border-radius: 4px; }
 .tilt-tiles img.small { image-rendering: pixelated; }
-.tilt-tiles a { display: block; line-height: 0; }
+.tilt-tiles a, .tilt-tiles a:hover { display: block; padding: 0 !important; background: none; }
 .tilt-tiles figcaption { color: var(--body-text-color-subdued); padding-top: 2px; }
 .tilt-tiles b { color: var(--body-text-color); }
 .tilt-tiles .bar { height: 4px; margin-top: 3px; background: var(--border-color-primary); }
@@ -95,14 +98,12 @@ def pictures(done: Done, link: Callable[[Path], str], seconds: float) -> str:
     count, best = len(done.pictures), done.pictures[0].reward
     head = f"{count} pictures in {seconds:.0f} s" if count > 1 else f"1 picture in {seconds:.0f} s"
     said = f"{head} · best reward {best:.3g} · log Ẑ {done.log_z:.3g}"
-    report = ""
-    if done.report is not None:
-        report = f" · {_link(link(done.report), 'Open the report', 'tilt-report')}"
+    report = _link(link(done.report), "Open the report", "tilt-report")
     tiles = [
         _returned(picture, link(picture.file), i == 0) for i, picture in enumerate(done.pictures)
     ]
     return (
-        f'<section><div class="tilt-note">{said}{report}</div>'
+        f'<section><div class="tilt-note">{said} {report}</div>'
         f'<div class="tilt-tiles large">{"".join(tiles)}</div></section>'
     )
 

@@ -1,9 +1,11 @@
 """The app without its page: what a form may ask for, who waits for whom, and what a run tells."""
 
-import argparse
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
 import contextlib
 import dataclasses
 import re
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import app, app_run, app_view
+from scripts import app, app_form, app_run, app_view
 from scripts.app_run import Desk, Done, Ended, Picture, Studio, Waiting
 from steering import loading, steer
 from steering.lineage import Moment, Score
@@ -33,7 +35,7 @@ FORM = {
 
 
 def parse(**changed):
-    return app_run.parse(FORM | changed, 64)
+    return app_form.parse(FORM | changed, 64)
 
 
 def test_a_form_becomes_a_wish():
@@ -46,7 +48,7 @@ def test_a_form_becomes_a_wish():
 
 def test_what_is_left_empty_is_the_models_own():
     own = parse(steps="")
-    assert own.call == app_run.tiny.call_defaults("tiny-sd3")
+    assert own.call == app_form.tiny.call_defaults("tiny-sd3")
     assert parse(reward=" ").reward == "clip(tiny)"
 
 
@@ -94,9 +96,9 @@ def test_refused_in_one_sentence(changed, said):
 
 
 def test_only_the_command_line_may_import_a_reward():
-    assert app_run.parse(FORM | {"reward": "math:sqrt"}, 64, trusted="math:sqrt").reward
+    assert app_form.parse(FORM | {"reward": "math:sqrt"}, 64, trusted="math:sqrt").reward
     with pytest.raises(ValueError, match="--reward"):
-        app_run.parse(FORM | {"reward": "math:log"}, 64, trusted="math:sqrt")
+        app_form.parse(FORM | {"reward": "math:log"}, 64, trusted="math:sqrt")
 
 
 @pytest.mark.parametrize(
@@ -108,12 +110,12 @@ def test_only_the_command_line_may_import_a_reward():
     ],
 )
 def test_the_builder_writes_a_spec(weights, model, spec):
-    assert app_run.spec_of(weights, model) == spec
+    assert app_form.spec_of(weights, model) == spec
 
 
 def test_a_weight_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="weight is empty"):
-        app_run.spec_of({"clip": None}, "tiny-sd")  # type: ignore[dict-item]
+        app_form.spec_of({"clip": None}, "tiny-sd")
 
 
 class Work:
@@ -135,7 +137,7 @@ class Work:
                 raise ValueError("no such\n thing")
             if wish.prompt == "broken":
                 raise RuntimeError("CUDA is on fire")
-            emit(Done((), 0.0, None))
+            emit(Done((), 0.0, Path("report.html")))
         finally:
             self.at_once.release()
 
@@ -255,6 +257,7 @@ def test_a_run_gives_what_steer_gives_and_keeps_the_model(model, tmp_path, monke
         assert picture.particle == index
         with Image.open(picture.file) as image:
             assert image.tobytes() == same.images[0][index].tobytes()
+    assert "a cat" in done.report.read_text(encoding="utf-8")
     assert sum(picture.weight for picture in done.pictures) == pytest.approx(1)
 
     monkeypatch.setattr("steering.loading.load_pipeline", None)  # not needed again
@@ -288,6 +291,8 @@ def test_old_runs_are_deleted(tmp_path, monkeypatch):
         ({"reward": "jpg"}, "did you mean 'jpeg'"),
         ({"reward": "clip"}, "give a folder"),
         ({"reward": "ocr"}, "a cat"),
+        ({"reward": "dino(tiny)"}, "reference"),
+        ({"reward": "critic"}, "critic"),
         ({"model": "nobody/has-this"}, "give a folder that holds it"),
         ({"lora": "nobody/has-this"}, "the LoRA nobody/has-this"),
         ({"lora": "/nowhere/lora"}, "there is no /nowhere/lora"),
@@ -359,20 +364,7 @@ def test_the_command_line_is_refused_in_one_sentence(arguments, said, capsys):
 
 
 def test_without_gradio_the_app_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "gradio", None)
-    monkeypatch.delitem(__import__("sys").modules, "scripts.app_page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "scripts.app_page", raising=False)
     assert app.main([]) == 2
     assert "pip install 'tilt-diffusion[app]'" in capsys.readouterr().err
-
-
-def test_a_page_is_built_and_a_taken_port_is_refused(tmp_path):
-    pytest.importorskip("gradio")
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        args = argparse.Namespace(**vars(app.parser().parse_args(["--port", str(port)])))
-        with pytest.raises(ValueError, match=f"port {port}.*another --port"):
-            app.launch(args, Path(tmp_path))

@@ -3,6 +3,8 @@
 With TILT_SCREENSHOTS=FOLDER, what the browser shows is written there; docs/app.png is one of them.
 """
 
+# pyright: reportMissingImports=false
+
 import base64
 import json
 import os
@@ -114,7 +116,7 @@ class Tab:
     def open(self, *titles):
         for title in titles:
             button = f"//button[contains(., '{title}')]"
-            self.driver.find_element(By.XPATH, button).click()
+            self.wait(lambda path=button: not self.driver.find_element(By.XPATH, path).click())
 
     def type(self, label, value):
         # the inside of an accordion is made when it is opened
@@ -172,22 +174,32 @@ def test_a_prompt_becomes_pictures_and_a_report(app):
         tab.wait(lambda: all(_drawn(tab, "#scores img")))
         tab.wait(lambda: all(_drawn(tab, "#pictures img")))
         assert len(tab.all("#pictures figure")) == 4
-        tab.shoot("app.png")
         foreign = [a for a in tab.addresses() if not a.startswith((url, "data:", "blob:"))]
         assert foreign == []
         picture = tab.find("#pictures figure a").get_attribute("href")
         with urllib.request.urlopen(picture) as answer:
             assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
-        if report := tab.all("#pictures .tilt-report"):
-            report[0].click()
-            tab.wait(lambda: len(tab.driver.window_handles) == 2)
-            tab.driver.switch_to.window(tab.driver.window_handles[-1])
-            tab.wait(lambda: "two red <b>stars</b>" in tab.text("body"))
+        tab.find("#pictures .tilt-report").click()
+        tab.wait(lambda: len(tab.driver.window_handles) == 2)
+        tab.driver.switch_to.window(tab.driver.window_handles[-1])
+        tab.wait(lambda: "two red <b>stars</b>" in tab.text("body"))
+        assert _drawn(tab, "img") == [True] * len(tab.all("img"))
 
 
 def _drawn(tab, selector):
     script = "return [...document.querySelectorAll(arguments[0])].map(i => i.naturalWidth > 0)"
     return tab.driver.execute_script(script, selector) or [False]
+
+
+def test_a_taken_port_is_refused_in_one_sentence(app):
+    port = app[0].rpartition(":")[2].strip("/")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "scripts/app.py", "--port", port]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 2
+    assert re.search(f"app.py: cannot listen at .* port {port} .* try another --port", done.stderr)
 
 
 def test_only_its_own_folder_is_served(app):
@@ -281,17 +293,26 @@ def test_the_builder_writes_the_reward(app):
 
 
 @pytest.mark.skipif(not SHOTS, reason="looked at by people: TILT_SCREENSHOTS=FOLDER writes them")
-@pytest.mark.parametrize(("width", "dark"), [(1200, True), (390, True), (390, False)])
-def test_screenshots_of_phones_and_the_dark(app, width, dark):
+@pytest.mark.parametrize(
+    ("name", "width", "dark"),
+    [
+        ("app", 1200, False),
+        ("app-dark", 1200, True),
+        ("app-phone", 390, False),
+        ("app-phone-dark", 390, True),
+    ],
+)
+def test_screenshots(app, name, width, dark):
     with Tab(app[0], width, 844, dark) as tab:
-        small(tab, 'the word "CRAB"', steps=12)
-        tab.type("reward", "ocr")
+        tab.open("Filter")
+        tab.type("num_scores", 4)
+        if width < 600:
+            tab.open("Filter")
         tab.run()
         tab.wait(lambda: tab.all("#scores figure img"))
-        kind = f"{'phone' if width < 600 else 'desktop'}-{'dark' if dark else 'light'}"
-        tab.shoot(f"app-{kind}-running.png")
+        tab.shoot(f"{name}-running.png")
         finished(tab)
         overflow = "return document.documentElement.scrollWidth - window.innerWidth"
         assert tab.driver.execute_script(overflow) <= 0
         tab.wait(lambda: all(_drawn(tab, "#pictures img")))
-        tab.shoot(f"app-{kind}.png")
+        tab.shoot(f"{name}.png")

@@ -1,0 +1,132 @@
+"""The app's form: raw values of its fields -> a wish that can be drawn, or one sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rewards.spec import Call, Term, format_terms
+from rewards.spec import parse as parse_spec
+from steering import FeynmanKac, loading, tiny
+from steering.observer import needs_scores
+from steering.prompts import Prompt
+from steering.settings import scored_steps
+
+__all__ = ["Wish", "default_reward", "parse", "spec_of"]
+
+MOST_STEPS = 1000  # what the schedulers were trained with
+EMBEDDED_REWARDS = ("aesthetic", "clip", "dino")  # those that have a tiny form
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """One run, checked as far as that goes without loading anything."""
+
+    prompt: str
+    model: str
+    lora: str | None
+    reward: str
+    particles: int
+    seed: int
+    call: dict[str, Any]  # keywords of the pipeline's call
+    settings: FeynmanKac
+
+
+def default_reward(model: str) -> str:
+    return spec_of({"clip": 1.0}, model)
+
+
+def spec_of(weights: Mapping[str, float | None], model: str) -> str:
+    """The spec of some built-in rewards and their weights, tiny ones for an embedded model."""
+    terms = []
+    for name, weight in weights.items():
+        small = model in tiny.NAMES and name in EMBEDDED_REWARDS
+        terms.append(Term(Call(name, ("tiny",) if small else ()), _number("weight", weight)))
+    return format_terms(tuple(terms))
+
+
+def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wish:
+    """The wish of a form's raw values; ValueError for what cannot be, in one sentence.
+
+    most: particles. trusted: the one spec that may import code, that of the command line; pages
+    are open to whoever reaches them.
+    """
+    prompt = Prompt(_text(form, "prompt")).text
+    if not prompt:
+        raise ValueError("the prompt is empty: write what to draw")
+    model = _text(form, "model")
+    if not model:
+        raise ValueError(f"the model is empty: try {tiny.NAMES[0]}, or name a folder or a hub id")
+    loading.check_name(model)
+    reward = _text(form, "reward") or default_reward(model)
+    if reward != trusted:
+        _refuse_imports(parse_spec(reward))
+    particles = _whole("particles", form["particles"], 1, most)
+    call = tiny.call_defaults(model) if model in tiny.NAMES else {}
+    if steps := _text(form, "steps"):
+        call["num_inference_steps"] = _whole("steps", _read(steps), 1, MOST_STEPS)
+    if guidance := _text(form, "guidance"):
+        call["guidance_scale"] = _number("guidance", _read(guidance))
+    settings = FeynmanKac(
+        reward_scale=_number("λ", form["reward_scale"]),
+        potential=_text(form, "potential"),
+        min_ess=_number("the least ESS", form["min_ess"]),
+        num_scores=_whole("the number of scores", form["num_scores"], 1, MOST_STEPS),
+    )
+    if "num_inference_steps" in call and needs_scores(settings, particles):
+        scored_steps(call["num_inference_steps"], settings)
+    return Wish(
+        prompt=prompt,
+        model=model,
+        lora=_text(form, "lora") or None,
+        reward=reward,
+        particles=particles,
+        seed=_whole("seed", form["seed"], 0, 2**53),
+        call=call,
+        settings=settings,
+    )
+
+
+def _refuse_imports(terms: Sequence[Term]) -> None:
+    for term in terms:
+        if ":" in term.call.name:
+            raise ValueError(
+                f"the reward {term.call.name} would import code, which the page does not do: "
+                "start the app with --reward to use it"
+            )
+        for inner in term.call.sums:
+            _refuse_imports(inner)
+
+
+def _text(form: Mapping[str, Any], name: str) -> str:
+    value = form.get(name)
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name} is {value!r:.80}: write text")
+    return (value or "").strip()
+
+
+def _read(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # to be refused as it is
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise ValueError(f"{name} is {_shown(value)}: give a finite number")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, int | float) and low <= value <= high and value == int(value):
+        return int(value)
+    raise ValueError(f"{name} is {_shown(value)}: give a whole number from {low} to {high}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "empty" if value is None else f"{value!r:.80}"
