@@ -35,7 +35,7 @@ def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: in
 
     A reward given here may import code, one typed into the page may not.
     """
-    with gr.Blocks(title="Tilt", analytics_enabled=False) as page:
+    with gr.Blocks(title="Tilt", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(HEAD, elem_classes="tilt-head")
         with gr.Row():
             with gr.Column(min_width=320):
@@ -107,6 +107,7 @@ def _shown(events: Iterator[Event | None]) -> Iterator[dict[str, str]]:
             shown = {"status": _progress(event)}
             if event.score is not None:
                 # only ever longer: Gradio then sends what is new
+                scores = scores or app_view.LEGEND
                 scores += app_view.score(event.score, event.num_steps, before)
                 before, shown["scores"] = event.score, scores
             yield shown

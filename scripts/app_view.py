@@ -17,7 +17,7 @@ from scripts.app_run import Done, Picture
 from steering.lineage import Score
 from steering.weights import normalize
 
-__all__ = ["CSS", "file_link", "message", "pictures", "progress", "score"]
+__all__ = ["CSS", "LEGEND", "file_link", "message", "pictures", "progress", "score"]
 
 # the page's own variables: they follow light and dark
 CSS = """
@@ -32,8 +32,9 @@ CSS = """
 .tilt-refused { border-left: 4px solid #d0453b; padding: 0.4rem 0.8rem; }
 .tilt-stopped { border-left: 4px solid var(--border-color-accent); padding: 0.4rem 0.8rem; }
 .tilt-scores .prose, .tilt-scores { display: flex; flex-direction: column-reverse; }
+.tilt-legend { order: 1; margin: 0 0 0.6rem !important; font-size: 0.8rem; }
 .tilt-score { margin: 0 !important; padding-bottom: 0.9rem; }
-.tilt-tiles { display: grid; gap: 0.5rem; grid-template-columns: repeat(auto-fill, minmax(5.6rem, 1fr)); }
+.tilt-tiles { display: grid; gap: 0.5rem; grid-template-columns: repeat(auto-fill, minmax(5.2rem, 1fr)); }
 .tilt-tiles.large { gap: 0.8rem; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); }
 .tilt-tiles figure { margin: 0; font-size: 0.75rem; line-height: 1.35; }
 .tilt-tiles img { width: 100%; margin: 0; display: block; border-radius: 4px; }
@@ -47,6 +48,8 @@ CSS = """
 .tilt-tiles .best img { outline: 3px solid var(--color-accent); outline-offset: 1px; }
 .tilt-report { font-weight: 600; }
 """  # noqa: E501
+LEGEND = """<p class="tilt-note tilt-legend">Under each picture: its number ← that of its parent at
+the score below, how many children it gets; its weight, its reward.</p>"""
 
 
 def message(text: str, kind: str) -> str:
