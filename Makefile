@@ -3,15 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 DEV := .venv/.dev
+APP := .venv/.app
+BROWSER := .venv/.browser
 DEMO_OUT ?= out/demo
 DEMO_ARGS ?= --particles 8 --steps 20
 
-.PHONY: help setup demo demo-objects test test-slow lint wheel
+.PHONY: help setup demo demo-objects app test test-slow test-browser lint wheel
 help:
 	@echo "make demo          steered words from the embedded model, in $(DEMO_OUT)/words"
 	@echo "make demo-objects  steered shapes, in $(DEMO_OUT)/objects"
+	@echo "make app           a page to play in, at http://127.0.0.1:7860"
 	@echo "make test          the test suite (CPU, offline)"
 	@echo "make test-slow     the tests that take minutes"
+	@echo "make test-browser  the app in Chromium (needs Debian's chromium-driver)"
 	@echo "make lint          ruff and pyright"
 	@echo "make wheel         build the wheel and check what it contains"
 
@@ -29,6 +33,14 @@ $(DEV): $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+$(APP): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[app]'
+	@touch $@
+
+$(BROWSER): $(DEV)
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	@touch $@
+
 # A second call finds the pictures of the first and says where they are.
 demo: $(READY)
 	$(BIN)/python scripts/steer.py 'the word "CRAB"' 'the word "HIVE" in red' 'the word "SOAP"' 'the word "CAT"' \
@@ -43,6 +55,12 @@ test: $(DEV)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -q -m slow
+
+test-browser: $(BROWSER)
+	$(BIN)/python -m pytest -q -m browser
+
+app: $(APP)
+	$(BIN)/python scripts/app.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .
