@@ -271,7 +271,8 @@ def export(
         file = lora.save(kind, part, learner.bare, out / "lora", main)
     if main:
         _card(out, kind, base, method, about, step)
-        page.write(out)
+        if (out / "log.csv").exists():
+            page.write(out)
     learner.accelerator.wait_for_everyone()
     return file
 

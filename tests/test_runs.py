@@ -22,7 +22,7 @@ ASKED = {"settings": {"particles": 3}, "prompts": [{"text": "a"}]}
 class Result:
     """A Steered as `keep` sees it."""
 
-    def save(self, folder):
+    def save(self, folder, report=True):
         folder.mkdir(parents=True)
         (folder / "picture.png").write_bytes(b"picture")
 

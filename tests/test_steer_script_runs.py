@@ -53,7 +53,7 @@ def test_output_folder_is_complete_and_its_names_are_safe(finished):
     names = [path.name for path in folders(out)]
     assert names == ["0000-a-red-circle", "0001-etc-pass-wd", "0002-a-red-circle"]
     assert {path.name for path in out.iterdir()} == {
-        *names, "manifest.json", "grid.png", "history.png"
+        *names, "manifest.json", "grid.png", "history.png", "report.html"
     }  # fmt: skip
     for folder in folders(out):
         assert len(list((folder / "steered").glob("*.png"))) == 3
@@ -240,10 +240,10 @@ def test_full_disk_keeps_what_is_finished(finished, tmp_path, capsys, monkeypatc
     save, out = Steered.save, tmp_path / "out"
     first = out / "0000-a-red-circle"
 
-    def full(self, folder):
+    def full(self, folder, **more):
         if first.exists():
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, folder)
+        save(self, folder, **more)
 
     monkeypatch.setattr(Steered, "save", full)
     assert script.main([*arguments, "--out", str(out)]) == 2
@@ -281,8 +281,10 @@ def test_one_grid_of_pictures_is_in_memory_at_a_time(finished, tmp_path, monkeyp
         script.runs.report, "comparison", lambda page: [events.append("draw"), comparison(page)][1]
     )
     monkeypatch.setattr(script.runs, "_ROWS_PER_GRID", 2)
-    paths = script.runs.draw(tmp_path, folders(out))
-    assert [path.name for path in paths] == ["grid-2.png", "grid.png", "history.png"]
+    shutil.copytree(out, tmp_path / "run")
+    paths = script.runs.draw(tmp_path / "run", folders(out))
+    names = [path.name for path in paths]
+    assert names == ["grid-2.png", "grid.png", "history.png", "report.html"]
     assert events == ["read", "read", "draw", "read", "draw"]
 
 
