@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import math
 import platform
 from collections.abc import Iterator, Sequence
@@ -116,37 +115,43 @@ def fingerprint(module: torch.nn.Module) -> str:
     module = getattr(module, "_orig_mod", module)  # of what torch.compile() has wrapped
     entries = module.state_dict().items()
     named = [(name, value) for name, value in entries if isinstance(value, Tensor)]
-    samples = [_sample(value) for _, value in named]
-    values = b"".join(_read(samples))
-    digest, start = hashlib.sha256(), 0
+    with torch.no_grad():
+        samples = [_sample(value) for _, value in named]
+    values, digest = _read(samples), hashlib.sha256()
     for (name, value), sample in zip(named, samples, strict=True):
-        end = start + sum(map(len, sample))
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
-        digest.update(values[start:end])
-        start = end
+        for _ in sample:
+            digest.update(next(values))
     return digest.hexdigest()[:16]
 
 
 def _sample(tensor: Tensor) -> list[Tensor]:
-    """Some of the values as bytes, where they lie."""
+    """Some of the values, where they lie."""
     inner = getattr(tensor, "__tensor_flatten__", None)
-    if inner is not None:  # a quantised weight, made of tensors
-        return [part for name in inner()[0] for part in _sample(getattr(tensor, name))]
+    if inner is not None:  # a quantised weight, made of tensors, or one share of a cut one
+        parts = (getattr(tensor, name) for name in inner()[0])
+        return [p for part in parts if isinstance(part, Tensor) for p in _sample(part)]
     if tensor.is_meta:
         return []
     # odd, so that it meets every column of a matrix whose width is a power of two
     stride = -(-tensor.numel() // _SAMPLE) | 1
     if tensor.is_contiguous():
-        return [_as_bytes(tensor.detach().reshape(-1)[::stride])]
+        return [tensor.view(-1)[::stride]]
     which = torch.arange(0, tensor.numel(), stride, device=tensor.device)  # no copy of it all
-    return [_as_bytes(tensor.detach()[torch.unravel_index(which, tensor.shape)])]
+    return [tensor[torch.unravel_index(which, tensor.shape)]]
 
 
-def _read(samples: list[list[Tensor]]) -> Iterator[bytes]:
-    """Their bytes, in order; neighbours on one device come in one copy, as each waits for it."""
+def _read(samples: list[list[Tensor]]) -> Iterator[memoryview]:
+    """The bytes of each part, in order; those of one device and dtype come in one copy."""
     parts = [part for sample in samples for part in sample]
-    for _, together in itertools.groupby(parts, key=lambda part: part.device):
-        yield torch.cat(list(together)).cpu().numpy().tobytes()
+    together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for part in parts:
+        together.setdefault((part.device, part.dtype), []).append(part)
+    read = {key: memoryview(_bytes(torch.cat(same))) for key, same in together.items()}
+    for part in parts:
+        key, size = (part.device, part.dtype), part.numel() * part.element_size()
+        yield read[key][:size]
+        read[key] = read[key][size:]
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
