@@ -4,6 +4,7 @@
     python -m scripts.bench lift             plain, best-of-k and FK on the embedded models
     python -m scripts.bench frontier         reward against network evaluations and seconds
     python -m scripts.bench foresight        what a score in mid-run says of the end
+    python -m scripts.bench explain          what the settings do to one population, as a picture
     python -m scripts.bench speed            what everything costs, to compare with later
     python -m scripts.bench soak             memory over many prompts
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
@@ -30,6 +31,7 @@ COMMANDS = {
     "lift": "lift",
     "frontier": "frontier",
     "foresight": "foresight",
+    "explain": "explain",
     "cost": "cost",
     "speed": "speed",
     "soak": "soak",
