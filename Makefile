@@ -5,10 +5,11 @@ READY := .venv/.ready
 DEV := .venv/.dev
 APP := .venv/.app
 BROWSER := .venv/.browser
+DOCS := .venv/.docs
 DEMO_OUT ?= out/demo
 DEMO_ARGS ?= --particles 8 --steps 20
 
-.PHONY: help setup demo demo-objects app test test-slow test-browser lint wheel
+.PHONY: help setup demo demo-objects app test test-slow test-browser lint wheel docs
 help:
 	@echo "make demo          steered words from the embedded model, in $(DEMO_OUT)/words"
 	@echo "make demo-objects  steered shapes, in $(DEMO_OUT)/objects"
@@ -18,6 +19,7 @@ help:
 	@echo "make test-browser  the app in Chromium (needs Debian's chromium-driver)"
 	@echo "make lint          ruff and pyright"
 	@echo "make wheel         build the wheel and check what it contains"
+	@echo "make docs          the documentation as pages, in site/; broken links are errors"
 
 setup: $(DEV)
 
@@ -35,6 +37,10 @@ $(DEV): $(READY)
 
 $(APP): $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[app]'
+	@touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(BROWSER): $(DEV)
@@ -69,3 +75,6 @@ lint: $(DEV)
 
 wheel: $(DEV)
 	$(BIN)/python -m pytest -q -m slow tests/test_wheel.py
+
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict

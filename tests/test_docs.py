@@ -1,0 +1,220 @@
+"""The README and docs/ say what is there: links, files, commands, options, and code that runs."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import textwrap
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rewards.spec import parse as parse_spec
+from scripts import (
+    app,
+    bench,
+    command,
+    evaluate,
+    rollout,
+    score,
+    steer_options,
+    train_adversarial,
+    train_critic,
+    train_gdro,
+)
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^\n|\A)((?:^    .*\n?)+)", re.MULTILINE)
+SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)")
+FILE = re.compile(
+    r"(?<![\w./-])((?:scripts|tests|steering|rewards|finetune|docs)/[\w./-]+\.(?:py|ya?ml|md|png|json|txt))"
+)
+SETTINGS = {
+    "rollout.py": rollout.Rollout,
+    "train_gdro.py": train_gdro.Train,
+    "train_adversarial.py": train_adversarial.Train,
+    "train_critic.py": train_critic.Train,
+    "evaluate.py": evaluate.Evaluate,
+}
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, code) of each fenced block."""
+    for found in FENCE.finditer(text):
+        yield found[2], textwrap.dedent(found[3])
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def code(text: str) -> Iterator[str]:
+    """Lines of code: of fenced and indented blocks, and what stands between backticks."""
+    whole = [body for language, body in blocks(text) if language in ("bash", "")]
+    whole += [textwrap.dedent(found[1]) for found in INDENTED.finditer(prose(text))]
+    for body in whole:
+        yield from body.replace("\\\n", " ").splitlines()
+    for span in SPAN.findall(prose(text)):
+        yield " ".join(span.split())
+
+
+def words(line: str) -> list[str]:
+    """The first command of a line; none where it is no command, or leaves something out."""
+    try:
+        found = shlex.split(line, comments=True)
+    except ValueError:
+        return []
+    ends = [i for i, word in enumerate(found) if word in ("|", ">", "&&", ";")]
+    found = found[: ends[0]] if ends else found
+    return [] if any(word in ("...", "…") for word in found) else found
+
+
+def commands(name: str) -> list[tuple[str, list[str]]]:
+    """(page, arguments) of each call of a script in scripts/ that has arguments."""
+    found = []
+    for page in PAGES:
+        for line in code(page.read_text(encoding="utf-8")):
+            line = words(line)
+            if f"scripts/{name}" in line:
+                arguments = line[line.index(f"scripts/{name}") + 1 :]
+                if arguments and "--help" not in arguments:
+                    found.append((page.name, arguments))
+    return found
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page: its headings, as Python-Markdown and as GitHub name them."""
+    text, found = prose(page.read_text(encoding="utf-8")), set()
+    for heading in re.findall(r"^#+ +(.+)$", text, re.MULTILINE):
+        plain = heading.replace("`", "").strip().lower()
+        ascii_only = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        found.add(re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_only).strip()))
+        found.add(re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", plain)))
+    return found | set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+
+
+def test_there_are_commands_to_check():
+    assert len(commands("steer.py")) > 10
+    assert all(commands(name) for name in SETTINGS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_pictures_and_anchors_exist(page):
+    for target in LINK.findall(SPAN.sub("", prose(page.read_text(encoding="utf-8")))):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        inside = page.name == "README.md" or file.is_relative_to(ROOT / "docs")
+        assert inside, f"{page.name} links out of docs/, which the built pages cannot: {target}"
+        assert not anchor or anchor in slugs(file), f"{page.name}: no heading for {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    for name in FILE.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_make_targets_exist():
+    made = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for page in PAGES:
+        for line in code(page.read_text(encoding="utf-8")):
+            if re.match(r"make [a-z]", line):
+                targets = [word for word in words(line)[1:] if "=" not in word]
+                assert set(targets) <= set(made), f"{page.name}: {line}"
+
+
+def test_benchmarks_and_their_options_exist(capsys):
+    named: dict[str, set[str]] = {}
+    for page in PAGES:
+        for line in code(page.read_text(encoding="utf-8")):
+            for name, rest in re.findall(r"-m scripts\.bench ([\w-]+)([^|&;]*)", line):
+                assert name in bench.COMMANDS, f"{page.name}: {line}"
+                named.setdefault(name, set()).update(re.findall(r"(?<![\w-])--[a-z-]+", rest))
+    assert len(named) > 10
+    for name, options in named.items():
+        with pytest.raises(SystemExit):
+            bench.main([name, "--help"])
+        known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+        assert options <= known, f"{name} has no {options - known}"
+
+
+def test_command_lines_of_steer_score_and_the_app_are_understood():
+    for page, line in commands("steer.py"):
+        args = steer_options.parse(line)
+        assert args.prompts or args.prompt_file, (page, line)
+        if args.reward:
+            parse_spec(args.reward)
+    for page, line in commands("score.py"):
+        args = score.parser().parse_args(line)
+        assert args.list or args.source, (page, line)
+        if args.reward:
+            parse_spec(args.reward)
+    for _, line in commands("app.py"):
+        app.parser().parse_args(line)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_in_commands_are_known(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for page, line in commands(name):
+        settings = command.settings_of(line, SETTINGS[name], {}, "")
+        assert settings.out, (page, line)
+        if getattr(settings, "reward", None):
+            parse_spec(settings.reward)
+
+
+def test_every_page_is_in_the_navigation_and_what_it_includes_exists():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+    def files(nav) -> list[str]:
+        if isinstance(nav, str):
+            return [nav]
+        inner = nav.values() if isinstance(nav, dict) else nav
+        return [name for part in inner for name in files(part)]
+
+    listed = files(config["nav"])
+    assert sorted(listed) == [page.name for page in PAGES[1:]]
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r'--8<-- "(.+?)"', text):
+            assert (ROOT / name).is_file(), f"{page.name} includes {name}"
+        for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
+            found, parts = None, name.split(".")
+            for i in range(len(parts), 0, -1):
+                try:
+                    found = importlib.import_module(".".join(parts[:i]))
+                except ModuleNotFoundError:
+                    continue
+                break
+            for part in parts[i:]:
+                found = getattr(found, part)
+            assert found.__doc__, name
+
+
+@pytest.mark.parametrize("name", ["quickstart.md", "in-your-app.md"])
+def test_python_on_the_embedded_models_runs(name, tmp_path, monkeypatch):
+    from steering import tiny
+
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    found = [
+        body for language, body in blocks(text) if language == "python" and "--8<--" not in body
+    ]
+    assert found
+    for body in found:  # as it stands, but of fewer steps
+        monkeypatch.setitem(tiny._DEFAULTS["tiny-sd3"], "num_inference_steps", 5)
+        monkeypatch.setitem(tiny._DEFAULTS["tiny-sd"], "num_inference_steps", 5)
+        exec(compile(body, name, "exec"), {})
+    if name == "quickstart.md":
+        assert (tmp_path / "rose.png").exists()
+        assert (tmp_path / "rose" / "report.html").exists()
