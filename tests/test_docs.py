@@ -29,7 +29,7 @@ from scripts import (
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```(?: \{\.)?(\w*)\}?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^\n|\A)((?:^    .*\n?)+)", re.MULTILINE)
 SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)")
@@ -189,7 +189,7 @@ def test_every_page_is_in_the_navigation_and_what_it_includes_exists():
         for name in re.findall(r'--8<-- "(.+?)"', text):
             assert (ROOT / name).is_file(), f"{page.name} includes {name}"
         for name in re.findall(r"^::: (\S+)$", text, re.MULTILINE):
-            found, parts = None, name.split(".")
+            found, parts, i = None, name.split("."), 0
             for i in range(len(parts), 0, -1):
                 try:
                     found = importlib.import_module(".".join(parts[:i]))
