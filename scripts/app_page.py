@@ -130,7 +130,7 @@ def _progress(moment: Moment) -> str:
 
 def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[Any, ...]:
     """The inputs by their names in `app_form.parse`, the two buttons, and the line of progress."""
-    form = {
+    form: dict[str, Any] = {
         "prompt": gr.Textbox(
             FIRST_PROMPT,
             label="Prompt",

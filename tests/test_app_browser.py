@@ -176,7 +176,7 @@ def test_a_prompt_becomes_pictures_and_a_report(app):
         assert len(tab.all("#pictures figure")) == 4
         foreign = [a for a in tab.addresses() if not a.startswith((url, "data:", "blob:"))]
         assert foreign == []
-        picture = tab.find("#pictures figure a").get_attribute("href")
+        picture = tab.find("#pictures figure a").get_attribute("href") or ""
         with urllib.request.urlopen(picture) as answer:
             assert answer.read(8) == b"\x89PNG\r\n\x1a\n"
         tab.find("#pictures .tilt-report").click()
