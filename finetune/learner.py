@@ -77,7 +77,7 @@ class Learner:
         optimizer = _optimizer(list(self.weights.values()), settings)
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.weights = lora.parameters(network)  # FSDP puts shares in their place
-        if accelerator.is_fsdp2:  # what stays whole after a forward would miss a swapped adapter
+        if accelerator.is_fsdp2:  # else what the root holds stays whole after a forward
             network.set_reshard_after_forward(True)
         self.average = lora.Average(self.weights, settings.ema)
 

@@ -19,6 +19,7 @@ def generators(seed: int, prompts: Sequence[str], k: int) -> list[Generator]:
 
 
 def keys(prompts: Sequence[str]) -> list[tuple[str, int]]:
+    """Of each prompt its text and how often that came before: what its noise depends on."""
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:
@@ -28,5 +29,9 @@ def keys(prompts: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def generator(seed: int, key: tuple[str, int], purpose: int | str) -> Generator:
+    """The CPU generator of one prompt's particle (`purpose` its index) or of its resampling.
+
+    key: as `keys` has it. Seeded by a hash of all three, the same on every machine.
+    """
     digest = hashlib.sha256(repr((seed, *key, purpose)).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big"))

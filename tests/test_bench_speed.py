@@ -77,7 +77,7 @@ def small(name):
         }
     else:
         config = dict(model.config) | {
-            "block_out_channels": (8, 16, 16)[: 3 if name == "sdxl" else 2] + (16,) * 0,
+            "block_out_channels": (8, 16, 16) if name == "sdxl" else (8, 16),
             "norm_num_groups": 4,
             "layers_per_block": 1,
         }
