@@ -106,7 +106,9 @@ def test_a_swapped_adapter_is_gathered_again(folder, tmp_path):
     ran(command("train_adversarial.py", *words, f"out={one}"))
     ran(command("train_adversarial.py", *words, f"out={two}", processes=2), **SHARDED)
     for a, b in zip(logged(one), logged(two), strict=True):
-        assert a == pytest.approx(b, abs=1e-4, rel=5e-2)  # pictures have 8 bits
+        # A grey level that rounds the other way changes a JPEG's size, and few pictures are drawn;
+        # an adapter that is not seen makes `moved` 0, which is far beyond this.
+        assert a == pytest.approx(b, abs=1e-4, rel=5e-2)
     assert logged(one)[1]["moved"] > 1e-6
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 
+from ..tiny.models import SD_NOISE
 from .networks import MODELS, decoder_of, network_of, preview_of
 
 __all__ = ["DTYPES", "sized"]
@@ -44,14 +45,7 @@ def sized(
             transformer=network, vae=vae, scheduler=scheduler, **none, **more
         )
     else:
-        scheduler = diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        )
+        scheduler = kinds.DDIMScheduler(**SD_NOISE)
         if name == "sdxl":
             pipe = kinds.StableDiffusionXLPipeline(
                 unet=network,

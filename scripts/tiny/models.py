@@ -34,6 +34,16 @@ _ENTITIES = (*COLOURS, "black", "white", *SHAPES, *(f"{s}s" for s in SHAPES), "c
 _GLUE = ("the", "word", "and", "in", "an", "left", "right", "above", "below", "of")
 _WORDS = (*_ENTITIES, *_GLUE)
 
+# Stable Diffusion's own, and SDXL's
+SD_NOISE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
 
 def tokenizer() -> Any:
     """Known words are tokens; everything else is spelled, one token a character.
@@ -189,15 +199,7 @@ def tiny_sd(autoencoder: Any) -> StableDiffusionPipeline:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        timestep_spacing="leading",
-    )
+    scheduler: Any = DDIMScheduler(**SD_NOISE, timestep_spacing="leading")
     parts: dict[str, Any] = {
         "vae": autoencoder,
         "text_encoder": CLIPTextModel(text_config(128, tok)),
