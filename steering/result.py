@@ -11,9 +11,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Generator, Tensor
 
-from steering import page
 from steering.lineage import Lineage
 from steering.manifest import PER_PROMPT, join, select
+from steering.report import page
 from steering.resampling import multinomial
 from steering.weights import normalize
 

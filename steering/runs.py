@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from steering import page, report
 from steering.manifest import fingerprint
 from steering.prompts import Prompt
+from steering.report import page, pictures
 
 if TYPE_CHECKING:
     from steering.result import Steered
@@ -283,15 +283,15 @@ def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
     Raises ValueError where that fails.
     """
     with _carrying_on(out):
-        traces = [trace for folder in folders for trace in report.traces(folder / "steered")]
-        paths = [_write(report.history(traces), out / "history.png")]
+        traces = [trace for folder in folders for trace in pictures.traces(folder / "steered")]
+        paths = [_write(pictures.history(traces), out / "history.png")]
         # one grid's pictures at a time: a run may hold more than the memory does
         rows = (
-            row for folder in folders for row in report.rows(folder / "steered", folder / "plain")
+            row for folder in folders for row in pictures.rows(folder / "steered", folder / "plain")
         )
         while part := list(itertools.islice(rows, _ROWS_PER_GRID)):
             name = f"grid-{len(paths)}.png" if len(paths) > 1 else "grid.png"
-            paths.append(_write(report.comparison(part), out / name))
+            paths.append(_write(pictures.comparison(part), out / name))
         paths.append(page.write_run(out))
     return sorted(paths)
 

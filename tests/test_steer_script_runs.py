@@ -273,7 +273,7 @@ def test_one_grid_of_pictures_is_in_memory_at_a_time(finished, tmp_path, monkeyp
     """Read by read: a grid is drawn before the next one's pictures are opened."""
     out, _ = finished
     events = []
-    rows, comparison = script.runs.report.rows, script.runs.report.comparison
+    rows, comparison = script.runs.pictures.rows, script.runs.pictures.comparison
     monkeypatch.setattr(
         script.runs.report, "rows", lambda *args: [events.append("read"), rows(*args)][1]
     )

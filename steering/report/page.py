@@ -16,9 +16,9 @@ from typing import Any
 
 from PIL import Image
 
-from steering import genealogy, markup, recipe
-from steering.markup import escape, link, number, text
-from steering.thumbnails import Budget, sprite
+from steering.report import genealogy, markup, recipe
+from steering.report.markup import escape, link, number, text
+from steering.report.thumbnails import Budget, sprite
 
 __all__ = ["write", "write_run"]
 

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 import steering
-from steering import FeynmanKac, genealogy, markup, page, thumbnails
+from steering import FeynmanKac
 from steering.filter import close, final_log_z, resample, start, weigh
 from steering.lineage import Lineage, Score
+from steering.report import genealogy, markup, page, thumbnails
 
 VOID = {"meta", "img", "br", "path", "circle", "link", "hr"}
 NASTY = [

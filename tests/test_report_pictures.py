@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from steering import report
-from steering.report import Row, Trace
+from steering.report import pictures
+from steering.report.pictures import Row, Trace
 
 RED = (214, 39, 40)  # the outline of the best
 
@@ -34,14 +34,14 @@ def columns_of(picture: Image.Image, colour: tuple[int, int, int]) -> np.ndarray
 
 
 def test_order_is_plain_best_of_k_steered():
-    picture = report.comparison([row()])
+    picture = pictures.comparison([row()])
     places = [columns_of(picture, (v, v, 255)).mean() for v in (200, 220, 5, 15, 25, 35)]
     assert places == sorted(places)
 
 
 def test_the_best_steered_image_alone_is_outlined():
     for best in (0, 3):
-        picture = report.comparison([row(best=best)])
+        picture = pictures.comparison([row(best=best)])
         red = columns_of(picture, RED)
         inside = columns_of(picture, (10 * best + 5, 10 * best + 5, 255))
         assert len(red) > 400
@@ -56,15 +56,17 @@ def label_of(picture: Image.Image) -> np.ndarray:
 
 
 def test_the_column_of_the_prompts_is_as_wide_as_they_are():
-    short, longer = (report.comparison([row(compare=False, prompt=p)]) for p in ("x", "x" * 20))
+    short, longer = (pictures.comparison([row(compare=False, prompt=p)]) for p in ("x", "x" * 20))
     assert label_of(short).shape[1] < 60 < label_of(longer).shape[1]
-    both = report.comparison([row(compare=False, prompt=p) for p in ("x", "x" * 20)])
+    both = pictures.comparison([row(compare=False, prompt=p) for p in ("x", "x" * 20)])
     assert both.width == longer.width
 
 
 @pytest.mark.parametrize("prompt", ["W" * 500, "a word and " * 99, "ﷺ" * 40])
 def test_no_prompt_is_written_over_the_pictures_or_the_next_row(prompt):
-    picture = report.comparison([row(prompt=prompt, compare=False), row(prompt="x", compare=False)])
+    picture = pictures.comparison(
+        [row(prompt=prompt, compare=False), row(prompt="x", compare=False)]
+    )
     assert label_of(picture).shape[1] < 240
     between = np.asarray(picture)[24 + 128 + 18 : 24 + 128 + 26, :240]
     assert (between == 255).all()
@@ -74,7 +76,7 @@ def test_no_prompt_is_written_over_the_pictures_or_the_next_row(prompt):
 
 def test_accents_and_greek_are_written_and_what_the_font_lacks_is_boxes():
     def drawn(prompt):
-        return label_of(report.comparison([row(compare=False, prompt=prompt)])).tobytes()
+        return label_of(pictures.comparison([row(compare=False, prompt=prompt)])).tobytes()
 
     assert len({drawn(letter) for letter in "eéèλσñ猫"}) == 7
     assert drawn("猫") == drawn("狗")
@@ -83,30 +85,34 @@ def test_accents_and_greek_are_written_and_what_the_font_lacks_is_boxes():
 def test_small_pictures_are_enlarged_pixel_by_pixel_and_large_ones_smoothed():
     checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     small = Image.fromarray(checks)
-    page = np.asarray(report.comparison([Row(prompt="x", steered=[small, small], rewards=[1, 0])]))
+    page = np.asarray(
+        pictures.comparison([Row(prompt="x", steered=[small, small], rewards=[1, 0])])
+    )
     enlarged = np.kron(checks, np.ones((2, 2), np.uint8))
     assert np.array_equal(page[24:152, -136:-8, 0], enlarged)
     large = Image.fromarray(np.tile(checks, (8, 8)))
-    page = np.asarray(report.comparison([Row(prompt="x", steered=[large, large], rewards=[1, 0])]))
+    page = np.asarray(
+        pictures.comparison([Row(prompt="x", steered=[large, large], rewards=[1, 0])])
+    )
     inner = page[44:260, -244:-28, 0].astype(float)
     assert np.abs(inner - 127.5).max() < 20  # grey, not one of the two
 
 
 def test_two_thousand_pictures_are_no_trouble():
     many = [row(k=64, prompt=f"p{i}") for i in range(30)]
-    picture = report.comparison(many, side=32)
+    picture = pictures.comparison(many, side=32)
     assert picture.height == 24 + 30 * 8 * (32 + 18 + 8)
     assert len(columns_of(picture, RED)) > 30 * 300  # one outline a prompt
 
 
 def test_without_a_comparison_there_is_no_empty_column():
-    alone = report.comparison([row(compare=False)])
-    assert alone.width < report.comparison([row()]).width - 200
+    alone = pictures.comparison([row(compare=False)])
+    assert alone.width < pictures.comparison([row()]).width - 200
 
 
 def test_many_particles_wrap_and_every_one_is_shown():
-    picture = report.comparison([row(k=19)])
-    assert picture.width == report.comparison([row(k=8)]).width
+    picture = pictures.comparison([row(k=19)])
+    assert picture.width == pictures.comparison([row(k=8)]).width
     for i in range(19):
         assert len(columns_of(picture, (10 * i + 5, 10 * i + 5, 255))) > 64 * 64
 
@@ -114,7 +120,7 @@ def test_many_particles_wrap_and_every_one_is_shown():
 @pytest.mark.parametrize("size", [(64, 32), (512, 512), (300, 700)])
 def test_any_shape_of_image_keeps_its_proportions(size):
     images = [plain_image(100, size)]
-    picture = report.comparison([Row(prompt="x", steered=images, rewards=[1.0])])
+    picture = pictures.comparison([Row(prompt="x", steered=images, rewards=[1.0])])
     ys, xs = np.nonzero((np.asarray(picture) == (100, 100, 255)).all(axis=2))
     ratio = (np.ptp(xs) + 1) / (np.ptp(ys) + 1)
     assert ratio == pytest.approx(size[0] / size[1], rel=0.1)
@@ -127,8 +133,8 @@ def test_any_shape_of_image_keeps_its_proportions(size):
 def test_prompts_are_written_as_typed(prompt):
     """ "$...$" would otherwise be parsed as TeX, and fail."""
     steps = {"steps": [1, 2], "rewards": [[0.0, 1.0], [0.5, 1.0]], "ess": [2.0, 1.5]}
-    report.comparison([row(prompt=prompt), row(prompt=prompt)])
-    report.history([Trace(prompt=prompt, **steps)])
+    pictures.comparison([row(prompt=prompt), row(prompt=prompt)])
+    pictures.history([Trace(prompt=prompt, **steps)])
 
 
 def test_history_takes_a_funnel_and_many_prompts():
@@ -141,15 +147,15 @@ def test_history_takes_a_funnel_and_many_prompts():
         )
         for i in range(25)
     ]
-    assert report.history(traces).size == (800, 600)
+    assert pictures.history(traces).size == (800, 600)
 
 
 def test_nothing_to_draw_is_an_error():
     for rows in ([], [Row(prompt="x", steered=[], rewards=[])]):
         with pytest.raises(ValueError, match="at least one"):
-            report.comparison(rows)
+            pictures.comparison(rows)
     with pytest.raises(ValueError, match="at least one"):
-        report.history([])
+        pictures.history([])
 
 
 def test_rows_and_traces_are_what_was_saved(tmp_path):
@@ -168,8 +174,8 @@ def test_rows_and_traces_are_what_was_saved(tmp_path):
         scores = [{"step": 3, "rewards": [[0.1, 0.4]], "ess": [1.5], "ancestors": [[0, 1]]}]
         (folder / "manifest.json").write_text(json.dumps({"results": results}))
         (folder / "lineage.json").write_text(json.dumps({"num_steps": 9, "scores": scores}))
-    (shown,) = report.rows(tmp_path / "steered", tmp_path / "plain")
-    (trace,) = report.traces(tmp_path / "steered")
+    (shown,) = pictures.rows(tmp_path / "steered", tmp_path / "plain")
+    (trace,) = pictures.traces(tmp_path / "steered")
     assert shown.prompt == "a cat"
     assert (shown.rewards, shown.plain_rewards) == ([0.5, 1.0], [0.2, 0.1])
     assert shown.steered[1].getpixel((0, 0)) == (51, 51, 255)
@@ -177,4 +183,4 @@ def test_rows_and_traces_are_what_was_saved(tmp_path):
     assert trace.rewards == [[0.1, 0.4], [0.5, 1.0]]
     # weights 1/4 and 3/4: 1 / (1/16 + 9/16)
     torch.testing.assert_close(torch.tensor(trace.ess), torch.tensor([1.5, 1.6]))
-    assert report.rows(tmp_path / "steered", tmp_path / "none")[0].plain == ()
+    assert pictures.rows(tmp_path / "steered", tmp_path / "none")[0].plain == ()

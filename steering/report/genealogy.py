@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from steering.charts import Line, chart
-from steering.markup import escape, short
-from steering.thumbnails import Sprite
+from steering.report.charts import Line, chart
+from steering.report.markup import escape, short
+from steering.report.thumbnails import Sprite
 from steering.weights import ess, log_mean_exp, normalize
 
 __all__ = ["ALIVE", "BEST", "DEAD", "Genealogy", "charts", "fates", "picture", "read"]

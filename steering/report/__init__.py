@@ -1,0 +1,1 @@
+"""What shows a run: pictures of it, and one self-contained page with its genealogy."""
