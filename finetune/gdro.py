@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import zero
 from .data import Ahead, Data
 from .groups import draw_groups, target_entropy
 from .learner import Learner, Tuning, add, check_shares, draws
@@ -87,8 +88,9 @@ class Trainer:
         settings: Gdro,
         accelerator: Any,
     ) -> None:
-        # with FSDP a forward pass of one process needs one of all others
-        check_shares(settings.groups, accelerator.num_processes, equal=accelerator.is_fsdp2)
+        # with FSDP a forward pass of one process needs one of all others, with ZeRO a backward one
+        equal = accelerator.is_fsdp2 or zero.is_on(accelerator)
+        check_shares(settings.groups, accelerator.num_processes, equal=equal)
         self.settings, self.noising, self.data = settings, noising, data
         self.learner = Learner(network, family, settings, accelerator)
         self.inputs = Ahead(self._inputs)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora
+from . import lora, zero
 from .models import Family
 
 __all__ = ["Learner", "Tuning", "add", "check_shares", "draws", "load_state", "save_state"]
@@ -75,6 +75,10 @@ class Learner:
         if settings.compile:  # in place: the reference and samples take the compiled one, too
             network.compile(dynamic=False)
         optimizer = _optimizer(list(self.weights.values()), settings)
+        self.zero = zero.is_on(accelerator)
+        if self.zero:
+            count = sum(value.numel() for value in self.weights.values())
+            zero.configure(accelerator, settings.max_grad_norm, count, settings.eight_bit)
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
         self.weights = lora.parameters(network)  # FSDP puts shares in their place
         if accelerator.is_fsdp2:  # else what the root holds stays whole after a forward
@@ -83,7 +87,7 @@ class Learner:
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Begin at an adapter (`lora.read`) that made the data: it is the reference then."""
-        lora.fill(self.weights, weights)
+        self._fill(weights)
         lora.fill(self.average.weights, weights)
         self.anchor = lora.copy(self.weights)
 
@@ -102,6 +106,10 @@ class Learner:
 
         Processes wait for one another at the last part alone, so that they may have unequally many.
         """
+        if self.zero:  # its engine moves the weights within the last part's backward pass
+            self._set_rate()
+            self.accelerator.sync_gradients = last
+            return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.network)
 
     def update(self) -> float:
@@ -110,8 +118,7 @@ class Learner:
         FloatingPointError, and no move, where it is not finite.
         """
         s = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = s.lr * min(1.0, (self.step + 1) / max(s.warmup, 1))
+        self._set_rate()
         found = self.accelerator.clip_grad_norm_(list(self.weights.values()), s.max_grad_norm)
         norm = float(lora.whole({"norm": found})["norm"])
         if not math.isfinite(norm):
@@ -126,6 +133,16 @@ class Learner:
             self.anchor = lora.copy(self.weights)
         return norm
 
+    def _set_rate(self) -> None:
+        s = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.lr * min(1.0, (self.step + 1) / max(s.warmup, 1))
+
+    def _fill(self, weights: dict[str, Tensor]) -> None:
+        lora.fill(self.weights, weights)
+        if self.zero:  # it moves copies, and would write these over the weights
+            self.optimizer.optimizer.refresh_fp32_params()
+
     def reduced(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
         """Sums of this process -> means over `count`, over all processes."""
         values = torch.stack([value.detach().float() for value in sums.values()])
@@ -134,7 +151,10 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a continuation needs, on however many processes; all of them have to ask."""
-        optimizer = self.optimizer.state_dict()
+        if self.zero:
+            optimizer = zero.state(self.optimizer, list(self.weights.values()), self.accelerator)
+        else:
+            optimizer = self.optimizer.state_dict()
         moments = {i: lora.whole(state) for i, state in optimizer["state"].items()}
         return {
             "step": self.step,
@@ -146,11 +166,14 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = int(state["step"])
-        lora.fill(self.weights, state["weights"])
+        self._fill(state["weights"])
         if state["anchor"] is not None:
             self.anchor = lora.copy(self.weights)
             lora.fill(self.anchor, state["anchor"])
         self.average.load_state_dict(state["average"])
+        if self.zero:
+            zero.load_state(self.optimizer, state["optimizer"], self.accelerator)
+            return
         parts = list(self.weights.values())
         moments = {
             i: {k: lora.like(v, parts[i]) if isinstance(v, Tensor) and v.ndim else v for k, v in m}

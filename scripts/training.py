@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import (
+    Accelerator,
+    DeepSpeedPlugin,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -104,11 +110,8 @@ def accelerator_of(settings: Run) -> Accelerator:
     accelerator = Accelerator(log_with=loggers, project_dir=settings.out)
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         _shard(accelerator)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DeepSpeed moves the weights by itself after every part of a step, which is not what "
-            "is trained here; use accelerate launch --config_file scripts/configs/fsdp.yaml"
-        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        _zero(accelerator)
     return accelerator
 
 
@@ -127,6 +130,34 @@ def _shard(accelerator: Accelerator) -> None:
     if plugin is not None and accelerator.is_fsdp2 and plugin.auto_wrap_policy is None:
         # weights that lie in no block stay gathered, and a swapped adapter would not be seen
         raise ValueError("FSDP needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP; set it")
+
+
+def _zero(accelerator: Accelerator) -> None:
+    """DeepSpeed on CPUs too; ValueError for what it would train otherwise than one process does."""
+    state: Any = accelerator.state
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.DEEPSPEED
+        # every AcceleratorState() takes it from there anew
+        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+        state.deepspeed_plugins = DeepSpeedPlugin()
+        state.deepspeed_plugins.set_mixed_precision(state._mixed_precision)
+        state.deepspeed_plugins.select(_from_accelerator_state=True)
+    plugin: Any = state.deepspeed_plugin
+    zero = plugin.deepspeed_config["zero_optimization"]
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ or zero["stage"] != 2:
+        raise ValueError(
+            f"DeepSpeed is asked for ZeRO stage {zero['stage']}, or has a file of its own; only "
+            "stage 2 as scripts/configs/deepspeed.yaml sets it is known to train what one process "
+            "does; for a network that one GPU does not hold take scripts/configs/fsdp.yaml"
+        )
+    if accelerator.mixed_precision != "no":
+        raise ValueError(
+            f"DeepSpeed would turn the adapter's weights to {accelerator.mixed_precision}; set "
+            "mixed_precision: 'no', the frozen network's type is dtype="
+        )
+    offload = zero["offload_optimizer"]["device"]
+    if offload != "none":
+        raise ValueError(f"offload_optimizer_device is {offload!r} but must be 'none'")
 
 
 def watch_of(

@@ -128,20 +128,39 @@ def test_a_full_disk_is_told_in_a_sentence(scored, tmp_path, capsys, monkeypatch
     assert "No space left on device; the last checkpoint is kept" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("kind", "version", "message"),
-    [("FSDP", 1, "set fsdp_version: 2"), ("DEEPSPEED", 0, "fsdp.yaml")],
-)
-def test_ways_to_split_that_would_train_something_else_are_refused(
-    kind, version, message, monkeypatch
-):
-    made = SimpleNamespace(
-        distributed_type=training.DistributedType[kind], is_fsdp2=kind == "FSDP" and version == 2
-    )
-    monkeypatch.setattr(training, "Accelerator", lambda **_: made)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(kind == "FSDP").lower())
+def refused(monkeypatch, message, **made):
+    monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(**made))
     with pytest.raises(ValueError, match=message):
         training.accelerator_of(training.Run())
+
+
+def test_fsdp_1_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    kind = training.DistributedType.FSDP
+    refused(monkeypatch, "set fsdp_version: 2", distributed_type=kind, is_fsdp2=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "precision", "message"),
+    [
+        (3, "none", "no", "stage 3.*fsdp.yaml"),
+        (2, "cpu", "no", "offload_optimizer_device is 'cpu'"),
+        (2, "none", "bf16", "weights to bf16; set mixed_precision: 'no'"),
+    ],
+)
+def test_deepspeed_that_would_train_something_else_is_refused(
+    stage, offload, precision, message, monkeypatch
+):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    config = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}}}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    refused(
+        monkeypatch,
+        message,
+        distributed_type=training.DistributedType.DEEPSPEED,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+        mixed_precision=precision,
+    )
 
 
 def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypatch):
