@@ -19,7 +19,8 @@ from scripts.benchmarks import memory
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "scripts/configs").glob("*.yaml"))
 LAUNCH = ROOT / "scripts/configs/fsdp.yaml"  # of accelerate, not of a script
-RECIPES = [file for file in CONFIGS if file != LAUNCH]
+ZERO = LAUNCH.with_name("deepspeed.yaml")  # too
+RECIPES = [file for file in CONFIGS if file not in (LAUNCH, ZERO)]
 KINDS = {
     "gdro": train_gdro.Train,
     "grpo": train_adversarial.Train,
@@ -42,6 +43,16 @@ def test_accelerate_launch_takes_the_configuration_of_fsdp():
     assert (arguments.use_fsdp, arguments.fsdp_version) == (True, 2)
     assert arguments.mixed_precision == "bf16"
     assert arguments.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
+
+
+def test_accelerate_launch_takes_the_configuration_of_deepspeed():
+    line = ["--config_file", str(ZERO), "train_gdro.py", "gdro.groups=4"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
+    assert arguments.training_script_args == ["gdro.groups=4"]
+    assert (arguments.use_deepspeed, arguments.zero_stage) == (True, 2)
+    assert arguments.mixed_precision == "no"
+    assert arguments.offload_optimizer_device == "none"
+    assert arguments.deepspeed_config_file is None
 
 
 @pytest.mark.parametrize(
