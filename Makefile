@@ -8,11 +8,15 @@ BROWSER := .venv/.browser
 DOCS := .venv/.docs
 DEMO_OUT ?= out/demo
 DEMO_ARGS ?= --particles 8 --steps 20
+TUNED := $(DEMO_OUT)/tuned
+TUNED_IMAGES ?= 12
+TUNED_STEPS ?= 50
 
-.PHONY: help setup demo demo-objects app test test-slow test-browser lint wheel docs
+.PHONY: help setup demo demo-objects demo-tuned app test test-slow test-browser lint wheel docs
 help:
 	@echo "make demo          steered words from the embedded model, in $(DEMO_OUT)/words"
 	@echo "make demo-objects  steered shapes, in $(DEMO_OUT)/objects"
+	@echo "make demo-tuned    the model that draws words, tuned: a LoRA in $(TUNED)/lora"
 	@echo "make app           a page to play in, at http://127.0.0.1:7860"
 	@echo "make test          the test suite (CPU, offline)"
 	@echo "make test-slow     the tests that take minutes"
@@ -55,6 +59,19 @@ demo: $(READY)
 demo-objects: $(READY)
 	$(BIN)/python scripts/steer.py 'a purple star left of a green circle' 'three triangles' \
 	  --model tiny-sd3 --reward 'clip(tiny)' --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
+
+# 48 words to tune on and six others to judge by. What is done is not done again.
+demo-tuned: $(READY)
+	mkdir -p $(TUNED)
+	head -n 2 scripts/tiny/words.txt | xargs printf 'the word "%s"\n' > $(TUNED)/prompts.txt
+	printf 'the word "%s"\n' ROSE CRAB HIVE SOAP MINT TUBE > $(TUNED)/unseen.txt
+	$(BIN)/accelerate launch scripts/rollout.py prompts=$(TUNED)/prompts.txt out=$(TUNED)/rollouts \
+	  images=$(TUNED_IMAGES) call.guidance_scale=1.0 resume=true
+	$(BIN)/python scripts/score.py $(TUNED)/rollouts --reward 'ocr + 0*clip(tiny)' --resume
+	$(BIN)/accelerate launch scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=$(TUNED)/rollouts \
+	  out=$(TUNED) gdro.steps=$(TUNED_STEPS) resume=true
+	$(BIN)/python scripts/evaluate.py prompts=$(TUNED)/unseen.txt out=$(TUNED)/eval lora=$(TUNED)/lora \
+	  'reward=ocr + 0*clip(tiny)' call.guidance_scale=1.0 resume=true
 
 test: $(DEV)
 	$(BIN)/python -m pytest -q

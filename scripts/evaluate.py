@@ -1,9 +1,10 @@
 """Evaluate a fine-tuned model: base, tuned, steered and both, at the same prompts and seeds.
 
-    python scripts/evaluate.py prompts=unseen.txt out=runs/eval lora=runs/tuned/lora \\
+    python scripts/evaluate.py prompts=unseen.txt out=runs/tuned/eval lora=runs/tuned/lora \\
         "reward=ocr + 0*clip(tiny)" steer=ocr particles=4 call.guidance_scale=1.0
 
 Writes evaluation.md, evaluation.json and grid.png into `out`; docs/evaluate.md says what they hold.
+Where `out` lies inside the folder of a training run, that run's report.html gets the table too.
 Settings come from a YAML file, if one is named first, and from key=value words. An evaluation that
 was cut off goes on when the command is repeated with resume=true.
 """
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import rewards
-from finetune import evaluate
+from finetune import evaluate, page
 from finetune.evaluate import Measure
 from finetune.variants import (
     Plan,
@@ -316,7 +317,10 @@ def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], l
         "sections": {t: [evaluate.numbers(m, seed) for m in ms] for t, ms in sections.items()},
     }
     write(out / "evaluation.json", json.dumps(every, indent=1, ensure_ascii=False))
-    print((out / "evaluation.md").read_text(encoding="utf-8"), out / "grid.png", sep="\n")
+    made = [out / "grid.png"]
+    if (out.parent / "log.csv").exists():  # inside a training run, whose report shows it too
+        made.append(page.write(out.parent))
+    print((out / "evaluation.md").read_text(encoding="utf-8"), *made, sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import (
-    Accelerator,
-    DeepSpeedPlugin,
-    DistributedType,
-    FullyShardedDataParallelPlugin,
-    PartialState,
-)
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -27,6 +20,7 @@ from finetune import card, checks, config, lora, page
 from finetune.checks import Check, Watch
 from finetune.learner import Learner, load_state, save_state
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
+from scripts.sharding import shard
 from steering.prompts import read
 
 __all__ = [
@@ -108,56 +102,8 @@ def accelerator_of(settings: Run) -> Accelerator:
             raise ValueError("wandb=true needs the package: pip install wandb")
         loggers.append("wandb")
     accelerator = Accelerator(log_with=loggers, project_dir=settings.out)
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        _shard(accelerator)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        _zero(accelerator)
+    shard(accelerator)
     return accelerator
-
-
-def _shard(accelerator: Accelerator) -> None:
-    """FSDP on CPUs too, where accelerate leaves it out without a word; ValueError for FSDP 1."""
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        state: Any = accelerator.state
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError(
-            "FSDP 1 cannot hold frozen and trained weights together; set fsdp_version: 2, as "
-            "scripts/configs/fsdp.yaml does"
-        )
-    plugin = accelerator.state.fsdp_plugin
-    if plugin is not None and accelerator.is_fsdp2 and plugin.auto_wrap_policy is None:
-        # weights that lie in no block stay gathered, and a swapped adapter would not be seen
-        raise ValueError("FSDP needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP; set it")
-
-
-def _zero(accelerator: Accelerator) -> None:
-    """DeepSpeed on CPUs too; ValueError for what it would train otherwise than one process does."""
-    state: Any = accelerator.state
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.DEEPSPEED
-        # every AcceleratorState() takes it from there anew
-        PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
-        state.deepspeed_plugins = DeepSpeedPlugin()
-        state.deepspeed_plugins.set_mixed_precision(state._mixed_precision)
-        state.deepspeed_plugins.select(_from_accelerator_state=True)
-    plugin: Any = state.deepspeed_plugin
-    zero = plugin.deepspeed_config["zero_optimization"]
-    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ or zero["stage"] != 2:
-        raise ValueError(
-            f"DeepSpeed is asked for ZeRO stage {zero['stage']}, or has a file of its own; only "
-            "stage 2 as scripts/configs/deepspeed.yaml sets it is known to train what one process "
-            "does; for a network that one GPU does not hold take scripts/configs/fsdp.yaml"
-        )
-    if accelerator.mixed_precision != "no":
-        raise ValueError(
-            f"DeepSpeed would turn the adapter's weights to {accelerator.mixed_precision}; set "
-            "mixed_precision: 'no', the frozen network's type is dtype="
-        )
-    offload = zero["offload_optimizer"]["device"]
-    if offload != "none":
-        raise ValueError(f"offload_optimizer_device is {offload!r} but must be 'none'")
 
 
 def watch_of(

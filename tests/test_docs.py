@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import shlex
-import textwrap
 import unicodedata
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from pages import PAGES, ROOT, SPAN, blocks, code, prose, words
 
 from rewards.spec import parse as parse_spec
 from scripts import (
@@ -27,11 +25,6 @@ from scripts import (
     train_gdro,
 )
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^( *)```(?: \{\.)?(\w*)\}?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-INDENTED = re.compile(r"(?:^\n|\A)((?:^    .*\n?)+)", re.MULTILINE)
-SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)")
 FILE = re.compile(
     r"(?<![\w./-])((?:scripts|tests|steering|rewards|finetune|docs)/[\w./-]+\.(?:py|ya?ml|md|png|json|txt))"
@@ -43,37 +36,6 @@ SETTINGS = {
     "train_critic.py": train_critic.Train,
     "evaluate.py": evaluate.Evaluate,
 }
-
-
-def blocks(text: str) -> Iterator[tuple[str, str]]:
-    """(language, code) of each fenced block."""
-    for found in FENCE.finditer(text):
-        yield found[2], textwrap.dedent(found[3])
-
-
-def prose(text: str) -> str:
-    return FENCE.sub("", text)
-
-
-def code(text: str) -> Iterator[str]:
-    """Lines of code: of fenced and indented blocks, and what stands between backticks."""
-    whole = [body for language, body in blocks(text) if language in ("bash", "")]
-    whole += [textwrap.dedent(found[1]) for found in INDENTED.finditer(prose(text))]
-    for body in whole:
-        yield from body.replace("\\\n", " ").splitlines()
-    for span in SPAN.findall(prose(text)):
-        yield " ".join(span.split())
-
-
-def words(line: str) -> list[str]:
-    """The first command of a line; none where it is no command, or leaves something out."""
-    try:
-        found = shlex.split(line, comments=True)
-    except ValueError:
-        return []
-    ends = [i for i, word in enumerate(found) if word in ("|", ">", "&&", ";")]
-    found = found[: ends[0]] if ends else found
-    return [] if any(word in ("...", "…") for word in found) else found
 
 
 def commands(name: str) -> list[tuple[str, list[str]]]:

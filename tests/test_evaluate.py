@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune import lora
+from finetune import checks, lora
 from finetune.evaluate import (
     Measure,
     compared,
@@ -241,6 +242,18 @@ def test_resuming_draws_what_is_missing_and_scores_by_another_reward(done, capsy
         more = ["resume=true"] if changed else []
         assert script.main([*words(done, **changed), *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_report_of_the_training_around_it_gets_the_table(done, capsys):
+    checks.append(done / "log.csv", {"step": 1, "loss": 0.5})
+    assert script.main([*words(done), "resume=true"]) == 0
+    assert str(done / "report.html") in capsys.readouterr().out
+    text = (done / "report.html").read_text(encoding="utf-8")
+    told = json.loads((done / "out" / "evaluation.json").read_text())["sections"]
+    for measure in (m for section in told.values() for m in section):
+        assert html.escape(measure["name"]) in text
+    mean = told["Rewards"][0]["variants"]["tuned"]["mean"]["mean"]
+    assert f'<data value="{mean!r}">' in text
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file
 
 from finetune import checks
@@ -136,8 +137,8 @@ def refused(monkeypatch, message, **made):
 
 def test_fsdp_1_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    kind = training.DistributedType.FSDP
-    refused(monkeypatch, "set fsdp_version: 2", distributed_type=kind, is_fsdp2=False)
+    kind = DistributedType.FSDP
+    refused(monkeypatch, "set fsdp_version: 2", distributed_type=kind, is_fsdp2=False, state=None)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_deepspeed_that_would_train_something_else_is_refused(
     refused(
         monkeypatch,
         message,
-        distributed_type=training.DistributedType.DEEPSPEED,
+        distributed_type=DistributedType.DEEPSPEED,
         state=SimpleNamespace(deepspeed_plugin=plugin),
         mixed_precision=precision,
     )

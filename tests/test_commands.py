@@ -1,0 +1,240 @@
+"""Every command of the README and docs/ is run: as it stands, but smaller.
+
+A page's commands run one after another in a folder of its own, in a shell. The published models
+that they name are folders there of those names, with random weights; rewards whose weights are
+downloaded become the embedded ones. What `.ci/run` calls itself is only found there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+from pages import INDENTED, PAGES, ROOT, SPAN, blocks, prose
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from scripts import bench
+from scripts.benchmarks import adversarial, online, tuning
+from scripts.tiny import styles
+
+pytestmark = pytest.mark.slow  # each begins a process of its own
+
+# what makes a script's work small; the last of two equal settings counts
+SMALL = {
+    "steer.py": "--steps 6",
+    "rollout.py": "images=4 call.num_inference_steps=2",
+    "train_gdro.py": "gdro.steps=2 gdro.groups=2 gdro.k=2 gdro.micro_groups=1 check.images=1",
+    "train_adversarial.py": (
+        "grpo.steps=2 grpo.groups=2 grpo.k=2 grpo.micro_groups=1 grpo.num_inference_steps=3"
+    ),
+    "train_critic.py": "steps=2 batch=2",
+    "evaluate.py": "images=2 call.num_inference_steps=6",
+    "score.py": "",
+    "custom_reward.py": "",
+}
+ALSO = {"recipes.md": {"train_adversarial.py": "tower=tiny call.height=16 call.width=16"}}
+REWARDS = {"pickscore": "jpeg", "clip": "clip(tiny)", "aesthetic": "aesthetic(tiny)"}
+MODELS: dict[str, Callable] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_pipelines.sd,
+    "stabilityai/stable-diffusion-xl-base-1.0": tiny_pipelines.sdxl,
+    "stabilityai/stable-diffusion-3.5-medium": tiny_pipelines.sd3,
+    "path/to/my-pipeline": tiny_pipelines.sd,
+}
+# what is not run here, and the file where it is
+ELSEWHERE = {
+    r"^make ([\w-]+)": ".ci/run",
+    r"^python scripts/(app)\.py": "Makefile",
+    r"^source \.venv/bin/activate": "Makefile",
+    r"^pip install -e \.": "Makefile",
+    r"^\.venv/bin/python -m (pytest) ": "Makefile",
+    r"^accelerate launch --config_file .*(FSDP|fsdp)": "tests/test_launch_fsdp.py",
+}
+COMMAND = re.compile(r"(\w+=\S+ )*(make|python|accelerate|pip|source|\S+/python|for|printf) ")
+FRAGMENT = re.compile(r"\.\.\.|--help|^accelerate launch( scripts/steer\.py)?$")
+BENCHES = {
+    "closed-forms": "--runs 20",
+    "lift": "--prompts 1 --particles 2 --seeds 0",
+    "frontier": "--prompts 1",
+    "foresight": "--prompts 1 --particles 2",
+    "explain": "",
+    "cost": "--model tiny-sd --device cpu --dtype float32 --pairs 1 --particles 2 --steps 4"
+    " --num-scores 2",
+    "speed": "--pairs 3 --only clip",
+    "soak": "--prompts 2 --particles 1 --steps 3",
+    "attention": "--networks tiny-sd --rows 1 --rounds 1",
+    "processes": "--pairs 1 --prompts 2",
+    "rewards": "--pairs 1 --clip tiny",
+    "training": "--model tiny-sd3 --pairs 1 --steps 1",
+    "tuning": "--images 4 --test-images 2 --processes 1",
+    "online": "--every 2",
+    "memory": "--models sd15",
+    "adversarial": "--images 2",
+    "scale": "",
+}
+PROMPTS = ['the word "CAT"', 'the word "SUN"', 'the word "DOG"', 'the word "OWL"']
+UNSEEN = ['the word "HAT"', 'the word "BOX"']
+SHAPES = ["two stars", "a green circle", "three triangles", "a purple star"]
+# what a page takes to be there, and what stands for it
+EARLIER = {
+    "evaluate.md": {"runs/tuned": "tuned"},
+    "adversarial.md": {"runs/a": "a", "runs/adversarial/style-with-a-critic/lora": "tuned/lora"},
+}
+
+
+def lines(page: Path) -> list[str]:
+    """The page's command lines in order, those in running text last; a loop is one."""
+    text = page.read_text(encoding="utf-8")
+    found = [body for language, body in blocks(text) if language == "bash"]
+    found += [textwrap.dedent(block[1]) for block in INDENTED.finditer(prose(text))]
+    every = [line for body in found for line in statements(body)]
+    every += [" ".join(span.split()) for span in SPAN.findall(prose(text))]
+    return [line for line in every if COMMAND.match(line) and not FRAGMENT.search(line)]
+
+
+def statements(body: str) -> list[str]:
+    """A block's statements, each on one line and without its comment."""
+    body = re.sub(r"\\\n *", "", body)
+    body = re.sub(r"^(for .*)\n((?: .*\n)+)(done.*)$", _loop, body, flags=re.MULTILINE)
+    return [re.sub(r"\s+#.*$", "", line) for line in body.splitlines() if line.strip()]
+
+
+def _loop(found: re.Match[str]) -> str:
+    first, *rest = (line.strip() for line in found[0].splitlines())
+    return " ".join([first, *(f"{line};" for line in rest[:-1]), rest[-1]])
+
+
+def elsewhere(line: str) -> bool:
+    """Whether it is run by another file, which is looked into."""
+    for pattern, file in ELSEWHERE.items():
+        if found := re.match(pattern, line):
+            for name in found.groups():
+                assert name in (ROOT / file).read_text(encoding="utf-8"), f"{file}: {line}"
+            return True
+    return False
+
+
+def small(line: str, page: str) -> str:
+    """The same command with little to do."""
+    script = re.search(r"scripts/(?:examples/)?(\w+\.py)", line)
+    line = re.sub(r"(--reward |reward=)(\"[^\"]+\"|[^\"' ]+)", _embedded, line)
+    line = re.sub(r"call\.(height|width)=512", r"call.\1=16", line)
+    more = [SMALL[script[1]], ALSO.get(page, {}).get(script[1], "")] if script else []
+    return " ".join([line, *more])
+
+
+def _embedded(found: re.Match[str]) -> str:
+    names = "|".join(REWARDS)
+    return found[1] + re.sub(rf"\b({names})\b(?!\()", lambda name: REWARDS[name[1]], found[2])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """The published names as folders, and a LoRA for one."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, build in MODELS.items():
+        build().save_pretrained(folder / name)
+    pipe = tiny_pipelines.sd()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
+    layers = get_peft_model_state_dict(pipe.unet)
+    pipe.save_lora_weights(folder / "path/to/my-lora", unet_lora_layers=layers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """Scored rollouts in a/ and what was trained on them in tuned/."""
+    folder = tmp_path_factory.mktemp("results")
+    (folder / "scripts").symlink_to(ROOT / "scripts")
+    (folder / "shapes.txt").write_text("".join(f"{prompt}\n" for prompt in SHAPES))
+    for line in (
+        "python scripts/rollout.py prompts=shapes.txt out=a call.guidance_scale=1.0",
+        "python scripts/score.py a --reward objects",
+        "python scripts/train_gdro.py rollouts=a out=tuned",
+    ):
+        run(small(line, ""), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, models) -> Path:
+    """What commands expect to find: the scripts, files of prompts, pictures and models."""
+    for name in ("scripts", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in {name.split("/")[0] for name in MODELS}:
+        (tmp_path / name).symlink_to(models / name)
+    texts = {"prompts": PROMPTS, "words": PROMPTS, "unseen": UNSEEN, "shapes": SHAPES}
+    texts["runs/online/words-test"] = UNSEEN
+    (tmp_path / "runs/online").mkdir(parents=True)
+    for name, prompts in texts.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    styles.main(["paper", "--out", str(tmp_path / "pictures"), "--count", "4"])
+    names = sorted(file.name for file in (tmp_path / "pictures").glob("*.png"))
+    rows = [{"file_name": name, "prompt": "a star"} for name in names]
+    (tmp_path / "pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"image": f"pictures/{name}", "prompt": "a star"} for name in names]
+    (tmp_path / "pictures.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def run(line: str, folder: Path) -> None:
+    """In a shell of that folder, offline, on one thread of the CPU."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    more = {"PATH": path, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    more |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", line],
+        cwd=folder,
+        env=os.environ | more,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run(page, folder, results):
+    for name, made in EARLIER.get(page.name, {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(results / made)
+    for line in lines(page):
+        if "scripts.bench " not in line and not elsewhere(line):
+            run(small(line, page.name), folder)
+
+
+def benches() -> dict[str, list[str]]:
+    """The options that each benchmark is called with, every different one once."""
+    found: dict[str, list[str]] = {}
+    for line in [line for page in PAGES for line in lines(page)]:
+        if called := re.search(r"scripts\.bench ([\w-]+)(.*)", line):
+            found.setdefault(called[1], []).append(called[2])
+    return {name: list(dict.fromkeys(options)) for name, options in found.items()}
+
+
+def test_every_benchmark_is_named_in_the_documentation():
+    assert set(benches()) == set(bench.COMMANDS) == set(BENCHES)
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_the_benchmarks_that_are_named_run(name, tmp_path, monkeypatch):
+    def little(script: str, words: Sequence[str], processes: int) -> list[str]:
+        return command(script, [*words, *shlex.split(SMALL[script])], processes)
+
+    command = tuning.command
+    monkeypatch.setattr(tuning, "COUNTS", dict.fromkeys(tuning.COUNTS, (2, 1)))
+    for module in (tuning, online, adversarial):
+        monkeypatch.setattr(module, "command", little)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for options in benches()[name]:
+        bench.main([name, *shlex.split(options), *shlex.split(BENCHES[name])])
