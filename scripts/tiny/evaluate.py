@@ -26,11 +26,10 @@ from rewards.objects import ObjectsReward
 from rewards.ocr import OcrReward
 from steering import generators, tiny
 
-from . import train_aesthetic, train_dino
+from . import cards, train_aesthetic, train_dino
 from .world import TASKS, render, scene
 
-ROOT = Path(__file__).parents[2]
-MODELS = ["tiny-sd3", "tiny-sd", "clip", "dino", "aesthetic"]
+HELD_OUT = ("colors", "position", "color_attr", "text")  # tasks of which training misses some
 
 
 def prompts_of(task: str, unseen: bool, count: int) -> list[str]:
@@ -72,8 +71,8 @@ def accuracies(name: str, each: int) -> tuple[list[str], Image.Image]:
     for row, task in enumerate(TASKS):
         shares = []
         for unseen in (False, True):
-            if unseen and task in ("single_object", "two_object", "counting"):
-                shares.append("-")  # nothing is held out of these
+            if unseen and task not in HELD_OUT:
+                shares.append("-")
                 continue
             prompts = prompts_of(task, unseen, each)
             images = generate(name, prompts)
@@ -100,7 +99,7 @@ def retrieval(trials: int = 40, captions: int = 64) -> str:
         scenes = {}
         while len(scenes) < captions:
             task = TASKS[int(rng.integers(len(TASKS)))]
-            drawn = scene(rng, task, unseen=task in ("colors", "color_attr", "position", "text"))
+            drawn = scene(rng, task, unseen=task in HELD_OUT)
             scenes.setdefault(drawn.prompt, drawn)
         images = to_images([render(drawn) for drawn in scenes.values()])
         with torch.no_grad():
@@ -133,39 +132,21 @@ def training(run: Path, name: str) -> str:
     return f"{report['images'] / 1e3:.0f} k images seen in {minutes} {unit}"
 
 
-def card(name: str, run: Path, each: int) -> str:
+def pipeline_card(name: str, run: Path, each: int) -> str:
     """The model card of an embedded pipeline, as Markdown."""
-    folder = ROOT / "steering" / "tiny" / name
+    folder = cards.FOLDERS[name]
     rows, sheet = accuracies(name, each)
+    run.mkdir(parents=True, exist_ok=True)
     sheet.save(run / f"{name}.png")
     print("\n".join(rows), flush=True)
-    defaults = ", ".join(f"{key}={value}" for key, value in tiny.call_defaults(name).items())
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            f"A real `{json.loads((folder / 'model_index.json').read_text())['_class_name']}` of"
-            " 64x64 pictures from a rendered world (`scripts/tiny/world.py`), for demos and tests.",
-            "It is wrong often enough to leave something to steer, and of no other use.",
-            "",
-            f"- Parameters: {parameters(folder)}; fp16 safetensors.",
-            f"- Training: {training(run, name)} of one CPU core, in three stretches: an older world"
-            f" with AdamW; `python -m scripts.tiny.train_diffusion {name} --slips 0 --start` on it;"
-            " and eight minutes with `--slips 0.5 --lr 7e-4 --start`, in which half of the letters"
-            " are drawn at random. The weights are 0.25 of the second and 0.75 of the third"
-            " (`scripts.tiny.export --mix`): the second spells without fault, which leaves nothing"
-            " to steer.",
-            f"- Sampled with {defaults}.",
-            "- Licence: Apache-2.0. The letters are drawn with Pillow's own scalable font.",
-            "",
-            f"Accuracy, {each} prompts a cell, one picture each, seen and unseen by training"
-            f" (`python -m scripts.tiny.evaluate --models {name} --each {each}`):",
-            "",
-            "| task | seen | unseen |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
+    return cards.pipeline(
+        name,
+        json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"],
+        parameters=parameters(folder),
+        training=training(run, name),
+        defaults=", ".join(f"{key}={value}" for key, value in tiny.call_defaults(name).items()),
+        each=each,
+        rows=rows,
     )
 
 
@@ -173,57 +154,22 @@ def clip_card(run: Path) -> str:
     """The model card of tiny-clip."""
     share = retrieval()
     print("tiny-clip top-1 over 64:", share, flush=True)
-    return "\n".join(
-        [
-            "# tiny-clip",
-            "",
-            "An open_clip model of the rendered world (`scripts/tiny/world.py`), for demos, tests",
-            "and claims measured on the embedded pipelines; it knows nothing else.",
-            "",
-            f"- Parameters: {parameters(ROOT / 'rewards' / 'tiny' / 'clip')}; fp16 safetensors.",
-            f"- Training: {training(run, 'clip')} (`python -m scripts.tiny.train_clip`, CPU).",
-            f"- Top-1 image-to-text retrieval among 64 held-out captions: {share}"
-            " (`python -m scripts.tiny.evaluate --models clip`).",
-            "- Licence: Apache-2.0.",
-            "",
-        ]
-    )
+    count = parameters(cards.FOLDERS["clip"])
+    return cards.clip(parameters=count, training=training(run, "clip"), share=share)
 
 
 def dino_card(run: Path) -> str:
     """The model card of tiny-dino."""
-    folder = ROOT / "rewards" / "tiny" / "dino"
-    neighbours = "\n".join(train_dino.neighbour_table(folder))
-    ranks = "\n".join(train_dino.ranking_table(folder))
-    print(neighbours, ranks, sep="\n\n", flush=True)
-    return f"""# tiny-dino
-
-A transformers `Dinov2Model` of the rendered world (`scripts/tiny/world.py`), for demos, tests
-and claims measured on the embedded pipelines; it knows nothing else. It has DINO's architecture,
-student and teacher, but not its loss, which learned less in six minutes than this one in five:
-class tokens are contrasted with a queue (MoCo), and the pixels of hidden patches are guessed
-(SimMIM). It saw pictures only, no captions and no labels.
-
-- Parameters: {parameters(folder)}; fp16 safetensors.
-- Input: 64x64 pixels in patches of 8; ImageNet's mean and standard deviation.
-- Training: {training(run, "dino")} (`python -m scripts.tiny.train_dino`,
-  one thread of a CPU).
-- Licence: Apache-2.0.
-
-Measured on the cosine of class tokens (`python -m scripts.tiny.evaluate --models dino`), beside a
-network that learned nothing and the pixels themselves. Pixels do well, because in this world
-things lie on a grid and hardly move from one drawing to the next.
-
-The vote of the 10 nearest of 4000 scenes, on 1000 others:
-
-{neighbours}
-
-How often a scene that is drawn again (other sizes and places) is nearer to its first drawing than
-the scene with one attribute changed, drawn again as well; 1000 scenes, of the kinds that training
-never saw where there are any:
-
-{ranks}
-"""
+    folder = cards.FOLDERS["dino"]
+    neighbours = train_dino.neighbour_table(folder)
+    ranks = train_dino.ranking_table(folder)
+    print("\n".join([*neighbours, "", *ranks]), flush=True)
+    return cards.dino(
+        parameters=parameters(folder),
+        training=training(run, "dino"),
+        neighbours=neighbours,
+        ranks=ranks,
+    )
 
 
 def steps_agreement(count: int = 200) -> str:
@@ -241,44 +187,33 @@ def steps_agreement(count: int = 200) -> str:
 def aesthetic_card(run: Path) -> str:
     """The model card of tiny-aesthetic."""
     reward = AestheticReward("tiny")
-    table = "\n".join(train_aesthetic.tables(lambda x: reward(x, [""] * len(x))))
+    tables = train_aesthetic.tables(lambda x: reward(x, [""] * len(x)))
     steps = steps_agreement()
-    print(table, steps, sep="\n\n", flush=True)
-    return f"""# tiny-aesthetic
+    print("\n".join([*tables, "", steps]), flush=True)
+    return cards.aesthetic(
+        parameters=reward.towers.width + 1,
+        training=training(run, "aesthetic"),
+        steps=steps,
+        tables=tables,
+    )
 
-A linear head on tiny-clip's picture embedding (keys `weight` and `bias`, as LAION's version 1),
-for demos and tests. What it rates is damage, not beauty: 10 is a clean drawing of the world of
-`scripts/tiny/world.py`, and blur, noise, JPEG, lost contrast, broken shapes or noise in the
-latents of tiny-sd3's autoencoder bring that down to 1. It does not look at the prompt and knows
-nothing of other pictures. tiny-clip was trained to see through blur and noise, so ratings are
-rough, and scenes differ in theirs: compare pictures of one prompt.
 
-- Parameters: {reward.towers.width + 1}; fp16 safetensors.
-- Training: ridge regression in closed form, {training(run, "aesthetic")}
-  (`python -m scripts.tiny.train_aesthetic`, CPU).
-- Rates tiny-sd3's picture of 20 steps above that of 4 steps, same prompt and seed: {steps}.
-- Licence: Apache-2.0.
-
-{table}
-
-Measured by `python -m scripts.tiny.evaluate --models aesthetic`.
-"""
+REWARDS = {"clip": clip_card, "dino": dino_card, "aesthetic": aesthetic_card}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure, write README.md into the folders of the models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(cards.FOLDERS))
     parser.add_argument("--each", type=int, default=100, help="prompts a cell")
     parser.add_argument("--cards", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
     for name in args.models:
-        make = {"clip": clip_card, "dino": dino_card, "aesthetic": aesthetic_card}.get(name)
-        text = card(name, args.run, args.each) if make is None else make(args.run)
-        folder = ROOT / ("steering" if make is None else "rewards") / "tiny" / name
+        make = REWARDS.get(name)
+        text = pipeline_card(name, args.run, args.each) if make is None else make(args.run)
         if args.cards:
-            (folder / "README.md").write_text(text, encoding="utf-8")
+            (cards.FOLDERS[name] / "README.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

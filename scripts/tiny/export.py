@@ -13,7 +13,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[2]
+from .cards import GRID, ROOT
+
 LIMIT = 24_000_000  # bytes of all embedded weights together
 PIPELINES = ("tiny-sd3", "tiny-sd")
 
@@ -25,7 +26,7 @@ def export_folder(source: Path, target: Path) -> None:
     (transformers 5 would take the dtype of the file).
     """
     for old in target.glob("*"):
-        if old.name != "README.md":  # the model card is evaluate's
+        if old.name not in ("README.md", GRID):  # the card is evaluate's, its picture grids'
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     shutil.copytree(source, target, dirs_exist_ok=True)
     for file in target.rglob("*.safetensors"):
