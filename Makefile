@@ -12,7 +12,7 @@ TUNED := $(DEMO_OUT)/tuned
 TUNED_IMAGES ?= 12
 TUNED_STEPS ?= 50
 
-.PHONY: help setup demo demo-objects demo-tuned app test test-slow test-browser lint wheel docs
+.PHONY: help setup demo demo-objects demo-tuned app test test-slow test-browser test-docs lint wheel docs
 help:
 	@echo "make demo          steered words from the embedded model, in $(DEMO_OUT)/words"
 	@echo "make demo-objects  steered shapes, in $(DEMO_OUT)/objects"
@@ -21,6 +21,7 @@ help:
 	@echo "make test          the test suite (CPU, offline)"
 	@echo "make test-slow     the tests that take minutes"
 	@echo "make test-browser  the app in Chromium (needs Debian's chromium-driver)"
+	@echo "make test-docs     every command of the README and docs/, with little to do (minutes)"
 	@echo "make lint          ruff and pyright"
 	@echo "make wheel         build the wheel and check what it contains"
 	@echo "make docs          the documentation as pages, in site/; broken links are errors"
@@ -81,6 +82,9 @@ test-slow: $(DEV)
 
 test-browser: $(BROWSER)
 	$(BIN)/python -m pytest -q -m browser
+
+test-docs: $(DEV)
+	$(BIN)/python -m pytest -q -m slow tests/test_commands.py
 
 app: $(APP)
 	$(BIN)/python scripts/app.py

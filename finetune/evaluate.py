@@ -148,7 +148,8 @@ def markdown(measures: Sequence[Measure], seed: int) -> str:
     """A table, a line a variant of each measure; one without prompts says so."""
     lines = ["| | prompts | | mean | minus base | wins over base |", "|---|---|---|---|---|---|"]
     for measure in measures:
-        head = f"| {measure.name} | {len(measure.rows)} |"
+        name = measure.name + " (less is better)" * measure.less
+        head = f"| {name} | {len(measure.rows)} |"
         found = compared(measure, seed) if measure.rows else {}
         for variant, row in found.items():
             more = row["difference"].text("+") if "difference" in row else ""
@@ -189,7 +190,7 @@ def of_text(
     weights, measures = torch.tensor(letters, dtype=torch.float64), []
     for reader, name in readers.items():
         errors = {variant: -scores for variant, scores in columns[f"cer{reader}"].items()}
-        label = f"character error rate{name} (less is better)"
+        label = f"character error rate{name}"
         measures += [
             Measure(f"exact{name}", columns[f"exact{reader}"], rows),
             Measure(label, errors, rows, weights, less=True),

@@ -5,11 +5,8 @@ With TILT_SCREENSHOTS=FOLDER, what the browser shows is written there; docs/app.
 
 # pyright: reportMissingImports=false
 
-import base64
-import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -24,14 +21,11 @@ pytestmark = pytest.mark.browser
 pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 
-from selenium import webdriver  # noqa: E402
+from browser import PATIENCE, SHOTS, Tab  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
-from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 120  # s, for anything; two slow cores
-SHOTS = os.environ.get("TILT_SCREENSHOTS")
 
 
 @pytest.fixture(scope="module")
@@ -72,46 +66,12 @@ def _await_answer(url, process, log):
     pytest.fail(f"the app did not answer: {log.read_text()}")
 
 
-class Tab:
-    """A browser of its own: one session of the app."""
+class App(Tab):
+    """One session of the app."""
 
-    def __init__(self, url, width=1200, height=900, dark=False):
-        options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-        for switch in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "hide-scrollbars"):
-            options.add_argument(f"--{switch}")
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-        service = webdriver.ChromeService(executable_path=shutil.which("chromedriver"))
-        self.driver = webdriver.Chrome(options=options, service=service)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.cdp("Emulation.setEmulatedMedia", features=[scheme])
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.cdp("Emulation.setDeviceMetricsOverride", **size)
-        self.driver.get(url)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.wait(lambda: self.find("#run"))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *what):
-        self.driver.quit()
-
-    def cdp(self, command, **parameters):
-        return self.driver.execute_cdp_cmd(command, parameters)
-
-    def wait(self, until):
-        return WebDriverWait(self.driver, PATIENCE, 0.2, [Exception]).until(lambda _: until())
-
-    def find(self, selector):
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def all(self, selector):
-        return self.driver.find_elements(By.CSS_SELECTOR, selector)
-
-    def text(self, selector):
-        # at once: elements are replaced while the run goes on
-        script = "return document.querySelector(arguments[0])?.innerText ?? ''"
-        return self.driver.execute_script(script, selector)
 
     def open(self, *titles):
         for title in titles:
@@ -131,22 +91,6 @@ class Tab:
         self.wait(lambda: self.find("#run").is_enabled())
         self.find("#run").click()
 
-    def shoot(self, name):
-        if SHOTS:
-            picture = Path(SHOTS) / name
-            size = "return [document.documentElement.scrollWidth, document.body.scrollHeight]"
-            width, height = self.driver.execute_script(size)
-            clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
-            shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-            picture.write_bytes(base64.b64decode(shot["data"]))
-
-    def addresses(self):
-        """Every address that the page has asked for."""
-        for entry in self.driver.get_log("performance"):
-            message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                yield message["params"]["request"]["url"]
-
 
 def small(tab, prompt, steps=8, particles=4):
     """Fill the form for a quick run."""
@@ -163,7 +107,7 @@ def finished(tab):
 
 def test_a_prompt_becomes_pictures_and_a_report(app):
     url, _ = app
-    with Tab(url) as tab:
+    with App(url) as tab:
         small(tab, "two red <b>stars</b>")
         tab.run()
         tab.wait(lambda: tab.all("#scores figure img"))  # previews, while it runs
@@ -171,8 +115,8 @@ def test_a_prompt_becomes_pictures_and_a_report(app):
         first = tab.all("#scores section")[0]
         assert len(first.find_elements(By.CSS_SELECTOR, "figure")) == 4
         assert re.search(r"Step \d of 8 · ESS [\d.]+ of 4", first.text)
-        tab.wait(lambda: all(_drawn(tab, "#scores img")))
-        tab.wait(lambda: all(_drawn(tab, "#pictures img")))
+        tab.wait(lambda: all(tab.drawn("#scores img")))
+        tab.wait(lambda: all(tab.drawn("#pictures img")))
         assert len(tab.all("#pictures figure")) == 4
         foreign = [a for a in tab.addresses() if not a.startswith((url, "data:", "blob:"))]
         assert foreign == []
@@ -183,12 +127,7 @@ def test_a_prompt_becomes_pictures_and_a_report(app):
         tab.wait(lambda: len(tab.driver.window_handles) == 2)
         tab.driver.switch_to.window(tab.driver.window_handles[-1])
         tab.wait(lambda: "two red <b>stars</b>" in tab.text("body"))
-        assert _drawn(tab, "img") == [True] * len(tab.all("img"))
-
-
-def _drawn(tab, selector):
-    script = "return [...document.querySelectorAll(arguments[0])].map(i => i.naturalWidth > 0)"
-    return tab.driver.execute_script(script, selector) or [False]
+        assert tab.drawn("img") == [True] * len(tab.all("img"))
 
 
 def test_a_taken_port_is_refused_in_one_sentence(app):
@@ -213,7 +152,7 @@ def test_only_its_own_folder_is_served(app):
 
 def test_stop_stops_and_two_people_do_not_mix(app):
     url, _ = app
-    with Tab(url) as first, Tab(url) as second:
+    with App(url) as first, App(url) as second:
         small(first, "a circle", steps=1000)
         small(second, "a star")
         first.run()
@@ -237,12 +176,12 @@ def test_stop_stops_and_two_people_do_not_mix(app):
 
 def test_a_closed_tab_stops_its_run(app):
     url, log = app
-    with Tab(url) as gone:
+    with App(url) as gone:
         small(gone, "a circle", steps=1000)
         gone.run()
         gone.wait(lambda: "of 1000" in gone.text("#status"))
         before = log.read_text().count("A run was stopped")
-    with Tab(url) as tab:
+    with App(url) as tab:
         tab.wait(lambda: log.read_text().count("A run was stopped") == before + 1)
         small(tab, "a star")
         tab.run()
@@ -275,12 +214,12 @@ def test_bad_input_is_answered_by_a_sentence(app, tabs, field, value, said):
 
 @pytest.fixture(scope="module")
 def tabs(app):
-    with Tab(app[0]) as tab:
+    with App(app[0]) as tab:
         yield tab
 
 
 def test_the_builder_writes_the_reward(app):
-    with Tab(app[0]) as tab:
+    with App(app[0]) as tab:
         tab.open("Build a reward")
         for name in ("clip", "jpeg"):
             box = f"//*[@id='chosen']//label[contains(., '{name}:')]//input"
@@ -303,7 +242,7 @@ def test_the_builder_writes_the_reward(app):
     ],
 )
 def test_screenshots(app, name, width, dark):
-    with Tab(app[0], width, 844, dark) as tab:
+    with App(app[0], width, 844, dark) as tab:
         tab.open("Filter")
         tab.type("num_scores", 4)
         if width < 600:
@@ -312,7 +251,6 @@ def test_screenshots(app, name, width, dark):
         tab.wait(lambda: tab.all("#scores figure img"))
         tab.shoot(f"{name}-running.png")
         finished(tab)
-        overflow = "return document.documentElement.scrollWidth - window.innerWidth"
-        assert tab.driver.execute_script(overflow) <= 0
-        tab.wait(lambda: all(_drawn(tab, "#pictures img")))
+        assert tab.overflow() <= 0
+        tab.wait(lambda: all(tab.drawn("#pictures img")))
         tab.shoot(f"{name}.png")

@@ -265,7 +265,7 @@ def _baselines(entry: _Entry, room: _Room) -> list[str]:
     for j, name in ((0, "plain"), (best, f"best of {len(rewards)}")):
         file = entry.plain.results["files"][entry.index][j]
         image = _image(entry.plain.folder, file)
-        caption = f"{name} {number(rewards[j])}{_components(entry.plain, entry.index, j)}"
+        caption = f"{name}: {number(rewards[j])}{_components(entry.plain, entry.index, j)}"
         label = f"{name}, reward {markup.short(rewards[j])}"
         shown.append(_framed(image, entry.plain_base + file, label, caption, room))
     return shown
@@ -274,7 +274,7 @@ def _baselines(entry: _Entry, room: _Room) -> list[str]:
 def _figure(entry: _Entry, j: int, image: Image.Image, room: _Room, marked: bool) -> str:
     file = entry.saved.results["files"][entry.index][j]
     reward = entry.rewards[j]
-    caption = ("best " * marked) + number(reward) + _components(entry.saved, entry.index, j)
+    caption = ("best: " * marked) + number(reward) + _components(entry.saved, entry.index, j)
     label = f"particle {j}, reward {markup.short(reward)}{', the best' * marked}"
     return _framed(image, entry.base + file, label, caption, room, marked)
 
@@ -284,7 +284,7 @@ def _components(saved: _Saved, index: int, j: int) -> str:
     parts = saved.results["components"]
     if len(parts) < 2:
         return ""
-    lines = (f"<br>{escape(name)} {number(rows[index][j])}" for name, rows in parts.items())
+    lines = (f"<br>{escape(name)}: {number(rows[index][j])}" for name, rows in parts.items())
     return f"<small>{''.join(lines)}</small>"
 
 
