@@ -33,7 +33,8 @@ pytestmark = pytest.mark.slow  # each begins a process of its own
 SMALL = {
     "steer.py": "--steps 6",
     "rollout.py": "images=4 call.num_inference_steps=2",
-    "train_gdro.py": "gdro.steps=2 gdro.groups=2 gdro.k=2 gdro.micro_groups=1 check.images=1",
+    "train_gdro.py": "gdro.steps=2 gdro.groups=2 gdro.k=2 gdro.micro_groups=1 check.images=1"
+    " log_every=1",
     "train_adversarial.py": (
         "grpo.steps=2 grpo.groups=2 grpo.k=2 grpo.micro_groups=1 grpo.num_inference_steps=3"
     ),
@@ -59,13 +60,17 @@ ELSEWHERE = {
     r"^\.venv/bin/python -m (pytest) ": "Makefile",
     r"^accelerate launch --config_file .*(FSDP|fsdp)": "tests/test_launch_fsdp.py",
 }
+# a word of the shell that holds a reward, in quotes or none
+SPEC = re.compile(
+    r"""--reward (?:"[^"]*"|'[^']*'|\S+)|"reward=[^"]*"|'reward=[^']*'|\breward=\S+"""
+)
 COMMAND = re.compile(r"(\w+=\S+ )*(make|python|accelerate|pip|source|\S+/python|for|printf) ")
 FRAGMENT = re.compile(r"\.\.\.|--help|^accelerate launch( scripts/steer\.py)?$")
 BENCHES = {
     "closed-forms": "--runs 20",
-    "lift": "--prompts 1 --particles 2 --seeds 0",
-    "frontier": "--prompts 1",
-    "foresight": "--prompts 1 --particles 2",
+    "lift": "--prompts 2 --particles 2 --seeds 0",
+    "frontier": "--prompts 2",
+    "foresight": "--prompts 2 --particles 2",
     "explain": "",
     "cost": "--model tiny-sd --device cpu --dtype float32 --pairs 1 --particles 2 --steps 4"
     " --num-scores 2",
@@ -74,16 +79,16 @@ BENCHES = {
     "attention": "--networks tiny-sd --rows 1 --rounds 1",
     "processes": "--pairs 1 --prompts 2",
     "rewards": "--pairs 1 --clip tiny",
-    "training": "--model tiny-sd3 --pairs 1 --steps 1",
+    "training": "--model tiny-sd3 --pairs 2 --steps 1",
     "tuning": "--images 4 --test-images 2 --processes 1",
     "online": "--every 2",
     "memory": "--models sd15",
     "adversarial": "--images 2",
     "scale": "",
 }
-PROMPTS = ['the word "CAT"', 'the word "SUN"', 'the word "DOG"', 'the word "OWL"']
+PROMPTS = ['the word "CAT"', 'the word "SUN"']
 UNSEEN = ['the word "HAT"', 'the word "BOX"']
-SHAPES = ["two stars", "a green circle", "three triangles", "a purple star"]
+SHAPES = ["two stars", "a green circle"]
 # what a page takes to be there, and what stands for it
 EARLIER = {
     "evaluate.md": {"runs/tuned": "tuned"},
@@ -126,16 +131,15 @@ def elsewhere(line: str) -> bool:
 def small(line: str, page: str) -> str:
     """The same command with little to do."""
     script = re.search(r"scripts/(?:examples/)?(\w+\.py)", line)
-    line = re.sub(r"(--reward |reward=)(\"[^\"]+\"|[^\"' ]+)", _embedded, line)
+    line = SPEC.sub(_embedded, line)
     line = re.sub(r"call\.(height|width)=512", r"call.\1=16", line)
     more = [SMALL[script[1]], ALSO.get(page, {}).get(script[1], "")] if script else []
     return " ".join([line, *more])
 
 
 def _embedded(found: re.Match[str]) -> str:
-    names = "|".join(REWARDS)
-    spec = found[2].replace("ocr(mode=flow_grpo)", "jpeg")  # random weights write nothing
-    return found[1] + re.sub(rf"\b({names})\b(?!\()", lambda name: REWARDS[name[1]], spec)
+    spec = found[0].replace("ocr(mode=flow_grpo)", "jpeg")  # random weights write nothing
+    return re.sub(rf"\b({'|'.join(REWARDS)})\b(?!\()", lambda name: REWARDS[name[1]], spec)
 
 
 @pytest.fixture(scope="module")
@@ -238,4 +242,8 @@ def test_the_benchmarks_that_are_named_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     for options in benches()[name]:
-        bench.main([name, *shlex.split(options), *shlex.split(BENCHES[name])])
+        try:
+            bench.main([name, *shlex.split(options), *shlex.split(BENCHES[name])])
+        except SystemExit as left:  # 1: --against found something that got slower
+            if left.code and not (left.code == 1 and "--against" in options):
+                raise

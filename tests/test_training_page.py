@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from test_report_page import NASTY, Page, noise, read
+from saved_runs import NASTY, Page, noise, read
 
 from finetune import checks, page
 from rewards.compare import hacked

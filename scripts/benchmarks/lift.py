@@ -49,6 +49,8 @@ def prompts_of(task: str, count: int, split: str = "test") -> list[str]:
     """`count` different prompts, equally many of each kind of scene; "test": all unseen."""
     rng, prompts = np.random.default_rng(2024), []
     kinds = TASKS[task]["scenes"]
+    if count < 1 or count % len(kinds):
+        raise SystemExit(f"--prompts is {count} but must be a multiple of {len(kinds)} for {task}")
     kinds_left = {kind: count // len(kinds) for kind in kinds}
     while any(kinds_left.values()):
         for kind in [k for k, left in kinds_left.items() if left]:

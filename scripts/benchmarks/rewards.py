@@ -28,6 +28,7 @@ import rewards
 from rewards.clip import ClipReward
 from rewards.images import to_images, to_uint8
 from rewards.ocr import OcrReward, quoted_text
+from rewards.sources import TINY
 
 from ..tiny.world import render, scene
 from .cost import seconds
@@ -63,7 +64,7 @@ def usual_clip(reward: ClipReward) -> Callable[[Tensor, list[str]], list[float]]
         side, is_train=False, mean=tuple(reward.towers.mean), std=tuple(reward.towers.std)
     )
     tokenizer: Any = (
-        WordTokenizer("rewards/tiny/clip", model.context_length)
+        WordTokenizer(str(TINY), model.context_length)
         if model.vocab_size < 1000
         else open_clip.SimpleTokenizer(context_length=model.context_length)
     )
