@@ -58,7 +58,8 @@ ELSEWHERE = {
     r"^source \.venv/bin/activate": "Makefile",
     r"^pip install -e \.": "Makefile",
     r"^\.venv/bin/python -m (pytest) ": "Makefile",
-    r"^accelerate launch --config_file .*(FSDP|fsdp)": "tests/test_launch_fsdp.py",
+    r"^accelerate launch --config_file .*(fsdp)\.yaml": "tests/test_launch_fsdp.py",
+    r"^accelerate launch --config_file .*(deepspeed)\.yaml": "tests/test_launch_deepspeed.py",
 }
 # a word of the shell that holds a reward, in quotes or none
 SPEC = re.compile(
@@ -236,7 +237,7 @@ def test_the_benchmarks_that_are_named_run(name, tmp_path, monkeypatch):
         return command(script, [*words, *shlex.split(SMALL[script])], processes)
 
     command = tuning.command
-    monkeypatch.setattr(tuning, "COUNTS", dict.fromkeys(tuning.COUNTS, (2, 1)))
+    monkeypatch.setattr(tuning, "COUNTS", dict.fromkeys(tuning.COUNTS, (2, 2)))
     for module in (tuning, online, adversarial):
         monkeypatch.setattr(module, "command", little)
     monkeypatch.chdir(tmp_path)
