@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from .card import Card
 from .images import check_inputs
-from .sources import randomise, seed_of
+from .sources import randomise, seed_of, towers
 from .spec import written
-from .towers import check_batch_size, check_scale, towers
+from .towers import check_batch_size, check_scale
 from .weights import fetch, fit, looks_like, moved, read_state, untouched
 
 __all__ = ["SCALES", "AestheticReward", "Head", "collapse", "head_of"]

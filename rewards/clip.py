@@ -15,8 +15,9 @@ from torch import Tensor
 from .card import Card
 from .images import check_inputs
 from .openclip import WordTokenizer, build
+from .sources import towers
 from .spec import written
-from .towers import check_batch_size, check_scale, towers
+from .towers import check_batch_size, check_scale
 
 __all__ = ["SCALES", "ClipReward", "WordTokenizer", "build"]
 

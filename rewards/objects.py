@@ -35,8 +35,9 @@ from .detectors import Detector, GroundingDino, Owlv2
 from .geneval import Detection, Entry, Expected
 from .images import check_inputs
 from .sharing import shared
+from .sources import towers
 from .spec import written
-from .towers import Towers, check_batch_size, towers
+from .towers import Towers, check_batch_size
 from .world import COLOURS, DIRECTIONS, SHAPES, SIZE, detect, expectations, holds
 
 __all__ = [

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from .card import Card
 from .images import check_inputs
-from .sources import seed_of
+from .sources import seed_of, towers
 from .spec import written
-from .towers import Towers, check_batch_size, check_scale, kept, towers
+from .towers import Towers, check_batch_size, check_scale, kept
 from .transformers_clip import POSITION_IDS, check_hidden_act, load_tokenizer, transformers_towers
 from .weights import fetch, fit, read_state
 

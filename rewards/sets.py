@@ -128,7 +128,7 @@ class SetReward:
     reward that `rewards.load` knows. Call it with a whole group, never a chunk of one. At least
     3 pictures for `frechet`, else 2. Prompts do not enter. Values are rounded to float32 last.
 
-    Args: tower, rewards.towers.towers(source), or a function of images (n, 3, h, w) to features
+    Args: tower, rewards.sources.towers(source), or a function of images (n, 3, h, w) to features
     (n, d); metric, one of METRICS; references, features (m, d), pictures (m, 3, h, w) or, with
     towers, captions; batch_size, images that the tower sees at once.
     """

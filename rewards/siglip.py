@@ -14,9 +14,9 @@ from torch import Tensor
 from .card import Card
 from .images import check_inputs
 from .openclip import bpe_tokenizer
-from .sources import randomise, seed_of
+from .sources import randomise, seed_of, towers
 from .spec import written
-from .towers import Towers, check_batch_size, check_scale, kept, towers
+from .towers import Towers, check_batch_size, check_scale, kept
 from .transformers_clip import HALF, lower, transformers_towers
 
 __all__ = ["SCALES", "SiglipReward"]

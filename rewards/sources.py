@@ -1,4 +1,12 @@
-"""Where CLIP and SigLIP towers come from: see `rewards.towers`, which keeps them.
+"""Where CLIP and SigLIP towers come from.
+
+`towers(source)` loads a pair once for all rewards that look through it; `source` is
+
+    tiny                        the embedded 64x64 model of the rendered world, no network
+    a folder, org/name          open_clip_config.json, or config.json of a transformers
+                                CLIPModel or SiglipModel; hf-hub:org/name is the same
+    ViT-B-32/laion2b_s34b_b79k  an open_clip architecture and its pretrained tag
+    random:<seed>               a small untrained model, for tests
 
 Every constant of the preprocessing is written in these modules, or in a file beside the weights;
 none is what the installed libraries happen to default to.
@@ -15,10 +23,10 @@ from torch import nn
 
 from . import openclip, transformers_clip
 from .openclip import bpe_tokenizer, build, open_clip_towers
-from .towers import Towers
+from .towers import Towers, kept
 from .weights import find
 
-__all__ = ["RANDOM_CONFIG", "TINY", "open_source", "randomise", "seed_of"]
+__all__ = ["RANDOM_CONFIG", "TINY", "open_source", "randomise", "seed_of", "towers"]
 
 TINY = Path(__file__).parent / "tiny" / "clip"
 RANDOM_CONFIG = {
@@ -34,8 +42,18 @@ RANDOM_CONFIG = {
 }
 
 
+def towers(source: str, device: torch.device | str | None = None) -> Towers:
+    """The towers of a source (see the module), loaded once for all rewards that use them.
+
+    Raises ValueError for a source that is not there, or that is neither CLIP nor SigLIP.
+    """
+    seed_of(source)  # refuses what is no text
+    place = str(TINY) if source == "tiny" else source
+    return kept("", place, device, lambda: open_source(source))
+
+
 def open_source(source: str) -> Towers:
-    """The towers of a source, see `rewards.towers`, which keeps them; ValueError if it is none."""
+    """The towers of a source, loaded anew; ValueError if it is none."""
     seed = seed_of(source)
     if seed is not None:
         return _open_random(seed)

@@ -1,12 +1,6 @@
 """Pairs of towers, one for pictures and one for text, that CLIP and its kin consist of.
 
-`towers(source)` loads a pair once for all rewards that look through it; `source` is
-
-    tiny                        the embedded 64x64 model of the rendered world, no network
-    a folder, org/name          open_clip_config.json, or config.json of a transformers
-                                CLIPModel or SiglipModel; hf-hub:org/name is the same
-    ViT-B-32/laion2b_s34b_b79k  an open_clip architecture and its pretrained tag
-    random:<seed>               a small untrained model, for tests
+`rewards.sources` opens them.
 
 Legend: n images, d features, R the tower's input side.
 """
@@ -30,7 +24,7 @@ from .images import normalize, resize, resize_matrix
 from .sharing import shared
 from .weights import moved, untouched
 
-__all__ = ["Towers", "check_batch_size", "check_scale", "kept", "prepare", "towers"]
+__all__ = ["Towers", "check_batch_size", "check_scale", "kept", "prepare"]
 
 CACHED_PROMPTS = 4096
 MODES = ("shortest", "squash", "longest")
@@ -196,15 +190,3 @@ def kept(
                 found.to(torch.device(device))
             _TOWERS[key] = found
     return found
-
-
-def towers(source: str, device: torch.device | str | None = None) -> Towers:
-    """The towers of a source (see the module), loaded once for all rewards that use them.
-
-    Raises ValueError for a source that is not there, or that is neither CLIP nor SigLIP.
-    """
-    from .sources import TINY, open_source, seed_of
-
-    seed_of(source)  # refuses what is no text
-    place = str(TINY) if source == "tiny" else source
-    return kept("", place, device, lambda: open_source(source))

@@ -17,8 +17,8 @@ import rewards
 from rewards import towers as towers_module
 from rewards.clip import SCALES, ClipReward, WordTokenizer, build
 from rewards.images import resize, to_images
-from rewards.sources import open_source
-from rewards.towers import prepare, towers
+from rewards.sources import open_source, towers
+from rewards.towers import prepare
 
 PROMPTS = ["a red circle", "a blue star", "a red circle", "star"]
 

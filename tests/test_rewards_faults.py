@@ -14,8 +14,9 @@ from rewards.choices import Choice, read_choices, score_choices
 from rewards.dino import DinoReward
 from rewards.images import resize, rgb, to_images
 from rewards.judge import JudgeReward
+from rewards.sources import towers
 from rewards.spec import format_terms, parse
-from rewards.towers import prepare, towers
+from rewards.towers import prepare
 from rewards.weights import moved
 
 PROMPTS = ["a red circle", "two stars"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards.towers import towers
+from rewards.sources import towers
 from scripts.tiny import cards, evaluate, export, grids
 from steering import tiny
 

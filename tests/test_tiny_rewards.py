@@ -19,7 +19,7 @@ from transformers import Dinov2Model
 from rewards.aesthetic import AestheticReward
 from rewards.dino import DinoReward
 from rewards.images import normalize, to_images
-from rewards.towers import towers
+from rewards.sources import towers
 from rewards.world import detect
 from scripts.tiny import train_aesthetic, train_dino
 from scripts.tiny.world import render, scene
