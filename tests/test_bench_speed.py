@@ -96,9 +96,25 @@ def test_a_pipeline_of_published_size_is_steered_by_embeddings(name, monkeypatch
     monkeypatch.setitem(sized.MODELS, name, small(name))
     pipe, call, preview = sized.sized(name, torch.device("cpu"), torch.float32, side=64)
     call["num_inference_steps"] = 4
-    found = cost.measure(pipe, call, rewards.load("jpeg"), 2, 2, preview, 2)
+    given = (pipe, call, rewards.load("jpeg"), 2, 2, preview, 2)
+    found = cost.measure(*given)
     assert len(found) == 2
     assert np.isfinite(found).all()
+    assert min(cost.least(*given)) > 1
+
+
+def test_the_least_cost_is_that_of_each_look_and_the_last():
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(tuple(images.shape))
+        return images.mean((1, 2, 3))
+
+    pipe, call, preview = cost.subject("tiny-sd", torch.device("cpu"), torch.float32)
+    call["num_inference_steps"] = 2
+    found = cost.least(pipe, call, reward, 3, 2, preview, 4)
+    assert len(found) == 2
+    assert calls == [(3, 3, 64, 64)] * 3 * 5  # a warm-up and two pairs
 
 
 def test_frontier_counts_the_rows_that_are_evaluated():

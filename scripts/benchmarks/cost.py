@@ -6,8 +6,8 @@
 The plain run is the pipeline's own call for one prompt and k images with the same chain; the
 steered one scores `--num-scores` times in mid-run, through the preview decoder or the pipeline's
 own, and once at the end. Machines are shared and their speed drifts, so the two alternate and the
-figure is the ratio pair by pair. sd15, sdxl and sd35m are networks of that size with random
-weights.
+figure is the ratio pair by pair. Beside it stands what it would be if all but decoding and scoring
+were free. sd15, sdxl and sd35m are networks of that size with random weights.
 """
 
 from __future__ import annotations
@@ -81,14 +81,7 @@ def measure(
     num_scores: int,
 ) -> list[float]:
     """The ratios steered/plain of alternating pairs."""
-    settings, plain_pipe = FeynmanKac(num_scores=num_scores), copy.copy(pipe)
-    rows = {n: v.repeat(k, *[1] * (v.ndim - 1)) for n, v in keywords.items() if _is_tensor(v)}
-    prompt = {} if rows else {"prompt": PROMPT, "num_images_per_prompt": k}
-
-    def plain() -> object:
-        draws = generators(0, [PROMPT], k)
-        vars(plain_pipe)["scheduler"] = stochastic(pipe.scheduler, settings.noise, draws)
-        return plain_pipe(generator=draws, **prompt, **keywords | rows)
+    settings = FeynmanKac(num_scores=num_scores)
 
     def steered() -> object:
         return steer(
@@ -98,7 +91,49 @@ def measure(
             **keywords,
         )
 
-    return ratios(steered, plain, pairs)
+    return ratios(steered, _plain(pipe, keywords, k), pairs)
+
+
+def least(
+    pipe: Any,
+    keywords: dict[str, Any],
+    reward: Any,
+    k: int,
+    pairs: int,
+    preview: Any,
+    num_scores: int,
+) -> list[float]:
+    """What no filter can go below: 1 + decoding and scoring alone / plain, of alternating pairs.
+
+    That is `num_scores` predictions decoded and scored in mid-run, and a score at the end.
+    """
+    plain, decoder = _plain(pipe, keywords, k), preview or pipe.vae
+    latents = plain(output_type="latent")[0].to(decoder.dtype)
+    prompts = [PROMPT] * k
+
+    @torch.no_grad()
+    def looked() -> None:
+        images = latents
+        for _ in range(num_scores):
+            images = decoder.decode(latents, return_dict=False)[0]
+            reward((images / 2 + 0.5).clamp(0, 1).float(), prompts)
+        reward((images / 2 + 0.5).clamp(0, 1).float(), prompts)
+
+    return [1 + ratio for ratio in ratios(looked, plain, pairs)]
+
+
+def _plain(pipe: Any, keywords: dict[str, Any], k: int) -> Callable[..., Any]:
+    """The pipeline's own call for k images with the chain that is steered."""
+    own = copy.copy(pipe)
+    rows = {n: v.repeat(k, *[1] * (v.ndim - 1)) for n, v in keywords.items() if _is_tensor(v)}
+    prompt = {} if rows else {"prompt": PROMPT, "num_images_per_prompt": k}
+
+    def plain(**more: Any) -> Any:
+        draws = generators(0, [PROMPT], k)
+        vars(own)["scheduler"] = stochastic(pipe.scheduler, FeynmanKac().noise, draws)
+        return own(generator=draws, **prompt, **keywords | rows | more)
+
+    return plain
 
 
 def _is_tensor(value: Any) -> bool:
@@ -124,8 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = loading.pick_device(args.device)
     print(about(device, DTYPES[args.dtype]) + f", {args.reward}, {args.pairs} pairs\n")
-    print("| model | k | steps | scores | decoder | steered / plain: median [min, max] | peak GB |")
-    print("|---|---|---|---|---|---|---|")
+    head = ["model", "k", "steps", "scores", "decoder", "steered / plain: median [min, max]"]
+    head += ["decoding and scoring alone", "peak GB"]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     reward = rewards.load(args.reward, device)
     for model in args.model:
         pipe, keywords, decoder = subject(model, device, DTYPES[args.dtype], args.side)
@@ -133,14 +169,18 @@ def main(argv: list[str] | None = None) -> None:
         for steps, count, kind in itertools.product(counts, args.num_scores, args.decoder):
             call = keywords | {"num_inference_steps": steps}
             preview = decoder if kind == "preview" else None
+            given = (pipe, call, reward, args.particles, args.pairs, preview, count)
             with peak(device) as most:
-                found = measure(pipe, call, reward, args.particles, args.pairs, preview, count)
+                found = measure(*given)
             print(
-                f"| {model} | {args.particles} | {steps} | {count} | {kind} |"
-                f" {statistics.median(found):.3f} [{min(found):.3f}, {max(found):.3f}] |"
-                f" {most.gigabytes:.2f} |",
+                f"| {model} | {args.particles} | {steps} | {count} | {kind} | {_span(found)} |"
+                f" {_span(least(*given))} | {most.gigabytes:.2f} |",
                 flush=True,
             )
+
+
+def _span(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
 if __name__ == "__main__":
