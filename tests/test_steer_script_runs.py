@@ -273,13 +273,11 @@ def test_one_grid_of_pictures_is_in_memory_at_a_time(finished, tmp_path, monkeyp
     """Read by read: a grid is drawn before the next one's pictures are opened."""
     out, _ = finished
     events = []
-    rows, comparison = script.runs.pictures.rows, script.runs.pictures.comparison
-    monkeypatch.setattr(
-        script.runs.report, "rows", lambda *args: [events.append("read"), rows(*args)][1]
-    )
-    monkeypatch.setattr(
-        script.runs.report, "comparison", lambda page: [events.append("draw"), comparison(page)][1]
-    )
+    pictures = script.runs.pictures
+    rows, comparison = pictures.rows, pictures.comparison
+    monkeypatch.setattr(pictures, "rows", lambda *args: [events.append("read"), rows(*args)][1])
+    drawn = lambda page: [events.append("draw"), comparison(page)][1]  # noqa: E731
+    monkeypatch.setattr(pictures, "comparison", drawn)
     monkeypatch.setattr(script.runs, "_ROWS_PER_GRID", 2)
     shutil.copytree(out, tmp_path / "run")
     paths = script.runs.draw(tmp_path / "run", folders(out))
