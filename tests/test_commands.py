@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_pipelines
@@ -151,7 +152,7 @@ def models(tmp_path_factory) -> Path:
         build().save_pretrained(folder / name)
     pipe = tiny_pipelines.sd()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"]))
-    layers = get_peft_model_state_dict(pipe.unet)
+    layers: Any = get_peft_model_state_dict(pipe.unet)
     pipe.save_lora_weights(folder / "path/to/my-lora", unet_lora_layers=layers)
     return folder
 
