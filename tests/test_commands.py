@@ -25,7 +25,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from scripts import bench
-from scripts.benchmarks import adversarial, online, tuning
+from scripts.benchmarks import adversarial, frontier, online, tuning
 from scripts.tiny import styles
 
 pytestmark = pytest.mark.slow  # each begins a process of its own
@@ -237,7 +237,10 @@ def test_the_benchmarks_that_are_named_run(name, tmp_path, monkeypatch):
     def little(script: str, words: Sequence[str], processes: int) -> list[str]:
         return command(script, [*words, *shlex.split(SMALL[script])], processes)
 
-    command = tuning.command
+    command, points = tuning.command, frontier.points
+    few = {"best of 16", "FK 16", "funnel 8 to 2"}
+    kept = lambda guided: {name: p for name, p in points(guided).items() if name in few}  # noqa: E731
+    monkeypatch.setattr(frontier, "points", kept)
     monkeypatch.setattr(tuning, "COUNTS", dict.fromkeys(tuning.COUNTS, (2, 2)))
     for module in (tuning, online, adversarial):
         monkeypatch.setattr(module, "command", little)
