@@ -12,7 +12,7 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 
-from finetune import checks
+from finetune import checks, zero
 from finetune.rollouts import Rollouts
 from scripts import rollout, score, train_gdro, training
 from steering import loading, tiny
@@ -162,6 +162,11 @@ def test_deepspeed_that_would_train_something_else_is_refused(
         state=SimpleNamespace(deepspeed_plugin=plugin),
         mixed_precision=precision,
     )
+
+
+def test_deepspeed_with_an_optimiser_of_8_bits_is_refused():
+    with pytest.raises(ValueError, match="eight_bit=true does not go with DeepSpeed"):
+        zero.configure(None, max_grad_norm=1.0, count=1, eight_bit=True)
 
 
 def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypatch):
