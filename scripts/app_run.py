@@ -128,7 +128,6 @@ class Studio:
             pipe = loading.load_pipeline(name, self._dtype, lora).to(self._device)
             preview = loading.load_preview("auto", name, self._dtype, pipe)
             preview = None if preview is None else preview.to(self._device)
-            loading.set_attention(pipe, "auto")
             loading.tune(pipe, preview=preview)
             pipe.set_progress_bar_config(disable=True)
             self._model = (name, lora), pipe, preview

@@ -146,7 +146,7 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     dtype = "of the networks; auto: float32 on a CPU, else a half type"
     add("--dtype", default="auto", choices=["auto", *loading.DTYPES], help=dtype)
-    attention = "auto: xformers where it works, else sdpa; or another backend of diffusers"
+    attention = "auto or sdpa: PyTorch's own; or xformers, or another backend of diffusers"
     add("--attention", default="auto", help=attention)
     compiled = "torch.compile the networks: slow at the first step, faster then"
     add("--compile", action="store_true", help=compiled)

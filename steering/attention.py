@@ -1,4 +1,4 @@
-"""The attention backend of a pipeline's networks: xformers where it works, else PyTorch's own."""
+"""The attention backend of a pipeline's networks: PyTorch's own, or another by name."""
 
 import contextlib
 import difflib
@@ -43,13 +43,16 @@ _TOLERANCE = 0.03  # of averages of normal numbers, in bfloat16; a wrong kernel 
 def set_attention(pipe: Any, name: str) -> None:
     """Choose the attention backend of the pipeline's networks.
 
-    auto: xformers where it is installed, works on this device and is known to compute the same as
-    PyTorch's own, which the other networks keep. sdpa: PyTorch's own. xformers, or any other
-    backend of diffusers, by name; xformers falls back to PyTorch's own, with a line in the log,
-    where it cannot be used. Raises ValueError for a backend that diffusers does not know or that is
-    not installed.
+    auto: as the pipeline has it, which is PyTorch's own unless its user chose another; on the one
+    GPU where both were timed it was faster than xformers (docs/performance.md). sdpa: PyTorch's
+    own. xformers, or any other backend of diffusers, by name; xformers falls back to PyTorch's own,
+    with a line in the log, where it is not installed, does not work on this device, or is not known
+    to compute the same. Raises ValueError for a backend that diffusers does not know or that is not
+    installed.
     """
     shield()
+    if name == "auto":
+        return
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     from steering.denoiser import networks
@@ -61,11 +64,7 @@ def set_attention(pipe: Any, name: str) -> None:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
         raise ValueError(f"there is no attention {name}: {hint}")
     for part, network in networks(pipe).items():
-        if backend == "auto":
-            if _computes_the_same(network) and _works_in(network):
-                _set_backend(network, "xformers")
-                logger.info("the attention of %s is computed by xformers", part)
-        elif backend == "xformers" and not _may_have_xformers(network):
+        if backend == "xformers" and not _may_have_xformers(network):
             logger.warning("xformers cannot be used here; %s goes on with PyTorch's own", part)
             _set_backend(network, "native")
         else:
