@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,20 +88,30 @@ def reference(network: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-class Average:
-    """An exponential moving average of the adapter, decay min(decay, step / 1000) (GDRO, §1.3)."""
+def warm_up(step: int) -> float:
+    """The usual bound on an average's decay at its `step`-th move, from 1: (1 + s) / (10 + s)."""
+    return (1 + step) / (10 + step)
 
-    def __init__(self, weights: dict[str, nn.Parameter], decay: float) -> None:
+
+class Average:
+    """An exponential moving average of the adapter, decay min(decay, bound(step))."""
+
+    def __init__(
+        self,
+        weights: dict[str, nn.Parameter],
+        decay: float,
+        bound: Callable[[int], float] = warm_up,
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"the average's decay is {decay} but must be in [0, 1)")
-        self.decay, self.step = decay, 0
+        self.decay, self.bound, self.step = decay, bound, 0
         self.weights = copy(weights)
 
     @torch.no_grad()
     def update(self, weights: dict[str, nn.Parameter]) -> None:
         """Move towards the present weights."""
         self.step += 1
-        decay = min(self.decay, self.step / 1000)
+        decay = min(self.decay, self.bound(self.step))
         present = [weights[name].detach() for name in self.weights]
         torch._foreach_lerp_(list(self.weights.values()), present, 1 - decay)
 

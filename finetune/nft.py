@@ -84,7 +84,7 @@ class Trainer:
         check_shares(settings.groups, accelerator.num_processes, equal=True)
         self.settings, self.noising, self.empty = settings, task.schedule.noising, task.empty
         self.learner = Learner(network, family, settings, accelerator)
-        self.old = lora.Average(self.learner.weights, settings.old_decay)
+        self.old = lora.Average(self.learner.weights, settings.old_decay, lambda i: i / 1000)
         self.samples = Samples(self.learner, task, settings)
 
     @property

@@ -223,23 +223,34 @@ def test_a_saved_adapter_loads_into_a_fresh_pipeline(name, tmp_path):
 
 def test_the_average_follows_its_formula_and_is_lent():
     _, _, _, _, weights = attached()
-    average = lora.Average(weights, 0.5)
+    average = lora.Average(weights, 0.2)
     name, value = next((n, p) for n, p in weights.items() if "lora_B" in n)
     wanted = torch.zeros_like(value)
     for step in range(1, 4):
         with torch.no_grad():
             value.fill_(float(step))
         average.update(weights)
-        decay = min(0.5, step / 1000)
+        decay = min(0.2, (1 + step) / (10 + step))
         wanted = decay * wanted + (1 - decay) * step
     torch.testing.assert_close(average.weights[name], wanted.detach())
     with lora.swapped(weights, average.weights):
         torch.testing.assert_close(value.detach(), wanted.detach())
     assert (value == 3).all()
-    other = lora.Average(weights, 0.5)
+    other = lora.Average(weights, 0.2)
     other.load_state_dict(average.state_dict())
     assert other.step == 3
     torch.testing.assert_close(other.weights[name], wanted.detach())
+
+
+def test_the_average_is_one_of_many_updates():
+    """Of 300 updates at 0.9, the last three are 1 - 0.9³ of it, not nearly all."""
+    weights = {"w": nn.Parameter(torch.zeros(()))}
+    average = lora.Average(weights, 0.9)
+    for step in range(300):
+        with torch.no_grad():
+            weights["w"].fill_(float(step >= 297))
+        average.update(weights)
+    assert average.weights["w"] == pytest.approx(1 - 0.9**3, abs=1e-5)
 
 
 def test_targets_that_match_nothing_name_those_that_would():
