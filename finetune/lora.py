@@ -180,7 +180,8 @@ def save(pipe_class: Any, part: str, network: Any, folder: Path, main: bool = Tr
 def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> dict[str, Tensor]:
     """The weights that `save` wrote, for an adapter of the same layers, rank and alpha.
 
-    weights: those of the adapter to fill. ValueError where the two are not alike.
+    weights: those of the adapter to fill. ValueError where the two are not alike, and for a number
+    that is not finite.
     """
     file = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
     try:
@@ -190,12 +191,17 @@ def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> 
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} holds no LoRA that can be read ({error})") from None
     names = {f"{part}.{name.replace('.default.', '.')}": name for name in weights}
-    alike = names.keys() == tensors.keys() and all(
-        tensors[key].shape == weights[name].shape for key, name in names.items()
-    )
-    if not alike or about.get(f"{part}.lora_alpha") != alpha:
+    fits = [k for k, n in names.items() if k in tensors and tensors[k].shape == weights[n].shape]
+    rest = sorted((names.keys() | tensors.keys()) - set(fits))
+    found = about.get(f"{part}.lora_alpha")
+    if rest or found != alpha:
+        what = f"{len(fits)} of its {len(tensors)} tensors fit {len(names)}, alpha is {found}"
         raise ValueError(
-            f"the LoRA {folder} has other layers, another rank or another alpha; set gdro.targets,"
-            " gdro.rank and gdro.alpha to those it was trained with"
+            f"the LoRA {folder} has other layers, another rank or another alpha ({what}"
+            f"{f'; not so {rest[0]}' if rest else ''}); set targets, rank and alpha to those it "
+            "was trained with, or give one of this model"
         )
+    bad = [key for key in names if not tensors[key].isfinite().all()]
+    if bad:
+        raise ValueError(f"the LoRA {folder} holds numbers that are not finite, as in {bad[0]}")
     return {name: tensors[key] for key, name in names.items()}

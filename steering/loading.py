@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from steering import tiny
+from steering.adapters import check_lora, load_lora
 from steering.attention import set_attention, shield
 from steering.hub import HUB_ID, one_sentence, where
 
@@ -54,11 +55,11 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **comp
     """The pipeline `name` on the CPU in `dtype`: embedded, a folder, or a hub id (in that order).
 
     components: parts to use as they are, in place of those stored. Raises ValueError for what is
-    not there, or is no pipeline.
+    not there, or is no pipeline, and for a LoRA that does not fit it whole (`load_lora`).
     """
     check_name(name)
     path, offline = (name, True) if name in tiny.NAMES else where(name)
-    adapter = where(lora) if lora else None
+    check_lora(lora)
     shield()
     with one_sentence(f"the model {name}", path, offline):
         from diffusers import DiffusionPipeline
@@ -69,12 +70,8 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **comp
             pipe = DiffusionPipeline.from_pretrained(
                 path, dtype=dtype, local_files_only=offline, **components
             )
-    if adapter:
-        if not hasattr(pipe, "load_lora_weights"):
-            raise ValueError(f"{type(pipe).__name__} takes no LoRA: leave {lora} out")
-        path, offline = adapter
-        with one_sentence(f"the LoRA {lora}", path, offline):
-            pipe.load_lora_weights(path, local_files_only=offline)
+    if lora is not None:
+        load_lora(pipe, lora)
     return pipe
 
 

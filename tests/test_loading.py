@@ -30,8 +30,10 @@ def test_model_index_that_names_no_pipeline_is_refused(tmp_path, kind):
 
 def test_lora_for_a_pipeline_that_takes_none_is_refused(tmp_path):
     tiny_pipelines.pixart().save_pretrained(tmp_path)
+    lora = tmp_path / "lora.safetensors"
+    lora.touch()
     with pytest.raises(ValueError, match=r"PixArtAlphaPipeline takes no LoRA: leave .* out"):
-        load_pipeline(str(tmp_path), torch.float32, lora=str(tmp_path))
+        load_pipeline(str(tmp_path), torch.float32, lora=str(lora))
 
 
 # what the config.json of madebyollin/taesd, taesdxl (4), taesd3 and taef1 (16) say

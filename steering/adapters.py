@@ -1,0 +1,148 @@
+"""A LoRA into a pipeline, whole or not at all: what is in the file is compared with what is loaded.
+
+diffusers itself leaves out, with no more than a line in its log, what does not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steering.hub import one_sentence, where
+
+__all__ = ["check_lora", "load_lora"]
+
+
+def check_lora(lora: str | None) -> tuple[str, bool] | None:
+    """Where a LoRA is, as `hub.where`; None for none. ValueError for what cannot be one."""
+    if lora is None:
+        return None
+    if not lora.strip():
+        raise ValueError(
+            f"the LoRA is {lora!r}: name a folder, a file or a hub id, or leave it out"
+        )
+    path, offline = where(lora)
+    if Path(path).is_dir():
+        _check_folder(Path(path), lora)
+    return path, offline
+
+
+def _check_folder(folder: Path, lora: str) -> None:
+    files = sorted(f.name for kind in ("safetensors", "bin") for f in folder.glob(f"*.{kind}"))
+    known = {"pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"}
+    if not files:
+        raise ValueError(f"the LoRA {lora} is a folder without weights (.safetensors)")
+    if len(files) > 1 and not known.intersection(files):
+        raise ValueError(f"the LoRA {lora} holds {', '.join(files[:5])}: name one of these files")
+
+
+def load_lora(pipe: Any, lora: str) -> None:
+    """Load a LoRA of any format that diffusers knows into the pipeline.
+
+    Raises ValueError for one that is not there, that is damaged or holds a number which is not
+    finite, and unless every tensor of it finds its place: of another model's only some would, or
+    none, and the pictures would be those of the base or of neither.
+    """
+    found = check_lora(lora)
+    if found is None:
+        return
+    if not hasattr(pipe, "load_lora_weights"):
+        raise ValueError(f"{type(pipe).__name__} takes no LoRA: leave {lora} out")
+    path, offline = found
+    stored: list[dict[str, Tensor]] = []
+    read, before = pipe.lora_state_dict, set(_loaded(pipe))
+
+    def recorded(*args: Any, **keywords: Any) -> Any:
+        told = read(*args, **keywords)
+        stored.append(dict(told[0] if isinstance(told, tuple) else told))
+        _check_finite(stored[-1], lora)
+        return told
+
+    pipe.lora_state_dict = recorded  # what the loader reads and renames, it reads through this
+    try:
+        with one_sentence(f"the LoRA {lora}", path, offline):
+            pipe.load_lora_weights(path, local_files_only=offline)
+    except ValueError as error:  # the reason, where it is this module's own
+        raise (error.__cause__ if isinstance(error.__cause__, _Refused) else error) from None
+    finally:
+        del pipe.lora_state_dict
+    names = [name for state in stored for name in _names(pipe, state)]
+    names += _left_out(Path(path))
+    _check_fit(names, set(_loaded(pipe)) - before, f"the LoRA {lora}", type(pipe).__name__)
+
+
+class _Refused(ValueError):
+    """What this module says while diffusers loads."""
+
+
+def _check_finite(state: dict[str, Tensor], lora: str) -> None:
+    bad = [n for n, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
+    if bad:
+        raise _Refused(
+            f"the LoRA {lora} holds numbers that are not finite, in {len(bad)} of {len(state)} "
+            f"tensors, as {bad[0]}: its training went wrong, or the file is damaged"
+        )
+
+
+def _check_fit(names: Sequence[str], loaded: set[str], what: str, kind: str) -> None:
+    if not names:
+        raise ValueError(f"{what} holds no weights: it is empty")
+    rest = [name for name in names if name not in loaded]
+    if rest:
+        shown = ", ".join(rest[:3]) + (", ..." if rest[3:] else "")
+        raise ValueError(
+            f"{what} does not fit {kind}: {len(names) - len(rest)} of its {len(names)} tensors "
+            f"have a place there, but not {shown}; give one that was trained for this model"
+        )
+
+
+def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _loaded(pipe: Any) -> Iterator[str]:
+    """The names of all adapters' tensors in the pipeline, as "unet.layer.lora_A.weight"."""
+    from peft.utils import get_peft_model_state_dict
+
+    for part, module in _modules(pipe).items():
+        for adapter in getattr(module, "peft_config", {}):
+            for name in get_peft_model_state_dict(module, adapter_name=adapter):
+                yield f"{part}.{name.replace('text_model.', '')}"
+
+
+def _names(pipe: Any, state: dict[str, Tensor]) -> Iterator[str]:
+    """What the tensors that the loader handed over are called in the pipeline."""
+    from diffusers.utils import (
+        convert_state_dict_to_diffusers,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    rest, modules = dict(state), _modules(pipe)
+    for part, module in modules.items():
+        own = {n.removeprefix(f"{part}."): rest.pop(n) for n in state if n.startswith(f"{part}.")}
+        if own and part.startswith("text_encoder"):
+            own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+        elif own and "lora_A" not in next(iter(own)):
+            own = convert_unet_state_dict_to_peft(own)
+        weights = module.state_dict().keys() if own else ()
+        for name in own:
+            # a control LoRA brings norms, too, which go into the network's own
+            if name not in weights and not name.endswith("alpha"):
+                yield f"{part}.{name.replace('text_model.', '')}"
+    yield from rest
+
+
+def _left_out(path: Path) -> list[str]:
+    """Tensors of a file here that loaders drop before they hand over the others."""
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if file.suffix != ".safetensors" or not file.is_file():
+        return []
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        return [name for name in stored.keys() if "dora_scale" in name]  # noqa: SIM118
