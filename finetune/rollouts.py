@@ -19,8 +19,9 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steering import FeynmanKac, Steered
+from steering.lineage import Moment
 from steering.manifest import fingerprint, versions
 from steering.pipeline import steer_each
 
@@ -46,6 +48,7 @@ __all__ = [
     "add_rewards",
     "check",
     "generate",
+    "is_complete",
     "nothing",
     "open_run",
 ]
@@ -99,11 +102,18 @@ class Plan:
 
 
 def open_run(
-    folder: Path, pipe: Any, plan: Plan, reward: str | None, resume: bool, model: str | None = None
+    folder: Path,
+    pipe: Any,
+    plan: Plan,
+    reward: str | None,
+    resume: bool,
+    model: str | None = None,
+    lora: str | None = None,
 ) -> None:
     """Make the folder with its manifest, or check that it is a part of this very run.
 
-    model: the name to load the pipeline by again; by default the one it was loaded by.
+    model: the name to load the pipeline by again; by default the one it was loaded by. lora: what
+    tells the LoRA's weights from others, for `is_complete`.
     """
     family = family_of(pipe)
     about = {
@@ -111,7 +121,7 @@ def open_run(
         "model": model or pipe.config.get("_name_or_path") or None,
         "weights": fingerprint(getattr(pipe, family.network)),
         "reward": reward,
-        "plan": json.loads(json.dumps(asdict(plan))),
+        "plan": _plain(plan),
     }
     file = folder / "manifest.json"
     if file.exists():
@@ -127,7 +137,29 @@ def open_run(
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; give another out=")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(file, json.dumps(about | {"versions": versions()}, indent=1, ensure_ascii=False))
+    about |= {"lora": lora, "versions": versions()}
+    _write(file, json.dumps(about, indent=1, ensure_ascii=False))
+
+
+def is_complete(
+    folder: Path, plan: Plan, reward: str | None, model: str, lora: str | None = None
+) -> bool:
+    """Whether this very run is there, every shard of it, told without its model.
+
+    Arguments as for `open_run`. Whether a model of this name has the same weights as then is not
+    looked at.
+    """
+    about = {"plan": _plain(plan), "reward": reward, "model": model, "lora": lora}
+    try:
+        was = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        same = {name: was[name] for name in about} == about
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return same and all(_is_whole(folder / f"{i:05d}") for i in range(len(plan.shards())))
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(plan)))
 
 
 def check(pipe: Any, plan: Plan, reward: Any = None, preview: Any = None) -> None:
@@ -144,16 +176,37 @@ def generate(
     rank: int = 0,
     world: int = 1,
     preview: Any = None,
+    drawn: Callable[[float, int], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Make this process's missing or damaged shards; yields (done, of how many).
 
-    preview: an AutoencoderTiny for the steered images' scores on the way.
+    preview: an AutoencoderTiny for the steered images' scores on the way. drawn: called after
+    every step of the sampler, which draws a share of each image of its call, with the images that
+    are drawn by then and how many there will be.
     """
-    mine = [i for i in range(len(plan.shards())) if i % world == rank]
+    each, sizes = plan.images + plan.steered, [len(prompts) for prompts in plan.shards()]
+    mine = [i for i in range(len(sizes)) if i % world == rank]
     missing = [i for i in mine if not _is_whole(folder / f"{i:05d}")]
+    total = each * sum(sizes[i] for i in mine)
+    meter = _Meter(drawn, total, total - each * sum(sizes[i] for i in missing))
     for done, number in enumerate(missing, 1 + len(mine) - len(missing)):
-        _make(folder, number, pipe, plan, reward, preview)
+        _make(folder, number, pipe, plan, reward, preview, meter)
         yield done, len(mine)
+
+
+@dataclass
+class _Meter:
+    """How many images are drawn, told at every step of the sampler."""
+
+    tell: Callable[[float, int], None] | None
+    total: int
+    finished: int  # images of the calls that have ended
+
+    def step(self, count: int, moment: Moment) -> None:
+        """Of a call of `count` images; one that starts again, with fewer rows, counts anew."""
+        if self.tell is not None:
+            share = (moment.step + 1) / moment.num_steps
+            self.tell(self.finished + count * share, self.total)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -164,12 +217,20 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _make(folder: Path, number: int, pipe: Any, plan: Plan, reward: Any, preview: Any) -> None:
+def _make(
+    folder: Path,
+    number: int,
+    pipe: Any,
+    plan: Plan,
+    reward: Any,
+    preview: Any,
+    meter: _Meter,
+) -> None:
     indices = plan.shards()[number]
     parts = [
         part
         for i in indices
-        for part in _of_prompt(pipe, plan, reward, preview, plan.prompts[i], i)
+        for part in _of_prompt(pipe, plan, reward, preview, plan.prompts[i], i, meter)
     ]
     prompts = [plan.prompts[i] for i in indices]
     tensors = {f"given.{name}": row for name, row in encode(pipe, prompts, **plan.call).items()}
@@ -192,16 +253,17 @@ def _make(folder: Path, number: int, pipe: Any, plan: Plan, reward: Any, preview
 
 
 def _of_prompt(
-    pipe: Any, plan: Plan, reward: Any, preview: Any, prompt: str, group: int
+    pipe: Any, plan: Plan, reward: Any, preview: Any, prompt: str, group: int, meter: _Meter
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
     """Rows and latents: the plain images of a prompt, then the steered ones."""
-    for settings, run, steered in _runs(pipe, plan, reward, preview, prompt):
+    for settings, run, steered in _runs(pipe, plan, reward, preview, prompt, meter):
         (out,) = run
+        meter.finished += plan.steered if steered else plan.images  # a funnel leaves fewer
         yield _rows(out, group, plan.seed, settings, steered), out.latents[0]
 
 
 def _runs(
-    pipe: Any, plan: Plan, reward: Any, preview: Any, prompt: str
+    pipe: Any, plan: Plan, reward: Any, preview: Any, prompt: str, meter: _Meter | None = None
 ) -> Iterator[tuple[FeynmanKac, Iterator[Steered], bool]]:
     runs: list[tuple[int, FeynmanKac, Any, int]]
     runs = [(plan.images, PLAIN, nothing, 0), (plan.steered, plan.settings, reward, 1)]
@@ -217,6 +279,7 @@ def _runs(
                 preview=preview if occurrence else None,
                 max_batch=plan.max_batch,
                 progress=False,
+                watch=partial(meter.step, count) if meter else None,
                 only=[occurrence],  # another occurrence of the prompt has other noise
                 **plan.call,
             )

@@ -5,6 +5,9 @@ One run at a time; people who come meanwhile wait in line. Needs the extra "app"
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import argparse
 import logging
 import sys
@@ -89,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("scripts").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="tilt-app-") as root:
         try:
+            started.say("starting the page")
             page = launch(args, Path(root))
             print(f"open {page.local_url} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()

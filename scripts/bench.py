@@ -23,6 +23,9 @@
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import argparse
 import importlib
 
@@ -55,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=sorted(COMMANDS))
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="options of the benchmark")
     args = parser.parse_args(argv)
+    started.say(args.name)
     importlib.import_module(f"scripts.benchmarks.{COMMANDS[args.name]}").main(args.rest)
 
 

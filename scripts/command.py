@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from finetune import config
 from steering import FeynmanKac
 
-__all__ = ["filter_of", "finish", "settings_of"]
+__all__ = ["digest", "filter_of", "finish", "settings_of"]
 
 
 def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
@@ -28,6 +29,17 @@ def filter_of(fields: dict[str, Any]) -> FeynmanKac:
         return FeynmanKac(**fields)
     except TypeError as error:
         raise ValueError(f"filter= is wrong: {error}") from None
+
+
+def digest(lora: str | None) -> str | None:
+    """What tells the weights of a LoRA, a file or a folder, from others; a hub id as it is."""
+    if lora is None or not (path := Path(lora).expanduser()).exists():
+        return lora
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def finish(name: str, kept: str, work: Callable[[], None]) -> int:

@@ -11,6 +11,9 @@ was cut off goes on when the command is repeated with resume=true.
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import json
 import shlex
 import sys
@@ -204,6 +207,7 @@ def run(settings: Evaluate, line: str) -> None:
     variants = variants_of(settings, plan, device)
     jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)
     dtype = loading.pick_dtype(settings.dtype, device)
+    started.say(f"loading {settings.model}")
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
     pipe.set_progress_bar_config(disable=True)
     preview = loading.load_preview("auto", settings.model, dtype)

@@ -9,6 +9,9 @@ share the shards; a run that was cut off goes on when the command is repeated wi
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +25,9 @@ from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 import rewards
-from finetune.rollouts import Plan, check, generate, open_run
+from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from scripts import command
+from scripts.launched import is_main
 from steering import loading, tiny
 from steering.prompts import read
 
@@ -66,15 +70,15 @@ NOTES = {
 }
 
 
-def run(settings: Rollout) -> None:
-    """Check everything, then make this process's shards."""
+def plan_of(settings: Rollout) -> Plan:
+    """The prompts, each once, and what is made of each."""
     if not settings.prompts or not settings.out:
         raise ValueError("set prompts=FILE and out=FOLDER")
     if bool(settings.steered) != bool(settings.reward):
         raise ValueError("steered= and reward= belong together; set both or neither")
     prompts = [prompt.text for prompt in read(Path(settings.prompts))]
     defaults = tiny.call_defaults(settings.model) if settings.model in tiny.NAMES else {}
-    plan = Plan(
+    return Plan(
         prompts=tuple(dict.fromkeys(prompts)),
         images=settings.images,
         steered=settings.steered,
@@ -84,7 +88,19 @@ def run(settings: Rollout) -> None:
         max_batch=settings.max_batch,
         call=defaults | settings.call,
     )
+
+
+def run(settings: Rollout) -> None:
+    """Check everything, then make this process's shards."""
+    plan = plan_of(settings)
+    out, lora = Path(settings.out), command.digest(settings.lora)
+    if settings.resume and is_complete(out, plan, settings.reward, settings.model, lora):
+        started.say("all of it is there already")
+        if is_main():
+            print(out)
+        return
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    started.say(f"loading {settings.model}")
     reward = rewards.load(settings.reward, state.device) if settings.reward else None
     if reward:
         reward.check(plan.prompts)
@@ -97,17 +113,19 @@ def run(settings: Rollout) -> None:
     check(pipe, plan, reward, preview)
     with state.main_process_first():
         again = settings.resume or not state.is_main_process
-        open_run(Path(settings.out), pipe, plan, settings.reward, again, settings.model)
-    work = generate(
-        Path(settings.out), pipe, plan, reward, state.process_index, state.num_processes, preview
-    )
-    with tqdm(unit="shard", disable=not state.is_main_process) as bar:
-        for done, total in work:
-            bar.total, bar.n = total, done
+        open_run(out, pipe, plan, settings.reward, again, settings.model, lora)
+    with tqdm(unit="image", disable=not state.is_main_process) as bar:
+
+        def drawn(done: float, total: int) -> None:
+            bar.total, bar.n = total, int(done)
             bar.refresh()
+
+        rank, world = state.process_index, state.num_processes
+        for _ in generate(out, pipe, plan, reward, rank, world, preview, drawn):
+            pass
     state.wait_for_everyone()
     if state.is_main_process:
-        print(settings.out)
+        print(out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,9 @@ shards get a column for each reward.
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import argparse
 import importlib
 import json
@@ -123,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.WeightedSum:
     """The reward of these prompts; ValueError if a component would hide a column of the table."""
+    started.say(f"loading {spec}")
     reward = rewards.load(spec, device)
     for name in component_names(reward.parts):
         if name in ("reward", *TEXTS):

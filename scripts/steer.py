@@ -7,6 +7,9 @@ are split over the processes.
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import argparse
 import contextlib
 import dataclasses
@@ -173,6 +176,7 @@ def ready(
     """Load the model, check that it is the one that drew what is there; the rest, to be drawn."""
     if not mine and args.model not in tiny.NAMES:  # those are there in a second
         return None
+    started.say(f"loading {args.model}")
     pipe, preview = load(args)
     done = [folder for share in shares for folder in share.batches if folder.exists()]
     runs.check_weights(done, pipe, preview)

@@ -17,6 +17,9 @@ out= is what train_gdro.py makes.
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import json
 import sys
 from collections.abc import Sequence
@@ -157,6 +160,7 @@ def run(settings: Train) -> None:
     load = partial(loading.load_pipeline, name, dtype)
     watch = training.watch_of(settings, prompts, settings.reward, stated, load, accelerator)
     check_references(settings, fixed, watch)
+    started.say(f"loading {name}")
     pipe = load()
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
     training.begin(trainer, settings, tuned)

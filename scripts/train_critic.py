@@ -20,6 +20,9 @@ settings.yaml, state.pt (for resume=true).
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import io
 import sys
 from collections.abc import Sequence
@@ -100,6 +103,7 @@ def run(settings: Train) -> None:
     seen, unseen = split(samples, settings.held_out, settings.seed)
     source = settings.out if (out / "state.pt").exists() else settings.critic_from
     s, device = settings, pick_device("auto")
+    started.say(f"loading the critic, with its tower {s.tower}")
     model = training.critic_of(source, s.kind, s.tower, s.paired, s.seed, device)
     critic = Critic(model, settings.critic)
     references = load_references(settings.references, size, paired=settings.paired)

@@ -15,6 +15,9 @@ grids/, tensorboard/, settings.yaml, state.pt (for resume=true).
 
 from __future__ import annotations
 
+from scripts import started
+
+# isort: split
 import json
 import sys
 from collections.abc import Sequence
@@ -76,6 +79,7 @@ def run(settings: Train) -> None:
     )
     plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
     watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
+    started.say(f"loading {name}")
     pipe = load()
     family = family_of(pipe)
     network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,52 @@ def test_a_process_that_dies_in_a_shard_leaves_the_others_whole(tmp_path, monkey
     one, _ = everything(made(folder, resume=True))
     other, _ = everything(made(tmp_path / "whole"))
     assert one == other
+
+
+def test_progress_is_told_at_every_step_of_every_call_and_goes_on_from_what_is_there(tmp_path):
+    told: list[tuple[float, int]] = []
+    pipe, call = family("sd")
+    plan = Plan(
+        prompts=PROMPTS,
+        images=4,
+        steered=4,
+        settings=FeynmanKac(reward_scale=1, num_scores=1, funnel=(2,)),
+        prompts_per_shard=2,
+        call=call,
+    )
+    folder = tmp_path / "run"
+    open_run(folder, pipe, plan, None, resume=False)
+    steps = call["num_inference_steps"]
+    work = generate(folder, pipe, plan, brightness, drawn=lambda *now: told.append(now))
+    next(work)
+    del work  # not drawn on
+    first = [4 * call + 4 * (step + 1) / steps for call in range(4) for step in range(steps)]
+    assert [done for done, _ in told] == pytest.approx(first)  # of two prompts: 16 of all 24
+    told.clear()
+    for _ in generate(folder, pipe, plan, brightness, drawn=lambda *now: told.append(now)):
+        pass
+    assert [done for done, _ in told] == pytest.approx(
+        [16 + 4 * call + 4 * (step + 1) / steps for call in range(2) for step in range(steps)]
+    )
+    assert {total for _, total in told} == {24}
+
+
+def test_a_run_is_complete_only_if_it_is_this_very_run_and_whole(tmp_path):
+    pipe, call = family("sd")
+    plan = Plan(prompts=PROMPTS, images=2, prompts_per_shard=2, call=call)
+    folder = tmp_path / "run"
+    assert not rollouts.is_complete(folder, plan, None, "sd")
+    open_run(folder, pipe, plan, None, False, "sd", "a LoRA's digest")
+    assert not rollouts.is_complete(folder, plan, None, "sd", "a LoRA's digest")
+    for _ in generate(folder, pipe, plan):
+        pass
+    assert rollouts.is_complete(folder, plan, None, "sd", "a LoRA's digest")
+    assert not rollouts.is_complete(folder, plan, None, "sd", "another's")
+    assert not rollouts.is_complete(folder, plan, None, "other", "a LoRA's digest")
+    assert not rollouts.is_complete(folder, plan, "jpeg", "sd", "a LoRA's digest")
+    assert not rollouts.is_complete(folder, replace(plan, seed=1), None, "sd", "a LoRA's digest")
+    (folder / "00001" / "table.parquet").write_bytes(b"damaged")
+    assert not rollouts.is_complete(folder, plan, None, "sd", "a LoRA's digest")
 
 
 def test_the_table_loads_with_datasets(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from accelerate import DistributedType
 from safetensors.torch import load_file
 
+import rewards
 from finetune import checks, zero
 from finetune.rollouts import Rollouts
 from scripts import rollout, score, train_gdro, training
@@ -41,6 +42,31 @@ def test_every_shard_gets_its_rewards_once(scored, capsys):
     again = [str(scored / "run"), "--reward", "jpeg", "--device", "cpu", "--resume"]
     assert score.main(again) == 0
     assert (shard.folder / "rewards.parquet").stat().st_mtime_ns == before
+
+
+def test_rollouts_that_are_there_are_found_without_a_model(scored, capsys, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load_pipeline", never)
+    monkeypatch.setattr(rewards, "load", never)
+    words = [f"prompts={scored / 'prompts.txt'}", f"out={scored / 'run'}", "images=3", *CALL]
+    words += ["steered=2", "reward=jpeg", "filter.num_scores=1", "resume=true"]
+    assert rollout.main(words) == 0
+    told = capsys.readouterr()
+    assert "all of it is there already" in told.err
+    assert told.out.splitlines()[-1] == str(scored / "run")
+    with pytest.raises(AssertionError, match="was loaded"):  # it is asked what is different
+        rollout.main([*words, "seed=1"])
+
+
+def test_the_bar_of_rollouts_counts_images(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text('the word "CAT"\n')
+    words = [f"prompts={tmp_path / 'prompts.txt'}", f"out={tmp_path / 'run'}", "images=2", *CALL]
+    assert rollout.main(words) == 0
+    bar = capsys.readouterr().err
+    assert " 1/2 [" in bar
+    assert " 2/2 [" in bar
 
 
 def test_training_resumes_where_it_stopped_and_its_lora_loads(scored, tmp_path):

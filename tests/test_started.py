@@ -1,0 +1,69 @@
+"""A script says at once that it has started, before it imports what takes seconds."""
+
+from __future__ import annotations
+
+import ast
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+    file
+    for file in (ROOT / "scripts").glob("*.py")
+    if "\ndef main(" in file.read_text(encoding="utf-8")
+)
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "matplotlib", "PIL", "numpy", "gradio")
+# Run instead of a script's imports: whether anything heavy was there when it spoke.
+EARLY = """
+import sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {heavy!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Stop())
+sys.argv = [{file!r}]
+import runpy
+runpy.run_path({file!r}, run_name="__main__")
+"""
+
+
+def test_there_are_scripts():
+    assert {"steer", "rollout", "score", "train_gdro", "evaluate"} <= {f.stem for f in SCRIPTS}
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_a_script_imports_first_what_says_that_it_has_started(file):
+    imports = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ImportFrom)]
+    assert [node.module for node in imports[:2]] == ["__future__", "scripts"]
+    assert [alias.name for alias in imports[1].names] == ["started"]
+
+
+def ran(file: Path) -> subprocess.CompletedProcess[str]:
+    """A script that Ctrl-C meets at the first heavy import."""
+    code = EARLY.format(heavy=HEAVY, file=str(file))
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["steer", "rollout"])
+def test_it_speaks_before_anything_heavy_is_imported_and_takes_an_interrupt_there(name):
+    done = ran(ROOT / "scripts" / f"{name}.py")
+    first, last = done.stderr.splitlines()
+    assert first == f"{name}.py: loading PyTorch and what else is needed"
+    assert last == f"{name}.py: interrupted before it began"
+    assert done.returncode == -signal.SIGINT
+
+
+def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
+    from scripts import started
+
+    monkeypatch.setenv("RANK", "1")
+    started.say("nothing")
+    assert not capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    started.say("loading")
+    assert capsys.readouterr().err.endswith(": loading\n")
