@@ -9,40 +9,17 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .combine import Function, Part, WeightedSum, call_of, default_name
-from .spec import AGGREGATORS, Call, Term, aggregator, parse
+from .names import REWARDS, factory_of, read
+from .spec import AGGREGATORS, Call, Term, aggregator
 
 __all__ = ["Reward", "WeightedSum", "aggregators", "available", "load"]
-
-# name -> (module, class, description); the modules import their models only when constructed
-REWARDS = {
-    "aesthetic": ("rewards.aesthetic", "AestheticReward", "how pleasing LAION's raters find it"),
-    "clip": ("rewards.clip", "ClipReward", "cosine of picture and prompt in CLIP's space"),
-    "critic": ("rewards.critic", "CriticReward", "references told from samples, as it was trained"),
-    "dino": ("rewards.dino", "DinoReward", "likeness to reference pictures in DINO's features"),
-    "hps": ("rewards.hps", "HpsReward", "human preference score, v2 or v2.1"),
-    "imagereward": ("rewards.imagereward", "ImageRewardReward", "preference learned on BLIP"),
-    "jpeg": (
-        "rewards.jpeg",
-        "JpegReward",
-        "size as JPEG: small (default) or large files score high",
-    ),
-    "judge": ("rewards.judge", "JudgeReward", "a vision-language model's answer to a question"),
-    "objects": (
-        "rewards.objects",
-        "ObjectsReward",
-        "the things, counts, colours and places a prompt asks for, detected",
-    ),
-    "ocr": ("rewards.ocr", "OcrReward", "the prompt's quoted text, as an OCR engine reads it"),
-    "pickscore": ("rewards.pickscore", "PickScoreReward", "preference of Pick-a-Pic's users"),
-    "siglip": ("rewards.siglip", "SiglipReward", "SigLIP's match of picture and prompt"),
-}
 
 
 @runtime_checkable
@@ -80,25 +57,31 @@ def aggregators() -> dict[str, str]:
 def load(
     reward: str | Mapping[str, float] | Callable[..., Any],
     device: torch.device | str | None = None,
+    imports: bool = False,
 ) -> WeightedSum:
     """A reward from its text form, a mapping {text form: weight}, or any callable.
 
-    The text form is described in `rewards.spec`; a name `module:attribute` is imported, and
-    called with the arguments if it has any or is a class. `device` is where models live;
-    None lets them follow the images. The `spec` of a callable that cannot be imported, as a
-    lambda, says so, `<lambda>`. ValueError for what is unknown or cannot be loaded.
+    The text form is described in `rewards.spec`. `device` is where models live; None lets them
+    follow the images. `imports` says that the text is the caller's own: it may then name what is
+    no part of this package, as `module:attribute` (imported, and called with the arguments if it
+    has any or is a class), files, folders, hub repositories and addresses. Without, as befits
+    text that came from elsewhere, these are refused; see `rewards.names`. The `spec` of a callable
+    that cannot be imported, as a lambda, says so, `<lambda>`. ValueError for what is unknown,
+    refused, or cannot be loaded.
     """
     if isinstance(reward, WeightedSum):
         return reward
     if isinstance(reward, str):
-        return WeightedSum([_part(term, 1.0, device) for term in parse(reward)])
+        return WeightedSum([_part(term, 1.0, device) for term in read(reward, imports)])
     if isinstance(reward, Mapping):
-        return WeightedSum([_entry(text, reward[text], device) for text in reward])
+        terms = {text: read(text, imports) for text in reward}  # all of them, before any is loaded
+        return WeightedSum([_entry(text, terms[text], reward[text], device) for text in reward])
     return WeightedSum([_callable_part(reward)])
 
 
-def _entry(text: str, weight: float, device: torch.device | str | None) -> Part:
-    terms = parse(text)
+def _entry(
+    text: str, terms: Sequence[Term], weight: float, device: torch.device | str | None
+) -> Part:
     if len(terms) != 1:
         raise ValueError(f"{text!r} is a sum; give each reward its own entry in the mapping")
     try:
@@ -120,51 +103,19 @@ def _callable_part(reward: Any) -> Part:
 
 
 def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:
-    call, weight, name = term.call, term.weight * factor, term.alias or default_name(term.call)
-    if "<" in call.name:
-        raise ValueError(
-            f"{call.name} in a spec stands for a function or an object that cannot be imported; "
-            "load it itself, or put it into a module and write MODULE:NAME"
-        )
+    """A term as `read` gave it, loaded."""
+    call = term.call
     if ":" in call.name:
-        return Part(name, weight, _imported(call), call)
-    if call.name in AGGREGATORS:
-        return _aggregate(call, term.alias, weight, device)
-    if call.name not in REWARDS:
-        known = sorted(REWARDS | AGGREGATORS)
-        close = get_close_matches(call.name, known, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {known}"
-        raise ValueError(f"there is no reward {call.name!r}; {hint}")
-    module, attribute, _ = REWARDS[call.name]
-    factory = getattr(importlib.import_module(module), attribute)
-    parameters = [p for p in inspect.signature(factory).parameters if p != "device"]
-    if len(call.args) > len(parameters):
-        raise ValueError(f"reward {call.name} takes at most {len(parameters)} arguments: {call}")
-    given = dict(zip(parameters, call.args, strict=False))
-    for key, value in call.kwargs:
-        if key in given:
-            raise ValueError(f"reward {call.name} got {key} twice: {call}")
-        if key not in parameters:
-            close = get_close_matches(key, parameters, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it takes {parameters}"
-            raise ValueError(f"reward {call.name} has no argument {key!r}; {hint}")
-        given[key] = value
-    extra = {"device": device} if "device" in inspect.signature(factory).parameters else {}
-    named = Call(call.name, (), tuple((key, given[key]) for key in parameters if key in given))
-    return Part(name, weight, _made(named, factory, (), given | extra), named)
-
-
-def _aggregate(call: Call, alias: str, weight: float, device: torch.device | str | None) -> Part:
-    function, options = aggregator(call.name)
-    members = [WeightedSum([_part(term, 1.0, device) for term in terms]) for terms in call.sums]
-    given = dict(call.kwargs)
-    for key, parameter in options.items():
-        if parameter.default is parameter.empty and key not in given:
-            raise ValueError(f"{call.name} needs the argument {key}=, which {call} leaves out")
-    reward = _made(call, function, members, given)
-    ordered = tuple((key, given[key]) for key in options if key in given)
-    named = Call(call.name, (), ordered, tuple(member.terms for member in members))
-    return Part(alias or default_name(named), weight, reward, named)
+        made = _imported(call)
+    elif call.name in AGGREGATORS:
+        members = [WeightedSum([_part(t, 1.0, device) for t in terms]) for terms in call.sums]
+        made = _made(call, aggregator(call.name)[0], members, dict(call.kwargs))
+        call = replace(call, sums=tuple(member.terms for member in members))
+    else:
+        factory = factory_of(call.name)
+        extra = {"device": device} if "device" in inspect.signature(factory).parameters else {}
+        made = _made(call, factory, (), dict(call.kwargs) | extra)
+    return Part(term.alias or default_name(call), term.weight * factor, made, call)
 
 
 def _made(call: Call, factory: Callable[..., Any], args: Sequence[Any], kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from .images import resize
 
 __all__ = ["Draw", "augment", "augmented", "draw"]
 
+MOST_DRAWS = 1024
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, the luma of PIL and torchvision
 
 
@@ -54,8 +55,10 @@ def augmented(
     standard deviation `noise`. Components are reported as their means over the draws.
     """
     part = single("augmented", parts)
-    if type(draws) is not int or draws < 1:
-        raise ValueError(f"augmented's draws is {draws!r} but must be a whole number, 1 or more")
+    if type(draws) is not int or not 1 <= draws <= MOST_DRAWS:
+        raise ValueError(f"augmented's draws is {draws!r} but must be from 1 to {MOST_DRAWS}")
+    if _augments(part):
+        raise ValueError("augmented holds another augmented, whose draws would multiply; take one")
     if type(seed) is not int or not 0 <= seed < 2**63:
         raise ValueError(f"augmented's seed is {seed!r} but must be a whole number, 0 or more")
     if type(flip) is not bool:
@@ -87,6 +90,11 @@ def augmented(
         jitter=jitter,
         noise=noise,
     )
+
+
+def _augments(part: WeightedSum) -> bool:
+    inner = [p.reward for p in part.parts if isinstance(p.reward, Aggregate)]
+    return any(one.name == "augmented" or any(map(_augments, one.members)) for one in inner)
 
 
 def draw(draws: int, seed: int, crop: float, flip: bool, jitter: float) -> list[Draw]:

@@ -2,7 +2,8 @@
 
     reward = rewards.load("clip + ocr")
     calibrate.save("scale.json", calibrate.measure(reward, images, prompts))
-    rewards.load("a=calibrated(clip, file=scale.json) + b=calibrated(ocr, file=scale.json)")
+    spec = "a=calibrated(clip, file=scale.json) + b=calibrated(ocr, file=scale.json)"
+    rewards.load(spec, imports=True)
 
 The file is JSON, {"components": {spec: [scores in rising order]}}. The spec, with every argument
 that is not a default, is the fingerprint: a reward made in another way finds nothing there and

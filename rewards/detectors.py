@@ -228,7 +228,9 @@ def _tokenizer(source: str, kind: str) -> Tokenize:
 
     folder = Path(source).expanduser()
     with nullcontext() if folder.is_dir() else hub(source):
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else source)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else source, trust_remote_code=False
+        )
     # OWLv2 has as many positions; Grounding DINO must not be padded
     fixed = {"padding": "max_length", "max_length": OWL_TOKENS, "truncation": True}
     settings = fixed if kind == "owlv2" else {}

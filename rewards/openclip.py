@@ -109,8 +109,11 @@ def _tokenizer(place: str, config: Mapping[str, Any]) -> Callable[[list[str]], T
         if rules["model"]["type"] == "WordLevel":
             return WordTokenizer(path, config["model_cfg"]["text_cfg"]["context_length"])
     kind = "local-dir" if Path(place).is_dir() else "hf-hub"
+    foreign = config.get("model_cfg", config)["text_cfg"].get("hf_tokenizer_name")
+    # or a line of the configuration, tokenizer_kwargs, could have the folder's own code run
+    safely: dict[str, Any] = {"trust_remote_code": False} if foreign else {}
     with hub(place):
-        return open_clip.get_tokenizer(f"{kind}:{place}")
+        return open_clip.get_tokenizer(f"{kind}:{place}", **safely)
 
 
 def open_tag(name: str, tag: str) -> Towers:

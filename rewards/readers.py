@@ -38,6 +38,7 @@ SMALLEST = 96  # pixels of the short side below which RapidOCR's detector sees i
 LARGEST = 736  # pixels of the long side above which it is shrunk (RapidOCR's own figure)
 LEGIBLE = 512  # pixels of the short side that tesseract needs for type of 8 px in 64
 MOST_UPSCALE = 4
+LARGEST_UPSCALE = 16  # that may be asked for
 MOST_SIDE = 2000  # pixels of the long side that RapidOCR works on
 SPARSE_TEXT = 11  # tesseract's page segmentation: as much text as there is, anywhere
 TIMEOUT = 60.0  # seconds a picture; tesseract takes 0.1 to 0.5 of them
@@ -137,10 +138,10 @@ class RapidOcr:
 
     def __post_init__(self) -> None:
         limit = self.limit_side_len
-        if limit is not None and (type(limit) is not int or limit < 32):
+        if limit is not None and (type(limit) is not int or not 32 <= limit <= 2 * MOST_SIDE):
             raise ValueError(
                 f"limit_side_len is {limit!r} pixels; "
-                "give a whole number, at least 32, or leave it out"
+                f"give a whole number from 32 to {2 * MOST_SIDE}, or leave it out"
             )
         _check_upscale(self.upscale)
         if type(self.detect) is not bool:
@@ -297,8 +298,8 @@ def _text(table: str) -> str:
 
 
 def _check_upscale(upscale: int) -> None:
-    if type(upscale) is not int or upscale < 1:
-        raise ValueError(f"upscale is {upscale!r}; give a whole number, 1 or more")
+    if type(upscale) is not int or not 1 <= upscale <= LARGEST_UPSCALE:
+        raise ValueError(f"upscale is {upscale!r}; give a whole number from 1 to {LARGEST_UPSCALE}")
 
 
 def _enlarged(picture: np.ndarray, factor: int) -> np.ndarray:

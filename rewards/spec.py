@@ -16,9 +16,11 @@ one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
 ``critic:FOLDER``, alone, is ``critic(FOLDER)``.
 
 A name in <> is that of a function or an object that cannot be imported: it is read, not loaded.
+What a text may name depends on whose it is, see `rewards.names`.
 
 The names in AGGREGATORS take sums and make one score of them, ``min(clip, 0.5*ocr)`` or
 ``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last. They nest 20 deep at most.
+A text has at most 20,000 characters, and a number at most 64 bits.
 """
 
 from __future__ import annotations
@@ -46,15 +48,19 @@ __all__ = [
 Value = str | int | float | bool | None
 Named = tuple[tuple[str, Value], ...]
 
-NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 PATH = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 NAME = rf"{PATH}:{PATH}|<[^<>]*>|[^\W\d]\w*"
 DEEPEST = 20  # aggregators in each other; far below Python's own limit, on any path
+LONGEST = 20_000  # characters
+LARGEST = 2**63  # of whole numbers, exclusive
 WORD = r"[\w.:/~+-]+"
 # outside parentheses "-" is a sign; inside it may belong to a word
 OUTSIDE = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{NAME})|(?P<mark>[-+*=(),]))")
 INSIDE = re.compile(rf"\s*(?:(?P<quoted>{QUOTED})|(?P<word>{WORD})|(?P<mark>[=,)]))")
+BRACKET = re.compile(r"\s*\(")
+SIGN = re.compile(r"\s*[+-]")
 OPTION = re.compile(r"\s*([^\W\d]\w*)\s*=")
 LONE_VALUE = re.compile(rf"\s*(?:{QUOTED}|[+-]?{NUMBER}|true|false|none)\s*[,)]")
 SIGNED = re.compile(rf"[+-]?{NUMBER}")
@@ -161,7 +167,11 @@ def _literal(word: str) -> Value:
         return LITERALS[word.lower()]
     if not SIGNED.fullmatch(word):
         return word
-    return int(word) if re.fullmatch(r"[+-]?\d+", word) else float(word)
+    if not re.fullmatch(r"[+-]?\d+", word):
+        return float(word)
+    if len(word) > 20 or abs(int(word)) >= LARGEST:
+        raise ValueError(f"a reward spec holds {word[:40]}; give a number of 64 bits")
+    return int(word)
 
 
 class _Parser:
@@ -170,6 +180,10 @@ class _Parser:
     def __init__(self, text: str) -> None:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"the reward spec {text!r} is empty; write for example 'clip + ocr'")
+        if len(text) > LONGEST:
+            raise ValueError(
+                f"the reward spec {text[:40]!r}... has {len(text)} characters, over {LONGEST}"
+            )
         self.text, self.at, self.depth = text, 0, 0
 
     def fail(self, wanted: str) -> ValueError:
@@ -193,7 +207,7 @@ class _Parser:
 
     def sum(self) -> tuple[Term, ...]:
         terms = [self.term(self.signs())]
-        while self.text[self.at :].lstrip()[:1] in ("+", "-"):
+        while SIGN.match(self.text, self.at):
             terms.append(self.term(self.signs()))
         return tuple(terms)
 
@@ -214,6 +228,12 @@ class _Parser:
         name = name or self.take("word")
         if name is not None and not alias and self.take("mark", only="="):
             alias, name = name, self.take("word")
+        if name is None and BRACKET.match(self.text, self.at):
+            raise ValueError(
+                f"reward spec {self.text!r:.200}: brackets alone hold no sum; give each reward its "
+                "own weight, as in 0.5*clip + 0.5*jpeg, or name what they become together, as in "
+                "0.5*mean(clip, jpeg)"
+            )
         if name is None or {":", "<"} & set(alias):
             raise self.fail("the name of a reward")
         call = self.call(name)

@@ -153,8 +153,8 @@ def _longest(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
 
 
 def check_batch_size(batch_size: Any) -> None:
-    """Refuse anything but a whole number of images, at least 1."""
-    if type(batch_size) is not int or batch_size < 1:
+    """Refuse anything but a whole number of images, at least 1, that torch can split by."""
+    if type(batch_size) is not int or not 1 <= batch_size < 2**31:
         raise ValueError(
             f"batch_size is {batch_size!r} but must be a whole number, at least 1; leave it out"
         )

@@ -88,7 +88,7 @@ def load_tokenizer(place: str) -> Any:
 
     with hub(place):
         try:
-            return AutoTokenizer.from_pretrained(place)
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except Exception as error:
             if "sentencepiece" in str(error).lower():
                 raise ValueError(

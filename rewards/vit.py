@@ -39,6 +39,7 @@ TINY = Path(__file__).parent / "tiny" / "dino"
 FILES = ("model.safetensors", "pytorch_model.bin")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 SIDE = 224  # pixels; DINOv2 was trained at this and finished at 518
+LARGEST = 2048  # pixels; attention over the patches grows with the fourth power of the side
 HEAD = 64  # features of an attention head in every DINOv2
 REFERENCES = 128  # remembered
 RANDOM_CONFIG: dict[str, Any] = {
@@ -162,11 +163,11 @@ def view(source: str, size: int | None = None, device: torch.device | str | None
             backbone = _BACKBONES[key] = _open(source)
         size = min(SIDE, backbone.side) if size is None else size
         patch = backbone.patch
-        if type(size) is not int or size < patch or size % patch:
-            near = max(round(size / patch), 1) * patch if isinstance(size, int) else SIDE
+        if type(size) is not int or not patch <= size <= LARGEST or size % patch:
+            near = min(size, LARGEST) if isinstance(size, int) else SIDE
             raise ValueError(
                 f"the DINO size is {size!r} pixels but must be a multiple of the patch of "
-                f"{source}, {patch}; take size={near}"
+                f"{source}, {patch}, up to {LARGEST}; take size={max(near // patch, 1) * patch}"
             )
         found = _VIEWS.get((*key, size))
         if found is None:

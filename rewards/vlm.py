@@ -41,8 +41,10 @@ class Local:
 
         with _explained(source) if folder.is_dir() else hub(source):
             where = str(folder) if folder.is_dir() else source
-            model: Any = AutoModelForImageTextToText.from_pretrained(where, dtype="auto")
-            processor: Any = AutoProcessor.from_pretrained(where)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                where, dtype="auto", trust_remote_code=False
+            )
+            processor: Any = AutoProcessor.from_pretrained(where, trust_remote_code=False)
         if not getattr(processor, "chat_template", None):
             raise ValueError(f"{source} has no chat template, so a judge cannot ask it; add one")
         self.model = model.requires_grad_(False).eval()

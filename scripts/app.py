@@ -28,10 +28,10 @@ examples:
   # a model of your own to begin with, and at most 16 particles
   python scripts/app.py --model path/to/pipeline --max-particles 16
 
-  # a reward of your own code; those typed into the page cannot import any
+  # a reward of your own; those typed into the page import no code and open no files
   python scripts/app.py --reward my_module:my_reward
 
-  # for others to reach: they may load whatever this machine can
+  # for others to reach: they may load any model that this machine can
   python scripts/app.py --host 0.0.0.0
 """
 

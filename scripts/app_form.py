@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.names import OutsideError, read
 from rewards.spec import Call, Term, format_terms
-from rewards.spec import parse as parse_spec
 from steering import FeynmanKac, loading, tiny
 from steering.observer import needs_scores
 from steering.prompts import Prompt
@@ -28,6 +28,7 @@ class Wish:
     model: str
     lora: str | None
     reward: str
+    own: bool  # whether the reward is that of the command line, which may import code
     particles: int
     seed: int
     call: dict[str, Any]  # keywords of the pipeline's call
@@ -50,8 +51,8 @@ def spec_of(weights: Mapping[str, float | None], model: str) -> str:
 def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wish:
     """The wish of a form's raw values; ValueError for what cannot be, in one sentence.
 
-    most: particles. trusted: the one spec that may import code, that of the command line; pages
-    are open to whoever reaches them.
+    most: particles. trusted: the one spec that may reach outside of Tilt, that of the command
+    line; pages are open to whoever reaches them.
     """
     prompt = Prompt(_text(form, "prompt")).text
     if not prompt:
@@ -61,8 +62,12 @@ def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wis
         raise ValueError(f"the model is empty: try {tiny.NAMES[0]}, or name a folder or a hub id")
     loading.check_name(model)
     reward = _text(form, "reward") or default_reward(model)
-    if reward != trusted:
-        _refuse_imports(parse_spec(reward))
+    try:
+        read(reward, imports=reward == trusted)
+    except OutsideError as error:
+        raise ValueError(
+            f"{error.what}, which the page does for nobody: start the app with --reward to use it"
+        ) from None
     particles = _whole("particles", form["particles"], 1, most)
     call = tiny.call_defaults(model) if model in tiny.NAMES else {}
     if steps := _text(form, "steps"):
@@ -82,22 +87,12 @@ def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wis
         model=model,
         lora=_text(form, "lora") or None,
         reward=reward,
+        own=reward == trusted,
         particles=particles,
         seed=_whole("seed", form["seed"], 0, 2**53),
         call=call,
         settings=settings,
     )
-
-
-def _refuse_imports(terms: Sequence[Term]) -> None:
-    for term in terms:
-        if ":" in term.call.name:
-            raise ValueError(
-                f"the reward {term.call.name} would import code, which the page does not do: "
-                "start the app with --reward to use it"
-            )
-        for inner in term.call.sums:
-            _refuse_imports(inner)
 
 
 def _text(form: Mapping[str, Any], name: str) -> str:

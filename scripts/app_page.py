@@ -33,7 +33,7 @@ FIRST_PROMPT = "a red circle above a blue square"
 def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: int) -> Any:
     """The page, to be launched; the arguments are what its form begins with, and its limit.
 
-    A reward given here may import code, one typed into the page may not.
+    A reward given here may import code and open files, one typed into the page may not.
     """
     with gr.Blocks(title="Tilt", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(HEAD, elem_classes="tilt-head")

@@ -97,7 +97,7 @@ class Studio:
         from steering import steer
 
         emit(Loading(f"Loading the reward {wish.reward}"))
-        reward = self._rewarded(wish.reward)
+        reward = self._rewarded(wish.reward, wish.own)
         reward.check([wish.prompt])
         emit(Loading(f"Loading the model {wish.model}"))
         pipe, preview = self._loaded(wish.model, wish.lora)
@@ -115,10 +115,10 @@ class Studio:
         pictures.sort(key=lambda picture: -picture.reward)
         emit(Done(tuple(pictures), out.log_z[0].item(), folder / "report.html"))
 
-    def _rewarded(self, spec: str) -> Any:
+    def _rewarded(self, spec: str, own: bool) -> Any:
         if self._reward is None or self._reward[0] != spec:
             self._reward = None
-            self._reward = spec, rewards.load(spec, self._device)
+            self._reward = spec, rewards.load(spec, self._device, imports=own)
         return self._reward[1]
 
     def _loaded(self, name: str, lora: str | None) -> tuple[Any, Any]:

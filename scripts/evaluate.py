@@ -166,7 +166,7 @@ def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Va
 
 def jobs_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Job]:
     """The reward asked for on all prompts; readers and detector on those that they can judge."""
-    detector = rewards.load(settings.objects, device)
+    detector = rewards.load(settings.objects, device, imports=True)
     if [type(part.reward) for part in detector.parts] != [ObjectsReward]:
         raise ValueError(f"objects is {settings.objects!r} but must be one objects(...)")
     jobs = [Job("rewards", judge(settings.reward, plan, device), list(range(len(plan.prompts))))]
@@ -189,7 +189,7 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
     spec = settings.embed or ("dino(tiny)" if settings.model in tiny.NAMES else "")
     if not spec or settings.images < 2:
         return None
-    reward = rewards.load(spec, device).parts[0].reward
+    reward = rewards.load(spec, device, imports=True).parts[0].reward
     tower = reward if hasattr(reward, "image_features") else getattr(reward, "towers", None)
     if tower is None:
         raise ValueError(f"embed is {spec!r}, which has no features; take dino or clip")

@@ -101,7 +101,7 @@ def run(settings: Rollout) -> None:
         return
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     started.say(f"loading {settings.model}")
-    reward = rewards.load(settings.reward, state.device) if settings.reward else None
+    reward = rewards.load(settings.reward, state.device, True) if settings.reward else None
     if reward:
         reward.check(plan.prompts)
     device = state.device or torch.device("cpu")

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.WeightedSum:
     """The reward of these prompts; ValueError if a component would hide a column of the table."""
     started.say(f"loading {spec}")
-    reward = rewards.load(spec, device)
+    reward = rewards.load(spec, device, imports=True)
     for name in component_names(reward.parts):
         if name in ("reward", *TEXTS):
             raise ValueError(

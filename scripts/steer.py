@@ -139,7 +139,7 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt
     args.device = str(device)
     args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.reward = args.reward or ("clip(tiny)" if args.model in tiny.NAMES else "clip")
-    reward = rewards.load(args.reward, device)
+    reward = rewards.load(args.reward, device, imports=True)
     reward.check([prompt.text for prompt in prompts])
     args.preview = loading.pick_preview(args.preview, args.model)
     return prompts, settings, reward

@@ -153,12 +153,14 @@ def run(settings: Train) -> None:
     stated = defaults | settings.call | {"guidance_scale": tuned.guidance_scale}
     call = stated | {"num_inference_steps": tuned.num_inference_steps}
     accelerator = training.accelerator_of(settings)
-    fixed = rewards.load(settings.reward, accelerator.device) if settings.reward else None
+    fixed = rewards.load(settings.reward, accelerator.device, True) if settings.reward else None
     if fixed:
         fixed.check(prompts)
     dtype = loading.pick_dtype(settings.dtype, accelerator.device)
     load = partial(loading.load_pipeline, name, dtype)
-    watch = training.watch_of(settings, prompts, settings.reward, stated, load, accelerator)
+    watch = training.watch_of(
+        settings, prompts, settings.reward, stated, load, accelerator, own=True
+    )
     check_references(settings, fixed, watch)
     started.say(f"loading {name}")
     pipe = load()

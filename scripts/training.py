@@ -20,6 +20,7 @@ from finetune import card, checks, config, lora, page
 from finetune.checks import Check, Watch
 from finetune.learner import Learner, load_state, save_state
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
+from rewards.names import OutsideError
 from scripts.sharding import shard
 from steering.prompts import read
 
@@ -113,11 +114,13 @@ def watch_of(
     call: dict[str, Any],
     load: Callable[..., Any],
     accelerator: Accelerator,
+    own: bool = False,
 ) -> Watch | None:
     """What to look at while training, checked beforehand; None if nothing.
 
     trained_on: all prompts that are; spec: the reward that is trained on, "" if it is not known;
-    load(**components): the pipeline, around a component.
+    load(**components): the pipeline, around a component; own: whether the user wrote `spec`, and
+    not a file of somebody's, so that it may import code.
     """
     check = settings.check
     if not check.every:
@@ -131,9 +134,16 @@ def watch_of(
         raise ValueError(f"{check.prompts} has prompts that are trained on, as {both[0]!r}")
     if not (check.reward or spec):
         raise ValueError("the rollouts do not say what scored them; set check.reward=")
-    found = {"reward": rewards.load(check.reward or spec, accelerator.device)}
+    own = own or bool(check.reward)
+    try:
+        found = {"reward": rewards.load(check.reward or spec, accelerator.device, imports=own)}
+    except OutsideError as error:
+        raise ValueError(
+            f"{error.what}, and only the files of the rollouts say that it scored them: set "
+            f"check.reward={spec!r} if you trust it, or another"
+        ) from None
     if check.quality:
-        found["quality"] = rewards.load(check.quality, accelerator.device)
+        found["quality"] = rewards.load(check.quality, accelerator.device, imports=True)
     for reward in found.values():
         reward.check([*seen, *unseen])
     return Watch(check, seen, unseen, found, check.call or call, load)

@@ -59,7 +59,7 @@ def test_a_preference_critic_resumes_exactly_and_another_run_begins_with_it(word
     run(*words, "paired=true", f"critic_from={whole / 'critic'}", f"out={later}", "grpo.steps=1")
     (first,) = logged(later)
     assert first["critic_real"] != rows[0]["critic_real"]  # that of the tower before it learned
-    learned = rewards.load(f"critic({whole / 'critic'})")
+    learned = rewards.load(f"critic({whole / 'critic'})", imports=True)
     pairs = load_references(tmp_path / "pairs.json", (64, 64), paired=True)
     real = pairs.draw([p for p in PROMPTS for _ in "ab"], torch.Generator())
     expected = learned(real, [p for p in PROMPTS for _ in "ab"]).mean()

@@ -87,6 +87,11 @@ def test_what_is_left_empty_is_the_models_own():
         ({"reward": "jpeg +"}, "jpeg"),
         ({"reward": "os:system('true')"}, "os:system would import code"),
         ({"reward": "jpeg + min(clip, 0.5*lcb(os:system, kappa=1))"}, "import code"),
+        ({"reward": "min(jpeg, objects(detector=this:c))"}, "import code by detector='this:c'"),
+        ({"reward": "clip(/etc)"}, "reaches outside of Tilt by source='/etc'"),
+        ({"reward": "calibrated(jpeg, file=/etc/passwd)"}, "start the app with --reward"),
+        ({"reward": "jpg"}, "did you mean 'jpeg'"),
+        ({"reward": "critic"}, "critic(FOLDER)"),
     ],
 )
 def test_refused_in_one_sentence(changed, said):
@@ -96,7 +101,8 @@ def test_refused_in_one_sentence(changed, said):
 
 
 def test_only_the_command_line_may_import_a_reward():
-    assert app_form.parse(FORM | {"reward": "math:sqrt"}, 64, trusted="math:sqrt").reward
+    assert app_form.parse(FORM | {"reward": "math:sqrt"}, 64, trusted="math:sqrt").own
+    assert not app_form.parse(FORM | {"reward": "jpeg"}, 64, trusted="math:sqrt").own
     with pytest.raises(ValueError, match="--reward"):
         app_form.parse(FORM | {"reward": "math:log"}, 64, trusted="math:sqrt")
 
@@ -288,11 +294,9 @@ def test_old_runs_are_deleted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"reward": "jpg"}, "did you mean 'jpeg'"),
         ({"reward": "clip"}, "give a folder"),
         ({"reward": "ocr"}, "a cat"),
         ({"reward": "dino(tiny)"}, "reference"),
-        ({"reward": "critic"}, "critic"),
         ({"model": "nobody/has-this"}, "give a folder that holds it"),
         ({"lora": "nobody/has-this"}, "the LoRA nobody/has-this"),
         ({"lora": "/nowhere/lora"}, "there is no /nowhere/lora"),

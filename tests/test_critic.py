@@ -87,7 +87,7 @@ def test_a_preference_critic_begins_as_the_clip_that_it_is_made_of(tmp_path):
     )
     _, folder, _ = clip_folders.twin_folders(tmp_path, quick_gelu=False)  # of transformers
     reward = CriticReward(PreferenceModel(str(folder), layers=1))
-    own = rewards.load(f"clip({folder}, scale=logit)")
+    own = rewards.load(f"clip({folder}, scale=logit)", imports=True)
     torch.testing.assert_close(reward(images, PROMPTS), own(images, PROMPTS))
 
 
@@ -171,8 +171,8 @@ def test_a_saved_critic_is_a_reward_like_any_other(make, tmp_path):
     expected = reward(pictures(7), PROMPTS)
     assert expected.std() > 0
     for spec in (f'critic("{folder}")', f"critic:{folder}", rewards.load(reward).spec):
-        assert torch.equal(rewards.load(spec)(pictures(7), PROMPTS), expected)
-    half = rewards.load({f"critic:{folder}": 0.5})(pictures(7), PROMPTS)
+        assert torch.equal(rewards.load(spec, imports=True)(pictures(7), PROMPTS), expected)
+    half = rewards.load({f"critic:{folder}": 0.5}, imports=True)(pictures(7), PROMPTS)
     torch.testing.assert_close(half, expected / 2)
     assert sorted(path.name for path in folder.iterdir()) == ["critic.json", "critic.safetensors"]
 
@@ -273,7 +273,10 @@ def test_wrong_input_is_refused_with_a_sentence():
         (lambda: CriticReward("/nowhere/at/all"), "neither a file, a folder that exists nor a hub"),
         (lambda: CriticReward("random:x"), "needs a whole number, as in random:0"),
         (lambda: CriticReward("random:0", batch_size=0), "a whole number, at least 1"),
-        (lambda: rewards.load("critic:/nowhere/at/all"), "neither a file, a folder that exists"),
+        (
+            lambda: rewards.load("critic:/nowhere/at/all", imports=True),
+            "neither a file, a folder that exists",
+        ),
     ],
 )
 def test_critics_that_cannot_be_made_say_why(make, sentence):
@@ -283,14 +286,14 @@ def test_critics_that_cannot_be_made_say_why(make, sentence):
 
 def test_broken_folders_are_refused_with_a_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"holds none of \['critic.json'\]"):
-        rewards.load(f"critic({tmp_path})")
+        rewards.load(f"critic({tmp_path})", imports=True)
     untrained().save(tmp_path)
     config, weights = tmp_path / "critic.json", tmp_path / "critic.safetensors"
     about, whole = json.loads(config.read_text()), weights.read_bytes()
 
     def refused(sentence: str) -> None:
         with pytest.raises(ValueError, match=sentence):
-            rewards.load(f"critic({tmp_path})")
+            rewards.load(f"critic({tmp_path})", imports=True)
 
     config.write_text(json.dumps({**about, "hidden": 8}))
     refused(r"is not what Head needs: it has misshapen inner.bias")

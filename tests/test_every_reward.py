@@ -82,7 +82,7 @@ _LOADED: dict[str, Any] = {}
 
 def loaded(case: Case) -> Any:
     if case.spec not in _LOADED:
-        _LOADED[case.spec] = rewards.load(case.spec)
+        _LOADED[case.spec] = rewards.load(case.spec, imports=True)
     return _LOADED[case.spec]
 
 
@@ -201,9 +201,9 @@ def test_bad_images_are_refused_with_a_sentence(case, spoil):
 @ALL
 def test_the_spec_gives_the_same_reward_again(case):
     reward = loaded(case)
-    assert str(rewards.load(str(reward))) == str(reward)
+    assert str(rewards.load(str(reward), imports=True)) == str(reward)
     # the object alone, as steer(reward=ClipReward(...)) gets it, is recorded by the same text
-    assert rewards.load(reward.parts[0].reward).spec == rewards.load(str(reward)).spec
+    assert rewards.load(reward.parts[0].reward).spec == rewards.load(str(reward), imports=True).spec
 
 
 @ALL

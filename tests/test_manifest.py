@@ -220,7 +220,7 @@ BUILT_IN = [
 def test_a_built_in_reward_is_recorded_as_the_text_that_loads_it(reward, spec):
     prompt = "a star" if isinstance(reward, ObjectsReward) else 'say "a"'
     assert Judge(reward, [prompt], None).name == spec
-    again = rewards.load(spec)
+    again = rewards.load(spec, imports=True)
     assert again == rewards.load(reward)
     assert again.spec == spec
     (part,) = again.parts

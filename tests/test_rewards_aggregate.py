@@ -78,7 +78,7 @@ SINGLE = (
 
 
 def load(spec: str):
-    return rewards.load(spec.format(**PARTS))
+    return rewards.load(spec.format(**PARTS), imports=True)
 
 
 def values(spec: str, **keywords) -> Tensor:
@@ -204,11 +204,13 @@ def test_batches_and_order_do_not_change_a_score(spec):
 @pytest.mark.parametrize("spec", [*SEVERAL, *SINGLE])
 def test_the_text_form_gives_the_same_reward(spec):
     reward = load(spec)
-    again = rewards.load(str(reward))
+    again = rewards.load(str(reward), imports=True)
     assert again == reward
     torch.testing.assert_close(again(IMAGES, PROMPTS), reward(IMAGES, PROMPTS))
     inside = reward.parts[0].reward
-    torch.testing.assert_close(rewards.load(inside.spec)(IMAGES, PROMPTS), reward(IMAGES, PROMPTS))
+    torch.testing.assert_close(
+        rewards.load(inside.spec, imports=True)(IMAGES, PROMPTS), reward(IMAGES, PROMPTS)
+    )
 
 
 @pytest.mark.parametrize("spec", [*SEVERAL, *SINGLE])
@@ -243,7 +245,7 @@ def test_no_score_leaves_the_range(spec):
     ],
 )
 def test_ranges_follow_from_the_parts(spec, range_):
-    assert rewards.load(spec.format(h=HERE)).range == pytest.approx(range_)
+    assert rewards.load(spec.format(h=HERE), imports=True).range == pytest.approx(range_)
 
 
 def test_what_holds_of_the_parts_holds_of_the_whole():
@@ -292,7 +294,7 @@ def test_agreement_costs_nothing_and_has_a_gradient():
 
 
 def test_aggregators_are_functions_of_loaded_rewards_too():
-    r, g = (rewards.load(PARTS[key]) for key in "rg")
+    r, g = (rewards.load(PARTS[key], imports=True) for key in "rg")
     made = aggregate.lcb(r, g, kappa=2)
     torch.testing.assert_close(made(IMAGES, PROMPTS), values("lcb({r}, {g}, kappa=2)"))
     assert rewards.load(made) == load("lcb({r}, {g}, kappa=2)")
@@ -427,7 +429,7 @@ def test_noise_is_the_same_for_every_picture_and_has_the_given_size():
         seen.append(images.clone())
         return images.mean((1, 2, 3))
 
-    part = rewards.load(look)
+    part = rewards.load(look, imports=True)
     augment.augmented(part, draws=2, crop=0, jitter=0, noise=0.05)(grey, ["", ""])
     assert torch.equal(seen[0][0], seen[0][1])
     assert not torch.equal(seen[0], seen[1])
@@ -467,7 +469,7 @@ def test_a_crop_is_cut_and_enlarged_as_pil_does():
 
 
 def test_a_reference_is_looked_at_by_shape_helpers_once_per_size():
-    part = rewards.load(PARTS["r"])
+    part = rewards.load(PARTS["r"], imports=True)
     small, large = torch.rand(2, 3, 4, 4), torch.rand(3, 3, 8, 8)
     found = shape.reference_scores("x", part, IMAGES[:2], ["a", "b"], [large, small])
     torch.testing.assert_close(found[0], large[:, 0].mean((1, 2)))

@@ -158,7 +158,7 @@ def test_equal_prompts_are_encoded_once_and_remembered(folder, monkeypatch):
 
 
 def test_rewards_of_the_same_weights_share_their_towers(folder):
-    reward = rewards.load(f"clip({folder}) + l=0*clip({folder}, scale=logit)")
+    reward = rewards.load(f"clip({folder}) + l=0*clip({folder}, scale=logit)", imports=True)
     assert reward.parts[0].reward.towers is reward.parts[1].reward.towers
     assert towers("random:1") is not towers("random:2")
 

@@ -279,7 +279,7 @@ def test_a_judge_s_settings_are_checked(settings, message):
 @pytest.mark.parametrize("detector", ["os:getcwd", "math:pi", "os:no_such"])
 def test_a_detector_is_a_function_of_images_and_names(detector):
     with refused(f"'{detector}'"):
-        rewards.load(f"objects(detector={detector})")
+        rewards.load(f"objects(detector={detector})", imports=True)
 
 
 def test_choices_that_are_not_there_are_named(tmp_path):

@@ -347,7 +347,7 @@ def test_a_pattern_without_a_scale_gives_the_number_itself(server):
 
 def test_the_spec_makes_the_same_judge_again(server):
     judge = server.judge(pattern=r"is (\d+)\.", low=0, high=20, key_env="K", invalid="nan")
-    again = rewards.load(judge.spec).parts[0].reward
+    again = rewards.load(judge.spec, imports=True).parts[0].reward
     assert again.spec == judge.spec
     assert again.task == judge.task
     assert again.task.question == PRESETS["score"].question
@@ -479,7 +479,7 @@ def llava(tmp_path_factory) -> str:
 
 def test_a_local_model_says_yes_as_its_own_logits_do(llava):
     images = torch.rand(3, 3, 40, 24, generator=torch.Generator().manual_seed(1))
-    reward = rewards.load(f'judge(source="{llava}", preset=yes_no)')
+    reward = rewards.load(f'judge(source="{llava}", preset=yes_no)', imports=True)
     prompts = ["a cat", "a dog", "a cat"]
     scores = reward(images, prompts)
     assert scores.dtype == torch.float32
@@ -499,7 +499,7 @@ def test_a_local_model_says_yes_as_its_own_logits_do(llava):
         assert scores[i].item() == pytest.approx((logits[yes] - logits[no]).sigmoid().item(), 1e-5)
 
     order = [2, 0, 1]
-    fresh = rewards.load(f'judge(source="{llava}", preset=yes_no)')
+    fresh = rewards.load(f'judge(source="{llava}", preset=yes_no)', imports=True)
     assert torch.equal(fresh(images[order], [prompts[i] for i in order]), scores[order])
 
 

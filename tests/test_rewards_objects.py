@@ -225,7 +225,7 @@ def test_a_detector_of_one_s_own_is_asked_for_the_prompts_things(pictures):
     reward = ObjectsReward(detector="test_rewards_objects:fake", batch_size=2)
     assert reward(pictures, PHOTOGRAPHS).tolist() == [1, 0, 1]  # 0.6 does not count, see below
     assert SEEN == [(2, [["dog"], ["cat"]]), (1, [["cow", "bus"]])]
-    assert str(rewards.load(reward.spec)) == reward.spec
+    assert str(rewards.load(reward.spec, imports=True)) == reward.spec
 
 
 def test_thresholds_are_geneval_s_for_such_a_detector_and_can_be_given(pictures):
@@ -242,7 +242,7 @@ def test_thresholds_are_geneval_s_for_such_a_detector_and_can_be_given(pictures)
 
 def test_two_modes_of_one_setting_look_once(pictures):
     call = "objects(mode={}, detector='test_rewards_objects:fake', counting_threshold=0.5)"
-    total = rewards.load(f"a={call.format('strict')} + b={call.format('share')}")
+    total = rewards.load(f"a={call.format('strict')} + b={call.format('share')}", imports=True)
     _, scores = total.evaluate(pictures, ["a photo of two cats"] * 3)
     assert scores["a"].tolist() == [0, 1, 0]
     assert scores["b"].tolist() == [0.5, 1, 0.5]
@@ -267,7 +267,10 @@ def test_a_metadata_file_says_what_any_prompt_asks_for(pictures, tmp_path):
     reward = ObjectsReward(detector="test_rewards_objects:fake", metadata=str(file))
     assert reward(pictures, ["two unicorns in a field"] * 3).tolist() == [0, 1, 0]
     assert reward.entry("a photo of a dog").tag == "single_object"
-    assert rewards.load(reward.spec)(pictures, ["two unicorns in a field"] * 3).sum() == 1
+    assert (
+        rewards.load(reward.spec, imports=True)(pictures, ["two unicorns in a field"] * 3).sum()
+        == 1
+    )
     with pytest.raises(ValueError, match="its metadata file"):
         reward.check(["three unicorns"])
     with pytest.raises(ValueError, match="the embedded world has no things"):
@@ -623,8 +626,8 @@ def test_a_checkpoint_that_is_not_the_model_is_refused(kind, folders, tmp_path):
 def test_the_reward_of_a_zero_shot_detector_keeps_the_convention(kind):
     spec = f"objects(mode=share, detector={kind}, source=random:3, colours=random:0"
     spec += ", threshold=0.6, counting_threshold=0.7, batch_size=3)"
-    reward = rewards.load(spec)
-    assert str(rewards.load(str(reward))) == str(reward)
+    reward = rewards.load(spec, imports=True)
+    assert str(rewards.load(str(reward), imports=True)) == str(reward)
     images = photographs()
     prompts = ["a photo of a red dog", "a photo of two cats", "a photo of a bear", *PHOTOGRAPHS[2:]]
     scores = reward(images, prompts)
@@ -633,4 +636,6 @@ def test_the_reward_of_a_zero_shot_detector_keeps_the_convention(kind):
     alone = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(alone, scores)
     assert reward(images[:0], []).shape == (0,)
-    assert rewards.load(spec).parts[0].reward.detector is reward.parts[0].reward.detector
+    assert (
+        rewards.load(spec, imports=True).parts[0].reward.detector is reward.parts[0].reward.detector
+    )

@@ -205,7 +205,7 @@ def test_writing_and_reading_give_back_the_same_terms(terms):
 
 
 def test_total_is_the_weighted_sum_and_components_are_unweighted():
-    reward = rewards.load(f"0.5*{HERE}:brightness - 2*{HERE}:lengths")
+    reward = rewards.load(f"0.5*{HERE}:brightness - 2*{HERE}:lengths", imports=True)
     total, components = reward.evaluate(IMAGES, PROMPTS)
     assert list(components) == ["brightness", "lengths"]
     torch.testing.assert_close(components["lengths"], torch.tensor([1.0, 3.0]))
@@ -216,7 +216,7 @@ def test_total_is_the_weighted_sum_and_components_are_unweighted():
 
 
 def test_a_weight_of_zero_is_reported_but_not_added():
-    reward = rewards.load(f"{HERE}:brightness + 0*{HERE}:endless")
+    reward = rewards.load(f"{HERE}:brightness + 0*{HERE}:endless", imports=True)
     total, components = reward.evaluate(IMAGES, PROMPTS)
     torch.testing.assert_close(total, IMAGES.mean((1, 2, 3)))
     assert torch.isinf(components["endless"]).all()
@@ -228,9 +228,9 @@ def test_round_trip_through_str_gives_an_equal_reward():
         f"-{HERE}:Scaled(3) + 0*jpeg",
         "clip(random:0, scale=logit) + 1e-05*jpeg(mode=compressibility)",
     ):
-        reward = rewards.load(text)
+        reward = rewards.load(text, imports=True)
         assert reward.spec == str(reward)
-        again = rewards.load(reward.spec)
+        again = rewards.load(reward.spec, imports=True)
         assert again == reward
         assert hash(again) == hash(reward)
         assert str(again) == str(reward)
@@ -244,7 +244,7 @@ def test_the_spec_keeps_the_arguments_that_the_name_leaves_out():
 
 
 def test_mappings_callables_and_classes_load():
-    by_name = rewards.load({"jpeg": 0.5, f"{HERE}:Scaled(3)": 2.0})
+    by_name = rewards.load({"jpeg": 0.5, f"{HERE}:Scaled(3)": 2.0}, imports=True)
     total, components = by_name.evaluate(IMAGES, PROMPTS)
     torch.testing.assert_close(total, 0.5 * components["jpeg"] + 2 * components["Scaled"])
     torch.testing.assert_close(components["Scaled"], 3 * IMAGES.mean((1, 2, 3)))
@@ -252,9 +252,9 @@ def test_mappings_callables_and_classes_load():
     assert plain.name == "brightness"
     assert plain.range == (None, None)
     assert not plain.differentiable
-    assert rewards.load(str(plain)) == plain
+    assert rewards.load(str(plain), imports=True) == plain
     assert rewards.load(plain) is plain
-    assert rewards.load(f"{HERE}:Scaled").evaluate(IMAGES, PROMPTS)[0].shape == (2,)
+    assert rewards.load(f"{HERE}:Scaled", imports=True).evaluate(IMAGES, PROMPTS)[0].shape == (2,)
     with pytest.raises(ValueError, match="callable"):
         rewards.load(3)  # pyright: ignore[reportArgumentType]
 
@@ -326,7 +326,7 @@ def test_the_range_of_a_sum_follows_the_signs():
 )
 def test_bad_rewards_are_refused_in_one_sentence(spec, message):
     with pytest.raises(ValueError, match=message) as error:
-        rewards.load(spec)
+        rewards.load(spec, imports=True)
     assert "\n" not in str(error.value)
 
 
@@ -344,7 +344,9 @@ def test_every_available_reward_and_aggregator_has_a_line():
 
 
 def test_components_inside_an_aggregator_are_reported_after_it():
-    reward = rewards.load(f"2*min({HERE}:brightness + 0*{HERE}:endless, {HERE}:lengths) - jpeg")
+    reward = rewards.load(
+        f"2*min({HERE}:brightness + 0*{HERE}:endless, {HERE}:lengths) - jpeg", imports=True
+    )
     total, components = reward.evaluate(IMAGES, PROMPTS)
     assert list(components) == ["min", "brightness", "endless", "lengths", "jpeg"]
     brightness = IMAGES.mean((1, 2, 3))
@@ -364,7 +366,7 @@ def test_an_aggregator_of_one_reward_is_named_after_both():
         "clip_above_b",
         "b",
     ]
-    assert rewards.load(str(reward)) == reward
+    assert rewards.load(str(reward), imports=True) == reward
     assert str(rewards.load("low=min(jpeg, b=jpeg)")) == "low=min(jpeg, b=jpeg)"
 
 
@@ -372,7 +374,7 @@ def test_a_component_without_an_answer_leaves_none_in_the_total():
     def unsure(images, prompts):
         return torch.tensor([torch.nan, 1.0])
 
-    total = rewards.load(unsure)(IMAGES, PROMPTS)
+    total = rewards.load(unsure, imports=True)(IMAGES, PROMPTS)
     assert total.isnan().tolist() == [True, False]
 
 

@@ -31,7 +31,7 @@ def test_the_table_holds_what_the_reward_gives(folder, capsys):
     rows = read_table(folder / "scores.csv")
     images = to_images([Image.open(folder / f"{i}.png") for i in range(3)])
     with torch.no_grad():
-        total, parts = rewards.load(spec).evaluate(images, PROMPTS)
+        total, parts = rewards.load(spec, imports=True).evaluate(images, PROMPTS)
     assert [row["prompt"] for row in rows] == PROMPTS
     assert [row["reward"] for row in rows] == pytest.approx(total.tolist(), abs=1e-5)
     assert [row["jpeg"] for row in rows] == pytest.approx(parts["jpeg"].tolist(), abs=1e-6)

@@ -76,7 +76,7 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
     assert rows[0]["critic_accuracy"] == 0.5  # a new head knows nothing
     assert rows[0]["critic_loss"] == pytest.approx(1.3)
     assert rows[2]["critic_loss"] < 1.3
-    reward = rewards.load(f"critic({whole / 'critic'})")
+    reward = rewards.load(f"critic({whole / 'critic'})", imports=True)
     assert reward(torch.rand(2, 3, 64, 64), ["", ""]).isfinite().all()
 
 

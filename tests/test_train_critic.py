@@ -79,7 +79,7 @@ def test_another_style_is_told_apart_on_prompts_that_are_not_trained_on(
     assert rows[1]["held_out_margin"] > 0
     told = capsys.readouterr().out
     assert f"held-out accuracy {rows[1]['held_out_accuracy']:.3f}, training accuracy" in told
-    reward = rewards.load(f"critic({out})")
+    reward = rewards.load(f"critic({out})", imports=True)
     prompts, pictures = zip(*pictures_of(samples), strict=True)
     fake = to_images(list(pictures))
     real = to_images([Image.open(style / f"{i:02}.png") for i in range(len(prompts))])

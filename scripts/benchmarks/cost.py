@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     head = ["model", "k", "steps", "scores", "decoder", "steered / plain: median [min, max]"]
     head += ["decoding and scoring alone", "peak GB"]
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
-    reward = rewards.load(args.reward, device)
+    reward = rewards.load(args.reward, device, imports=True)
     for model in args.model:
         pipe, keywords, decoder = subject(model, device, DTYPES[args.dtype], args.side)
         counts = args.steps or [keywords["num_inference_steps"]]

@@ -67,7 +67,7 @@ def row_of(name: str, out: Steered) -> Row:
 
 def measure(model: str, prompt: str, reward: str, guidance: float, seed: int) -> list[Row]:
     """Every setting's run of one prompt, from the same noise."""
-    pipe, scorer = tiny.load(model), rewards.load(reward)
+    pipe, scorer = tiny.load(model), rewards.load(reward, imports=True)
     call = tiny.call_defaults(model) | {"num_inference_steps": STEPS, "guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
     call |= {"preview": tiny.preview(), "progress": False, "seed": seed}

@@ -7,12 +7,15 @@ Needs fastapi and uvicorn, which the extra "app" brings.
 """
 
 import io
+import os
 import threading
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or a request could fetch gigabytes of weights
 
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 import rewards
 from steering import steer, tiny
@@ -24,22 +27,29 @@ one_at_a_time = threading.Lock()  # FastAPI runs plain functions in threads; the
 
 
 class Order(BaseModel):
-    """What is to be drawn."""
+    """What is to be drawn, every number within bounds; nothing else may be asked for."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: str = Field(min_length=1, max_length=500)
-    reward: str = Field("clip(tiny)", max_length=200)
+    reward: str = Field("clip(tiny)", min_length=1, max_length=200)
     particles: int = Field(4, ge=1, le=16)
-    seed: int = 0
+    steps: int = Field(call["num_inference_steps"], ge=1, le=50)
+    height: int = Field(64, ge=32, le=128, multiple_of=16)
+    width: int = Field(64, ge=32, le=128, multiple_of=16)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 @app.post("/steer", response_class=Response)
 def draw(order: Order) -> Response:
     """The PNG of highest reward; its reward and log Ẑ stand in the headers."""
+    size = {"height": order.height, "width": order.width, "num_inference_steps": order.steps}
     try:
+        # never imports=True here: this text came over the network
         reward = rewards.load(order.reward)
         reward.check([order.prompt])
         with one_at_a_time:
-            out = steer(pipe, order.prompt, reward, order.particles, seed=order.seed, **call)
+            out = steer(pipe, order.prompt, reward, order.particles, seed=order.seed, **call | size)
     except ValueError as error:  # a sentence that says what to do
         raise HTTPException(422, str(error)) from None
     png = io.BytesIO()
