@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.app_run import Desk, Studio
+from scripts.options import PORT, Parser, Whole, check_words
 from steering import loading, tiny
+from steering.arguments import MOST_PARTICLES
 
 EXAMPLES = """\
 examples:
@@ -37,7 +39,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="app.py", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -45,12 +47,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="tiny-sd3", help=f"hub id, folder, or {names}, to begin with")
     p.add_argument("--lora", help="LoRA to begin with: hub id, folder or file")
     p.add_argument("--reward", help="reward to begin with")
-    p.add_argument("--max-particles", type=int, default=64, help="the most that a run may have")
+    p.add_argument(
+        "--max-particles",
+        type=Whole(1, MOST_PARTICLES),
+        default=64,
+        help="the most that a run may have",
+    )
     p.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: this machine)"
     )
     p.add_argument(
-        "--port", type=int, default=7860, help="port to listen at (default: %(default)s)"
+        "--port", type=PORT, default=7860, help="port to listen at (default: %(default)s)"
     )
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     p.add_argument("--dtype", default="auto", choices=["auto", *loading.DTYPES])
@@ -60,8 +67,6 @@ def parser() -> argparse.ArgumentParser:
 def launch(args: argparse.Namespace, root: Path) -> Any:
     """The running page; `root` holds the runs' folders and is all that it serves from disk."""
     loading.check_name(args.model)
-    if args.max_particles < 1:
-        raise ValueError(f"--max-particles is {args.max_particles}: pass 1 or more")
     device = loading.pick_device(args.device)
     studio = Studio(device, loading.pick_dtype(args.dtype, device), root)
     try:
@@ -87,7 +92,13 @@ def launch(args: argparse.Namespace, root: Path) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 after Ctrl-C; 2 for what was refused, in one sentence."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        check_words(words)
+        args = parser().parse_args(words)
+    except ValueError as error:
+        print(f"app.py: {error}", file=sys.stderr)
+        return 2
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("scripts").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="tilt-app-") as root:

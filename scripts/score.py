@@ -26,6 +26,7 @@ from rewards.combine import Aggregate, Function, Part, component_names
 from rewards.images import to_images
 from rewards.samples import Sample, batches, load_batch, read_samples
 from rewards.table import TEXTS, Table, draw, ensure_writable, summary
+from scripts.options import COUNT, Parser, check_words
 from steering.loading import pick_device
 
 if TYPE_CHECKING:
@@ -55,14 +56,9 @@ a .jsonl file has one object a line, its paths relative to it:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (--help lists what there is)")
-
-
 def parser() -> argparse.ArgumentParser:
     """Every option."""
-    p = _Parser(
+    p = Parser(
         prog="score.py",
         description=__doc__,
         epilog=EXAMPLES,
@@ -74,18 +70,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", help="of all pictures that do not say their own")
     p.add_argument("--out", type=Path, help=".csv or .parquet (default: scores.csv beside them)")
     p.add_argument("--resume", action="store_true", help="skip what --out already holds")
-    p.add_argument("--batch-size", type=_count, default=32, help="pictures at once (default: 32)")
+    p.add_argument("--batch-size", type=COUNT, default=32, help="pictures at once (default: 32)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     scale = "also write a calibration file, for calibrated(..., file=FILE) in a spec"
     p.add_argument("--calibrate", type=Path, metavar="FILE", help=scale)
     p.add_argument("--list", action="store_true", help="print the rewards, and stop")
     return p
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: pass a whole number of 1 or more")
-    return int(text)
 
 
 def listing() -> str:
@@ -279,8 +269,10 @@ def score_shard(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return run(parser().parse_args(argv))
+        check_words(words)
+        return run(parser().parse_args(words))
     except (ValueError, OSError) as error:
         print(f"score.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -24,7 +24,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import rewards
 from scripts.launched import Processes, Stopped, is_main, join
-from scripts.steer_options import FIELD_HELP, MACHINE, SAID_ELSEWHERE, parse
+from scripts.options import in_words
+from scripts.steer_options import ARGUMENTS, FIELD_HELP, MACHINE, SAID_ELSEWHERE, parse
 from steering import FeynmanKac, loading, runs, tiny
 from steering.manifest import versions
 from steering.prompts import Prompt, read
@@ -270,7 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args, command)
     except ValueError as error:
         if args or is_main():  # all processes have the same command line
-            print(f"steer.py: {' '.join(str(error).split())}", file=sys.stderr)
+            said = in_words(" ".join(str(error).split()), ARGUMENTS)
+            print(f"steer.py: {said}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as cut:
         died = isinstance(cut, Stopped)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import rewards
+from scripts.options import COUNT, NUMBER, SEED, Parser, Whole, check_words
 from steering import FeynmanKac, loading, tiny
+from steering.arguments import MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
 
-__all__ = ["FIELD_HELP", "MACHINE", "SAID_ELSEWHERE", "parse", "parser"]
+__all__ = ["ARGUMENTS", "FIELD_HELP", "MACHINE", "SAID_ELSEWHERE", "parse", "parser"]
 
 ABOUT = """Steer a diffusion model towards a reward and keep the pictures.
 
@@ -61,12 +63,15 @@ FIELD_HELP = {
 }
 # What may differ between a run and its continuation: it changes speed or memory, not the target.
 MACHINE = {"device", "attention", "compile", "max_batch", "spread"}
+# What the libraries' sentences call what the options set.
+ARGUMENTS = {
+    name: "--" + name.replace("_", "-")
+    for name in (
+        *FIELD_HELP, "particles", "prompts_per_call", "max_batch", "preview_size", "spread", "seed",
+        "guidance_interval", "guidance_scale", "negative_prompt", "height", "width", "out",
+    )
+} | {"num_inference_steps": "--steps"}  # fmt: skip
 SAID_ELSEWHERE = {"out", "resume", "prompts", "prompt_file"}  # in the manifest's other entries
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (--help lists what there is)")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -77,7 +82,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def parser() -> argparse.ArgumentParser:
     """Every option, grouped; the filter's come from the fields of FeynmanKac."""
-    p = _Parser(
+    p = Parser(
         prog="steer.py",
         description=ABOUT,
         epilog=EXAMPLES,
@@ -86,10 +91,12 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_inputs(p)
     group = p.add_argument_group("filter")
-    group.add_argument("--particles", type=_count, default=8, help="k, particles a prompt")
+    group.add_argument(
+        "--particles", type=Whole(1, MOST_PARTICLES), default=8, help="k, particles a prompt"
+    )
     for field in dataclasses.fields(FeynmanKac):
         kind = _populations if field.name == "funnel" else type(field.default)
-        kind = float if field.default is None else kind
+        kind = NUMBER if kind in (float, type(None)) else COUNT if kind is int else kind
         default = "" if field.name == "funnel" else field.default
         flag = "--" + field.name.replace("_", "-")
         group.add_argument(flag, type=kind, default=default, help=FIELD_HELP[field.name])
@@ -120,13 +127,13 @@ def _add_inputs(p: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--preview-size",
-        type=float,
+        type=NUMBER,
         default=1.0,
         help="sides of the pictures scored on the way, as a share of the image's",
     )
     group = p.add_argument_group("the pipeline's call (by default its own values)")
-    group.add_argument("--steps", type=_count, help="denoising steps")
-    group.add_argument("--guidance-scale", type=float, help="classifier-free guidance")
+    group.add_argument("--steps", type=Whole(1, MOST_STEPS), help="denoising steps")
+    group.add_argument("--guidance-scale", type=NUMBER, help="classifier-free guidance")
     group.add_argument(
         "--guidance-interval",
         type=_interval,
@@ -135,9 +142,9 @@ def _add_inputs(p: argparse.ArgumentParser) -> None:
         help="guide only from A to B of the run; steps outside cost half and make another p",
     )
     group.add_argument("--negative-prompt", help="what to keep away from")
-    group.add_argument("--height", type=_count, help="pixels")
-    group.add_argument("--width", type=_count, help="pixels")
-    group.add_argument("--seed", type=int, default=0, help="a line of a .jsonl may set its own")
+    group.add_argument("--height", type=Whole(1, MOST_PIXELS), help="pixels")
+    group.add_argument("--width", type=Whole(1, MOST_PIXELS), help="pixels")
+    group.add_argument("--seed", type=SEED, default=0, help="a line of a .jsonl may set its own")
 
 
 def _add_machine(p: argparse.ArgumentParser) -> None:
@@ -154,37 +161,32 @@ def _add_machine(p: argparse.ArgumentParser) -> None:
     add("--max-batch", type=_rows, default="auto", help=rows)
     spread = "under accelerate launch: one prompt's particles over all processes, not the prompts"
     add("--spread", action="store_true", help=spread)
-    add("--prompts-per-call", type=_count, default=1, help="prompts in one batch")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: pass a whole number of 1 or more")
-    return int(text)
+    add("--prompts-per-call", type=COUNT, default=1, help="prompts in one batch")
 
 
 def _rows(text: str) -> int | str:
-    return text if text == "auto" else _count(text)
+    return text if text == "auto" else COUNT(text)
 
 
 def _interval(text: str) -> tuple[float, float]:
     try:
         low, high = map(float, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: pass two fractions, as in 0,0.6") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.80}: pass two fractions, as in 0,0.6") from None
     return low, high
 
 
 def _populations(text: str) -> tuple[int, ...]:
-    return tuple(_count(part.strip()) for part in text.split(",") if part.strip())
+    return tuple(COUNT(part.strip()) for part in text.split(",") if part.strip())
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ValueError, with the nearest name, for a flag that does not exist."""
+    check_words(sys.argv[1:] if argv is None else argv)
     p = parser()
     args, unknown = p.parse_known_intermixed_args(argv)
     for flag in unknown:
         near = difflib.get_close_matches(flag.partition("=")[0], p._option_string_actions, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
-        raise ValueError(f"there is no option {flag}: {hint}")
+        raise ValueError(f"there is no option {flag:.80}: {hint}")
     return args

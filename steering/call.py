@@ -14,7 +14,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
+from steering.arguments import MOST_PIXELS, MOST_STEPS, check_count
 from steering.denoiser import networks
+from steering.keywords import check_keywords
 from steering.settings import FeynmanKac
 
 if TYPE_CHECKING:
@@ -71,9 +73,10 @@ class PipelineCall:
                 hint = _hint(name, [*defaults, *ours]) or f"see help({kind}.__call__)."
                 raise ValueError(f"{kind} takes no keyword {name}=; {hint}")
         call = PipelineCall(dict(keywords), defaults, tuple(prompts))
+        call._check_sizes()
+        check_keywords(type(pipe).__call__, keywords, kind)
         for name in call._per_prompt():
             call._check_length(name)
-        call._check_steps()
         if not hasattr(getattr(pipe, "controlnet", None), "nets"):  # else one for each of them
             call._check_pictures()
         return call
@@ -109,12 +112,12 @@ class PipelineCall:
                     "particles in turn; steer the prompts of each picture in a call of their own."
                 )
 
-    def _check_steps(self) -> None:
-        steps = self.value("num_inference_steps")
-        if steps is None:
-            return
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"num_inference_steps={steps!r}: pass a whole number of 1 or more.")
+    def _check_sizes(self) -> None:
+        if self.value("num_inference_steps") is not None:
+            check_count("num_inference_steps", self.value("num_inference_steps"), MOST_STEPS)
+        for name in ("height", "width"):
+            if self.keywords.get(name) is not None:
+                check_count(name, self.keywords[name], MOST_PIXELS)
 
     def check_packing(self, prompts_per_call: int) -> None:
         images = [name for name in self.keywords if "image" in name]

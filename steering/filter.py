@@ -22,6 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from steering import potentials
+from steering.arguments import check_filter
 from steering.potentials import POTENTIALS, History
 from steering.resampling import RESAMPLERS
 from steering.settings import FeynmanKac, population_sizes, scored_steps
@@ -70,6 +71,11 @@ class Population:
 
 def check_rewards(rewards: Tensor, step: int, shape: tuple[int, int]) -> None:
     """Raise ValueError unless `rewards` is finite and (b, k): the one device read of a score."""
+    if not isinstance(rewards, Tensor):
+        raise ValueError(
+            f"the reward returned a {type(rewards).__name__} at step {step}: return a tensor, "
+            f"one number a particle, {shape}"
+        )
     if tuple(rewards.shape) != shape:
         raise ValueError(
             f"the reward returned shape {tuple(rewards.shape)} at step {step}: "
@@ -196,8 +202,7 @@ def particle_filter(
     num_steps or k, before the first step, and for rewards that are not finite. Every scored step
     asks for its rewards, even at min_ess=0 where they decide nothing: the populations show them.
     """
-    if x.ndim < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}: pass (prompts, particles, *shape)")
+    check_filter(x, kernel, reward, num_steps, settings, generator)
     scored = scored_steps(num_steps, settings)
     sizes = population_sizes(x.shape[1], len(scored), settings)
     return _run(
@@ -245,6 +250,13 @@ def _run(
 
 
 def _check_shape(move: Transition, x: Tensor, step: int) -> None:
+    if not isinstance(move, Transition) or not all(
+        isinstance(part, Tensor) for part in (move.mean, move.std, move.x0)
+    ):
+        raise ValueError(
+            f"the kernel returned a {type(move).__name__} at step {step}: return a Transition of "
+            "tensors"
+        )
     if move.mean.shape != x.shape or move.x0.shape != x.shape:
         raise ValueError(
             f"the kernel's mean and x0 have shapes {tuple(move.mean.shape)} and "

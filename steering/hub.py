@@ -1,10 +1,10 @@
 """A folder, or an id of the Hugging Face hub; and failures to load either, in one sentence."""
 
 import contextlib
+import os
 import re
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 
 __all__ = ["HUB_ID", "one_sentence", "where"]
 
@@ -16,11 +16,12 @@ def where(name: str) -> tuple[str, bool]:
 
     One short request finds out, where the loaders would try to connect for half a minute.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return str(path), True
+    path = os.path.expanduser(name)
+    if name and os.path.exists(path):
+        return path, True
     if not HUB_ID.fullmatch(name):
-        raise ValueError(f"there is no {name}: give a folder or a hub id (owner/name)")
+        shown = name or "''"
+        raise ValueError(f"there is no {shown:.80}: give a folder or a hub id (owner/name)")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -57,7 +58,7 @@ def one_sentence(
         OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, AttributeError,
     ) as error:  # fmt: skip
         other = f", or {instead}" if instead else ""
-        if offline and isinstance(error, OSError | ValueError) and not Path(path).exists():
+        if offline and isinstance(error, OSError | ValueError) and not os.path.exists(path):
             raise ValueError(
                 f"cannot load {what}; with no network, give a folder that holds it{other}"
             ) from error

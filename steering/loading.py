@@ -1,7 +1,9 @@
 """A pipeline by name: embedded, from a folder or from the hub; its LoRA, preview and device."""
 
 import difflib
-from pathlib import Path
+import os
+import textwrap
+import warnings
 from typing import Any
 
 import torch
@@ -39,16 +41,17 @@ _EMBEDDED = "tiny"  # the preview decoder of tiny.NAMES
 
 def check_name(name: str) -> None:
     """Raise ValueError, before anything heavy is imported, for what cannot be a pipeline."""
-    path = Path(name).expanduser()
-    if name in tiny.NAMES or (path / "model_index.json").is_file():
+    path = os.path.expanduser(name)
+    if name in tiny.NAMES or os.path.isfile(os.path.join(path, "model_index.json")):
         return
     known = f"a folder that pipe.save_pretrained() wrote, a hub id, or {' or '.join(tiny.NAMES)}"
-    if path.exists():
+    if name and os.path.exists(path):
         raise ValueError(f"{name} is no pipeline (it has no model_index.json): give {known}")
     if not HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name, tiny.NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give {known}"
-        raise ValueError(f"there is no model {name}: {hint}")
+        shown = name or "''"
+        raise ValueError(f"there is no model {shown:.80}: {hint}")
 
 
 def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **components: Any) -> Any:
@@ -140,15 +143,26 @@ def pick_device(name: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device {name} cannot be used here ({reason}): try auto") from None
+        with warnings.catch_warnings():  # of device types that have gone out of use
+            warnings.simplefilter("ignore")
+            one = torch.ones(1, device=str(name))
+        one.item()  # a meta tensor has no value
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = textwrap.shorten(str(error), 100, placeholder=" ...")
+        shown = str(name) or "''"
+        raise ValueError(f"device {shown:.80} cannot be used here ({reason}): try auto") from None
+    return one.device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A dtype by name; auto is float32 on a CPU, else the half type that the device is good at."""
+    """A dtype by name; auto is float32 on a CPU, else the half type that the device is good at.
+
+    Raises ValueError for another name.
+    """
     if name != "auto":
+        if name not in DTYPES:
+            known = ", ".join(["auto", *DTYPES])
+            raise ValueError(f"dtype is {name!r:.80}: pass one of {known}")
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32

@@ -11,7 +11,7 @@ b prompts, k particles a prompt, rows prompt-major.
 import gc
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from steering.arguments import check_prompts, check_steer
 from steering.call import PipelineCall, check_pipeline
 from steering.denoiser import Rows
 from steering.lineage import Moment
@@ -57,6 +58,7 @@ def steer(
 ) -> Steered:
     """Draw `particles` weighted images a prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
 
+    At most 10,000 particles and 10,000 steps, seeds from 0 to 2**63 - 1, sides of 16,384 pixels.
     reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,), with `references` (one a prompt) as a
     keyword where there are any. preview: an AutoencoderTiny that decodes for the scores along the
     way; the final images come from the pipeline's own decoder, and the reward is that of the 8-bit
@@ -130,14 +132,23 @@ def steer_each(
     Input is checked here, before the first is asked for. `only` names the prompts to run, by
     index; each comes out as it would among all.
     """
-    prompts = _checked_prompts(prompts)
+    prompts = check_prompts(prompts)
+    check_steer(
+        num_prompts=len(prompts),
+        particles=particles,
+        settings=settings,
+        seed=seed,
+        decode=decode,
+        max_batch=max_batch,
+        prompts_per_call=prompts_per_call,
+        progress=progress,
+        references=references,
+        preview_size=preview_size,
+        guidance_interval=guidance_interval,
+        watch=watch,
+        only=only,
+    )
     check_pipeline(pipe)
-    if not isinstance(settings, FeynmanKac):
-        raise ValueError(f"settings is a {type(settings).__name__}; pass FeynmanKac(...).")
-    if decode is not None and not callable(decode):
-        raise ValueError(
-            f"decode={decode!r:.80}: pass a function from latents to images (n, 3, h, w) in [0, 1]."
-        )
     ours = tuple(inspect.signature(steer).parameters)
     call = PipelineCall.check(pipe, prompts, pipe_kwargs, ours[:-1])
     noise = stochastic(pipe.scheduler, settings.noise).chain.noise
@@ -206,12 +217,3 @@ def _say_that_nothing_moved(settings: FeynmanKac, k: int) -> None:
         # an effective sample size is never below 1
         what = "min_ess" if settings.min_ess * k <= 1 else "reward_scale"
         logger.warning("No score resampled: the run is best-of-k; raise %s.", what)
-
-
-def _checked_prompts(prompts: Any) -> tuple[str, ...]:
-    if isinstance(prompts, str):
-        return (prompts,)
-    texts = tuple(prompts) if isinstance(prompts, Iterable) else ()
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"prompts={prompts!r:.80}: pass one text or more.")
-    return texts

@@ -58,19 +58,10 @@ class Run:
 
     def check(self) -> None:
         """Raise ValueError, before any step, for what cannot work."""
-        counts = {"particles": self.k, "prompts_per_call": self.prompts_per_call}
-        if self.rows.max_batch is not None:
-            counts["max_batch"] = self.rows.max_batch
-        for name, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                also = ', or "auto"' if name == "max_batch" else ""
-                raise ValueError(f"{name}={value!r}: pass a whole number of 1 or more{also}.")
         self.spread.check("particles=", (self.k,))
         self.spread.check("funnel=", self.settings.funnel)
         if self.spread.size > 1:
             self.call.check_spread()
-        _check_share(self.preview_size)
-        _check_interval(self.rows.guidance)
         self.call.check_packing(self.prompts_per_call)
         if self.decode is None:
             self.call.check_frames()
@@ -237,17 +228,3 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
     )
-
-
-def _check_share(size: Any) -> None:
-    if not isinstance(size, int | float) or not 0 < size <= 1:
-        raise ValueError(f"preview_size={size!r}: pass a share of the image's sides, above 0 to 1.")
-
-
-def _check_interval(interval: Any) -> None:
-    ends = interval if isinstance(interval, tuple) and len(interval) == 2 else (1, 0)
-    if not all(isinstance(end, int | float) for end in ends) or not 0 <= ends[0] < ends[1] <= 1:
-        raise ValueError(
-            f"guidance_interval={interval!r}: pass two fractions of the run, the first of them "
-            "smaller, such as (0.2, 0.7)."
-        )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (
     FlowMatchEulerDiscreteSchedulerOutput,
@@ -280,8 +280,7 @@ def stochastic(
     pass none to `step` (SD3, Flux, Wan). Raises ValueError where the scheduler is neither a flow
     nor has betas.
     """
-    if noise is not None and not 0 <= noise <= 1:
-        raise ValueError(f"noise={noise} is outside [0, 1]: 0 is deterministic, 1 renoises fully.")
+    _check_stochastic(scheduler, noise, generators)
     finished = False
     if isinstance(scheduler, StochasticDDIM | StochasticFlow):
         made, finished = copy.copy(scheduler), scheduler.chain.finished
@@ -297,6 +296,24 @@ def stochastic(
             "move is known; use a pipeline whose sigmas run from 1 to 0."
         )
     return made
+
+
+def _check_stochastic(scheduler: Any, noise: Any, generators: Any) -> None:
+    is_number = isinstance(noise, int | float) and not isinstance(noise, bool)
+    if noise is not None and not (is_number and 0 <= noise <= 1):
+        raise ValueError(
+            f"noise={noise!r:.80} is outside [0, 1]: 0 is deterministic, 1 renoises fully."
+        )
+    several = isinstance(generators, list | tuple) and len(generators) > 0
+    each = generators if several else [generators]
+    if generators is not None and not all(isinstance(one, Generator) for one in each):
+        raise ValueError(
+            f"generators={generators!r:.80}: pass a list of torch.Generator, one a row, or None."
+        )
+    if not isinstance(scheduler, SchedulerMixin):
+        raise ValueError(
+            f"the scheduler is a {type(scheduler).__name__}: pass a pipeline's, pipe.scheduler."
+        )
 
 
 def _stochastic_copy(scheduler: Any) -> Any:

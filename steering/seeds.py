@@ -6,15 +6,21 @@ from collections.abc import Sequence
 
 from torch import Generator
 
+from steering.arguments import MOST_PARTICLES, check_count, check_prompts, check_seed
+
 __all__ = ["generator", "generators", "keys"]
 
 
-def generators(seed: int, prompts: Sequence[str], k: int) -> list[Generator]:
+def generators(seed: int, prompts: Sequence[str] | str, k: int) -> list[Generator]:
     """The b*k CPU generators of a run, prompt-major: one a particle.
 
     Each depends on the seed, its prompt's text, how often that text came before, and its index
-    alone, so a prompt draws the same noise whatever else is in the call.
+    alone, so a prompt draws the same noise whatever else is in the call. Raises ValueError for
+    what steer() refuses as seed, prompts or particles.
     """
+    check_seed(seed)
+    check_count("k", k, MOST_PARTICLES)
+    prompts = check_prompts(prompts)
     return [generator(seed, key, i) for key in keys(prompts) for i in range(k)]
 
 

@@ -4,11 +4,14 @@ import difflib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from steering.potentials import POTENTIALS
 from steering.resampling import RESAMPLERS
 
-__all__ = ["FeynmanKac", "population_sizes", "scored_steps"]
+__all__ = ["FeynmanKac", "is_count", "population_sizes", "scored_steps"]
+
+LARGEST_SCALE = 1e30  # of |λ|: times a reward it has to stay finite in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class FeynmanKac:
     adaptive tempering goes at each score follows from the scores, so λ need not be tuned to them.
     """
 
-    reward_scale: float = 100.0  # λ; any finite number, 0 leaves the model alone
+    reward_scale: float = 100.0  # λ, from -1e30 to 1e30; 0 leaves the model alone
     potential: str = "difference"  # difference | max | sum | immediate
     resampler: str = "ssp"  # multinomial | stratified | systematic | residual | ssp
     min_ess: float = 1.0  # resample where ess < min_ess*k; 0 never (best-of-k), 1 at every score
@@ -32,7 +35,7 @@ class FeynmanKac:
     funnel: tuple[int, ...] = ()  # population after each scored step; () keeps k
 
     def __post_init__(self) -> None:
-        _check_number("reward_scale", self.reward_scale, -math.inf, math.inf)
+        _check_number("reward_scale", self.reward_scale, -LARGEST_SCALE, LARGEST_SCALE)
         _check_number("min_ess", self.min_ess, 0, 1)
         _check_number("score_from", self.score_from, 0, 1)
         _check_number("score_to", self.score_to, 0, 1)
@@ -41,9 +44,9 @@ class FeynmanKac:
         _check_name("potential", self.potential, POTENTIALS)
         _check_name("resampler", self.resampler, RESAMPLERS)
         _check_name("tempering", self.tempering, ("none", "linear", "adaptive"))
-        if not _is_count(self.num_scores):
+        if not is_count(self.num_scores):
             raise ValueError(
-                f"num_scores is {self.num_scores!r}: pass a whole number, 1 or more "
+                f"num_scores is {self.num_scores!r:.80}: pass a whole number, 1 or more "
                 "(min_ess=0 never resamples)"
             )
         if self.score_from > self.score_to:
@@ -54,9 +57,9 @@ class FeynmanKac:
         self._check_funnel()
 
     def _check_funnel(self) -> None:
-        if not isinstance(self.funnel, tuple) or not all(map(_is_count, self.funnel)):
+        if not isinstance(self.funnel, tuple) or not all(map(is_count, self.funnel)):
             raise ValueError(
-                f"funnel is {self.funnel!r}: pass a tuple of populations, each 1 or more"
+                f"funnel is {self.funnel!r:.80}: pass a tuple of populations, each 1 or more"
             )
         if any(a < b for a, b in zip(self.funnel, self.funnel[1:], strict=False)):
             raise ValueError(
@@ -97,8 +100,8 @@ def population_sizes(k: int, num_scored: int, settings: FeynmanKac) -> tuple[int
 
     Raises ValueError where the funnel does not fit k or the number of scored steps.
     """
-    if not _is_count(k):
-        raise ValueError(f"the number of particles is {k!r}: pass a whole number, 1 or more")
+    if not is_count(k):
+        raise ValueError(f"the number of particles is {k!r:.80}: pass a whole number, 1 or more")
     if not settings.funnel:
         return (k,) * num_scored
     if len(settings.funnel) != num_scored:
@@ -114,19 +117,20 @@ def population_sizes(k: int, num_scored: int, settings: FeynmanKac) -> tuple[int
     return settings.funnel
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number of 1 or more; True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_number(field: str, value: object, low: float, high: float) -> None:
+    # a comparison, which is False for NaN, and not isfinite(), which fails for a huge int
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not math.isfinite(number) or not low <= number <= high:
-        wanted = "a finite number" if math.isinf(high) else f"a number from {low} to {high}"
-        raise ValueError(f"{field} is {value!r}: pass {wanted}")
+    if not low <= number <= high:
+        raise ValueError(f"{field} is {value!r:.80}: pass a number from {low:g} to {high:g}")
 
 
-def _check_name(field: str, value: str, names: Collection[str]) -> None:
-    if value not in names:
+def _check_name(field: str, value: object, names: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in names:
         near = difflib.get_close_matches(str(value), names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "pass one of these"
-        raise ValueError(f"{field} is {value!r}, not one of {', '.join(names)}: {hint}")
+        raise ValueError(f"{field} is {value!r:.80}, not one of {', '.join(names)}: {hint}")

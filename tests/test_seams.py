@@ -14,8 +14,8 @@ PACKAGES = ("steering", "rewards", "finetune")
 CORE = {
     f"steering.{name}"
     for name in (
-        "weights", "resampling", "potentials", "settings", "filter", "transitions", "guidance",
-        "lineage",
+        "weights", "resampling", "potentials", "settings", "arguments", "filter", "transitions",
+        "guidance", "lineage",
     )
 }  # fmt: skip
 PURE_FINETUNE = {"finetune.losses", "finetune.groups"}

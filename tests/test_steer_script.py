@@ -30,7 +30,7 @@ from steering import FeynmanKac
         (["--particles", "2.5"], "1 or more"),
         (["--reward-scale", "nan"], "finite"),
         (["--reward-scale", "inf"], "finite"),
-        (["--score-from", "0.9", "--score-to", "0.1"], "score_from"),
+        (["--score-from", "0.9", "--score-to", "0.1"], "--score-from 0.9 lies"),
         (["--score-from", "0.9", "--score-to", "1.0", "--steps", "4"], "no step to score"),
         (["--funnel", "2,4", "--num-scores", "2"], "grows"),
         (["--funnel", "9,9", "--num-scores", "2", "--steps", "20"], "grows"),
@@ -144,7 +144,7 @@ def test_keyword_that_the_pipeline_lacks_is_refused(capsys, tmp_path, model, mon
     """The model has to be there to know; still no step is run, and a new try needs no new --out."""
     monkeypatch.setattr(script, "call_keywords", lambda args: {"guidance_scal": 3.0})
     arguments = ["a cat", *SMALL, "--model", model, "--out", str(tmp_path)]
-    assert "guidance_scale=" in refused(capsys, *arguments)
+    assert "--guidance-scale" in refused(capsys, *arguments)
     monkeypatch.undo()
     assert script.main([*arguments, "--guidance-scale", "2"]) == 0
 
