@@ -9,6 +9,7 @@ from scripts import started
 
 # isort: split
 import argparse
+import contextlib
 import logging
 import sys
 import tempfile
@@ -91,7 +92,10 @@ def launch(args: argparse.Namespace, root: Path) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 after Ctrl-C; 2 for what was refused, in one sentence."""
+    """Exit status: 0 after Ctrl-C; 2 for what was refused, in one sentence.
+
+    130 after a Ctrl-C before the page was there.
+    """
     words = sys.argv[1:] if argv is None else argv
     try:
         check_words(words)
@@ -105,15 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             started.say("starting the page")
             page = launch(args, Path(root))
-            print(f"open {page.local_url} (Ctrl-C ends it)", flush=True)
-            threading.Event().wait()
         except ValueError as error:
             print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            pass
+            print("app.py: interrupted before it began", file=sys.stderr)
+            return 130
+        with contextlib.suppress(KeyboardInterrupt):
+            print(f"open {page.local_url} (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(started.run(main))

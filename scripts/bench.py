@@ -28,6 +28,7 @@ from scripts import started
 # isort: split
 import argparse
 import importlib
+import sys
 
 COMMANDS = {
     "closed-forms": "closed_forms",
@@ -63,4 +64,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(started.run(main))

@@ -1,13 +1,18 @@
-"""Says that a script has started. Imported first: what a script imports next takes seconds."""
+"""How a script begins and ends: it says that it has started, and Ctrl-C ends it with one line.
+
+Imported first, and it imports nothing heavy: what a script imports next takes seconds.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
-__all__ = ["say"]
+__all__ = ["run", "say"]
 
 _script = Path(sys.argv[0])
 
@@ -18,14 +23,45 @@ def say(what: str) -> None:
         print(f"{_script.name}: {what}", file=sys.stderr, flush=True)
 
 
-def _sentence(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-    """In place of a traceback, for Ctrl-C that no `main` has caught."""
-    if issubclass(kind, KeyboardInterrupt):
-        say("interrupted before it began")
-    else:
-        sys.__excepthook__(kind, error, at)
+def run(main: Callable[[], int | None]) -> int | None:
+    """The exit status of main(), which is told of an interrupt by a KeyboardInterrupt.
+
+    One that main() does not answer, as a second one while it answers the first, is answered here.
+    """
+    _listen(signal.default_int_handler)
+    sys.unraisablehook = _unraisable
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        say("interrupted")
+        status = 130
+    _listen(signal.SIG_DFL)  # all is done: another one ends the process without a word
+    return status
+
+
+def _listen(handler: Any) -> None:
+    """Set what an interrupt does; one that a shell's background job ignores stays ignored."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _leave(*_: Any) -> None:
+    """End at once: nothing is at stake yet, and an exception in mid-import ends as anything."""
+    if os.environ.get("RANK", "0") == "0":  # print() might be in the middle of something
+        os.write(2, f"{_script.name}: interrupted before it began\n".encode())
+    os._exit(130)
+
+
+def _unraisable(what: Any) -> None:
+    """An interrupt in a destructor, of which Python would print a traceback, and go on."""
+    if not issubclass(what.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(what)
+        return
+    say("interrupted")
+    os._exit(130)
 
 
 if _script.resolve().parent == Path(__file__).resolve().parent:  # and no test
-    sys.excepthook = _sentence
+    _listen(_leave)
     say("loading PyTorch and what else is needed")

@@ -1,0 +1,69 @@
+"""Ctrl-C at any time of any script: one line, exit status 130, no traceback."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if "__main__" in p.read_text("utf-8"))
+# What keeps each of them busy for a while after its imports.
+BUSY = {
+    "steer": ["a red star", "--model", "tiny-sd", "--reward", "jpeg", "--steps", "400"],
+    "score": ["pictures", "--prompt", "a", "--reward", "jpeg", "--batch-size", "1"],
+    "rollout": ["prompts=prompts.txt", "out=runs", "model=tiny-sd", "images=64"],
+    "evaluate": ["prompts=prompts.txt", "out=eval", "model=tiny-sd", "reward=jpeg", "images=32"],
+    "app": ["--port", "17863"],
+    "bench": ["soak"],
+}
+
+
+def interrupted(folder: Path, name: str, seconds: float) -> tuple[int, str]:
+    """Exit status and stderr of a script that gets SIGINT after so many seconds."""
+    command = [sys.executable, SCRIPTS / f"{name}.py", *BUSY.get(name, ["out=runs"])]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    try:
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def files(folder: Path) -> None:
+    from PIL import Image
+
+    (folder / "prompts.txt").write_text("a red star\ntwo blue circles\n" * 20, encoding="utf-8")
+    (folder / "pictures").mkdir()
+    for i in range(200):
+        Image.effect_noise((256, 256), 50).save(folder / "pictures" / f"{i}.png")
+
+
+def check(status: int, said: str, name: str, may_end: bool) -> None:
+    if status == -signal.SIGINT and "scripts" not in said:
+        return  # Python itself had not started yet, or had begun to end
+    assert "Traceback" not in said, said
+    if status == 130:
+        lines = [line for line in said.splitlines() if "interrupted" in line]
+        assert len(lines) == 1, said
+        assert f"{name}.py: " in lines[0]
+    else:  # it was over before
+        assert may_end, said
+        assert status in (0, 2), (status, said)
+
+
+def test_an_interrupt_in_the_middle_of_the_imports(tmp_path):
+    files(tmp_path)
+    check(*interrupted(tmp_path, "steer", 0.7), "steer", may_end=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seconds", [0.3, 1, 2, 4, 7, 12, 20])
+def test_an_interrupt_at_any_time(name, seconds, tmp_path):
+    files(tmp_path)
+    check(*interrupted(tmp_path, name, seconds), name, may_end=True)
