@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from PIL import Image
 from steering.manifest import fingerprint
 from steering.prompts import Prompt
 from steering.report import page, pictures
+from steering.report.saved import read_json
 
 if TYPE_CHECKING:
     from steering.result import Steered
@@ -104,8 +106,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if "results" in manifest:  # of one Steered, which has no folders of its own
             raise ValueError
+        shlex.join(manifest["command"])  # the report, which comes last, needs these too
+        if not isinstance(manifest["machine"], dict) or not isinstance(manifest["versions"], dict):
+            raise ValueError
         return {"settings": dict(manifest["settings"]), "prompts": list(manifest["prompts"])}
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(
             f"{path} is not the manifest of a run, so {path.parent} holds something else: "
             "choose another --out"
@@ -190,8 +195,13 @@ def check_weights(folders: Sequence[Path], pipe: Any, preview: Any = None) -> No
     now = {name: fingerprint(module) for name, module in modules.items()}
     for folder in folders:
         with _carrying_on(folder.parent):
-            text = (folder / "steered" / "manifest.json").read_text(encoding="utf-8")
-        drawn = json.loads(text).get("weights", {})
+            if not (folder / "steered" / "manifest.json").is_file():
+                raise ValueError(
+                    f"{folder} is not whole (it has no steered/manifest.json): delete it, then "
+                    f"repeat the command with --out {folder.parent} --resume to carry on"
+                )
+            found = read_json(folder / "steered" / "manifest.json").get("weights")
+        drawn = found if isinstance(found, dict) else {}
         if drawn != now:
             other = [n for n in sorted(drawn.keys() | now.keys()) if drawn.get(n) != now.get(n)]
             raise ValueError(

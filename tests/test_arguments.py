@@ -125,7 +125,7 @@ def test_stochastic_refuses(arguments):
         ("guidance_scale", ["7", None, True, [7.0], math.nan], [7, 7.5]),
         ("height", [64.0, "64", True], [64, None]),
         ("negative_prompt", [5, [5], {"a": 1}], ["x", ["x"], None]),
-        ("callback_on_step_end", [5, "f", [print]], [print, None]),
+        ("callback_on_step_end", [5, "f", [1]], [print, None]),
         ("cross_attention_kwargs", [5, "x", ["x"]], [{"scale": 0.5}, None]),
         ("sigmas", [0.5, "x", ["x"]], [[1.0, 0.5], torch.ones(2).numpy(), None]),
         ("timesteps", [3, [3.5]], [[3, 2], None]),

@@ -170,9 +170,13 @@ def test_rows_and_traces_are_what_was_saved(tmp_path):
             "files": [["0000-00.png", "0000-01.png"]],
             "rewards": [rewards],
             "log_weights": [[0.0, float(np.log(3))]],
+            "components": {},
+            "log_z": [0.0],
         }
-        scores = [{"step": 3, "rewards": [[0.1, 0.4]], "ess": [1.5], "ancestors": [[0, 1]]}]
-        (folder / "manifest.json").write_text(json.dumps({"results": results}))
+        score = {"step": 3, "rewards": [[0.1, 0.4]], "ess": [1.5], "ancestors": [[0, 1]]}
+        scores = [score | {"log_weights": [[0.0, 0.0]]}]
+        manifest = {"settings": {"reward_scale": 1.0, "min_ess": 1.0}, "results": results}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
         (folder / "lineage.json").write_text(json.dumps({"num_steps": 9, "scores": scores}))
     (shown,) = pictures.rows(tmp_path / "steered", tmp_path / "plain")
     (trace,) = pictures.traces(tmp_path / "steered")

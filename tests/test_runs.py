@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import tiny_pipelines
 import torch
 from PIL import Image
+from saved_runs import save, save_run
 
 from steering import FeynmanKac, runs
 from steering.manifest import fingerprint
 from steering.prompts import Prompt
+from steering.report import page
 
 ASKED = {"settings": {"particles": 3}, "prompts": [{"text": "a"}]}
+ASKED |= {"command": ["steer.py"], "machine": {}, "versions": {}}
 
 
 class Result:
@@ -175,3 +179,53 @@ def test_pictures_are_opened_when_their_seed_begins_and_once(tmp_path, kinds, mo
         assert list(results) == ["steered", "plain"]
         seen.append((folder.name, list(opened)))
     assert seen == [("0000-a", ["a"]), ("0001-b", ["a", "b"])]
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{}", "null", '"x"', "{", "", "\x00", "[" * 5000])
+@pytest.mark.parametrize("name", ["manifest.json", "0000-a/steered/manifest.json", "lineage.json"])
+def test_damaged_files_of_a_run_are_named(name, content, tmp_path):
+    """Whatever reads them: carrying the run on, its pictures, its report."""
+    save_run(tmp_path, ["a"], [4, 2], compare=False)
+    (folder,) = tmp_path.glob("0000-*")
+    file = folder / "steered" / Path(name).name if "/" in name or "lin" in name else tmp_path / name
+    file.write_text(content, encoding="utf-8")
+    calls: list[Any] = [lambda: runs.draw(tmp_path, [folder])]
+    if name == "manifest.json":
+        calls.append(lambda: runs.open_run(tmp_path, ASKED, resume=True))
+    if "/" in name and content != "{}":  # as of a pipeline without networks
+        calls.append(lambda: runs.check_weights([folder], SimpleNamespace(components={})))
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"{file}|{folder}") as refused:
+            call()
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["manifest.json", "lineage.json"])
+def test_every_entry_that_a_report_reads_may_be_damaged(file, tmp_path):
+    """Each value of the two files in turn becomes one of another kind."""
+    folder = save(tmp_path / "a", ["a"], [4, 2])
+    whole = json.loads((folder / file).read_text())
+    refused = 0
+    for place in places(whole):
+        for wrong in (None, "x", 3, [], {}):
+            damaged = json.loads(json.dumps(whole))
+            inner = damaged
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = wrong
+            (folder / file).write_text(json.dumps(damaged))
+            with contextlib.suppress(ValueError, OSError):
+                page.write(folder)
+                refused -= 1
+            refused += 1
+    assert refused > 30
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where everything lies in some JSON: of a list the first entry."""
+    if isinstance(value, dict):
+        inner = [place for key in value for place in places(value[key], (*at, key))]
+    else:
+        inner = places(value[0], (*at, 0)) if isinstance(value, list) and value else []
+    return [at, *inner] if at else inner

@@ -6,7 +6,7 @@ files beside the page.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from PIL import Image
 
 from steering.report import genealogy, markup, recipe
 from steering.report.markup import escape, link, number, text
+from steering.report.saved import read, read_json
 from steering.report.thumbnails import Budget, sprite
 
 __all__ = ["write", "write_run"]
@@ -105,7 +106,9 @@ def write_run(out: Path) -> Path:
     What is finished is in it. Raises ValueError where nothing is.
     """
     out = Path(out)
-    manifest = _json(out / "manifest.json")
+    known = ("command", "prompts", "settings", "machine", "versions")
+    with _there():
+        manifest = read_json(out / "manifest.json", *known)
     folders = sorted(path.parent for path in out.glob("[0-9]*-*/steered/manifest.json"))
     if not folders:
         raise ValueError(f"{out} holds no finished prompt: pass the folder of a run of steer.py")
@@ -124,18 +127,17 @@ def write_run(out: Path) -> Path:
     return _compose(out, name, head, entries, tail)
 
 
-def _json(path: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _there() -> Iterator[None]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}: pass the folder of a saved run") from None
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {error.filename}: pass the folder of a saved run") from None
 
 
 def _read(folder: Path) -> _Saved:
-    saved = _Saved(folder, _json(folder / "manifest.json"), _json(folder / "lineage.json"))
-    if "results" not in saved.manifest:
-        raise ValueError(f"{folder} is not what Steered.save writes: for a whole run, write_run")
-    return saved
+    with _there():
+        return _Saved(folder, *read(folder))
 
 
 def _entries(page: Path, folder: Path, plain: Path | None) -> Iterator[_Entry]:
@@ -193,7 +195,7 @@ def _about(saved: _Saved, count: int) -> str:
         said.append(f"reward {manifest['reward']}")
     said += [f"λ = {settings['reward_scale']:g}", f"potential {settings['potential']}"]
     if manifest.get("model"):
-        said.append(f"model {Path(manifest['model']).name}")
+        said.append(f"model {Path(str(manifest['model'])).name}")
     return f'<p class="lead">{escape(", ".join(said))}</p>'
 
 

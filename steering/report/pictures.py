@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import textwrap
 import warnings
@@ -19,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from steering.report.saved import read
 from steering.weights import ess
 
 __all__ = ["Row", "Trace", "comparison", "history", "rows", "traces"]
@@ -92,8 +92,8 @@ def rows(folder: Path, plain: Path | None = None) -> list[Row]:
 
 def traces(folder: Path) -> list[Trace]:
     """The trace of each prompt that `Steered.save` wrote to `folder`; no image is read."""
-    results, lineage = _results(folder), json.loads((folder / "lineage.json").read_text("utf-8"))
-    scores = lineage["scores"]
+    manifest, lineage = read(folder)
+    results, scores = manifest["results"], lineage["scores"]
     found = []
     for i, prompt in enumerate(results["prompts"]):
         final = ess(torch.tensor(results["log_weights"][i])).item()
@@ -109,7 +109,7 @@ def traces(folder: Path) -> list[Trace]:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "manifest.json").read_text("utf-8"))["results"]
+    return read(folder)[0]["results"]
 
 
 def _images(folder: Path, names: Sequence[str]) -> list[Image.Image]:
