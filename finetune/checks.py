@@ -10,7 +10,7 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from steering.pipeline import steer_each
 
+from .ranges import KEYWORDS, NAME, SEED, TEXT, Range, check, whole
 from .rollouts import PLAIN, nothing
 
 __all__ = [
@@ -56,12 +57,21 @@ class Check:
     seed: int = 1
     call: dict[str, Any] = field(default_factory=dict)
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "every": whole(0),
+        "prompts": TEXT,
+        "train_prompts": whole(0),
+        "images": whole(1, 10_000),
+        "reward": TEXT,
+        "quality": TEXT,
+        "best": NAME,
+        "patience": whole(0),
+        "seed": SEED,
+        "call": KEYWORDS,
+    }
+
     def __post_init__(self) -> None:
-        for name in ("every", "train_prompts", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)} but must not be negative")
-        if self.images < 1:
-            raise ValueError(f"images is {self.images} but must be 1 or more")
+        check(self, self.RANGES)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,17 @@ Unknown keys, wrong types and values out of range are refused, each in one sente
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from .ranges import Range
 
 __all__ = ["explain", "read", "write"]
 
@@ -24,20 +28,59 @@ def read(kind: type[T], file: Path | None = None, words: Sequence[str] = ()) -> 
 
     Words are `key=value`, or `key.inner=value` for a dataclass inside; values are read as YAML.
     """
-    merged = OmegaConf.structured(kind)
+    merged: Any = OmegaConf.structured(kind)
     try:
         if file is not None:
-            merged = _merge(merged, OmegaConf.load(file), kind, str(file))
+            merged = _merge(merged, _loaded(file), kind, str(file))
         for word in words:
             if "=" not in word:
-                raise ValueError(f"{word!r} is no setting; write key=value, as in steps=200")
-        merged = _merge(merged, OmegaConf.from_dotlist(list(words)), kind, "the command line")
+                raise ValueError(f"{word!r:.80} is no setting; write key=value, as in steps=200")
+            with _read_as(f"{word!r:.80}"):
+                given = OmegaConf.from_dotlist([word])
+            merged = _merge(merged, given, kind, "the command line")
+        _check(kind, OmegaConf.to_container(merged, resolve=True))
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OSError as error:
-        raise ValueError(f"the settings {file} cannot be read: {error.strerror}") from None
     except OmegaConfBaseException as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"the settings are wrong: {said}") from None
+        said, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
+        where = f"the setting {key} is" if key else "the settings are"
+        raise ValueError(f"{where} wrong: {said:.200}") from None
+
+
+def _loaded(file: Path) -> Any:
+    with _read_as(f"the settings {file}"):
+        try:
+            return OmegaConf.load(file)
+        except OmegaConfBaseException as error:
+            raise ValueError(str(error).partition("\n")[0]) from None
+
+
+@contextmanager
+def _read_as(what: str) -> Iterator[None]:
+    """Whatever a reader of YAML trips over, in one sentence."""
+    try:
+        yield
+    except OmegaConfBaseException:
+        raise
+    except OSError as error:
+        raise ValueError(f"{what} cannot be read: {error.strerror or error}") from None
+    except (YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        said = " ".join(str(reason or error).split())
+        if "integer string" in said:  # Python's, which advises to lift its limit
+            said = "a number has thousands of digits"
+        raise ValueError(f"{what} cannot be read as YAML ({said:.120}{place})") from None
+
+
+def _check(kind: type, values: Any, prefix: str = "") -> None:
+    """The ranges of all settings, by their names as they are written here."""
+    allowed: dict[str, Range] = getattr(kind, "RANGES", {})
+    for field in dataclasses.fields(kind):
+        inner, value = field.default_factory, values[field.name]
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            _check(inner, value, f"{prefix}{field.name}.")
+        elif field.name in allowed:
+            allowed[field.name].check(prefix + field.name, value)
 
 
 def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
@@ -46,10 +89,25 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
     names, free = _names(kind), _free(kind)
     for key in _keys(given):
         if key not in names and not key.startswith(free):
+            inner = [name for name in names if name.startswith(f"{key}.")]
+            if inner:
+                raise ValueError(f"{where} sets {key!r}, which is a group; set {inner[0]}, say")
             close = get_close_matches(key, names, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {names}"
-            raise ValueError(f"{where} sets {key!r}, which is unknown; {hint}")
+            raise ValueError(f"{where} sets {key!r:.80}, which is unknown; {hint}")
+    _check_flags(known, given)
     return OmegaConf.merge(known, given)
+
+
+def _check_flags(known: Any, given: Any, prefix: str = "") -> None:
+    """OmegaConf takes any number and some words for true."""
+    for key, value in given.items():
+        inner = OmegaConf.is_dict(value) and len(value)
+        default = OmegaConf.select(known, key) if isinstance(key, str) else None
+        if inner and OmegaConf.is_dict(default):
+            _check_flags(default, value, f"{prefix}{key}.")
+        elif isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{prefix}{key} is {value!r:.80} but must be true or false")
 
 
 def _free(kind: type, prefix: str = "") -> tuple[str, ...]:
@@ -92,10 +150,21 @@ def write(config: Any, path: Path) -> None:
 
 def explain(kind: type, notes: dict[str, str]) -> str:
     """`key: default` lines with a note each, for a script's --help."""
-    values = OmegaConf.structured(kind)
+    values, allowed = OmegaConf.structured(kind), _ranges(kind)
     width = max(map(len, _names(kind)))
     lines = []
     for name in _names(kind):
         default = OmegaConf.select(values, name)
-        lines.append(f"  {name:{width}}  {notes.get(name, '')} (default: {default})")
+        said = allowed[name].said if name in allowed else ""
+        may = f"; {said}" if "number" in said else ""  # choices are in the notes
+        lines.append(f"  {name:{width}}  {notes.get(name, '')} (default: {default}{may})")
     return "\n".join(lines)
+
+
+def _ranges(kind: type, prefix: str = "") -> dict[str, Range]:
+    found = {f"{prefix}{name}": one for name, one in getattr(kind, "RANGES", {}).items()}
+    for field in dataclasses.fields(kind):
+        inner = field.default_factory
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            found |= _ranges(inner, f"{prefix}{field.name}.")
+    return found

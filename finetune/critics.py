@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from .ranges import Range, check, number, one_of, whole
 from .replay import Parts, Replay
 
 __all__ = [
@@ -162,18 +163,23 @@ class CriticSettings:
     every: int = 1
     below: float = 0.8
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "lr": number(0, ends="(]"),
+        "loss": one_of("", *LOSSES),
+        "patches": whole(1),
+        "patch_weight": number(0),
+        "smoothing": number(0, 0.5, "[)"),
+        "r1": number(0),
+        "spectral": number(0),
+        "replay": whole(0),
+        "replay_share": number(0),
+        "trigger": one_of(*TRIGGERS),
+        "every": whole(1),
+        "below": number(0, 1),
+    }
+
     def __post_init__(self) -> None:
-        for name in ("lr", "patches", "every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
-        for name in ("patch_weight", "r1", "spectral", "replay", "replay_share"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)} but must not be negative")
-        if not 0 <= self.smoothing < 0.5:
-            raise ValueError(f"smoothing is {self.smoothing} but must be in [0, 0.5)")
-        if self.loss and self.loss not in LOSSES:
-            raise ValueError(f"the loss {self.loss!r} is unknown; take one of {list(LOSSES)}")
-        due(self.trigger, 0, {"fake": 0.0, "real": 0.0, "accuracy": 0.5})  # refuses an unknown one
+        check(self, self.RANGES)
 
 
 class Critic:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import zero
 from .data import Ahead, Data
-from .groups import draw_groups, target_entropy
-from .learner import Learner, Tuning, add, check_shares, draws
-from .losses import best_image_loss, gdro_loss, implicit_scores
+from .groups import NORMS, draw_groups, target_entropy
+from .learner import TIMES, Learner, Tuning, add, check_shares, draws
+from .losses import FORMS, best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, predict
+from .ranges import FLAG, NAME, Range, number, one_of, whole
 
 __all__ = ["Gdro", "Trainer"]
 
@@ -44,16 +45,22 @@ class Gdro(Tuning):
     reward: str = "reward"
     reward_norm: str = "none"
 
-    def __post_init__(self) -> None:
-        self.check_positive("steps", "groups", "micro_groups", "beta", "temperature", "shift")
-        if self.k < 2:
-            raise ValueError(f"k is {self.k} but a group needs 2 images or more")
-        if self.weight not in ("constant", "velocity", "elbo"):
-            raise ValueError(
-                f"weight is {self.weight!r} but must be 'constant', 'velocity' or 'elbo'"
-            )
-        if self.times not in ("logit_normal", "uniform"):
-            raise ValueError(f"times is {self.times!r} but must be 'logit_normal' or 'uniform'")
+    RANGES: ClassVar[dict[str, Range]] = Tuning.RANGES | {
+        "steps": whole(1),
+        "groups": whole(1),
+        "k": whole(2),
+        "micro_groups": whole(1),
+        "beta": number(0, ends="(]"),
+        "temperature": number(0, ends="(]"),
+        "form": one_of(*FORMS),
+        "hold_best": number(0),
+        "weight": one_of("constant", "velocity", "elbo"),
+        "times": one_of(*TIMES),
+        "shift": number(0, ends="(]"),
+        "shared_noise": FLAG,
+        "reward": NAME,
+        "reward_norm": one_of(*NORMS),
+    }
 
 
 @dataclass(frozen=True)

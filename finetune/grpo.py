@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from .chains import Move, Policy
 from .learner import Learner, Tuning, check_shares
 from .losses import clipped, policy_loss
 from .models import Family
-from .online import Batch, Samples, Score, Task, advantages_of, check_settings, update
+from .online import SAMPLED, Batch, Samples, Score, Task, advantages_of, update
+from .ranges import FLAG, Range, number, whole
 
 __all__ = ["Grpo", "Score", "Trainer", "advantages_of", "mean_log_prob"]
 
@@ -55,9 +56,18 @@ class Grpo(Tuning):
     each_reward: bool = False
     kl: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.check_positive("steps", "groups", "micro_groups", "updates", "clip", "advantage_clip")
-        check_settings(self)
+    RANGES: ClassVar[dict[str, Range]] = (
+        Tuning.RANGES
+        | SAMPLED
+        | {
+            "window_start": whole(0),
+            "window_size": whole(1),
+            "window_moves": FLAG,
+            "noise": number(0, 1, "(]"),
+            "share_start": FLAG,
+            "clip": number(0, ends="(]"),
+        }
+    )
 
     def window(self, epoch: int) -> range:
         """The stochastic steps of an epoch; a moving window slides on by one step an epoch."""

@@ -12,15 +12,18 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import lora, zero
 from .models import Family
+from .ranges import FLAG, SEED, TEXTS, Range, check, number, whole
 
-__all__ = ["Learner", "Tuning", "add", "check_shares", "draws", "load_state", "save_state"]
+__all__ = ["TIMES", "Learner", "Tuning", "add", "check_shares", "draws", "load_state", "save_state"]
+
+TIMES = ("logit_normal", "uniform")  # how the noise's share of the way is drawn
 
 
 @dataclass
@@ -41,13 +44,24 @@ class Tuning:
     compile: bool = False
     seed: int = 0
 
-    def check_positive(self, *names: str) -> None:
-        """ValueError for a setting that is not positive, and for what no training can have."""
-        for name in ("rank", "alpha", "lr", *names):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
-        if self.refresh < 0:
-            raise ValueError(f"refresh is {self.refresh} but must not be negative")
+    RANGES: ClassVar[dict[str, Range]] = {
+        "rank": whole(1),
+        "alpha": whole(1),
+        "targets": TEXTS,
+        "lr": number(0, ends="(]"),
+        "warmup": whole(0),
+        "weight_decay": number(0),
+        "max_grad_norm": number(0, ends="(]"),
+        "ema": number(0, 1, "[)"),
+        "refresh": whole(0),
+        "eight_bit": FLAG,
+        "gradient_checkpointing": FLAG,
+        "compile": FLAG,
+        "seed": SEED,
+    }
+
+    def __post_init__(self) -> None:
+        check(self, self.RANGES)
 
 
 def draws(seed: int, step: int, purpose: str) -> torch.Generator:

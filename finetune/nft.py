@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import lora
 from .chains import Policy
-from .learner import Learner, Tuning, check_shares, draws
+from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .losses import nft_loss
 from .models import Conditioning, Family, predict
-from .online import Batch, Samples, Task, check_settings, update
+from .online import SAMPLED, Batch, Samples, Task, update
+from .ranges import Range, number, one_of, whole
 
 __all__ = ["Nft", "Trainer", "draw_times"]
 
@@ -54,14 +55,17 @@ class Nft(Tuning):
     shift: float = 1.0
     kl: float = 0.0
 
-    def __post_init__(self) -> None:
-        self.check_positive("steps", "groups", "micro_groups", "updates", "noisings")
-        self.check_positive("beta", "advantage_clip", "shift")
-        check_settings(self)
-        if not 0 <= self.old_decay < 1:
-            raise ValueError(f"old_decay is {self.old_decay} but must be in [0, 1)")
-        if self.times not in ("logit_normal", "uniform"):
-            raise ValueError(f"times is {self.times!r} but must be 'logit_normal' or 'uniform'")
+    RANGES: ClassVar[dict[str, Range]] = (
+        Tuning.RANGES
+        | SAMPLED
+        | {
+            "noisings": whole(1),
+            "beta": number(0, ends="(]"),
+            "old_decay": number(0, 1, "[)"),
+            "times": one_of(*TIMES),
+            "shift": number(0, ends="(]"),
+        }
+    )
 
 
 def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:
@@ -110,9 +114,9 @@ class Trainer:
         advantages = self.samples.advantages(batches)
         good = [a.flatten() / s.advantage_clip / 2 + 0.5 for a in advantages]
         seen: dict[str, float] = {}
-        for number in range(s.updates):
+        for turn in range(s.updates):
             parts = [
-                partial(self._loss, batch, good[i], epoch, f"noise {number} {j}")
+                partial(self._loss, batch, good[i], epoch, f"noise {turn} {j}")
                 for i, batch in enumerate(batches)
                 for j in range(s.noisings)
             ]

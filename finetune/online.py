@@ -17,17 +17,18 @@ from torch import Tensor
 
 from .chains import Move, Policy, Schedule, sample
 from .learner import Learner, add, draws
-from .losses import group_advantages
+from .losses import SPREADS, group_advantages
 from .models import Conditioning
+from .ranges import FLAG, number, one_of, whole
 
 __all__ = [
+    "SAMPLED",
     "Batch",
     "Samples",
     "Score",
     "Settings",
     "Task",
     "advantages_of",
-    "check_settings",
     "update",
 ]
 
@@ -50,14 +51,20 @@ class Settings(Protocol):
     kl: float
 
 
-def check_settings(s: Settings) -> None:
-    """ValueError for groups that cannot be compared, or a divergence that is rewarded."""
-    if s.k < 2:
-        raise ValueError(f"k is {s.k}; a group of one image has no advantage, give 2 or more")
-    if s.kl < 0:
-        raise ValueError(f"kl is {s.kl} but must not be negative")
-    if s.spread not in ("group", "global", "none"):
-        raise ValueError(f"spread is {s.spread!r}; take 'group', 'global' or 'none'")
+# what both ways of training have among their settings; a group of one image has no advantage
+SAMPLED = {
+    "steps": whole(1),
+    "groups": whole(1),
+    "k": whole(2),
+    "micro_groups": whole(1),
+    "updates": whole(1),
+    "num_inference_steps": whole(1, 10_000),
+    "guidance_scale": number(0),
+    "advantage_clip": number(0, ends="(]"),
+    "spread": one_of(*SPREADS),
+    "each_reward": FLAG,
+    "kl": number(0),
+}
 
 
 def advantages_of(
@@ -246,8 +253,8 @@ def update(
     """
     sums: dict[str, Tensor] = {}
     world = learner.accelerator.num_processes
-    for number, part in enumerate(parts):
-        with learner.accumulating(last=number == len(parts) - 1):
+    for place, part in enumerate(parts):
+        with learner.accumulating(last=place == len(parts) - 1):
             loss, seen = part()
             # processes' gradients are averaged, so that this is the mean over all rows
             learner.accelerator.backward(loss.sum() * world / count)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,7 +38,9 @@ from steering.lineage import Moment
 from steering.manifest import fingerprint, versions
 from steering.pipeline import steer_each
 
+from . import ranges
 from .models import encode, family_of
+from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
 
 __all__ = [
     "PLAIN",
@@ -82,14 +84,24 @@ class Plan:
     max_batch: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "prompts": PROMPTS,
+        "images": whole(0, 10_000),
+        "steered": whole(0, 10_000),
+        "settings": group(FeynmanKac),
+        "seed": SEED,
+        "prompts_per_shard": whole(1),
+        "max_batch": optional(whole(1)),
+        "call": KEYWORDS,
+    }
+
     def __post_init__(self) -> None:
+        ranges.check(self, self.RANGES)
         counts = {"images": self.images, "steered": self.steered}
-        if min(counts.values()) < 0 or sum(counts.values()) < 2:
+        if sum(counts.values()) < 2:
             raise ValueError(f"{counts} make no group; ask for two images a prompt or more")
         if self.steered == 1:
             raise ValueError("steered is 1, which is no population; give 2 or more, or 0")
-        if self.prompts_per_shard < 1:
-            raise ValueError(f"prompts_per_shard is {self.prompts_per_shard} but must be positive")
         twice = sorted({p for p in self.prompts if self.prompts.count(p) > 1})
         if twice or not self.prompts:
             what = f"the prompt {twice[0]!r} is there twice" if twice else "there is no prompt"

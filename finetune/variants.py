@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
@@ -23,6 +23,7 @@ from torch import Tensor
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 
+from .ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
 from .rollouts import PLAIN, nothing
 
 __all__ = [
@@ -42,6 +43,10 @@ LABEL, LINE, CAPTION, HEADER, GAP = 170, 16, 18, 24, 6  # pixels of the grid
 ROWS, EACH = 16, 3  # prompts, and pictures of each variant, that it shows
 
 
+def _are_tuples(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(one, tuple) for one in value)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What every variant draws: `images` pictures of each prompt, with the call's keywords.
@@ -56,9 +61,22 @@ class Plan:
     max_batch: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "prompts": PROMPTS,
+        "references": Range("a tuple of file names for each prompt", _are_tuples),
+        "images": whole(1, 10_000),
+        "seed": SEED,
+        "max_batch": optional(whole(1)),
+        "call": KEYWORDS,
+    }
+
     def __post_init__(self) -> None:
-        if self.images < 1:
-            raise ValueError(f"images is {self.images}; draw one of each prompt or more")
+        check(self, self.RANGES)
+        if len(self.references) != len(self.prompts):
+            raise ValueError(
+                f"references has {len(self.references)} entries for {len(self.prompts)} prompts; "
+                "give one for each"
+            )
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: 
 
 def filter_of(fields: dict[str, Any]) -> FeynmanKac:
     """The filter's settings by name; ValueError for a name or a value that it does not have."""
+    if isinstance(fields.get("funnel"), list):  # YAML has no tuples
+        fields = fields | {"funnel": tuple(fields["funnel"])}
     try:
         return FeynmanKac(**fields)
     except TypeError as error:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import rewards
-from finetune import evaluate, page
+from finetune import evaluate, page, ranges
 from finetune.evaluate import Measure
+from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, Range, one_of, optional, whole
 from finetune.variants import (
     Plan,
     Variant,
@@ -88,6 +89,28 @@ class Evaluate:
     max_batch: int | None = None
     dtype: str = "auto"
     resume: bool = False
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        "prompts": ranges.TEXT,
+        "out": ranges.TEXT,
+        "model": NAME,
+        "lora": optional(NAME),
+        "images": whole(1, 10_000),
+        "reward": ranges.TEXT,
+        "steer": optional(NAME),
+        "particles": whole(0, 10_000),
+        "filter": KEYWORDS,
+        "call": KEYWORDS,
+        "objects": NAME,
+        "embed": optional(NAME),
+        "seed": SEED,
+        "max_batch": optional(whole(1)),
+        "dtype": one_of("auto", *loading.DTYPES),
+        "resume": FLAG,
+    }
+
+    def __post_init__(self) -> None:
+        ranges.check(self, self.RANGES)
 
 
 NOTES = {

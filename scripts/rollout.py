@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -25,6 +25,8 @@ from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 import rewards
+from finetune import ranges
+from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, Range, one_of, optional, whole
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from scripts import command
 from scripts.launched import is_main
@@ -50,6 +52,26 @@ class Rollout:
     max_batch: int | None = None
     dtype: str = "auto"
     resume: bool = False
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        "prompts": TEXT,
+        "out": TEXT,
+        "model": NAME,
+        "lora": optional(NAME),
+        "images": whole(0, 10_000),
+        "steered": whole(0, 10_000),
+        "reward": optional(NAME),
+        "filter": KEYWORDS,
+        "call": KEYWORDS,
+        "seed": SEED,
+        "prompts_per_shard": whole(1),
+        "max_batch": optional(whole(1)),
+        "dtype": one_of("auto", *loading.DTYPES),
+        "resume": FLAG,
+    }
+
+    def __post_init__(self) -> None:
+        ranges.check(self, self.RANGES)
 
 
 NOTES = {

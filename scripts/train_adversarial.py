@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,6 +39,7 @@ from finetune.grpo import Grpo
 from finetune.models import encode, encode_negative, family_of, noising_of
 from finetune.nft import Nft
 from finetune.online import Task
+from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, Range, group, number, one_of, whole
 from finetune.references import load_references
 from rewards.critic import KINDS
 from scripts import command, training
@@ -66,16 +67,23 @@ class Train(training.Run):
     nft: Nft = field(default_factory=Nft)
     critic: CriticSettings = field(default_factory=CriticSettings)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.critic_weight >= 0:
-            raise ValueError(
-                f"critic_weight is {self.critic_weight} but must not be negative; 0: no critic"
-            )
-        if self.critic_kind not in KINDS:
-            raise ValueError(f"critic_kind is {self.critic_kind!r}; take one of {list(KINDS)}")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; take one of {list(METHODS)}")
+    RANGES: ClassVar[dict[str, Range]] = training.Run.RANGES | {
+        "prompts": TEXT,
+        "reward": TEXT,
+        "references": TEXT,
+        "paired": FLAG,
+        "critic_weight": number(0),
+        "critic_kind": one_of(*KINDS),
+        "tower": NAME,
+        "critic_layers": whole(1),
+        "critic_from": TEXT,
+        "negative_prompt": TEXT,
+        "call": KEYWORDS,
+        "method": one_of("grpo", "nft"),
+        "grpo": group(Grpo),
+        "nft": group(Nft),
+        "critic": group(CriticSettings),
+    }
 
     @property
     def tuned(self) -> Any:

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -38,6 +38,19 @@ from tqdm import tqdm
 from finetune import checks, config
 from finetune.critics import Critic, CriticSettings, accuracy
 from finetune.learner import draws, load_state, save_state
+from finetune.ranges import (
+    FLAG,
+    NAME,
+    SEED,
+    TEXT,
+    TEXTS,
+    Range,
+    check,
+    group,
+    number,
+    one_of,
+    whole,
+)
 from finetune.references import References, load_references
 from finetune.rollouts import Rollouts
 from rewards.critic import KINDS
@@ -46,6 +59,10 @@ from scripts import command, train_adversarial, training
 from steering.loading import pick_device
 
 Sample = tuple[str, bytes]  # a prompt and a PNG
+
+
+def _are_folders(value: Any) -> bool:
+    return TEXT.allows(value) or (TEXTS.allows(value) and bool(value))
 
 
 @dataclass
@@ -68,14 +85,26 @@ class Train:
     resume: bool = False
     critic: CriticSettings = field(default_factory=CriticSettings)
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "rollouts": Range("a folder, or a list of folders", _are_folders),
+        "references": TEXT,
+        "out": TEXT,
+        "paired": FLAG,
+        "kind": one_of(*KINDS),
+        "tower": NAME,
+        "critic_from": TEXT,
+        "held_out": number(0, 1, "[)"),
+        "steps": whole(1),
+        "batch": whole(1),
+        "seed": SEED,
+        "save_every": whole(1),
+        "log_every": whole(1),
+        "resume": FLAG,
+        "critic": group(CriticSettings),
+    }
+
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out} but must be in [0, 1)")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r}; take one of {list(KINDS)}")
+        check(self, self.RANGES)
 
 
 SHARED = ("out", "paired", "tower", "critic_from", "save_every", "log_every", "resume")

@@ -24,10 +24,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from finetune.data import load_data
 from finetune.gdro import Gdro, Trainer
 from finetune.models import family_of, noising_of
+from finetune.ranges import TEXT, Range, group
 from finetune.rollouts import Rollouts
 from scripts import command, training
 from steering import loading
@@ -39,6 +41,11 @@ class Train(training.Run):
 
     rollouts: str = ""
     gdro: Gdro = field(default_factory=Gdro)
+
+    RANGES: ClassVar[dict[str, Range]] = training.Run.RANGES | {
+        "rollouts": TEXT,
+        "gdro": group(Gdro),
+    }
 
 
 NOTES = training.notes("gdro") | {

@@ -9,19 +9,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import rewards
-from finetune import card, checks, config, lora, page
+from finetune import card, checks, config, lora, page, ranges
 from finetune.checks import Check, Watch
 from finetune.learner import Learner, load_state, save_state
+from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
 from scripts.sharding import shard
+from steering.loading import DTYPES
 from steering.prompts import read
 
 __all__ = [
@@ -50,10 +52,20 @@ class Run:
     resume: bool = False
     check: Check = field(default_factory=Check)
 
+    RANGES: ClassVar[dict[str, Range]] = {
+        "out": TEXT,
+        "model": optional(NAME),
+        "lora": optional(NAME),
+        "dtype": one_of("auto", *DTYPES),
+        "save_every": whole(1),
+        "log_every": whole(1),
+        "wandb": FLAG,
+        "resume": FLAG,
+        "check": group(Check),
+    }
+
     def __post_init__(self) -> None:
-        for name in ("save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be positive")
+        ranges.check(self, self.RANGES)
 
 
 def notes(name: str) -> dict[str, str]:

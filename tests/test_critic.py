@@ -238,12 +238,12 @@ def test_two_processes_hold_the_same_weights_after_20_steps(kind, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"lr": 0}, "lr is 0 but must be positive"),
-        ({"patches": 0}, "patches is 0 but must be positive"),
-        ({"replay": -1}, "replay is -1 but must not be negative"),
-        ({"smoothing": 0.5}, r"smoothing is 0.5 but must be in \[0, 0.5\)"),
-        ({"loss": "wgan"}, r"the loss 'wgan' is unknown; take one of \['hinge', 'bce', 'pairwise"),
-        ({"trigger": "never"}, r"the trigger 'never' is unknown; take one of \['always', 'every"),
+        ({"lr": 0}, "lr is 0 but must be a number above 0"),
+        ({"patches": 0}, "patches is 0 but must be a whole number, 1 or more"),
+        ({"replay": -1}, "replay is -1 but must be a whole number, 0 or more"),
+        ({"smoothing": 0.5}, r"smoothing is 0.5 but must be a number in \[0, 0.5\)"),
+        ({"loss": "wgan"}, "loss is 'wgan' but must be '', 'hinge', 'bce' or 'pairwise'"),
+        ({"trigger": "never"}, "trigger is 'never' but must be 'always', 'every_n', "),
     ],
 )
 def test_wrong_settings_are_refused_with_a_sentence(settings, sentence):

@@ -74,3 +74,48 @@ def test_help_lists_every_key_with_its_default():
     text = config.explain(Settings, {"inner.rate": "of the optimiser"})
     assert "inner.rate  of the optimiser (default: 0.0001)" in text
     assert len(text.splitlines()) == 6
+
+
+FILES = [
+    "a: [", "- 1", "3", "x", "steps: 1\nsteps: 2", "inner:\n\trate: 1", "inner:\n", "inner: 3",
+    "inner: [1]", "inner:\n  1: 2", "inner: {rate: {a: 1}}", "a: *x", "a: &x [*x]", "--- a\n--- b",
+    "!!python/object/apply:os.system ['id']", "? [a]\n: 3", "null: 3", "true: 5", "steps: ${x}",
+    "steps: ???", "steps: true", "steps: 1.5", "steps: .nan", "steps: " + "9" * 5000, "folder: [1]",
+    "targets: to_q", "call: 5", "call: {1: 2}", "call: null", "steps:", "[" * 20_000, "\x01",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FILES, ids=lambda text: repr(text[:20]))
+def test_every_slip_in_a_file_is_one_sentence(text, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"a\.yaml|the setting") as told:
+        config.read(Settings, file)
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 500
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x00" * 9, b"steps: \x80"])
+def test_a_file_that_is_no_text_is_refused(content, tmp_path):
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.yaml cannot be read as YAML"):
+        config.read(Settings, tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "word", ["steps=[1", "steps={", "[=]=1", "call.x=" + "[" * 2000, "steps=!!python/object:os x"]
+)
+def test_every_slip_in_a_word_is_one_sentence(word):
+    with pytest.raises(ValueError, match="cannot be read as YAML") as told:
+        config.read(Settings, None, [word])
+    assert "\n" not in str(told.value)
+
+
+def test_a_flag_is_true_or_false():
+    @dataclass
+    class Flags:
+        on: bool = False
+
+    assert config.read(Flags, None, ["on=yes"]).on
+    with pytest.raises(ValueError, match="on is 3 but must be true or false"):
+        config.read(Flags, None, ["on=3"])

@@ -205,13 +205,13 @@ def test_each_reward_is_normalised_before_they_are_added():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 1}, "no advantage"),
-        ({"kl": -1.0}, "negative"),
-        ({"spread": "all"}, "take 'group'"),
-        ({"clip": 0.0}, "positive"),
+        ({"k": 1}, "k is 1 but must be a whole number, 2"),
+        ({"kl": -1.0}, "kl is -1.0 but must be a number not below 0"),
+        ({"spread": "all"}, "spread is 'all' but must be 'group'"),
+        ({"clip": 0.0}, "clip is 0.0 but must be a number above 0"),
         ({"window_start": 3}, "no moves to learn from"),
-        ({"window_size": 0}, "no moves to learn from"),
-        ({"noise": 0.0}, "no moves to learn from"),
+        ({"window_size": 0}, "window_size is 0 but must be a whole number, 1"),
+        ({"noise": 0.0}, r"noise is 0\.0 but must be a number in \(0, 1\]"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):

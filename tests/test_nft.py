@@ -145,13 +145,13 @@ def test_times_follow_their_law(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 1}, "no advantage"),
-        ({"kl": -1.0}, "negative"),
-        ({"beta": 0.0}, "beta is 0.0 but must be positive"),
-        ({"noisings": 0}, "positive"),
+        ({"k": 1}, "k is 1 but must be a whole number, 2"),
+        ({"kl": -1.0}, "kl is -1.0 but must be a number not below 0"),
+        ({"beta": 0.0}, "beta is 0.0 but must be a number above 0"),
+        ({"noisings": 0}, "noisings is 0 but must be a whole number, 1"),
         ({"old_decay": 1.0}, "old_decay"),
         ({"times": "all"}, "'logit_normal' or 'uniform'"),
-        ({"spread": "all"}, "take 'group'"),
+        ({"spread": "all"}, "spread is 'all' but must be 'group'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):

@@ -190,7 +190,7 @@ def test_rewards_are_added_as_columns(tmp_path):
         ({"steered": 1}, "no population"),
         ({"prompts": ("a", "b", "a")}, "the prompt 'a' is there twice"),
         ({"prompts": ()}, "there is no prompt"),
-        ({"prompts_per_shard": 0}, "must be positive"),
+        ({"prompts_per_shard": 0}, "must be a whole number, 1"),
     ],
 )
 def test_plans_that_cannot_work_are_refused(change, message):

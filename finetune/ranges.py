@@ -1,0 +1,119 @@
+"""What each setting may be: ranges beside the settings, checked when those are made.
+
+A dataclass of settings has RANGES, {field: Range}, one for every field of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "FLAG",
+    "KEYWORDS",
+    "NAME",
+    "PROMPTS",
+    "SEED",
+    "TEXT",
+    "TEXTS",
+    "Range",
+    "check",
+    "group",
+    "number",
+    "one_of",
+    "optional",
+    "whole",
+]
+
+MOST = 10**9  # of what is counted: more is a slip
+MOST_FLOAT = 3e38  # float32, which every number meets somewhere, has no larger ones
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have. said: as in "lr must be a number above 0"."""
+
+    said: str
+    allows: Callable[[Any], bool]
+
+    def check(self, name: str, value: Any) -> None:
+        """ValueError, with the setting's name, for a value that it may not have."""
+        if not self.allows(value):
+            raise ValueError(f"{name} is {value!r:.80} but must be {self.said}")
+
+
+def check(settings: Any, ranges: Mapping[str, Range]) -> None:
+    """Raise ValueError for the first field whose value is not in its range, by name."""
+    for field in dataclasses.fields(settings):
+        ranges[field.name].check(field.name, getattr(settings, field.name))
+
+
+def number(low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> Range:
+    """A finite number from low to high. ends: as in "[)", which says of each whether it may be."""
+
+    def allows(value: Any) -> bool:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        above = value > low if ends[0] == "(" else value >= low
+        below = value < high if ends[1] == ")" else value <= high
+        return abs(value) < MOST_FLOAT and above and below
+
+    if math.isfinite(high):
+        return Range(f"a number in {ends[0]}{low:g}, {high:g}{ends[1]}", allows)
+    if math.isfinite(low):
+        return Range(f"a number {'above' if ends[0] == '(' else 'not below'} {low:g}", allows)
+    return Range("a finite number", allows)
+
+
+def whole(low: int, high: int = MOST) -> Range:
+    """A whole number from low to high."""
+
+    def allows(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+    return Range(f"a whole number, {low} {'or more' if high == MOST else f'to {high}'}", allows)
+
+
+def one_of(*names: str) -> Range:
+    """One of these texts."""
+    *others, last = map(repr, names)
+    said = f"{', '.join(others)} or {last}" if others else last
+    return Range(said, lambda value: isinstance(value, str) and value in names)
+
+
+def optional(inner: Range) -> Range:
+    """None, or what is in another range."""
+    return Range(f"{inner.said}, or null", lambda value: value is None or inner.allows(value))
+
+
+def group(kind: type) -> Range:
+    """Settings of their own."""
+    return Range(f"a group of settings ({kind.__name__})", lambda value: isinstance(value, kind))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def _is_name(value: Any) -> bool:
+    return _is_text(value) and bool(value.strip())
+
+
+FLAG = Range("true or false", lambda value: isinstance(value, bool))
+TEXT = Range("text", _is_text)
+NAME = Range("text, and not empty", _is_name)
+TEXTS = Range(
+    "a list of names", lambda value: isinstance(value, list) and all(map(_is_name, value))
+)
+PROMPTS = Range(
+    "a tuple of prompts, and none empty",
+    lambda value: isinstance(value, tuple) and all(map(_is_name, value)),
+)
+KEYWORDS = Range(
+    "keywords with their values",
+    lambda value: isinstance(value, dict) and all(map(_is_name, value)),
+)
+SEED = Range("a whole number from 0 to 2**63 - 1", whole(0, 2**63 - 1).allows)
