@@ -36,6 +36,7 @@ SCALES = {
     "logit": Scale(lambda cosine, logit: logit * cosine),
     # Hessel et al. 2021, "CLIPScore", §3
     "hessel": Scale(lambda cosine, logit: 2.5 * cosine.clamp(min=0), prefix="A photo depicts "),
+    # of these two the scale alone, see ClipReward
     "diffusion_nft": Scale(lambda cosine, logit: logit * cosine / 100),
     "adv_grpo": Scale(lambda cosine, logit: logit * cosine / 30),
 }
@@ -43,6 +44,10 @@ SCALES = {
 
 class ClipReward:
     """Cosine of picture and prompt in CLIP's space (Radford et al. 2021), or a preset of it.
+
+    A preset is a scale and a prefix. Pictures are always resized as the tower was trained,
+    bicubic and antialiased; DiffusionNFT and Adv-GRPO resize theirs bilinearly, which moves a
+    score by about 1 %, so compare those with themselves.
 
     Args: source, see the module; scale, one of SCALES; batch_size, images evaluated at once;
     device, where the towers live (None: where the images are).

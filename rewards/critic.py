@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .card import Card
-from .images import check_inputs, normalize
+from .images import check_inputs
 from .sources import open_source, randomise, seed_of
 from .spec import written
-from .towers import check_batch_size, prepare
+from .towers import check_batch_size
 from .vit import view
 from .weights import fetch, fit, moved, read_state, untouched
 
@@ -144,10 +144,7 @@ class PreferenceModel:
 
     def features(self, images: Tensor, batch_size: int) -> tuple[Tensor, ...]:
         """The pixels that the tower sees, (n, 3, R, R)."""
-        t = self.towers
-        chunks = (chunk.to(t.device) for chunk in images.split(batch_size))
-        pixels = (prepare(chunk, t.size, t.filter, t.mode) for chunk in chunks)
-        return (torch.cat([normalize(x, t.mean, t.std) for x in pixels]),)
+        return (torch.cat([self.towers.pixels(chunk) for chunk in images.split(batch_size)]),)
 
     def logits(
         self, features: Sequence[Tensor], prompts: Sequence[str], batch_size: int

@@ -52,10 +52,12 @@ class DinoReward:
     cls c·r; patch_max mean_i max_j x_i·y_j; aligned mean_i x_i·y_i; hybrid w·cls +
     (1 - w)·patch_max. w = 0.7 and the largest value over several references are Adv-GRPO's
     (Mao et al. 2025), which draws 64 patches at random where all are taken here. Registers are
-    no patches. Pictures are resized to `size` (shortest side, bicubic, centre square).
+    no patches. Pictures are resized to `size` (shortest side, bicubic and antialiased, centre
+    square). Adv-GRPO squashes them to 518 x 518 without antialiasing, which no DINO was trained
+    with: `size=518` takes over the size alone, and its scores are not to be had here.
 
-    Args: source and size (None: 224, or what the model was made for where that is less; 518 is
-    Adv-GRPO's), see rewards.vit; pool, max or mean over the references of an image; cls_weight, w
+    Args: source and size (None: 224, or what the model was made for where that is less), see
+    rewards.vit; pool, max or mean over the references of an image; cls_weight, w
     of hybrid; batch_size, images evaluated at once; device, where the model lives (None: where
     the images are).
     """

@@ -15,7 +15,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Protocol
 
@@ -26,67 +25,17 @@ from torch import Tensor
 from .card import Card
 from .endpoint import Endpoint, EndpointError
 from .images import check_inputs, to_uint8
+from .questions import PRESETS, Preset
 from .spec import written
 from .vlm import Local
 
 __all__ = ["PRESETS", "JudgeReward", "Preset"]
 
 REMEMBERED = 4096  # answers
-NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 class NoScore(Exception):
     """An answer that is none; the text says why."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A question, the pattern of the number in its answer, and the scale of that number.
-
-    Without a pattern the score is how much likelier yes is than no.
-    """
-
-    question: str
-    pattern: str | None = None
-    low: float | None = None
-    high: float | None = None
-
-
-PRESETS = {
-    "score": Preset(
-        "This picture was made from the description between the lines.\n"
-        "---\n{prompt}\n---\n"
-        "Look at what the picture shows and how well it is made. Compare it with the description: "
-        "objects, how many there are, colours, places, written words. Explain briefly, then end "
-        'with one line "Score: N", where N from 0 to 10 says how well the picture fulfils the '
-        "description (0 not at all, 10 perfectly).",
-        rf"(?i)score[\s*:]*{NUMBER}",
-        0.0,
-        10.0,
-    ),
-    # Wang et al. 2025, "Unified Reward Model", arXiv 2503.05236: the models were trained with
-    # this very text, so that every letter of it counts
-    "unifiedreward": Preset(
-        "You are given a text caption and a generated image based on that caption. Your task is "
-        "to evaluate this image based on two key criteria:\n"
-        "1. Alignment with the Caption: Assess how well this image aligns with the provided "
-        "caption. Consider the accuracy of depicted objects, their relationships, and attributes "
-        "as described in the caption.\n"
-        "2. Overall Image Quality: Examine the visual quality of this image, including clarity, "
-        "detail preservation, color accuracy, and overall aesthetic appeal.\n"
-        "Extract key elements from the provided text caption, evaluate their presence in the "
-        "generated image using the format: 'element (type): value' (where value=0 means not "
-        "generated, and value=1 means generated), and assign a score from 1 to 5 after "
-        "'Final Score:'.\n"
-        "Your task is provided as follows:\nText Caption: [{prompt}]",
-        rf"(?i)final score:[\s*]*{NUMBER}",
-        1.0,
-        5.0,
-    ),
-    # Lin et al. 2024, "Evaluating Text-to-Visual Generation with Image-to-Text Generation"
-    # (VQAScore), §3: their question, and their score is P(yes)
-    "yes_no": Preset('Does this figure show "{prompt}"? Please answer yes or no.'),
-}
 
 
 class Model(Protocol):
@@ -106,8 +55,9 @@ class JudgeReward:
     `{prompt}` in the question stands for the prompt and nothing else is replaced. The last match
     of the pattern counts, since models think aloud first. With low and high the number is mapped
     to [0, 1] as (x - low)/(high - low), and outside of them it is no score. `yes_no` gives
-    P(yes)/(P(yes) + P(no)) of the first token. (Flow-GRPO divides UnifiedReward's number by 5
-    instead, which is 0.2 + 0.8 of ours, and counts a failure as 0.)
+    P(yes)/(P(yes) + P(no)) of the first token. The presets are described in rewards.questions;
+    `flow_grpo` is Flow-GRPO's question and scale, but it squashes the picture to 512 x 512 and
+    counts a failure as 0, which is not done here.
 
     An answer without a number, and a request that fails after all retries, is never 0:
     `invalid="error"` raises ValueError, and what was answered until then is remembered;
@@ -174,7 +124,7 @@ class JudgeReward:
         self.task = _task(PRESETS[preset], question, pattern, low, high)
         self.invalid = invalid
         self.device = None if device is None else torch.device(device)
-        bounded = self.task.pattern is None or self.task.low is not None
+        bounded = not self.task.patterns or self.task.low is not None
         self.range: tuple[float | None, float | None] = (0.0, 1.0) if bounded else (None, None)
         self.model: Model = (
             Local(source, max_tokens)
@@ -220,7 +170,7 @@ class JudgeReward:
         picture, prompt = pair
         question = self.task.question.replace("{prompt}", prompt)
         try:
-            if self.task.pattern is None:
+            if not self.task.patterns:
                 return _share(*self.model.yes(picture, question))
             return _number(self.model.answer(picture, question), self.task)
         except (EndpointError, NoScore) as error:
@@ -253,19 +203,24 @@ def _share(yes: float, no: float) -> float:
 
 
 def _number(answer: str, task: Preset) -> float:
-    matches = re.findall(task.pattern or "", answer)
+    """The mean of the numbers that the patterns find, on the scale of the task."""
     shown = repr(answer if len(answer) <= 80 else "..." + answer[-80:])
-    try:
-        number = float(matches[-1])
-    except (IndexError, ValueError):
-        raise NoScore(f"its answer {shown} holds no score") from None
-    if task.low is None or task.high is None:
-        if not math.isfinite(number):
+    numbers = []
+    for pattern in task.patterns:
+        try:
+            numbers.append(float(re.findall(pattern, answer)[-1]))
+        except (IndexError, ValueError):
+            raise NoScore(f"its answer {shown} holds no score") from None
+        if not math.isfinite(numbers[-1]):
             raise NoScore(f"its answer {shown} holds no finite score")
-        return number
-    if not task.low <= number <= task.high:
-        raise NoScore(f"its answer {shown} gives {number:g}, outside [{task.low:g}, {task.high:g}]")
-    return (number - task.low) / (task.high - task.low)
+    if task.low is None or task.high is None:
+        return sum(numbers) / len(numbers)
+    for number in numbers:
+        if not task.low <= number <= task.high:
+            raise NoScore(
+                f"its answer {shown} gives {number:g}, outside [{task.low:g}, {task.high:g}]"
+            )
+    return (sum(numbers) / len(numbers) - task.low) / (task.high - task.low)
 
 
 def _key(picture: np.ndarray, prompt: str) -> bytes:
@@ -324,8 +279,8 @@ def _task(
     if question is None:
         question = preset.question
     if pattern is None and low is None and high is None:
-        return Preset(question, preset.pattern, preset.low, preset.high)
-    if preset.pattern is None:
+        return Preset(question, preset.patterns, preset.low, preset.high)
+    if not preset.patterns:
         raise ValueError("the preset yes_no reads no number; leave out pattern, low and high")
     numbers = [x for x in (low, high) if isinstance(x, int | float) and math.isfinite(x)]
     if (low, high) != (None, None) and not (len(numbers) == 2 and numbers[0] < numbers[1]):
@@ -333,7 +288,8 @@ def _task(
             f"the judge's low is {low!r} and high {high!r}; give both as numbers, low below "
             "high, or neither"
         )
-    pattern = preset.pattern if pattern is None else pattern
+    if pattern is None:
+        return Preset(question, preset.patterns, low, high)
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
@@ -342,4 +298,4 @@ def _task(
         raise ValueError(
             f"the judge's pattern {pattern!r} has {groups} groups; give it one, around the number"
         )
-    return Preset(question, pattern, low, high)
+    return Preset(question, (pattern,), low, high)

@@ -37,7 +37,8 @@ class Towers:
     """An image and a text tower with the preprocessing they were trained with.
 
     `encode_image` takes pixels (n, 3, R, R), normalised; `encode_text` one list of strings.
-    Both give (n, width) before L2 normalisation. Text features are kept by prompt.
+    Both give (n, width) before L2 normalisation. Text features are kept by prompt. `filter`,
+    `mode` and `floor` are those of `prepare`.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Towers:
     std: Sequence[float] = OPENAI_STD
     filter: str = "bicubic"
     mode: str = "shortest"
+    floor: bool = False
     _features: OrderedDict[str, Tensor] = field(default_factory=OrderedDict, repr=False)
     _lock: Any = field(default_factory=threading.RLock, repr=False)
 
@@ -73,12 +75,13 @@ class Towers:
         return shared(self, images, lambda: self._look(images, batch_size))
 
     def _look(self, images: Tensor, batch_size: int) -> Tensor:
-        device = self.device
-        chunks = (chunk.to(device) for chunk in images.split(batch_size))
-        pixels = (prepare(chunk, self.size, self.filter, self.mode) for chunk in chunks)
-        return torch.cat(
-            [_unit(self.encode_image(normalize(x, self.mean, self.std))) for x in pixels]
-        )
+        chunks = images.split(batch_size)
+        return torch.cat([_unit(self.encode_image(self.pixels(chunk))) for chunk in chunks])
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What `encode_image` takes, on its device, of images in [0, 1] of any size."""
+        x = prepare(images.to(self.device), self.size, self.filter, self.mode, self.floor)
+        return normalize(x, self.mean, self.std)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, d), float32; equal prompts are encoded once.
@@ -113,11 +116,15 @@ def _unit(features: Tensor) -> Tensor:
         return F.normalize(features.float(), dim=-1)
 
 
-def prepare(images: Tensor, size: tuple[int, int], filter: str, mode: str) -> Tensor:
+def prepare(
+    images: Tensor, size: tuple[int, int], filter: str, mode: str, floor: bool = False
+) -> Tensor:
     """Bring (n, 3, h, w) to (n, 3, *size), float32, before normalisation.
 
     `shortest` resizes the shortest side and crops the centre, as OpenAI's CLIP does; `squash`
-    ignores the proportions; `longest` resizes the longest side and fills up with black.
+    ignores the proportions; `longest` resizes the longest side and fills up with black. Where
+    the crop lies between two pixels, `floor` takes the lesser one, as transformers does, else
+    the even one, as torchvision, which OpenAI, open_clip, timm and ImageReward use.
     """
     if mode not in MODES:
         raise ValueError(f"pictures are resized by one of {list(MODES)} but this is {mode!r}")
@@ -128,10 +135,10 @@ def prepare(images: Tensor, size: tuple[int, int], filter: str, mode: str) -> Te
         return _longest(images, size, filter)
     h, w = images.shape[2:]
     height, width = size
-    # as torchvision: the longer side is rounded down, the crop's offset to the nearest
+    # everybody rounds the longer side down
     by_height = height * w >= width * h
     tall, wide = (height, height * w // h) if by_height else (width * h // w, width)
-    top, left = round((tall - height) / 2), round((wide - width) / 2)
+    top, left = ((n // 2) if floor else round(n / 2) for n in (tall - height, wide - width))
     # only what the crop keeps is resized: the rest of a long, thin picture has no end
     window = (top, top + height), (left, left + width)
     return resize(images, (tall, wide), filter, window=window)

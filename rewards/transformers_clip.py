@@ -174,6 +174,7 @@ def transformers_towers(
         given.get("image_std") or std,
         FILTERS[given.get("resample", 3)],
         _resize_mode(given, side),
+        floor=True,
     )
 
 

@@ -164,10 +164,10 @@ def view(source: str, size: int | None = None, device: torch.device | str | None
         size = min(SIDE, backbone.side) if size is None else size
         patch = backbone.patch
         if type(size) is not int or not patch <= size <= LARGEST or size % patch:
-            near = min(size, LARGEST) if isinstance(size, int) else SIDE
+            near = round((min(size, LARGEST) if isinstance(size, int) else SIDE) / patch)
             raise ValueError(
                 f"the DINO size is {size!r} pixels but must be a multiple of the patch of "
-                f"{source}, {patch}, up to {LARGEST}; take size={max(near // patch, 1) * patch}"
+                f"{source}, {patch}, up to {LARGEST}; take size={max(near, 1) * patch}"
             )
         found = _VIEWS.get((*key, size))
         if found is None:

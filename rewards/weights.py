@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 __all__ = ["built", "fetch", "find", "fit", "hub", "looks_like", "moved", "read_state", "untouched"]
@@ -130,6 +131,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull`")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise ValueError(f"{path} is a web page, not the weights; download the file itself")
+    tables = path.suffix == ".safetensors"
+    if head and not (head[8:9] == b"{" if tables else head.startswith((b"PK", b"\x80"))):
+        raise ValueError(
+            f"{path} is no file of weights{_picture(path)}; give what torch or safetensors saved"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -145,7 +151,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         reason = str(error).partition("\n")[0][:120] or type(error).__name__
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) cannot be read: the download was probably cut "
-            f"short; delete it and fetch it again ({reason})"
+            f"short; fetch it again ({reason})"
         ) from error
     for wrapper in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
@@ -153,6 +159,14 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path} holds no state dict (names of tensors); save model.state_dict()")
     return dict(found)
+
+
+def _picture(path: Path) -> str:
+    try:
+        with Image.open(path) as picture:
+            return f" but a picture ({picture.format})"
+    except OSError:
+        return ""
 
 
 def fit(

@@ -10,7 +10,6 @@ from scripts import started
 
 # isort: split
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ import rewards
 from rewards import calibrate
 from rewards.combine import Aggregate, Function, Part, component_names
 from rewards.images import to_images
+from rewards.names import factory_of
 from rewards.samples import Sample, batches, load_batch, read_samples
 from rewards.table import TEXTS, Table, draw, ensure_writable, summary
 from scripts.options import COUNT, Parser, check_words
@@ -83,21 +83,26 @@ def listing() -> str:
     width = max(map(len, [*rewards.available(), *rewards.aggregators()])) + 2
     lines = []
     for name, line in rewards.available().items():
-        module, attribute, _ = rewards.REWARDS[name]
-        factory = getattr(importlib.import_module(module), attribute)
-        card = factory.card
-        size = f" ({card.size})" if card.size else ""
-        lines += [
-            f"{name:{width}}{line}",
-            f"{'':{width}}weights   {card.weights or 'none'}{size}",
-            f"{'':{width}}licence   {card.licence}",
-            f"{'':{width}}range     {card.range}",
-            f"{'':{width}}gradient  {'yes' if factory.differentiable else 'no'}",
-            f"{'':{width}}source    {card.citation}",
-        ]
+        about = _about(factory_of(name)).items()
+        lines += [f"{name:{width}}{line}", *(f"{'':{width}}{key:10}{text}" for key, text in about)]
     lines += ["", "of other rewards, as in 'min(clip, 0.5*ocr)':"]
     lines += [f"{name:{width}}{line}" for name, line in rewards.aggregators().items()]
     return "\n".join(lines)
+
+
+def _about(factory: Any) -> dict[str, str]:
+    """The lines under a reward's name; a reward that is being written may have no card yet."""
+    gradient = {True: "yes", False: "no"}.get(getattr(factory, "differentiable", None), "unknown")
+    card = getattr(factory, "card", None)
+    if card is None:
+        return {"gradient": gradient, "card": "none yet, so that weights and licence are unknown"}
+    return {
+        "weights": (card.weights or "none") + (f" ({card.size})" if card.size else ""),
+        "licence": card.licence,
+        "range": card.range,
+        "gradient": gradient,
+        "source": card.citation,
+    }
 
 
 def run(args: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ class Case:
     spec: str
     prompts: tuple[str, ...] = (*SHAPES, "a blue cross above a red star")
     references: bool = False
-    size: tuple[int, int] = (64, 64)
+    size: tuple[int, int] = (61, 84)
     network: bool = True
 
     def inputs(self) -> tuple[Tensor, list[str], list[Any] | None]:
@@ -156,6 +156,54 @@ def test_gradients_exist_where_promised_and_reach_only_their_own_image(case):
     assert gradient.abs().max() == 0
     with torch.no_grad():
         assert not score(case, images, list(range(N))).requires_grad
+
+
+FLAT = {
+    "black": (0.0, 0.0, 0.0),
+    "white": (1.0, 1.0, 1.0),
+    "grey": (0.5, 0.5, 0.5),
+    "red": (1.0, 0.0, 0.0),
+    "a colour": (0.2, 0.7, 0.4),
+}
+OF_OTHERS = [
+    "lcb(clip(random:0), siglip(random:0), kappa=2)",
+    "harmonic(a=clip(random:0), clip(random:1))",
+    "uncertainty(a=clip(random:0), clip(random:1))",
+    "median(a=clip(random:0), b=clip(random:0), clip(random:1))",
+    "min(a=clip(random:0), clip(random:1))",
+    "log_sigmoid(clip(random:0))",
+    "augmented(clip(random:0), flip=true)",
+    "clip_above(clip(random:0), at=0)",
+    "par(clip(random:0), ref=0)",
+]
+
+
+@pytest.mark.parametrize("colour", FLAT)
+@pytest.mark.parametrize("spec", [*CASES, *OF_OTHERS])
+def test_flat_pictures_have_scores_and_finite_gradients(spec, colour):
+    """Early previews are flat, and roots, norms and quotients have no slope there."""
+    case = CASES.get(spec, Case(spec))
+    reward = loaded(case)
+    images = torch.tensor(FLAT[colour]).view(1, 3, 1, 1).repeat(2, 1, *case.size)
+    images.requires_grad_(True)
+    _, prompts, references = case.inputs()
+    given = None if references is None else [images[:1].detach(), *references[:1]]
+    scores = reward(images, prompts[:2], references=given)
+    assert torch.isfinite(scores).all()
+    if reward.differentiable:
+        (gradient,) = torch.autograd.grad(scores.sum(), images)
+        assert torch.isfinite(gradient).all()
+
+
+def test_a_slope_of_hypot_is_what_the_test_above_is_for():
+    def edges(images: Tensor, prompts: Any) -> Tensor:
+        across, down = images[..., :-1, 1:].sub(images[..., :-1, :-1]), images[..., 1:, :-1]
+        return torch.hypot(across, down - images[..., :-1, :-1]).mean((1, 2, 3))
+
+    edges.differentiable = True  # pyright: ignore[reportFunctionMemberAccess]
+    images = torch.full((1, 3, 5, 8), 0.5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(rewards.load(edges)(images, [""]).sum(), images)
+    assert gradient.isnan().any()
 
 
 def modules(value: Any) -> Iterator[torch.nn.Module]:

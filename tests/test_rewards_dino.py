@@ -410,7 +410,7 @@ def test_other_and_broken_checkpoints_are_refused(tmp_path):
             DinoReward(str(source))
 
     path.write_bytes(whole[: len(whole) // 2])
-    opened("cut short; delete it and fetch it again")
+    opened("cut short; fetch it again")
     save_file({k: v for k, v in state.items() if k != "layernorm.bias"}, path)
     opened("is not what Dinov2Model needs: it lacks layernorm.bias; it looks like a transformers")
     save_file({**state, "head.weight": torch.zeros(2)}, path)

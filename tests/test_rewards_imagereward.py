@@ -364,7 +364,7 @@ def test_other_and_broken_checkpoints_are_refused(folder):
     path = folder / "ImageReward.pt"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut short; delete it and fetch it again"):
+    with pytest.raises(ValueError, match="cut short; fetch it again"):
         ImageRewardReward(str(folder))
     torch.save({"vision_model.embeddings.class_embedding": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=r"lacks blip\..* and \d+ more; it looks like a transform"):

@@ -326,6 +326,14 @@ def test_yes_no_compares_the_chances_of_the_first_token(server):
         ("Final Score: 10", None),  # Flow-GRPO's pattern reads a 1 here
         ("Final Score: 0", None),
         ("Score: 4", None),
+        ("Final Score: [4]", 0.75),
+        ("Final Score: **[2.5]**", 0.375),
+        ("**Final Score**: [ 3 ]", 0.5),
+        ("Final Score: [1-5]", None),
+        ("Final Score (1-5): 3.", 0.5),
+        ("Final Score:\n4", 0.75),
+        ("Final Score: [-1]", None),
+        ("Final Score: []", None),
     ],
 )
 def test_unifiedreward_is_read_on_its_scale(server, answer, score):
@@ -333,6 +341,54 @@ def test_unifiedreward_is_read_on_its_scale(server, answer, score):
     (value,) = server.judge(preset="unifiedreward", invalid="nan")(grey(1), ["a"]).tolist()
     assert np.isnan(value) if score is None else value == pytest.approx(score)
     assert question(server.bodies[0]).endswith("Text Caption: [a]")
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("Final Score: 4.5", 0.9),
+        ("Final Score: [1]", 0.2),
+        ("Final Score: 10", None),
+        ("Final Score: 0", None),
+        ("Final Score: 5", 1.0),
+        ("Final Score: 5.5", None),
+    ],
+)
+def test_flow_grpo_s_question_is_asked_and_its_number_divided_by_five(server, answer, score):
+    server.reply = lambda *_: says(answer)
+    (value,) = server.judge(preset="flow_grpo", invalid="nan")(grey(1), ["a cat"]).tolist()
+    assert np.isnan(value) if score is None else value == pytest.approx(score)
+    asked = question(server.bodies[0])
+    assert asked.startswith("You are given a text caption and a generated image based on that")
+    assert (
+        "\nBased on the above criteria, assign a score from 1 to 5 after 'Final Score:'.\n" in asked
+    )
+    assert asked.endswith("Text Caption: [a cat]")
+
+
+# what CodeGoat24/UnifiedReward's own example prints
+PRINTED = """
+Alignment Score (1-5): 2.694700002670288
+Coherence Score (1-5): 2.371500015258789
+Style Score (1-5): 2.802500009536743
+"""
+
+
+def test_unifiedreward_2_is_read_by_axis_and_as_their_mean(server):
+    server.reply = lambda *_: says(PRINTED)
+    numbers = {"alignment": 2.6947, "coherence": 2.3715, "style": 2.8025}
+    for axis, number in numbers.items():
+        judge = server.judge(preset=f"unifiedreward2_{axis}")
+        assert judge(grey(1), ["a"]).tolist() == pytest.approx([(number - 1) / 4], abs=1e-4)
+    whole = server.judge(preset="unifiedreward2", invalid="nan")
+    mean = sum(numbers.values()) / 3
+    assert whole(grey(1), ["a"]).tolist() == pytest.approx([(mean - 1) / 4], abs=1e-4)
+    assert whole.range == (0.0, 1.0)
+    server.reply = lambda *_: says(PRINTED.replace("Coherence Score (1-5): 2", "Coherence: X 2"))
+    assert whole(grey(1, 2), ["a", "a"]).isnan().tolist() == [False, True]  # 1 is remembered
+    echoed = "Alignment Score (1-5): X\nCoherence Score (1-5): Y\nStyle Score (1-5): Z"
+    server.reply = lambda *_: says(echoed)
+    assert whole(grey(1), ["b"]).isnan().all()
 
 
 def test_a_pattern_without_a_scale_gives_the_number_itself(server):

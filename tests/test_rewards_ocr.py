@@ -189,7 +189,7 @@ def test_prompts_that_quote_nothing_are_refused_before_anything_is_read(monkeypa
         reward(torch.rand(1, 3, 64, 64), ["a cat"])
     with pytest.raises(ValueError, match="did you mean 'strict'"):
         OcrReward("strickt")
-    with pytest.raises(ValueError, match="at least 32"):
+    with pytest.raises(ValueError, match="from 32 to 4000"):
         OcrReward(limit_side_len=8)
 
 

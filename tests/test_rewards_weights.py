@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from rewards.aesthetic import AestheticReward
 from rewards.weights import fetch, find, fit, hub, looks_like, read_state
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1.0, 2.0])}
@@ -136,7 +138,8 @@ def test_a_download_that_was_cut_short_is_reported_as_that(tmp_path, name, part)
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"\n <!DOCTYPE html><html>", "web page"),
         (b"<HTML>", "web page"),
-        (b'{"error": "not found"}', "cut short"),
+        (b'{"error": "not found"}', "is no file of weights; give"),
+        (b"a picture that is none", "is no file of weights; give"),
     ],
 )
 def test_other_files_that_come_down_in_their_place_are_named(tmp_path, content, message):
@@ -144,6 +147,18 @@ def test_other_files_that_come_down_in_their_place_are_named(tmp_path, content, 
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_a_picture_in_their_place_is_named_and_nobody_is_told_to_delete_it(tmp_path, kind):
+    for name in ("picture.png", "weights.safetensors"):
+        Image.new("RGB", (5, 7)).save(tmp_path / name, kind)
+        with pytest.raises(
+            ValueError, match=rf"{name} is no file of weights but a picture \({kind}"
+        ):
+            read_state(tmp_path / name)
+        with pytest.raises(ValueError, match=f"a picture .{kind}.; give what"):
+            AestheticReward(str(tmp_path / name))
 
 
 class Thing:

@@ -105,6 +105,18 @@ def test_every_reward_is_listed(capsys):
     assert [line.split()[0] for line in more.splitlines()[1:]] == list(rewards.aggregators())
 
 
+def test_a_reward_without_a_card_is_listed_as_such(monkeypatch, capsys):
+    class Mine:
+        def __init__(self) -> None: ...
+
+    monkeypatch.setattr("rewards.jpeg.JpegReward", Mine)
+    assert score.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert "jpeg" in printed
+    assert "none yet" in printed
+    assert "Radford et al. 2021" in printed
+
+
 def test_a_calibration_file_is_written_that_specs_can_use(folder, tmp_path):
     scale, more = tmp_path / "scale.json", tmp_path / "more.csv"
     command = [str(folder), "--device", "cpu", "--reward"]
