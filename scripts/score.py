@@ -92,7 +92,7 @@ def listing() -> str:
 
 def _about(factory: Any) -> dict[str, str]:
     """The lines under a reward's name; a reward that is being written may have no card yet."""
-    gradient = {True: "yes", False: "no"}.get(getattr(factory, "differentiable", None), "unknown")
+    gradient = "yes" if getattr(factory, "differentiable", False) else "no"
     card = getattr(factory, "card", None)
     if card is None:
         return {"gradient": gradient, "card": "none yet, so that weights and licence are unknown"}

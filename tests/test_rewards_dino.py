@@ -384,7 +384,10 @@ def test_missing_references_say_how_to_give_them(references, sentence):
     [
         ({"source": "random:0", "mode": "clss"}, "did you mean 'cls' of"),
         ({"source": "random:0", "pool": "median"}, r"the DINO pool 'median' is unknown"),
-        ({"source": "random:0", "size": 30}, "multiple of the patch of random:0, 8; take size=32"),
+        (
+            {"source": "random:0", "size": 30},
+            "multiple of the patch of random:0, 8, up to 2048; take size=32",
+        ),
         ({"source": "random:0", "size": 0}, "take size=8"),
         ({"source": "random:0", "size": "x"}, "take size=224"),
         ({"source": "random:0", "cls_weight": 1.5}, r"must lie in \[0, 1\]"),

@@ -43,13 +43,14 @@ class Order(BaseModel):
 @app.post("/steer", response_class=Response)
 def draw(order: Order) -> Response:
     """The PNG of highest reward; its reward and log Ẑ stand in the headers."""
-    size = {"height": order.height, "width": order.width, "num_inference_steps": order.steps}
+    wanted = call | {"height": order.height, "width": order.width}
+    wanted["num_inference_steps"] = order.steps
     try:
         # never imports=True here: this text came over the network
         reward = rewards.load(order.reward)
         reward.check([order.prompt])
         with one_at_a_time:
-            out = steer(pipe, order.prompt, reward, order.particles, seed=order.seed, **call | size)
+            out = steer(pipe, order.prompt, reward, order.particles, seed=order.seed, **wanted)
     except ValueError as error:  # a sentence that says what to do
         raise HTTPException(422, str(error)) from None
     png = io.BytesIO()
