@@ -26,6 +26,7 @@ from .ranges import KEYWORDS, NAME, SEED, TEXT, Range, check, whole
 from .rollouts import PLAIN, nothing
 
 __all__ = [
+    "GRID_ROWS",
     "Check",
     "Sheet",
     "Watch",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 PER_CALL = 4  # prompts of a call of the pipeline
+GRID_ROWS = 8  # prompts that a grid shows
 
 
 @dataclass
@@ -147,7 +149,7 @@ class Watch:
                 held_out = sorted((pair for sheet in sheets for pair in sheet.images), key=_first)
         if "held_out/quality" in row:
             row["held_out/corrected"] = corrected(row["held_out/reward"], row["held_out/quality"])
-        shown = [images for _, images in held_out[:8]]
+        shown = [images for _, images in held_out[:GRID_ROWS]]
         grid = make_image_grid([x for images in shown for x in images], len(shown), len(shown[0]))
         return row, grid
 

@@ -22,7 +22,7 @@ from steering.report.charts import Line, chart
 from steering.report.markup import escape, link, number, short
 from steering.report.thumbnails import Budget
 
-from .checks import best_row, read
+from .checks import GRID_ROWS, best_row, read
 
 __all__ = ["alarms", "write"]
 
@@ -34,6 +34,21 @@ _MOST_GRIDS = 24
 _LEAD = ("model", "reward", "method")  # settings that are said at the top
 _TRAINED = "train/reward"
 _WATCHED = ("held_out/reward", "held_out/quality", "held_out/corrected")
+_TITLED = 3  # prompts that the title names
+_MEANS = {  # column of log.csv -> what it is
+    "loss": "What the training lowers.",
+    "accuracy": "How often the model prefers the better of two images; 0.5 is chance.",
+    "spread": "How far apart the images of a group are held to be. At 0 nothing is learned.",
+    "entropy": "What the rewards ask for: 1 nothing, 0 one image of a group alone.",
+    "best_image": "The error on the best image of a group.",
+    "drift": "How much the error on the best image grew. It should stay near 0.",
+    "ratio": "How much likelier a step is than when it was drawn: 1 if nothing has changed.",
+    "clipped": "The share of steps whose ratio went out of bounds and teaches no more.",
+    "kl": "How far the model has moved from the one it began as.",
+    "flat_groups": "The share of groups whose images have one reward and teach nothing.",
+    "grad_norm": "The length of the gradient, before long ones are cut.",
+    "seconds": "Of an update.",
+}
 _REWARDS = {  # column -> what the curve is called; the order gives colour and dash
     "train/reward": "train prompts",
     "held_out/reward": "held-out prompts",
@@ -55,11 +70,12 @@ def write(out: Path) -> Path:
     settings = file.read_text(encoding="utf-8") if file.exists() else ""
     plain: Any = OmegaConf.to_container(OmegaConf.create(settings)) if settings else {}
     best = _best(checks, plain)
-    name = out.resolve().name
+    seen = _looked_at(out)
+    name = _title(plain, seen)
     parts = [f"<h1>{escape(name)}</h1>", _lead(log, checks, plain)]
     if checks:
         parts += [_alarm(checks), _curves(log, checks, best)]
-        parts.append(_grids(out, checks, best))
+        parts.append(_grids(out, checks, best, seen))
     evaluations = [
         path for path in (out / "evaluation.json", *sorted(out.glob("*/evaluation.json")))
     ]
@@ -71,6 +87,20 @@ def write(out: Path) -> Path:
         code = f"<pre><code>{escape(settings.strip())}</code></pre>"
         parts.append(f"<details><summary>Settings</summary>{code}</details>")
     return markup.keep(out / "report.html", markup.document(name, "\n".join(parts)))
+
+
+def _looked_at(out: Path) -> list[str]:
+    """The held-out prompts of the checks, as scripts/training.py writes them down."""
+    file = out / "checks.json"
+    return json.loads(file.read_text(encoding="utf-8"))["held_out"] if file.exists() else []
+
+
+def _title(settings: dict[str, Any], prompts: Sequence[str]) -> str:
+    model = settings.get("model")
+    title = "Fine-tuning" + f" of {Path(model).name}" * bool(model)
+    named = [markup.clipped(prompt) for prompt in prompts[:_TITLED]]
+    more = f" and {len(prompts) - _TITLED} more" if len(prompts) > _TITLED else ""
+    return f"{title}, looked at by {', '.join(named)}{more}" if named else title
 
 
 def alarms(checks: Sequence[Row], patience: int = PATIENCE) -> dict[str, list[int]]:
@@ -142,7 +172,11 @@ def _curves(log: Sequence[Row], checks: Sequence[Row], best: tuple[str, int] | N
     marks = [(float(step), "best") for _, step in (best,)] if best else []
     first = {steps[0] for steps in alarms(checks).values()}
     marks += [(float(step), "alarm") for step in sorted(first)]
-    parts = [chart("Reward", lines, size=(430, 240), marks=_apart(marks))]
+    said = (
+        "The mean reward of pictures that are drawn at each check, always from the same noise. "
+        "Held-out prompts are not trained on: their curve is the one that counts."
+    )
+    parts = [chart("Reward", lines, size=(430, 240), marks=_apart(marks), note=said)]
     others = sorted({c.partition("/")[2] for c in checks[0] if "/" in c} - {"reward", "corrected"})
     for name in others:
         columns = [(c, i) for i, c in enumerate((f"train/{name}", f"held_out/{name}"))]
@@ -158,7 +192,9 @@ def _apart(marks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
     return [(step, ", ".join(name for s, name in marks if s == step)) for step in steps]
 
 
-def _grids(out: Path, checks: Sequence[Row], best: tuple[str, int] | None) -> str:
+def _grids(
+    out: Path, checks: Sequence[Row], best: tuple[str, int] | None, prompts: Sequence[str]
+) -> str:
     """The pictures of the checks in their order: the same prompts and noise each time."""
     steps = [int(row["step"]) for row in checks]
     files = {step: out / "grids" / f"{step:06d}.png" for step in steps}
@@ -182,9 +218,11 @@ def _grids(out: Path, checks: Sequence[Row], best: tuple[str, int] | None) -> st
         )
     left_out = len(there) - len(shown)
     more = f" {left_out} more are in grids/." if left_out else ""
+    rows = f": {'; '.join(map(markup.text, prompts[:GRID_ROWS]))}" if prompts else ""
     return (
         "<h2>The same noise over time</h2>\n"
-        '<p class="note">A row a held-out prompt, the same seed at every check; below, the mean '
+        f'<p class="note">A row a held-out prompt{rows}.</p>\n'
+        '<p class="note">The same seed at every check; below, the mean '
         f"reward of all held-out prompts.{more}</p>\n"
         f'<div class="strip" tabindex="0" role="region" aria-label="Grids over time">'
         f"{''.join(figures)}</div>"
@@ -243,7 +281,10 @@ def _quantities(log: Sequence[Row]) -> str:
     names = [name for name in (log[0] if log else {}) if name not in ("step", "reward")]
     if not names:
         return ""
-    drawn = "".join(chart(name, [_line(log, name, name, 0)], size=(260, 140)) for name in names)
+    drawn = "".join(
+        chart(name, [_line(log, name, name, 0)], size=(260, 140), note=_MEANS.get(name, ""))
+        for name in names
+    )
     return f'<h2>The updates</h2>\n<div class="charts small">{drawn}</div>'
 
 

@@ -207,13 +207,19 @@ def loop(
     learner: Learner = trainer.learner
     out, main = Path(settings.out), learner.accelerator.is_main_process
     recent: list[dict[str, float]] = []
-    if watch and trainer.step == 0:
-        _check(learner, 0, watch, out)
     bar = tqdm(range(trainer.step, steps), initial=trainer.step, total=steps, disable=not main)
+    if watch and main:
+        prompts = {"held_out": list(watch.unseen), "trained_on": list(watch.seen)}
+        text = json.dumps(prompts, indent=1, ensure_ascii=False)
+        (out / "checks.json").write_text(text + "\n", encoding="utf-8")
+    if watch and trainer.step == 0:
+        bar.set_description("first check")
+        _check(learner, 0, watch, out)
     for step in bar:
         if watch and checks.is_over(checks.read(out / "checks.csv"), watch.check):
             tqdm.write(f"stopped at step {step}: {watch.check.best} has not risen any more")
             break
+        bar.set_description("training")
         start = time.monotonic()
         recent.append(trainer.train_step() | {"seconds": time.monotonic() - start})
         done = step + 1
@@ -224,6 +230,7 @@ def loop(
             bar.set_postfix({k: f"{means[k]:.3g}" for k in shown})
             recent.clear()
         if watch and (done % watch.check.every == 0 or done == steps):
+            bar.set_description("check")
             _check(learner, done, watch, out)
         if done % settings.save_every == 0 or done == steps:
             save_state(trainer, out, main)

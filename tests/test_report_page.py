@@ -230,6 +230,36 @@ def test_a_hundred_prompts_of_sixteen_particles_stay_below_15_mb(tmp_path):
     assert "<details open" not in html
 
 
+@pytest.mark.parametrize("compare", [False, True])
+def test_what_is_shown_is_explained_where_it_stands(tmp_path, compare):
+    html = page.write_run(save_run(tmp_path / "run", ["one"], [4, 4], compare=compare)).read_text()
+    found = Page(html)
+    notes = " ".join(text for tag in ("p", "ul", "li") for _, text in found.all(tag, "note"))
+    for term in ("A column", "The bar", "λ is", "“log Ẑ” is", "ESS", "Effective sample size"):
+        assert term in html, term
+    assert ("best of 4" in notes) == compare
+    # λ in the report's own number: 1/4 more is e times as likely
+    assert "higher by 1/λ = 0.25 " in notes
+
+
+def test_the_title_is_the_prompts_and_never_the_folder_s_name(tmp_path):
+    out = save_run(tmp_path / "a-folder", ["one", "two"], [2, 2], compare=False)
+    found = read(page.write_run(out))
+    assert found.all("title")[0][1] == found.all("h1")[0][1] == "one, two"
+    many = save_run(tmp_path / "many", list("abcde"), [2, 2], compare=False)
+    assert read(page.write_run(many)).all("h1")[0][1] == "a, b, c and 2 more"
+    assert "a-folder" not in [text for _, text in found.all("h1")]
+
+
+def test_a_long_prompt_is_cut_in_a_title_between_words_or_letters():
+    assert markup.clipped("a  red\ncircle") == "a red circle"
+    assert markup.clipped(" ") == "(empty)"
+    words = markup.clipped("a red circle " * 9)
+    assert len(words) <= 60
+    assert words.endswith("red…") or words.endswith("circle…") or words.endswith("a…")
+    assert markup.clipped("圆" * 70) == "圆" * 59 + "…"
+
+
 def test_what_has_no_room_is_left_to_its_folder(tmp_path, monkeypatch):
     out = save_run(tmp_path / "run", [f"prompt {i}" for i in range(5)], [2, 2], compare=False)
     monkeypatch.setattr(page, "_MOST", 30_000)
@@ -239,4 +269,4 @@ def test_what_has_no_room_is_left_to_its_folder(tmp_path, monkeypatch):
     assert f"The last {5 - shown} prompts have no room" in found.all("p", "warn")[0][1]
     linked = [attrs["href"] or "" for attrs, _ in found.all("a")]
     assert [href for href in linked if href[:2] == "#p"] == [f"#p{i}" for i in range(shown)]
-    assert sum("prompt " in text for _, text in found.all("bdi")) == 5 + shown
+    assert sum("prompt " in text for _, text in found.all("bdi")) == 3 + 5 + shown

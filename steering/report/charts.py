@@ -47,10 +47,12 @@ def chart(
     x_label: str = "step",
     size: tuple[int, int] = (330, 170),
     marks: Sequence[tuple[float, str]] = (),
+    note: str = "",
 ) -> str:
     """A figure with its title and, for several lines, a key.
 
-    size: width and height in CSS pixels; marks: vertical lines, each at an x and with a label.
+    size: width and height in CSS pixels; marks: vertical lines, each at an x and with a label;
+    note: a line of text below, which says what is drawn.
     """
     frame = _Frame.around(lines, [x for x, _ in marks], size)
     drawn = [_axes(frame, x_label), *(_drawn(frame, line) for line in lines)]
@@ -68,6 +70,7 @@ def chart(
         f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{label}">'
         f"{''.join(drawn)}</svg>"
     )
+    key += f'<p class="note">{escape(note)}</p>' if note else ""
     wide = f' style="max-width:{size[0]}px;flex-basis:{round(0.85 * size[0])}px"'
     return (
         f'<figure class="chart"{wide}><figcaption>{escape(title)}</figcaption>{svg}{key}</figure>'

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from steering.report.charts import Line, chart
+from steering.report.explained import CHARTS
 from steering.report.markup import escape, short
 from steering.report.thumbnails import Sprite
 from steering.weights import ess, log_mean_exp, normalize
@@ -209,4 +210,7 @@ def charts(genealogy: Genealogy, threshold: float) -> str:
         ],
         "log Ẑ so far": [Line("log Ẑ", steps, g.log_z, 0)],
     }
-    return "".join(chart(title, lines) for title, lines in drawn.items())
+    k = len(g.rewards[0])
+    return "".join(
+        chart(title, lines, note=CHARTS[title].format(k=k)) for title, lines in drawn.items()
+    )

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-__all__ = ["document", "escape", "keep", "link", "number", "pairs", "short", "table", "text"]
+__all__ = [
+    "clipped",
+    "document",
+    "escape",
+    "keep",
+    "link",
+    "number",
+    "pairs",
+    "short",
+    "table",
+    "text",
+]
 
 _POLICY = (
     "default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; "
@@ -67,6 +78,15 @@ def escape(value: Any) -> str:
 def text(value: str) -> str:
     """Text of any script and direction, which does not turn its surroundings round."""
     return f'<bdi dir="auto">{escape(value) if value.strip() else "(empty)"}</bdi>'
+
+
+def clipped(prompt: str, most: int = 60) -> str:
+    """A prompt as a part of a title: on one line, its first words, or letters of a long one."""
+    line = " ".join(prompt.split())
+    if len(line) <= most:
+        return line or "(empty)"
+    end = line.rfind(" ", most // 2, most)
+    return f"{line[: end if end > 0 else most - 1]}…"
 
 
 def short(value: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from steering.report import genealogy, markup, recipe
+from steering.report import explained, genealogy, markup, recipe
 from steering.report.markup import escape, link, number, text
 from steering.report.saved import read, read_json
 from steering.report.thumbnails import Budget, sprite
@@ -26,10 +26,7 @@ __all__ = ["write", "write_run"]
 # Bytes, a third less than they take in the page, which stays below 15 MB.
 _TREES, _PICTURES, _MOST = 4_500_000, 2_700_000, 14_500_000
 _OPEN = 12  # prompts whose genealogy is unfolded from the start
-_READING = """<p class="note">Columns are the steps where every particle was scored, by the image
-that was predicted there; lines lead from a parent to its children. The bar under a picture is its
-weight, the number its reward. “Kept” says that a step did not resample. Point at a picture, or go
-to it by the tab key, for more.</p>"""
+_TITLED = 3  # prompts that the title names
 _KEYS = """<p class="keys"><span class="key best">lineage of the best image</span>
 <span class="key alive">of the others returned</span> <span class="key dead">died out</span></p>"""
 
@@ -91,13 +88,10 @@ def write(folder: Path, plain: Path | None = None) -> Path:
     folder = Path(folder)
     entries = list(_entries(folder, folder, plain))
     saved = entries[0].saved
-    # not by the folder's name, which may be one for the time of writing alone
-    name = entries[0].prompt if len(entries) == 1 else f"{len(entries)} prompts"
-    kind = "Steered run" if saved.settings["min_ess"] else "Run without resampling"
-    head = [f"<h1>{kind}</h1>", _about(saved, len(entries))]
+    head = [_about(saved, len(entries)), explained.what(saved.settings)]
     call = f"<h2>Repeat it</h2>\n<pre><code>{escape(recipe.call(saved.manifest))}</code></pre>"
     tail = [call, _facts(saved.manifest), _files(["manifest.json", "lineage.json"])]
-    return _compose(folder, name, head, entries, tail)
+    return _compose(folder, saved.results["prompts"], head, entries, tail)
 
 
 def write_run(out: Path) -> Path:
@@ -113,8 +107,7 @@ def write_run(out: Path) -> Path:
     if not folders:
         raise ValueError(f"{out} holds no finished prompt: pass the folder of a run of steer.py")
     entries = [e for folder in folders for e in _entries(out, folder, folder.with_name("plain"))]
-    name = out.resolve().name
-    head = [f"<h1>{escape(name)}</h1>", _about(entries[0].saved, len(entries))]
+    head = [_about(entries[0].saved, len(entries)), explained.what(entries[0].saved.settings)]
     missing = len(manifest["prompts"]) - len(entries)
     if missing > 0:
         head.append(f'<p class="warn">{missing} of the run’s prompts are not finished.</p>')
@@ -124,7 +117,7 @@ def write_run(out: Path) -> Path:
         _facts(facts | {"weights": entries[0].saved.manifest.get("weights")}),
         _files(["manifest.json"]),
     ]
-    return _compose(out, name, head, entries, tail)
+    return _compose(out, [entry.prompt for entry in entries], head, entries, tail)
 
 
 @contextlib.contextmanager
@@ -157,7 +150,11 @@ def _base(page: Path, folder: Path) -> str:
 
 
 def _compose(
-    folder: Path, name: str, head: list[str], entries: Sequence[_Entry], tail: list[str]
+    folder: Path,
+    prompts: Sequence[str],
+    head: list[str],
+    entries: Sequence[_Entry],
+    tail: list[str],
 ) -> Path:
     """The sections of as many prompts as there is room for, and the summary of all."""
     tiles = sum(_tiles(entry) for entry in entries)
@@ -177,8 +174,14 @@ def _compose(
             break
         sections.append(section)
     shown = sum(section.startswith("<section") for section in sections)
-    body = [*head, _summary(entries, shown), *sections, *tail]
-    return markup.keep(folder / "report.html", markup.document(name, "\n".join(body)))
+    # titled by the prompts, not by the folder, whose name may be one for the time of writing alone
+    more = len(prompts) - _TITLED
+    named = [markup.clipped(prompt) for prompt in prompts[:_TITLED]]
+    rest = f" and {more} more" if more > 0 else ""
+    title = f"<h1>{', '.join(map(text, named))}{rest}</h1>"
+    body = [title, *head, _summary(entries, shown), *sections, *tail]
+    page = markup.document(", ".join(named) + rest, "\n".join(body))
+    return markup.keep(folder / "report.html", page)
 
 
 def _tiles(entry: _Entry) -> int:
@@ -219,7 +222,9 @@ def _summary(entries: Sequence[_Entry], shown: int) -> str:
     if len(entries) > 1:
         means = [number(fmean(column)) for column in zip(*columns, strict=True)]
         foot = ["mean over prompts", *means, ""]
-    return f'<h2>Rewards</h2>\n<div class="summary">{markup.table(heads, rows, foot)}</div>'
+    rewards = markup.table(heads, rows, foot)
+    said = explained.table(len(entries[0].plain_rewards) if compared else 0)
+    return f'<h2>Rewards</h2>\n<div class="summary">{rewards}</div>\n{said}'
 
 
 def _section(entry: _Entry, place: int, room: _Room, unfolded: bool) -> str:
@@ -240,7 +245,7 @@ def _section(entry: _Entry, place: int, room: _Room, unfolded: bool) -> str:
         curves = genealogy.charts(story, saved.settings["min_ess"])
         parts += [
             f"<details{' open' * unfolded}><summary>How they came about</summary>",
-            _READING * (place == 0) + _KEYS,
+            explained.GENEALOGY * (place == 0) + _KEYS,
             f'<a class="skip" href="#e{place}">Skip the genealogy</a>',
             tree,
             f'<div class="charts" id="e{place}">{curves}</div>',

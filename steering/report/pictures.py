@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from steering.report import markup
 from steering.report.saved import read
 from steering.weights import ess
 
@@ -228,7 +229,7 @@ def history(traces: Sequence[Trace]) -> Image.Image:
         share = [ess / len(rewards) for ess, rewards in zip(trace.ess, trace.rewards, strict=True)]
         bottom.plot(trace.steps, share, ".-", color=colour)
         if i < _MOST_LINES:
-            line.set_label(textwrap.shorten(trace.prompt, 40, placeholder=" …") or "(empty)")
+            line.set_label(markup.clipped(trace.prompt, 40))
     top.set_ylabel("reward (dots: particles, line: mean)")
     bottom.set_ylabel("ESS / k")
     bottom.set_ylim(0, 1.05)
