@@ -97,10 +97,10 @@ def _looked_at(out: Path) -> list[str]:
 
 def _title(settings: dict[str, Any], prompts: Sequence[str]) -> str:
     model = settings.get("model")
-    title = "Fine-tuning" + f" of {Path(model).name}" * bool(model)
+    title = f"Fine-tuning of {Path(model).name}" if model else "Fine-tuning"
     named = [markup.clipped(prompt) for prompt in prompts[:_TITLED]]
     more = f" and {len(prompts) - _TITLED} more" if len(prompts) > _TITLED else ""
-    return f"{title}, looked at by {', '.join(named)}{more}" if named else title
+    return f"{title}, checked on {', '.join(named)}{more}" if named else title
 
 
 def alarms(checks: Sequence[Row], patience: int = PATIENCE) -> dict[str, list[int]]:
@@ -182,7 +182,8 @@ def _curves(log: Sequence[Row], checks: Sequence[Row], best: tuple[str, int] | N
         columns = [(c, i) for i, c in enumerate((f"train/{name}", f"held_out/{name}"))]
         both = [(c, i) for c, i in columns if c in checks[0]]
         called = ("train prompts", "held-out prompts")
-        parts.append(chart(name, [_line(checks, c, called[i], i) for c, i in both]))
+        drawn = [_line(checks, c, called[i], i) for c, i in both]
+        parts.append(chart(name, drawn, note="A part of the reward, or only watched."))
     return f'<h2>Rewards</h2>\n<div class="charts">{"".join(parts)}</div>'
 
 

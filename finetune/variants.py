@@ -8,20 +8,18 @@ Legend: m pictures of each prompt.
 from __future__ import annotations
 
 import json
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from matplotlib import font_manager
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from steering import FeynmanKac
 from steering.pipeline import steer_each
+from steering.report import lettering
 
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
 from .rollouts import PLAIN, nothing
@@ -210,18 +208,18 @@ def grid(folder: Path, plan: Plan, scores: Mapping[str, Tensor]) -> Image.Image:
     page = Image.new("RGB", (LABEL + len(scores) * block, HEADER + rows * row), "white")
     pen = ImageDraw.Draw(page)
     for i, prompt in enumerate(plan.prompts[:rows]):
-        lines = "\n".join(_wrapped(prompt, side // LINE))
-        pen.text((GAP, HEADER + i * row), lines, "black", _font(12))
+        for j, line in enumerate(lettering.wrapped(prompt, LABEL - 2 * GAP, 12, side // LINE)):
+            lettering.write(page, (GAP, HEADER + i * row + j * LINE), line, 12)
     for c, (name, values) in enumerate(scores.items()):
         left = LABEL + c * block
-        pen.text((left, HEADER / 2), name, "black", _font(12, ":bold"), anchor="lm")
+        lettering.write(page, (left, 5), name, 12, ":bold")
         for i in range(rows):
             for j, image in enumerate(pictures(folder / name, i, each)):
                 x, y = left + j * (side + GAP), HEADER + i * row
                 pen.rectangle((x - 1, y - 1, x + side, y + side), "white", "#bbbbbb")
                 page.paste(_fitted(image, side), (x, y))
                 caption, below = f"{float(values[i, j]):.3g}", (x + side / 2, y + side + 2)
-                pen.text(below, caption, "black", _font(11), anchor="ma")
+                lettering.write(page, below, caption, 11, centred=True)
     return page
 
 
@@ -231,17 +229,3 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
     # pixels that are shown several times as large are shown as they are
     how = Image.Resampling.LANCZOS if side % longest else Image.Resampling.NEAREST
     return image.convert("RGB").resize(size, how)
-
-
-def _wrapped(text: str, lines: int) -> list[str]:
-    for characters in range(LABEL // 5, 7, -1):  # as many as fit: letters differ in width
-        found = textwrap.wrap(text, characters, max_lines=lines, placeholder=" …")
-        if all(_font(12).getlength(line) <= LABEL - 2 * GAP for line in found):
-            return found
-    return []
-
-
-@cache
-def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings along: Pillow's has neither accents nor Greek."""
-    return ImageFont.truetype(str(font_manager.findfont("DejaVu Sans" + style)), size)

@@ -5,6 +5,7 @@
     python -m scripts.bench frontier         reward against network evaluations and seconds
     python -m scripts.bench foresight        what a score in mid-run says of the end
     python -m scripts.bench explain          what the settings do to one population, as a picture
+    python -m scripts.bench showcase         which prompts show the point, and how many do not
     python -m scripts.bench speed            what everything costs, to compare with later
     python -m scripts.bench soak             memory over many prompts
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
@@ -36,6 +37,7 @@ COMMANDS = {
     "frontier": "frontier",
     "foresight": "foresight",
     "explain": "explain",
+    "showcase": "showcase",
     "cost": "cost",
     "speed": "speed",
     "soak": "soak",

@@ -89,12 +89,14 @@ def test_it_is_titled_by_the_prompts_and_its_curves_are_explained(tmp_path):
     out = training(tmp_path / "some-folder")
     (out / "checks.json").write_text(json.dumps({"held_out": ["<one>", "two"], "trained_on": []}))
     found = read(page.write(out))
-    assert found.all("h1")[0][1] == "Fine-tuning of tiny-sd3, looked at by <one>, two"
+    assert found.all("h1")[0][1] == "Fine-tuning of tiny-sd3, checked on <one>, two"
     notes = [text for _, text in found.all("p", "note")]
     assert "A row a held-out prompt: <one>; two." in notes
     assert "The length of the gradient, before long ones are cut." in notes
     (out / "checks.json").unlink()
     assert read(page.write(out)).all("title")[0][1] == "Fine-tuning of tiny-sd3"
+    (out / "settings.yaml").write_text("model: null\n")
+    assert read(page.write(out)).all("title")[0][1] == "Fine-tuning"
 
 
 def test_no_alarm_is_said_too(tmp_path):

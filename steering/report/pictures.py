@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import io
 import math
-import textwrap
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from steering.report import markup
+from steering.report import lettering, markup
 from steering.report.saved import read
 from steering.weights import ess
 
@@ -146,22 +142,6 @@ def _steered_from(left: int, side: int) -> int:
     return left + 2 * (side + _GAP) + _GAP
 
 
-@cache
-def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings along: Pillow's has neither accents nor Greek."""
-    return ImageFont.truetype(str(font_manager.findfont("DejaVu Sans" + style)), size)
-
-
-def _label(text: str, lines: int) -> list[str]:
-    """`text` in at most so many lines, none wider than `_LABEL`."""
-    wrapped = []
-    for characters in range(_LABEL // 6, 7, -1):  # as many as fit: letters differ in width
-        wrapped = textwrap.wrap(text, characters, max_lines=lines, placeholder=" …")
-        if all(_font(12).getlength(line) <= _LABEL for line in wrapped):
-            break
-    return wrapped or ["(empty)"]
-
-
 def comparison(rows: Sequence[Row], *, side: int | None = None) -> Image.Image:
     """Draw a row a prompt: plain, best of k, and the steered population, rewards under each.
 
@@ -173,8 +153,9 @@ def comparison(rows: Sequence[Row], *, side: int | None = None) -> Image.Image:
     widest = max(max(row.steered[0].size) for row in rows)
     side = side or min(max(widest, 128), 256)
     compare = any(row.plain for row in rows)
-    labels = [_label(row.prompt, max(2, side // _LINE)) for row in rows]
-    column = math.ceil(max(_font(12).getlength(line) for label in labels for line in label))
+    most = max(2, side // _LINE)
+    labels = [lettering.wrapped(row.prompt, _LABEL, 12, most) for row in rows]
+    column = math.ceil(max(lettering.wide(line, 12) for label in labels for line in label))
     left, top, cells, tops = _GAP + column + 2 * _GAP, _HEADER, [], []
     for row in rows:
         cells += _row_cells(row, side, (left, top), compare)
@@ -182,18 +163,17 @@ def comparison(rows: Sequence[Row], *, side: int | None = None) -> Image.Image:
         top += -(-len(row.steered) // _PER_LINE) * (side + _CAPTION + _GAP)
     width = max(cell.left for cell in cells) + side + _GAP
     page = Image.new("RGB", (width, top), "white")
-    draw = ImageDraw.Draw(page)
     heads = [("plain", left), ("best of k", left + side + _GAP)] if compare else []
     heads.append(("steered", _steered_from(left, side) if compare else left))
     for text, x in heads:
-        draw.text((x, _HEADER / 2), text, "black", _font(12, ":bold"), anchor="lm")
+        lettering.write(page, (x, 5), text, 12, ":bold")
     for label, y in zip(labels, tops, strict=True):
         for i, line in enumerate(label):
-            draw.text((_GAP, y + i * _LINE), line, "black", _font(12))
+            lettering.write(page, (_GAP, y + i * _LINE), line, 12)
     for cell in cells:
         _paste(page, cell, side)
         below = (cell.left + side / 2, cell.top + side + _OUTLINE + 1)
-        draw.text(below, cell.caption, "black", _font(11), anchor="ma")
+        lettering.write(page, below, cell.caption, 11, centred=True)
     return page
 
 
@@ -229,7 +209,8 @@ def history(traces: Sequence[Trace]) -> Image.Image:
         share = [ess / len(rewards) for ess, rewards in zip(trace.ess, trace.rewards, strict=True)]
         bottom.plot(trace.steps, share, ".-", color=colour)
         if i < _MOST_LINES:
-            line.set_label(markup.clipped(trace.prompt, 40))
+            legible = lettering.legible(trace.prompt, outlines=True)
+            line.set_label(markup.clipped(legible, 40))
     top.set_ylabel("reward (dots: particles, line: mean)")
     bottom.set_ylabel("ESS / k")
     bottom.set_ylim(0, 1.05)
@@ -237,12 +218,11 @@ def history(traces: Sequence[Trace]) -> Image.Image:
     legend = top.legend(fontsize=7, loc="best")
     for text in legend.get_texts():
         text.set_parse_math(False)
+        text.set_fontfamily(lettering.families(text.get_text()))
     return _rendered(figure)
 
 
 def _rendered(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
-    with warnings.catch_warnings():  # a script that the font lacks is drawn as boxes
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        FigureCanvasAgg(figure).print_png(buffer)
+    FigureCanvasAgg(figure).print_png(buffer)
     return Image.open(buffer).convert("RGB")

@@ -1,0 +1,127 @@
+"""Which examples show the point: the plain sample, the best of k and the best of k steered ones.
+
+    python -m scripts.bench showcase
+    python -m scripts.bench showcase --task shapes --particles 8
+    python -m scripts.bench showcase --lora out/demo/tuned/lora --particles 2
+
+Every candidate is drawn as `scripts/steer.py --compare` draws it. The examples of the README, the
+Makefile and docs/quickstart.md are the first of the list that this prints: prompts for which plain
+< best of k < best steered one, which is as good as can be. So they are picked, and say nothing of
+how much steering gains: this prints, too, how many of all candidates are of which kind, and `lift`
+measures the gain on prompts that nobody picked. Candidates: all words that training never saw, in
+their order; or the shapes that `lift` asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import rewards
+from steering import FeynmanKac, loading, steer, tiny
+
+from ..tiny.world import UNSEEN_WORDS
+from .lift import prompts_of
+
+TASKS = {"words": "ocr", "shapes": "objects(mode=share)"}
+TOP = 1.0  # the highest value of both rewards
+
+
+@dataclass(frozen=True)
+class Example:
+    """The rewards of one prompt at one seed."""
+
+    prompt: str
+    seed: int
+    plain: float
+    best_of_k: float
+    steered: float
+
+    @property
+    def kind(self) -> str:
+        """Which of the five cases it is."""
+        if self.steered < self.best_of_k:
+            return "steered below best of k"
+        if self.best_of_k >= TOP:
+            return "best of k as good as can be"
+        if self.steered == self.best_of_k:
+            return "steered no better than best of k"
+        rising = self.plain < self.best_of_k and self.steered >= TOP
+        return SHOWN if rising else "steered above best of k in another way"
+
+
+SHOWN = "plain < best of k < steered, as good as can be"
+
+
+def candidates(task: str, count: int) -> list[str]:
+    """The first `count` prompts; 0: all."""
+    words = [f'the word "{word}"' for word in UNSEEN_WORDS]
+    found = words if task == "words" else prompts_of("clip", 60)
+    return found[: count or None]
+
+
+def measure(
+    prompts: list[str], seeds: list[int], spec: str, k: int, pipe: Any, call: dict[str, Any]
+) -> Iterator[Example]:
+    """Each prompt at each seed, one at a time, as their noise depends on nothing else."""
+    reward = rewards.load(spec)
+    call = call | {"particles": k, "preview": tiny.preview(), "progress": False}
+    for seed in seeds:
+        for prompt in prompts:
+            fk, plain = (
+                steer(pipe, prompt, reward, settings=settings, seed=seed, **call).rewards[0]
+                for settings in (FeynmanKac(), FeynmanKac(min_ess=0))
+            )
+            values = plain[0].item(), plain.max().item(), fk.max().item()
+            yield Example(prompt, seed, *values)
+
+
+def table(found: list[Example]) -> str:
+    """How many are of which kind, then the ones that show the point, as Markdown."""
+    counts = Counter(example.kind for example in found)
+    lines = [f"{len(found)} in all", *(f"{n} {kind}" for kind, n in counts.most_common())]
+    lines += ["", "| prompt | seed | plain | best of k | steered |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {e.prompt} | {e.seed} | {e.plain:.3g} | {e.best_of_k:.3g} | {e.steered:.3g} |"
+        for e in found
+        if e.kind == SHOWN
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, draw every candidate, print what shows the point."""
+    parser = argparse.ArgumentParser(
+        prog="showcase", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
+    parser.add_argument("--lora", help="on top of these weights")
+    parser.add_argument("--task", choices=sorted(TASKS), default="words")
+    parser.add_argument("--reward", help="a spec (default: the task's)")
+    parser.add_argument("--particles", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--prompts", type=int, default=0, help="the first so many; 0: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    args = parser.parse_args(argv)
+    pipe = loading.load_pipeline(args.model, torch.float32, args.lora)
+    pipe.set_progress_bar_config(disable=True)
+    call = tiny.call_defaults(args.model) | {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+    }
+    found, prompts = [], candidates(args.task, args.prompts)
+    spec = args.reward or TASKS[args.task]
+    for example in measure(prompts, args.seeds, spec, args.particles, pipe, call):
+        print(example, flush=True)
+        found.append(example)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
