@@ -7,7 +7,7 @@ APP := .venv/.app
 BROWSER := .venv/.browser
 DOCS := .venv/.docs
 DEMO_OUT ?= out/demo
-DEMO_ARGS ?= --particles 8 --steps 20
+DEMO_ARGS ?= --particles 4 --steps 20
 TUNED := $(DEMO_OUT)/tuned
 TUNED_IMAGES ?= 12
 TUNED_STEPS ?= 50
@@ -54,7 +54,7 @@ $(BROWSER): $(DEV)
 
 # A second call finds the pictures of the first and says where they are.
 demo: $(READY)
-	$(BIN)/python scripts/steer.py 'the word "CRAB"' 'the word "HIVE" in red' 'the word "SOAP"' 'the word "CAT"' \
+	$(BIN)/python scripts/steer.py 'the word "ANTS"' 'the word "DUNE"' 'the word "JADE"' 'the word "LOAF"' \
 	  --model tiny-sd3 --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
 
 demo-objects: $(READY)
@@ -66,10 +66,10 @@ demo-tuned: $(READY)
 	mkdir -p $(TUNED)
 	head -n 2 scripts/tiny/words.txt | xargs printf 'the word "%s"\n' > $(TUNED)/prompts.txt
 	printf 'the word "%s"\n' ROSE CRAB HIVE SOAP MINT TUBE > $(TUNED)/unseen.txt
-	$(BIN)/accelerate launch scripts/rollout.py prompts=$(TUNED)/prompts.txt out=$(TUNED)/rollouts \
+	$(BIN)/python scripts/rollout.py prompts=$(TUNED)/prompts.txt out=$(TUNED)/rollouts \
 	  images=$(TUNED_IMAGES) call.guidance_scale=1.0 resume=true
 	$(BIN)/python scripts/score.py $(TUNED)/rollouts --reward 'ocr + 0*clip(tiny)' --resume
-	$(BIN)/accelerate launch scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=$(TUNED)/rollouts \
+	$(BIN)/python scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=$(TUNED)/rollouts \
 	  out=$(TUNED) gdro.steps=$(TUNED_STEPS) resume=true
 	$(BIN)/python scripts/evaluate.py prompts=$(TUNED)/unseen.txt out=$(TUNED)/eval lora=$(TUNED)/lora \
 	  'reward=ocr + 0*clip(tiny)' call.guidance_scale=1.0 resume=true

@@ -1,6 +1,6 @@
 """Make the images that fine-tuning learns from: prompts x images, plain or steered, once.
 
-    accelerate launch scripts/rollout.py prompts=prompts.txt out=runs/words images=12
+    python scripts/rollout.py prompts=prompts.txt out=runs/words images=12
     python scripts/score.py runs/words --reward "ocr(mode=strict)"
 
 Settings come from a YAML file, if one is named first, and from key=value words. Several processes

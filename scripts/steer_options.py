@@ -25,7 +25,7 @@ are split over the processes.
 EXAMPLES = """\
 examples:
   # the embedded model: no GPU, no network
-  python scripts/steer.py 'the word "CRAB"' --model tiny-sd3 --reward ocr --compare
+  python scripts/steer.py 'the word "ANTS"' --model tiny-sd3 --guidance-scale 1 --reward ocr --compare
 
   # several prompts from a file, two rewards
   python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"
@@ -34,7 +34,8 @@ examples:
   python scripts/steer.py --prompt-file prompts.txt --out out/many --resume
 
   # the same on every GPU of the machine: each process takes its share of the prompts
-  accelerate launch scripts/steer.py --prompt-file prompts.txt --out out/many
+  accelerate launch --config_file scripts/configs/gpus.yaml --num_processes 8 \\
+    scripts/steer.py --prompt-file prompts.txt --out out/many
 
   # halve the population twice on the way, k = 8, 4, 2
   python scripts/steer.py "two red stars" --model tiny-sd --num-scores 2 --funnel 4,2

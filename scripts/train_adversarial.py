@@ -1,9 +1,9 @@
 """Fine-tune a model on its own samples by Flow-GRPO or DiffusionNFT, into a LoRA.
 
-    accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/grpo reward=ocr
-    accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/style \
+    python scripts/train_adversarial.py prompts=prompts.txt out=runs/grpo reward=ocr
+    python scripts/train_adversarial.py prompts=prompts.txt out=runs/style \
       references=pictures reward="0.5*ocr"
-    accelerate launch scripts/train_adversarial.py prompts=prompts.txt out=runs/alike \
+    python scripts/train_adversarial.py prompts=prompts.txt out=runs/alike \
       references=pictures critic_weight=0 reward="ocr + 0.5*dino(mode=hybrid)"
 
 The reward is fixed, or a critic that learns to tell references from samples (Adv-GRPO), or both.

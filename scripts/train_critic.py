@@ -2,8 +2,8 @@
 
     python scripts/train_critic.py rollouts=runs/a references=pictures out=runs/critic
     python scripts/score.py runs/a --reward "objects + 0.1*critic(runs/critic)"
-    accelerate launch scripts/train_gdro.py rollouts=runs/a out=runs/tuned
-    accelerate launch scripts/rollout.py prompts=prompts.txt out=runs/b lora=runs/tuned/lora
+    python scripts/train_gdro.py rollouts=runs/a out=runs/tuned
+    python scripts/rollout.py prompts=prompts.txt out=runs/b lora=runs/tuned/lora
     python scripts/train_critic.py "rollouts=[runs/a,runs/b]" references=pictures \\
       out=runs/critic2 critic_from=runs/critic
 

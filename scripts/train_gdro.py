@@ -1,8 +1,8 @@
 """Fine-tune a model on scored rollouts by offline GDRO, into a LoRA that diffusers loads.
 
-    accelerate launch scripts/train_gdro.py rollouts=runs/words out=runs/tuned gdro.steps=200
-    accelerate launch scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=... out=...
-    accelerate launch scripts/train_gdro.py rollouts=runs/words out=runs/tuned \\
+    python scripts/train_gdro.py rollouts=runs/words out=runs/tuned gdro.steps=200
+    python scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=... out=...
+    python scripts/train_gdro.py rollouts=runs/words out=runs/tuned \\
       check.every=50 check.prompts=unseen.txt check.patience=3
 
 The rollouts come from scripts/rollout.py, their rewards from scripts/score.py. Settings come from a

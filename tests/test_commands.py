@@ -58,7 +58,7 @@ ELSEWHERE = {
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
     r"^\.venv/bin/python -m pytest ": ("Makefile", r"-m pytest -q$"),
-    r"^accelerate launch --config_file .*/(fsdp|deepspeed)\.yaml": ("tests/test_configs.py", "{}"),
+    r"^accelerate launch --config_file .*/(fsdp|deepspeed|gpus)\.yaml": ("tests/test_configs.py", "{}"),
 }
 # a word of the shell that holds a reward, in quotes or none
 SPEC = re.compile(
@@ -72,6 +72,7 @@ BENCHES = {
     "frontier": "--prompts 2",
     "foresight": "--prompts 2 --particles 2",
     "explain": "",
+    "showcase": "--prompts 2 --particles 2 --steps 8",
     "cost": "--model tiny-sd --device cpu --dtype float32 --pairs 1 --particles 2 --steps 4"
     " --num-scores 2",
     "speed": "--pairs 3 --only clip",

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "scripts/configs").glob("*.yaml"))
 LAUNCH = ROOT / "scripts/configs/fsdp.yaml"  # of accelerate, not of a script
 ZERO = LAUNCH.with_name("deepspeed.yaml")  # too
-RECIPES = [file for file in CONFIGS if file not in (LAUNCH, ZERO)]
+GPUS = LAUNCH.with_name("gpus.yaml")  # too
+RECIPES = [file for file in CONFIGS if file not in (LAUNCH, ZERO, GPUS)]
 KINDS = {
     "gdro": train_gdro.Train,
     "grpo": train_adversarial.Train,
@@ -43,6 +44,15 @@ def test_accelerate_launch_takes_the_configuration_of_fsdp():
     assert (arguments.use_fsdp, arguments.fsdp_version) == (True, 2)
     assert arguments.mixed_precision == "bf16"
     assert arguments.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
+
+
+def test_accelerate_launch_has_nothing_to_guess_on_several_gpus(caplog):
+    line = ["--config_file", str(GPUS), "--num_processes", "8", "rollout.py", "images=4"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
+    assert arguments.training_script_args == ["images=4"]
+    assert (arguments.multi_gpu, arguments.num_processes, arguments.num_machines) == (True, 8, 1)
+    assert (arguments.mixed_precision, arguments.dynamo_backend) == ("no", "no")
+    assert not caplog.records  # what it says of values that were not passed
 
 
 def test_accelerate_launch_takes_the_configuration_of_deepspeed():

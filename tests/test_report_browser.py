@@ -29,8 +29,8 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     """Of a steered run beside best of k, and of a training with checks and an evaluation."""
     folder = tmp_path_factory.mktemp("reports")
     steps = "20" if SHOTS else "6"
-    words = ['the word "CRAB"', 'the word "HIVE" in red', "--model", "tiny-sd3", "--compare"]
-    words += ["--guidance-scale", "1", "--reward", "ocr", "--particles", "8"]
+    words = ['the word "ANTS"', 'the word "DUNE"', "--model", "tiny-sd3", "--compare"]
+    words += ["--guidance-scale", "1", "--reward", "ocr", "--particles", "4"]
     assert steer.main([*words, "--steps", steps, "--out", str(folder / "steered")]) == 0
     prompts, unseen, tuned = folder / "prompts.txt", folder / "unseen.txt", folder / "tuned"
     prompts.write_text("\n".join(WORDS))
