@@ -25,7 +25,8 @@ are split over the processes.
 EXAMPLES = """\
 examples:
   # the embedded model: no GPU, no network
-  python scripts/steer.py 'the word "ANTS"' --model tiny-sd3 --guidance-scale 1 --reward ocr --compare
+  python scripts/steer.py 'the word "ANTS"' --model tiny-sd3 --guidance-scale 1 \\
+    --reward ocr --compare
 
   # several prompts from a file, two rewards
   python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"

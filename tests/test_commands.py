@@ -58,7 +58,10 @@ ELSEWHERE = {
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
     r"^\.venv/bin/python -m pytest ": ("Makefile", r"-m pytest -q$"),
-    r"^accelerate launch --config_file .*/(fsdp|deepspeed|gpus)\.yaml": ("tests/test_configs.py", "{}"),
+    r"^accelerate launch --config_file .*/(fsdp|deepspeed|gpus)\.yaml": (
+        "tests/test_configs.py",
+        "{}",
+    ),
 }
 # a word of the shell that holds a reward, in quotes or none
 SPEC = re.compile(
