@@ -182,7 +182,8 @@ def draw(
     """Draw `check.images` pictures of the prompts `only` by the stock sampler, and score them.
 
     rewards: by name, as `rewards.load` makes them; components of "reward" are reported too. A
-    prompt's noise depends on the seed and the prompt alone.
+    prompt's noise depends on the seed and the prompt alone; with others beside it, its pictures are
+    the same to one grey level in at most 1 % of the values (docs/checked.md).
     """
     sheet = Sheet()
     drawn = steer_each(

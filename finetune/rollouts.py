@@ -10,7 +10,8 @@ A run is a folder of shards, a few prompts each:
     00012/rewards.parquet          columns that scripts/score.py adds, in the rows' order
 
 A shard is written under another name and renamed, so it is there whole or not at all. Which images
-a prompt gets depends on the seed and the prompt alone, not on shards or processes.
+a prompt gets depends on the seed and the prompt alone, not on shards or processes: each prompt is
+drawn in calls of its own. (`max_batch` and other kernels: the same pictures, docs/checked.md.)
 """
 
 from __future__ import annotations

@@ -72,6 +72,10 @@ def steer(
     previews and weights where it was scored; what it raises ends the run. pipe_kwargs: keywords of
     the pipeline's own call.
 
+    Rows that are batched otherwise (max_batch, prompts_per_call, spread, a halving) draw the same
+    noise, and in float32 the same pictures to one grey level in at most 1 % of the values, unless a
+    resampling's draw lies within such a difference of its boundary (docs/checked.md).
+
     Raises ValueError before any step for what cannot work, and during the run for a reward that is
     not finite. Whatever cuts the run off, Ctrl-C too, the exception's `finished` is the Steered of
     the finished prompts, or None.
@@ -130,7 +134,7 @@ def steer_each(
     """As `steer`, yielding the result of each call of the pipeline as soon as it is finished.
 
     Input is checked here, before the first is asked for. `only` names the prompts to run, by
-    index; each comes out as it would among all.
+    index; each draws the noise that it would among all.
     """
     prompts = check_prompts(prompts)
     check_steer(

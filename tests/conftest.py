@@ -1,9 +1,14 @@
-"""One thread a process: the tensors here are tiny, and threads that spin only slow each other."""
+"""One thread a process: the tensors here are tiny, and threads that spin only slow each other.
 
+TILT_TEST has the tests run as on another processor: see processors.py.
+"""
+
+import os
+
+import processors
 import pytest
-import torch
 
-torch.set_num_threads(1)
+processors.act(os.environ.get("TILT_TEST", ""))
 
 
 @pytest.fixture(scope="session")

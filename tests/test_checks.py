@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
+from pictures import assert_same_pictures
 
 import rewards
 from finetune import checks
@@ -28,11 +29,13 @@ def test_a_prompts_pictures_do_not_depend_on_which_others_are_drawn(pipe):
     every = checks.draw(pipe, PROMPTS, range(3), scorers, check, CALL)
     alone = checks.draw(pipe, PROMPTS, [2], scorers, check, CALL)
     assert [number for number, _ in every.images] == [0, 1, 2]
-    assert [x.tobytes() for x in every.images[2][1]] == [x.tobytes() for x in alone.images[0][1]]
+    assert_same_pictures(every.images[2][1], alone.images[0][1])
     assert every.scores.keys() == {"reward", "jpeg", "clip", "quality"}
-    assert every.scores["reward"][4:] == pytest.approx(alone.scores["reward"])
+    # a level in 1 % of the values changes the size of a JPEG by less than 1 %
+    assert every.scores["reward"][4:] == pytest.approx(alone.scores["reward"], rel=0.01)
     other = checks.draw(pipe, PROMPTS, [2], scorers, Check(images=2, seed=2), CALL)
-    assert other.images[0][1][0].tobytes() != alone.images[0][1][0].tobytes()
+    with pytest.raises(AssertionError, match="grey levels off"):
+        assert_same_pictures(other.images[0][1], alone.images[0][1])
 
 
 def test_the_check_sees_the_network_in_training_and_nothing_else_stays(pipe):

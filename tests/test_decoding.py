@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 from middle import Settings
+from pictures import assert_same_pictures
 from tiny_pipelines import FAMILIES, family, sd
 
 from steering import steer
@@ -136,6 +137,7 @@ def test_decoding_in_chunks_changes_nothing_but_memory(monkeypatch):
     monkeypatch.setattr("steering.run.DECODE_CHUNK", 2)
     parts = steer(pipe, PROMPT, brightness, 5, progress=False, **keywords)
     torch.testing.assert_close(parts.rewards, whole.rewards, rtol=1e-4, atol=1e-3)
+    assert_same_pictures(parts.images[0], whole.images[0])
 
 
 @pytest.mark.parametrize(

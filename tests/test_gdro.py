@@ -238,7 +238,8 @@ def test_rollouts_with_rewards_become_data(tmp_path):
     assert len(data.latents) == 9
     with torch.no_grad():
         given = encode(pipe, PROMPTS, **call)
-    assert torch.equal(data.given["embeds"][torch.arange(3)], given["embeds"])
+    # a shard's prompts are encoded together, so in other batches than here
+    torch.testing.assert_close(data.given["embeds"][torch.arange(3)], given["embeds"])
 
 
 # --- groups

@@ -83,11 +83,12 @@ def test_images_come_from_the_old_policy_and_not_from_how_groups_are_split():
     lora.fill(many.old.weights, one.old.weights)
     together = one._sampled(2, [0, 1]).images
     apart = torch.cat([many._sampled(2, [i]).images for i in range(2)])
-    torch.testing.assert_close(apart, together, atol=1e-6, rtol=0)
+    # batches of other shapes: a fortieth of a grey level
+    torch.testing.assert_close(apart, together, atol=1e-4, rtol=0)
     with torch.no_grad():  # the trained weights do not sample
         for weight in many.learner.weights.values():
             weight.add_(0.5)
-    torch.testing.assert_close(many._sampled(2, [0]).images, together[:4], atol=1e-6, rtol=0)
+    torch.testing.assert_close(many._sampled(2, [0]).images, together[:4], atol=1e-4, rtol=0)
 
 
 def test_the_old_policy_follows_by_the_papers_decay():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from pictures import assert_same_picture
 from tiny_pipelines import FAMILIES, family, sd3, steps_where_stock_ddim_is_nan
 
 from steering import FeynmanKac, generators, steer
@@ -48,6 +49,10 @@ def same_images(first, second):
     return all(
         np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(first, second, strict=True)
     )
+
+
+def pixels(out):
+    return np.stack([np.asarray(image) for row in out.images for image in row])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -163,6 +168,7 @@ def test_packed_prompts_agree_to_float_tolerance(name):
         assert torch.equal(one.ancestors, many.ancestors)
     torch.testing.assert_close(packed.latents, alone.latents, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(packed.rewards, alone.rewards, rtol=1e-3, atol=1e-2)
+    assert_same_picture(pixels(packed), pixels(alone))
     assert not torch.equal(alone.latents[0], alone.latents[3])  # the same text, drawn again
 
 
@@ -177,6 +183,7 @@ def test_the_size_of_the_networks_batch_does_not_matter(name):
         for one, other in zip(whole.lineage.scores, split.lineage.scores, strict=True):
             assert torch.equal(one.ancestors, other.ancestors)
         torch.testing.assert_close(split.latents, whole.latents, rtol=1e-3, atol=1e-3)
+        assert_same_picture(pixels(split), pixels(whole))
 
 
 def test_generators_depend_on_the_seed_the_text_and_its_occurrence_alone():

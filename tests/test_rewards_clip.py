@@ -134,10 +134,10 @@ def test_chunks_and_order_do_not_change_scores(folder):
     whole = ClipReward(str(folder))(images, prompts)
     for batch_size in (1, 2, 5):
         chunked = ClipReward(str(folder), batch_size=batch_size)(images, prompts)
-        torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=0)
+        torch.testing.assert_close(chunked, whole, atol=1e-5, rtol=0)
     order = [3, 0, 4, 2, 1]
     moved = ClipReward(str(folder))(images[order], [prompts[i] for i in order])
-    torch.testing.assert_close(moved, whole[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(moved, whole[order], atol=1e-5, rtol=0)
     assert whole.dtype == torch.float32
     assert whole.shape == (5,)
     assert ClipReward(str(folder))(images[:0], []).shape == (0,)

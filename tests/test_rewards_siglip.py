@@ -115,8 +115,9 @@ def test_each_family_has_its_own_resampling_and_words(made, monkeypatch):
     plain, shouted, stopped = (p for p in ["a red star", "A RED Star", "a red star."])
     for pair, punctuation_counts in ((first, False), (second, True)):
         features = pair.text_features([plain, shouted, stopped])
-        assert torch.equal(features[0], features[1])
-        assert torch.equal(features[0], features[2]) != punctuation_counts
+        # rows of one batch, whose last digits may depend on their place in it
+        same = [torch.allclose(features[0], other, atol=1e-5) for other in features[1:]]
+        assert same == [True, not punctuation_counts]
 
 
 def test_lower_case_is_what_the_tokenizer_of_siglip_2_does():

@@ -8,6 +8,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from pictures import assert_same_picture
 from PIL import Image
 
 from rewards.sources import towers
@@ -153,9 +154,7 @@ def test_a_pipelines_column_is_the_seed_that_it_names(few_rows):
     (picture,) = evaluate.generate("tiny-sd", prompt, seed=1)
     left, top = grids.GAP + grids.SIDE + grids.GAP, grids.CAPTION + grids.LINE
     cell = page.crop((left, top, left + grids.SIDE, top + grids.SIDE)).resize((64, 64), 0)
-    # alone or in a batch: float tolerance, so a grey level
-    difference = np.asarray(cell, dtype=int) - np.asarray(picture, dtype=int)
-    assert abs(difference).max() <= 2
+    assert_same_picture(cell, picture)
 
 
 def test_one_column_is_refused(capsys):
