@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from . import zero
 from .data import Ahead, Data
 from .groups import NORMS, draw_groups, target_entropy
-from .learner import TIMES, Learner, Tuning, add, check_shares, draws
+from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .losses import FORMS, best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, predict
 from .ranges import FLAG, NAME, Range, number, one_of, whole
@@ -115,17 +116,8 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One update; what it saw, averaged over all groups of all processes."""
-        s, world = self.settings, self.learner.accelerator.num_processes
-        batch = self.inputs(self.step)
-        sums: dict[str, Tensor] = {}
-        for i, micro in enumerate(batch):
-            with self.learner.accumulating(last=i == len(batch) - 1):
-                loss, seen = self._losses(micro)
-                # processes' gradients are averaged, so that this is the mean over all groups
-                self.learner.accelerator.backward(loss.sum() * world / s.groups)
-            add(sums, seen)
-        norm = self.learner.update()
-        return self.learner.reduced(sums, s.groups) | {"grad_norm": norm}
+        parts = [partial(self._losses, micro) for micro in self.inputs(self.step)]
+        return self.learner.descend(parts, self.settings.groups)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
         """This process's share of the step's groups: (prompts, rows, rewards, t, noise, tie)."""
@@ -167,10 +159,9 @@ class Trainer:
         times = t.repeat_interleave(k)
         x, target = self.noising.noised(x0.flatten(0, 1), noise, times)
         given = {name: value.repeat_interleave(k, 0) for name, value in inputs.given.items()}
-        with torch.no_grad(), learner.reference(), learner.accelerator.autocast():
+        with torch.no_grad(), learner.reference():
             ref = predict(learner.bare, family, self.noising, x, times, given)
-        with learner.accelerator.autocast():
-            pred = predict(learner.network, family, self.noising, x, times, given)
+        pred = predict(learner.network, family, self.noising, x, times, given)
         pred, ref, target = (y.float().unflatten(0, (g, k)) for y in (pred, ref, target))
         weight = self._weight(t)
         scores = implicit_scores(pred, ref, target, beta=s.beta, weight=weight[:, None])

@@ -21,7 +21,7 @@ from .chains import Move, Policy
 from .learner import Learner, Tuning, check_shares
 from .losses import clipped, policy_loss
 from .models import Family
-from .online import SAMPLED, Batch, Samples, Score, Task, advantages_of, update
+from .online import SAMPLED, Batch, Samples, Score, Task, advantages_of
 from .ranges import FLAG, Range, number, whole
 
 __all__ = ["Grpo", "Score", "Trainer", "advantages_of", "mean_log_prob"]
@@ -139,10 +139,9 @@ class Trainer:
     def _density(self, batch: Batch, move: Move) -> tuple[Transition, Tensor]:
         """The move that the network would make now, and the log-density of the one it made."""
         step = move.step
-        with self.learner.accelerator.autocast():
-            output = self._policy(self.learner.network)(
-                move.x, self.schedule.t[step].to(move.x.device), batch.given
-            )
+        output = self._policy(self.learner.network)(
+            move.x, self.schedule.t[step].to(move.x.device), batch.given
+        )
         transition = self.schedule.transition(step, output, move.x, self.settings.noise)
         return transition, mean_log_prob(transition, move.y)
 
@@ -159,28 +158,30 @@ class Trainer:
             for j, move in enumerate(batch.moves)
         ]
         count = self.settings.groups * self.settings.k * len(batches[0].moves)
-        return update(self.learner, parts, count)
+        return self.learner.descend(parts, count)
 
     def _loss(
         self, batch: Batch, move: Move, advantages: Tensor, before: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each row (n,), and what to log of it."""
         s = self.settings
+        # the reference's first: it may change the weights, which a graph for gradients must keep
+        ref = self._reference(batch, move) if s.kl else None
         transition, now = self._density(batch, move)
         # the first update is on the policy that sampled: its ratio is 1, whatever is rounded
         before = now.detach() if before is None else before
         loss = policy_loss(now, before, advantages.flatten(), clip=s.clip)
         seen = {"clipped": clipped(now, before, clip=s.clip), "ratio": (now - before).exp()}
-        if s.kl:
-            seen["kl"] = divergence = self._divergence(batch, move, transition)
+        if ref is not None:
+            apart = (transition.mean - ref.mean).square().flatten(1).mean(1)
+            seen["kl"] = divergence = apart / (2 * transition.std.square())  # of Gaussians
             loss = loss + s.kl * divergence
         return loss, seen
 
-    def _divergence(self, batch: Batch, move: Move, own: Transition) -> Tensor:
-        """KL of a move to the reference's, mean|μ - μ_ref|² / (2 σ²), (n,)."""
-        with torch.no_grad(), self.learner.reference(), self.learner.accelerator.autocast():
+    def _reference(self, batch: Batch, move: Move) -> Transition:
+        """The move that the reference would make."""
+        with torch.no_grad(), self.learner.reference():
             output = self._policy(self.learner.bare)(
                 move.x, self.schedule.t[move.step].to(move.x.device), batch.given
             )
-        ref = self.schedule.transition(move.step, output, move.x, self.settings.noise)
-        return (own.mean - ref.mean).square().flatten(1).mean(1) / (2 * own.std.square())
+        return self.schedule.transition(move.step, output, move.x, self.settings.noise)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from . import lora, zero
 from .models import Family
 from .ranges import FLAG, SEED, TEXTS, Range, check, number, whole
 
-__all__ = ["TIMES", "Learner", "Tuning", "add", "check_shares", "draws", "load_state", "save_state"]
+__all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws", "load_state", "save_state"]
 
 TIMES = ("logit_normal", "uniform")  # how the noise's share of the way is drawn
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names
 
 
 @dataclass
@@ -74,12 +76,14 @@ class Learner:
     """One network with its adapter, and what moves it.
 
     network is what to call with gradients, bare the module itself. The reference is the network
-    without its adapter, unless `start_from` or `settings.refresh` moves it.
+    without its adapter, unless `start_from` or `settings.refresh` moves it. The adapter, its
+    average and the optimiser's state are float32, whatever the network is.
     """
 
     def __init__(self, network: Any, family: Family, settings: Tuning, accelerator: Any) -> None:
         self.settings, self.family, self.accelerator = settings, family, accelerator
         self.bare, self.step = network, 0
+        half = _autocast(network, accelerator)
         targets = settings.targets or family.targets
         generator = draws(settings.seed, 0, "adapter")
         self.weights = lora.attach(network, targets, settings.rank, settings.alpha, generator)
@@ -90,6 +94,8 @@ class Learner:
             network.compile(dynamic=False)
         optimizer = _optimizer(list(self.weights.values()), settings)
         self.zero = zero.is_on(accelerator)
+        if half == torch.float16:
+            _scale_gradients(accelerator, self.zero)
         if self.zero:
             count = sum(value.numel() for value in self.weights.values())
             zero.configure(accelerator, settings.max_grad_norm, count, settings.eight_bit)
@@ -115,7 +121,29 @@ class Learner:
         """Within it the network carries the average of its adapter."""
         return lora.swapped(self.weights, self.average.weights)
 
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+    def descend(
+        self, parts: Sequence[Callable[[], tuple[Tensor, dict[str, Tensor]]]], count: int
+    ) -> dict[str, float]:
+        """One move of the optimiser by the mean of losses, over `count` rows of all processes.
+
+        Each part gives its rows' losses and what to log of them when its turn comes; it is asked
+        again where gradients in float16 overflow. FloatingPointError, and no move, where the
+        gradient is not finite. Returns the means of what to log, and the gradient's norm.
+        """
+        world, norm = self.accelerator.num_processes, None
+        sums: dict[str, Tensor] = {}
+        while norm is None:
+            sums.clear()
+            for number, part in enumerate(parts):
+                with self._accumulating(last=number == len(parts) - 1):
+                    loss, seen = part()
+                    # processes' gradients are averaged, so that this is the mean over all rows
+                    self.accelerator.backward(loss.sum() * world / count)
+                _add(sums, seen if "loss" in seen else seen | {"loss": loss})
+            norm = self._update()
+        return self.reduced(sums, count) | {"grad_norm": norm}
+
+    def _accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a part of a step.
 
         Processes wait for one another at the last part alone, so that they may have unequally many.
@@ -126,15 +154,21 @@ class Learner:
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.network)
 
-    def update(self) -> float:
+    def _update(self) -> float | None:
         """One move of the optimiser by the gradients that were added; their norm.
 
-        FloatingPointError, and no move, where it is not finite.
+        None, and no move, where they may be too large for float16 alone.
         """
-        s = self.settings
+        s, scaler = self.settings, self.accelerator.scaler
         self._set_rate()
+        if scaler is not None and not self.accelerator.native_amp:  # whose own it divides itself
+            scaler.unscale_(self.optimizer.optimizer)
         found = self.accelerator.clip_grad_norm_(list(self.weights.values()), s.max_grad_norm)
         norm = float(lora.whole({"norm": found})["norm"])
+        if not math.isfinite(norm) and scaler is not None and scaler.get_scale() > 1:
+            scaler.update(scaler.get_scale() / 2)
+            self.optimizer.zero_grad()
+            return None
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of step {self.step} is not finite: lower the learning rate"
@@ -169,6 +203,7 @@ class Learner:
             optimizer = zero.state(self.optimizer, list(self.weights.values()), self.accelerator)
         else:
             optimizer = self.optimizer.state_dict()
+        scaler = self.accelerator.scaler
         moments = {i: lora.whole(state) for i, state in optimizer["state"].items()}
         return {
             "step": self.step,
@@ -176,6 +211,7 @@ class Learner:
             "anchor": None if self.anchor is None else lora.whole(self.anchor),
             "average": self.average.state_dict(),
             "optimizer": optimizer | {"state": moments},
+            "scale": scaler and scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -185,6 +221,8 @@ class Learner:
             self.anchor = lora.copy(self.weights)
             lora.fill(self.anchor, state["anchor"])
         self.average.load_state_dict(state["average"])
+        if self.accelerator.scaler and state.get("scale"):
+            self.accelerator.scaler.load_state_dict(state["scale"])
         if self.zero:
             zero.load_state(self.optimizer, state["optimizer"], self.accelerator)
             return
@@ -214,7 +252,34 @@ def _optimizer(weights: list[Any], settings: Tuning) -> torch.optim.Optimizer:
     return bnb.optim.AdamW8bit(weights, lr=lr, weight_decay=decay)
 
 
-def add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+def _autocast(network: Any, accelerator: Any) -> torch.dtype | None:
+    """What calls of the network compute in, where that is half precision: as accelerate was told,
+    which sees to it itself, or else as its weights are, by autocast within its forward pass.
+
+    Around the call it would not reach the network: DeepSpeed's engine switches it off. Latents,
+    the adapter's weights and all that a loss is made of stay float32.
+    """
+    if accelerator.mixed_precision != "no":
+        return PRECISIONS.get(accelerator.mixed_precision)
+    own = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    if own not in PRECISIONS.values():
+        return None
+    network.forward = torch.autocast(accelerator.device.type, own)(network.forward)
+    return own
+
+
+def _scale_gradients(accelerator: Any, zero: bool) -> None:
+    """Let losses be scaled before a backward pass in float16, where they would come out as 0."""
+    if zero or accelerator.is_fsdp2:
+        raise ValueError(
+            "float16 needs gradients that are scaled, which is not done with DeepSpeed and FSDP; "
+            "take bfloat16"
+        )
+    if accelerator.scaler is None:  # accelerate has its own where it was told fp16
+        accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
+
+
+def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
     """Add what was seen, by name, where it is: a look from the CPU would wait for the GPU."""
     for name, value in seen.items():
         total = value.detach().sum()

@@ -113,7 +113,8 @@ def _encode_flux(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Cond
     )
     found["grid"] = torch.tensor([[rows, columns]]).repeat(len(prompts), 1)
     if pipe.transformer.config.guidance_embeds:  # distilled: the strength is an input
-        found["guidance"] = embeds.new_full((len(prompts),), call.get("guidance_scale", 3.5))
+        scale = float(call.get("guidance_scale", 3.5))
+        found["guidance"] = torch.full((len(prompts),), scale, device=embeds.device)
     return found
 
 
@@ -233,7 +234,11 @@ def noising_of(pipe: Any) -> Noising:
 def predict(
     network: nn.Module, family: Family, noising: Noising, x: Tensor, t: Tensor, given: Conditioning
 ) -> Tensor:
-    """The network's output for x_t (n, ...) at t (n,) and a row of conditioning each."""
+    """The network's output for x_t (n, ...) at t (n,) and a row of conditioning each.
+
+    Conditioning is taken in x's type: it may come from encoders of another precision.
+    """
+    given = {name: v.to(x.dtype) if v.is_floating_point() else v for name, v in given.items()}
     keywords = family.keywords(x, noising.timesteps(t), given)
     return network(**keywords, return_dict=False)[0]
 
@@ -264,6 +269,9 @@ def decode(pipe: Any, latents: Tensor, call: Mapping[str, Any]) -> Tensor:
         height, width = (int(call.get(name) or side) for name in ("height", "width"))
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     config = pipe.vae.config
+    large = type(pipe).__name__ == "StableDiffusionXLPipeline" and config.force_upcast
+    if large and pipe.vae.dtype == torch.float16:  # it would overflow; so the pipeline does
+        pipe.vae.to(torch.float32)
     shift = getattr(config, "shift_factor", None) or 0.0
     x = (latents / config.scaling_factor + shift).to(pipe.vae.dtype)
     return pipe.image_processor.postprocess(pipe.vae.decode(x).sample, output_type="pt").float()

@@ -21,7 +21,7 @@ from .chains import Policy
 from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .losses import nft_loss
 from .models import Conditioning, Family, predict
-from .online import SAMPLED, Batch, Samples, Task, update
+from .online import SAMPLED, Batch, Samples, Task
 from .ranges import Range, number, one_of, whole
 
 __all__ = ["Nft", "Trainer", "draw_times"]
@@ -120,7 +120,7 @@ class Trainer:
                 for i, batch in enumerate(batches)
                 for j in range(s.noisings)
             ]
-            seen = update(self.learner, parts, s.groups * s.k * s.noisings)
+            seen = self.learner.descend(parts, s.groups * s.k * s.noisings)
         self.old.update(self.learner.weights)
         return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
 
@@ -165,8 +165,7 @@ class Trainer:
         return x, t, target
 
     def _predicted(self, network: Any, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        with self.learner.accelerator.autocast():
-            return predict(network, self.learner.family, self.noising, x, t, given).float()
+        return predict(network, self.learner.family, self.noising, x, t, given).float()
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .chains import Move, Policy, Schedule, sample
-from .learner import Learner, add, draws
+from .learner import Learner, draws
 from .losses import SPREADS, group_advantages
 from .models import Conditioning
 from .ranges import FLAG, number, one_of, whole
@@ -29,7 +29,6 @@ __all__ = [
     "Settings",
     "Task",
     "advantages_of",
-    "update",
 ]
 
 DECODED = 8  # latents at once
@@ -199,8 +198,7 @@ class Samples:
         start = torch.randn(1 if share_start else s.k, *shape, generator=generator)
         drawn = torch.randn(len(window), s.k, *shape, generator=generator).to(device)
         given = self._given([prompt])
-        with self.learner.accelerator.autocast():
-            return sample(policy, self.schedule, start.to(device), given, window, noise, drawn)
+        return sample(policy, self.schedule, start.to(device), given, window, noise, drawn)
 
     def _given(self, rows: Sequence[int]) -> Conditioning:
         """The conditioning of k images of each of these prompts."""
@@ -242,25 +240,6 @@ class Samples:
         images = torch.cat([batch.images for batch in batches])
         prompts = [prompt for batch in batches for prompt in batch.prompts]
         return self.score.observe(images, prompts, epoch)
-
-
-def update(
-    learner: Learner, parts: Sequence[Callable[[], tuple[Tensor, dict[str, Tensor]]]], count: int
-) -> dict[str, float]:
-    """One move of the optimiser by the mean of losses, over `count` rows of all processes.
-
-    Each part gives its rows' losses and what to log of them when its turn comes.
-    """
-    sums: dict[str, Tensor] = {}
-    world = learner.accelerator.num_processes
-    for place, part in enumerate(parts):
-        with learner.accumulating(last=place == len(parts) - 1):
-            loss, seen = part()
-            # processes' gradients are averaged, so that this is the mean over all rows
-            learner.accelerator.backward(loss.sum() * world / count)
-        add(sums, seen | {"loss": loss})
-    norm = learner.update()
-    return learner.reduced(sums, count) | {"grad_norm": norm}
 
 
 def _refuse(rewards: Tensor, prompts: Sequence[str]) -> None:

@@ -48,9 +48,13 @@ def _fsdp(accelerator: Accelerator) -> None:
             "scripts/configs/fsdp.yaml does"
         )
     plugin = state.fsdp_plugin
-    if plugin is not None and accelerator.is_fsdp2 and plugin.auto_wrap_policy is None:
+    if plugin is None:
+        return
+    if accelerator.is_fsdp2 and plugin.auto_wrap_policy is None:
         # weights that lie in no block stay gathered, and a swapped adapter would not be seen
         raise ValueError("FSDP needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP; set it")
+    # it would round what calls are given, timesteps too, and the gradients of the adapter
+    plugin.mixed_precision_policy = None
 
 
 def _zero(accelerator: Accelerator) -> None:

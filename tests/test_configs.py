@@ -41,7 +41,7 @@ def test_accelerate_launch_takes_the_configuration_of_fsdp():
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
     assert arguments.training_script_args == ["gdro.groups=4"]
     assert (arguments.use_fsdp, arguments.fsdp_version) == (True, 2)
-    assert arguments.mixed_precision == "bf16"
+    assert arguments.mixed_precision == "no"
     assert arguments.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
 
 

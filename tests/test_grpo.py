@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from tiny_pipelines import family
 
+from finetune import lora
 from finetune.chains import Policy, sample, schedule_of
 from finetune.grpo import Grpo, Trainer, advantages_of, mean_log_prob
 from finetune.learner import load_state, save_state
@@ -153,6 +154,36 @@ def test_the_divergence_is_0_at_the_reference_and_then_positive():
     trainer = trainer_of(kl=0.1)
     assert trainer.train_step()["kl"] == pytest.approx(0, abs=1e-9)
     assert trainer.train_step()["kl"] > 0
+
+
+@pytest.mark.parametrize("moved", ["lora", "refresh"])
+def test_the_divergence_pulls_towards_a_reference_that_was_moved(moved):
+    """∇ of mean|μ - μ_ref|² / (2 σ²) is that of μ at (μ - μ_ref) / σ², by element."""
+    trainer, other = trainer_of(kl=0.5, refresh=2 * (moved == "refresh")), trainer_of()
+    learner = trainer.learner
+    if moved == "lora":
+        generator = torch.Generator().manual_seed(3)
+        learner.start_from(
+            {n: torch.randn(p.shape, generator=generator) / 8 for n, p in learner.weights.items()}
+        )
+        trainer.train_step()
+    else:
+        for _ in range(3):
+            trainer.train_step()
+    assert learner.anchor is not None
+    lora.fill(other.learner.weights, learner.anchor)
+    batch, weights = trainer._sampled(7, [0]), list(learner.weights.values())
+    (move, _), zeros = batch.moves, torch.zeros(4)
+    loss, seen = trainer._loss(batch, move, zeros, None)
+    assert (seen["kl"] > 0).all()
+    found = torch.autograd.grad(loss.sum(), weights)
+    own = trainer._density(batch, move)[0]
+    with torch.no_grad():
+        reference = other._density(batch, move)[0].mean
+    pull = 0.5 * (own.mean.detach() - reference) / own.std**2 / reference[0].numel()
+    expected = torch.autograd.grad(own.mean, weights, pull)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
 
 
 def test_a_shared_start_is_evaluated_once_up_to_the_window():

@@ -74,6 +74,17 @@ def test_two_processes_train_what_one_trains_and_resume(folder, tmp_path):  # no
     close(one, two)
 
 
+def test_a_network_in_bfloat16_too(folder, tmp_path):  # noqa: F811
+    one, two = tmp_path / "one", tmp_path / "two"
+    ran(command("train_gdro.py", *words_of(folder, one, 4), "dtype=bfloat16"))
+    more = ["dtype=bfloat16"]
+    ran(command("train_gdro.py", *words_of(folder, two, 4), *more, processes=2), **ZERO)
+    for a, b in zip(logged(one), logged(two), strict=True):
+        assert a == pytest.approx(b, abs=2e-3, rel=1e-2)
+    state = torch.load(two / "state.pt", weights_only=True)
+    assert {value.dtype for value in state["weights"].values()} == {torch.float32}
+
+
 def test_online_grpo_too(folder, tmp_path):  # noqa: F811
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(name="train_adversarial"))

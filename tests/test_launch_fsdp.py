@@ -95,6 +95,18 @@ def test_two_shares_of_a_network_train_what_a_whole_one_trains_and_resume(folder
     ran(command("train_gdro.py", *words_of(folder, two, 5), *more, "resume=true"))
 
 
+def test_two_shares_of_a_network_in_bfloat16_train_what_a_whole_one_trains(folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ["gdro.refresh=2", "dtype=bfloat16"]
+    ran(command("train_gdro.py", *words_of(folder, one, 4), *more))
+    script = str(folder / "script.py")
+    ran(command(script, *words_of(folder, two, 4), *more, processes=2), **SHARDED)
+    for a, b in zip(logged(one), logged(two), strict=True):
+        assert a == pytest.approx(b, abs=2e-3, rel=1e-2)
+    state = torch.load(two / "state.pt", weights_only=True)
+    assert {value.dtype for value in state["weights"].values()} == {torch.float32}
+
+
 def test_a_swapped_adapter_is_gathered_again(folder, tmp_path):
     """DiffusionNFT samples with one adapter and learns another, between which it goes to and fro;
     weights that stay gathered from one to the other would not be seen to change.

@@ -167,6 +167,16 @@ def test_fsdp_1_is_refused(monkeypatch):
     refused(monkeypatch, "set fsdp_version: 2", distributed_type=kind, is_fsdp2=False, state=None)
 
 
+def test_fsdp_rounds_neither_timesteps_nor_gradients(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    plugin = SimpleNamespace(auto_wrap_policy=object(), mixed_precision_policy=object())
+    made = {"distributed_type": DistributedType.FSDP, "is_fsdp2": True}
+    made |= {"state": SimpleNamespace(fsdp_plugin=plugin)}
+    monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(**made))
+    training.accelerator_of(training.Run())
+    assert plugin.mixed_precision_policy is None
+
+
 @pytest.mark.parametrize(
     ("stage", "offload", "precision", "message"),
     [
