@@ -49,7 +49,7 @@ class Grpo(Tuning):
     window_moves: bool = False
     noise: float = 0.8
     share_start: bool = True
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None  # 1, or that which a distilled network was told
     clip: float = 1e-4
     advantage_clip: float = 5.0
     spread: str = "group"
@@ -127,7 +127,8 @@ class Trainer:
 
     def _policy(self, network: Any) -> Policy:
         family, s = self.learner.family, self.settings
-        return Policy(network, family, self.schedule.noising, s.guidance_scale, self.empty)
+        scale = 1.0 if s.guidance_scale is None else s.guidance_scale
+        return Policy(network, family, self.schedule.noising, scale, self.empty)
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
         """Images of some of the epoch's groups, and the moves of its window."""

@@ -134,8 +134,8 @@ class Learner:
         sums: dict[str, Tensor] = {}
         while norm is None:
             sums.clear()
-            for number, part in enumerate(parts):
-                with self._accumulating(last=number == len(parts) - 1):
+            for place, part in enumerate(parts):
+                with self._accumulating(last=place == len(parts) - 1):
                     loss, seen = part()
                     # processes' gradients are averaged, so that this is the mean over all rows
                     self.accelerator.backward(loss.sum() * world / count)

@@ -19,6 +19,7 @@ __all__ = [
     "Family",
     "Noising",
     "decode",
+    "distilled",
     "encode",
     "encoded",
     "family_of",
@@ -112,8 +113,9 @@ def _encode_flux(pipe: Any, prompts: list[str], call: Mapping[str, Any]) -> Cond
         int(call.get(name) or side) // (pipe.vae_scale_factor * 2) for name in ("height", "width")
     )
     found["grid"] = torch.tensor([[rows, columns]]).repeat(len(prompts), 1)
-    if pipe.transformer.config.guidance_embeds:  # distilled: the strength is an input
-        scale = float(call.get("guidance_scale", 3.5))
+    if distilled(pipe):
+        own = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+        scale = float(call.get("guidance_scale", own))
         found["guidance"] = torch.full((len(prompts),), scale, device=embeds.device)
     return found
 
@@ -145,6 +147,12 @@ def family_of(pipe: Any) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"{name} cannot be fine-tuned here; load one of {sorted(FAMILIES)}")
     return FAMILIES[name]
+
+
+def distilled(pipe: Any) -> bool:
+    """Whether the strength of guidance is an input of the network, as of FLUX.1-dev's."""
+    config = getattr(pipe, family_of(pipe).network).config
+    return bool(getattr(config, "guidance_embeds", False))
 
 
 @dataclass(frozen=True)

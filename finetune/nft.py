@@ -45,7 +45,7 @@ class Nft(Tuning):
     updates: int = 1
     noisings: int = 2
     num_inference_steps: int = 10
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None  # 1, or that which a distilled network was told
     beta: float = 1.0
     advantage_clip: float = 5.0
     spread: str = "global"
@@ -127,6 +127,7 @@ class Trainer:
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
         """Images of some of the epoch's groups, by the old policy and without noise."""
         learner, scale = self.learner, self.settings.guidance_scale
+        scale = 1.0 if scale is None else scale
         policy = Policy(learner.bare, learner.family, self.noising, scale, self.empty)
         with lora.swapped(learner.weights, self.old.weights):
             return self.samples.batch(policy, epoch, groups, range(0), 0.0, share_start=False)

@@ -19,7 +19,7 @@ from .chains import Move, Policy, Schedule, sample
 from .learner import Learner, draws
 from .losses import SPREADS, group_advantages
 from .models import Conditioning
-from .ranges import FLAG, number, one_of, whole
+from .ranges import FLAG, number, one_of, optional, whole
 
 __all__ = [
     "SAMPLED",
@@ -58,7 +58,7 @@ SAMPLED = {
     "micro_groups": whole(1),
     "updates": whole(1),
     "num_inference_steps": whole(1, 10_000),
-    "guidance_scale": number(0),
+    "guidance_scale": optional(number(0)),
     "advantage_clip": number(0, ends="(]"),
     "spread": one_of(*SPREADS),
     "each_reward": FLAG,

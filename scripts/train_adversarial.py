@@ -23,7 +23,7 @@ from scripts import started
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,6 +91,9 @@ class Train(training.Run):
         return getattr(self, self.method)
 
 
+# what samples take of the pipeline's call; the rest of it is the trainer's own
+CALL = ("height", "width", "max_sequence_length", "clip_skip")
+CALL += ("original_size", "target_size", "crops_coords_top_left")
 METHODS = {"grpo": (grpo.Trainer, "Flow-GRPO"), "nft": (nft.Trainer, "DiffusionNFT")}
 
 NOTES = training.notes("grpo") | {
@@ -106,7 +109,7 @@ NOTES = training.notes("grpo") | {
     "critic_layers": "how many layers of a preference's image tower are trained",
     "critic_from": "a folder of a critic to begin with, whose kind and tower it keeps",
     "negative_prompt": "of guidance",
-    "call": "keywords of the pipeline's call, as in call.height=512",
+    "call": "keywords of the pipeline's call that say what is drawn, as in call.height=512",
     "grpo.steps": "epochs: sample, score, update",
     "grpo.groups": "prompts of an epoch, over all processes",
     "grpo.k": "images of a prompt",
@@ -118,14 +121,16 @@ NOTES = training.notes("grpo") | {
     "grpo.window_moves": "slide it on by a step an epoch (MixGRPO)",
     "grpo.noise": "of those steps: DDIM's eta, or the share of a flow's noise that is drawn afresh",
     "grpo.share_start": "a group's images branch off from one start, at the window",
-    "grpo.guidance_scale": "of sampling, and of what is differentiated",
+    "grpo.guidance_scale": "of sampling, and of what is differentiated; by default none, or what "
+    "the pipeline tells a distilled network (FLUX.1-dev)",
     "grpo.clip": "of the ratio, of densities per element",
     "grpo.advantage_clip": "advantages are cut to it",
     "grpo.spread": "what advantages are divided by: the deviation of the group, global, or none",
     "grpo.each_reward": "normalise each reward by itself before adding them",
     "grpo.kl": "weight of the divergence from the reference",
     "nft.noisings": "noised copies of an image in an update, each at a time of its own",
-    "nft.guidance_scale": "of sampling; what is trained is the conditional prediction",
+    "nft.guidance_scale": "of sampling; what is trained is the conditional prediction; by default "
+    "as grpo.guidance_scale",
     "nft.beta": "how far the good and the bad policy lie from the one that sampled",
     "nft.old_decay": "the one that samples is an average of those before; its highest decay",
     "nft.times": "logit_normal or uniform",
@@ -156,10 +161,10 @@ def run(settings: Train) -> None:
     name, out, tuned = settings.model or "tiny-sd3", Path(settings.out), settings.tuned
     if (out / "state.pt").exists() and not settings.resume:
         raise ValueError(f"{out} holds a run; add resume=true, or give another out=")
+    check_call(settings)
     prompts = list(dict.fromkeys(prompt.text for prompt in read(Path(settings.prompts))))
     defaults = tiny.call_defaults(name) if name in tiny.NAMES else {}
-    stated = defaults | settings.call | {"guidance_scale": tuned.guidance_scale}
-    call = stated | {"num_inference_steps": tuned.num_inference_steps}
+    stated = {k: v for k, v in (defaults | settings.call).items() if k != "guidance_scale"}
     accelerator = training.accelerator_of(settings)
     fixed = rewards.load(settings.reward, accelerator.device, True) if settings.reward else None
     if fixed:
@@ -172,6 +177,11 @@ def run(settings: Train) -> None:
     check_references(settings, fixed, watch)
     started.say(f"loading {name}")
     pipe = load()
+    guided = guidance_of(settings, pipe)
+    if watch and not settings.check.call:
+        negative = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
+        watch = replace(watch, call=stated | guided | negative)
+    call = stated | guided | {"num_inference_steps": tuned.num_inference_steps}
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
     training.begin(trainer, settings, tuned)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"))
@@ -235,7 +245,12 @@ def conditioning_of(
     call = call | {"device": device}
     parts = [encode(pipe, prompts[i : i + 16], **call) for i in range(0, len(prompts), 16)]
     given = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-    guided = settings.tuned.guidance_scale > 1 and "guidance" not in given
+    guided = call.get("guidance_scale", 1.0) > 1 and "guidance" not in given
+    if settings.negative_prompt and not guided:
+        raise ValueError(
+            f"negative_prompt is {settings.negative_prompt!r} but serves nothing without "
+            f"guidance; set {settings.method}.guidance_scale above 1, or leave it out"
+        )
     empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
     with torch.no_grad():
         encoded = models.encoded(pipe, prompts[:1], call)
@@ -243,6 +258,25 @@ def conditioning_of(
         if part.startswith(("text_encoder", "tokenizer")):
             setattr(pipe, part, None)
     return given, empty, encoded
+
+
+def check_call(settings: Train) -> None:
+    """ValueError for keywords of the pipeline's call that samples would not follow."""
+    own = {name: f"{settings.method}.{name}" for name in ("guidance_scale", "num_inference_steps")}
+    own |= {"negative_prompt": "negative_prompt"}
+    for name in settings.call:
+        if name in own:
+            raise ValueError(f"call.{name} says nothing to training; set {own[name]}= instead")
+        if name not in CALL:
+            raise ValueError(f"call.{name} says nothing to training, which takes {list(CALL)}")
+
+
+def guidance_of(settings: Train, pipe: Any) -> dict[str, float]:
+    """What the call is told of guidance: as set, else none, or a distilled network's own."""
+    scale = settings.tuned.guidance_scale
+    if scale is None and models.distilled(pipe):
+        return {}
+    return {"guidance_scale": 1.0 if scale is None else scale}
 
 
 def check_references(settings: Train, fixed: Any, watch: Any) -> None:

@@ -139,7 +139,9 @@ def test_an_engine_that_switches_autocast_off_does_not_reach_the_network(trainer
 
 
 def test_checkpointed_blocks_are_computed_again_in_the_same_precision(trainer_of):
-    plain, less = (trainer_of("gdro", torch.bfloat16, gradient_checkpointing=x) for x in (0, 1))
+    plain, less = (
+        trainer_of("gdro", torch.bfloat16, gradient_checkpointing=on) for on in (False, True)
+    )
     (_, a), (_, b) = first_gradient(plain), first_gradient(less)
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 

@@ -26,7 +26,7 @@ def trainer_of(name="sd3", score=brightness, **changed):
     )
     with torch.no_grad():
         given = encode(pipe, PROMPTS, **call)
-        empty = encode_negative(pipe, "", **call) if settings.guidance_scale > 1 else None
+        empty = encode_negative(pipe, "", **call) if changed.get("guidance_scale", 1) > 1 else None
     schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
     task = Task(schedule, PROMPTS, given, lambda x: decode(pipe, x, call), score, empty=empty)
     return Trainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))

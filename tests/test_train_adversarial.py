@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_launch import logged
+from tiny_pipelines import flux
 
 import rewards
-from scripts import train_adversarial
+from scripts import train_adversarial, training
 from steering import tiny
 
 SMALL = [
@@ -52,6 +53,42 @@ def test_a_run_of_nft_resumes_and_its_lora_loads(prompts, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
     tiny.load("tiny-sd3").load_lora_weights(whole / "lora")
     assert "DiffusionNFT" in (whole / "lora" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("words", "told"), [([], 3.5), (["grpo.guidance_scale=2"], 2.0)])
+def test_a_distilled_network_is_told_the_guidance_of_its_pipeline_or_that_asked_for(
+    words, told, prompts, tmp_path, monkeypatch
+):
+    """FLUX.1-dev's; its call has 3.5 where nothing is said."""
+    seen = []
+
+    def look(trainer, steps, settings, watch, shown):
+        seen.append(trainer.samples.task.given["guidance"])
+        seen.append(watch.call)
+        trainer.train_step()
+
+    (tmp_path / "unseen.txt").write_text("a star\n")
+    monkeypatch.setattr(train_adversarial.loading, "load_pipeline", lambda *_, **__: flux())
+    monkeypatch.setattr(training, "loop", look)
+    more = ["grpo.targets=[to_q]", "call.height=16", "call.width=16", "check.every=1"]
+    more += [f"check.prompts={tmp_path / 'unseen.txt'}", f"out={tmp_path / 'out'}", *words]
+    assert train_adversarial.main([*prompts, *SMALL, *more]) == 0
+    assert seen[0].tolist() == [told, told]
+    assert seen[1].get("guidance_scale", 3.5) == told
+
+
+def test_a_network_in_bfloat16_and_its_critic(prompts, tmp_path, pictures):
+    words = [*prompts, *SMALL, f"references={pictures}", "critic.replay=4", "reward=0.1*jpeg"]
+    words += ["dtype=bfloat16", "grpo.kl=0.1", "grpo.guidance_scale=2", "negative_prompt=blue"]
+    assert train_adversarial.main([*words, f"out={tmp_path / 'one'}", "grpo.steps=1"]) == 0
+    second = [f"lora={tmp_path / 'one/lora'}", f"out={tmp_path / 'two'}", "grpo.steps=2"]
+    assert train_adversarial.main([*words, *second]) == 0
+    state = torch.load(tmp_path / "two/state.pt", weights_only=True)
+    kept = [*state["weights"].values(), *state["anchor"].values()]
+    kept += list(state["score"]["module"].values())
+    assert {value.dtype for value in kept} == {torch.float32}
+    assert [row["ratio"] for row in logged(tmp_path / "two")] == [1.0, 1.0]
+    assert logged(tmp_path / "two")[1]["kl"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +136,12 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
         (["references=.", "critic_weight=0", "critic_from=somewhere"], "a critic_weight above 0"),
         (["references=.", "critic_kind=preference"], "set paired=true"),
         (["references=.", "critic_from=/nowhere"], "/nowhere"),
+        (["call.guidance_scale=4"], "call.guidance_scale says nothing to training; set grpo.guid"),
+        (["call.guidance_scale=4", "method=nft"], "set nft.guidance_scale= instead"),
+        (["call.num_inference_steps=4"], "set grpo.num_inference_steps= instead"),
+        (["call.negative_prompt=blue"], "set negative_prompt= instead"),
+        (["call.eta=1"], "call.eta says nothing to training, which takes ['height', 'width'"),
+        (["negative_prompt=blue"], "serves nothing without guidance; set grpo.guidance_scale"),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(prompts, tmp_path, words, message, capsys):

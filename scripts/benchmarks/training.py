@@ -81,7 +81,7 @@ def grpo_of(model: str, settings: grpo.Grpo) -> tuple[grpo.Trainer, Decoder]:
     family, noising = family_of(pipe), noising_of(pipe)
     call = tiny.call_defaults(model) | {
         "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
+        "guidance_scale": 1.0,
     }
     schedule, given = schedule_of(pipe, noising, PROMPTS[0], **call), encode(pipe, PROMPTS, **call)
     network, decoder = getattr(pipe, family.network), Decoder(pipe, call)
