@@ -50,8 +50,7 @@ def calibrated(*parts: WeightedSum, file: str, method: str = "affine") -> Aggreg
             f"calibrated's method {method!r} is unknown; did you mean {close[0]!r} of {METHODS}?"
         )
     v = read(file, part)
-    at, share = _shares(v)
-    if len(at) == 1:
+    if v[0] == v[-1]:
         raise ValueError(
             f"all {len(v)} reference scores of {part} in {file} are {v[0].item():g}; "
             "calibrate on pictures that it tells apart"
@@ -61,7 +60,7 @@ def calibrated(*parts: WeightedSum, file: str, method: str = "affine") -> Aggreg
         low, high = ((end - mean) / std for end in ends([part]))
         range_, apply = bounds(low[0], high[0]), partial(_affine, mean=mean, std=std)
     else:
-        range_, apply = (0.0, 1.0), partial(_quantile, at=at, share=share)
+        range_, apply = (0.0, 1.0), partial(_quantile, v=v)
     return build(
         "calibrated", parts, pointwise(parts, apply), range_, file=str(file), method=method
     )
@@ -166,15 +165,17 @@ def _affine(r: Tensor, mean: float, std: float) -> Tensor:
 
 def _shares(v: Tensor) -> tuple[Tensor, Tensor]:
     """Each distinct score (k,), rising, and the share of the sample below it and half of it."""
-    at, counts = v.float().unique(return_counts=True)
+    at, counts = v.unique(return_counts=True)
     share = (counts.cumsum(0) - counts / 2) / len(v)
     return at, share
 
 
-def _quantile(r: Tensor, at: Tensor, share: Tensor) -> Tensor:
-    """The line through the points (at, share), flat outside them."""
-    at, share, x = at.to(r), share.to(r), r[0]
-    x = x.clamp(at[0], at[-1])
+def _quantile(r: Tensor, v: Tensor) -> Tensor:
+    """The line through the points of `_shares`, in r's precision, flat outside them."""
+    at, share = (x.to(r) for x in _shares(v.to(r.dtype)))
+    x = r[0].clamp(at[0], at[-1])
+    if len(at) == 1:  # told apart in float64 only
+        return x * 0 + share[0]
     right = torch.searchsorted(at, x.detach().contiguous()).clamp(1, len(at) - 1)
     left = right - 1
     slope = (share[right] - share[left]) / (at[right] - at[left])

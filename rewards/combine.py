@@ -129,7 +129,8 @@ class WeightedSum:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total (n,) and {name: component (n,)}, float32 on the images' device.
+        """Total (n,) and {name: component (n,)} on the images' device: float32, or float64 where a
+        component is.
 
         They pass gradients only where the sum is `differentiable`: half a gradient misleads.
         """
@@ -237,7 +238,7 @@ class Aggregate:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score (n,) and {name: component (n,)}, float32 on the images' device."""
+        """Score (n,) and {name: component (n,)} on the images' device, float32 or float64."""
         check_inputs(images, prompts)
         with sharing(), _gradients(self.differentiable):
             return self.score(images, prompts, references)
@@ -263,9 +264,14 @@ def _gradients(wanted: bool) -> Any:
 
 
 def _numbers(name: str, scores: Any, images: Tensor) -> Tensor:
-    """Scores of any form as float32 on the images' device; ValueError where they are none."""
+    """Scores of any form on the images' device, float32 but for float64, which stays where the
+    device has it; ValueError where they are no numbers."""
     try:
-        return torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+        found = torch.as_tensor(scores)
+        double = found.dtype == torch.float64 and images.device.type != "mps"
+        if found.is_complex():
+            raise TypeError("they are complex")
+        return found.to(images.device, torch.float64 if double else torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"reward {name} returned {scores!r:.80} but must return one number an image ({error})"

@@ -51,9 +51,9 @@ def par(*parts: WeightedSum, ref: float | str | None = None) -> Aggregate:
     if ref is None:
         return _against("par", part, lambda r, v: torch.sigmoid(r - v).mean(), (0.0, 1.0))
     v = (
-        read(ref, part).float()
+        read(ref, part)
         if isinstance(ref, str)
-        else torch.tensor([number("par", "ref", ref)])
+        else torch.tensor([number("par", "ref", ref)], dtype=torch.float64)
     )
     return build("par", parts, pointwise(parts, partial(_par, v=v)), (0.0, 1.0), ref=ref)
 
@@ -69,7 +69,7 @@ def delta(*parts: WeightedSum) -> Aggregate:
 
 
 def _par(r: Tensor, v: Tensor) -> Tensor:
-    return torch.sigmoid(r[0][:, None] - v.to(r.device)).mean(1)
+    return torch.sigmoid(r[0][:, None] - v.to(r)).mean(1)
 
 
 def _against(

@@ -107,6 +107,7 @@ def weigh(
     linear tempering follows it.
     """
     rewards = _at_least_float32(rewards)
+    state = _in(state, torch.promote_types(rewards.dtype, state.log_weights.dtype))
     applied = state.scale[:, None] * state.history.total
     history = POTENTIALS[settings.potential](state.history, rewards)
     if settings.tempering == "adaptive":
@@ -282,6 +283,15 @@ def _descend(state: FilterState, ancestors: Tensor) -> FilterState:
         history=History(*(take(values, ancestors) for values in state.history)),
         anchor=take(state.anchor, ancestors),
     )
+
+
+def _in(state: FilterState, dtype: torch.dtype) -> FilterState:
+    """Every number of the state in this dtype: one of float32 would round λ for all others."""
+    log_weights, log_z, scale, anchor = (
+        x.to(dtype) for x in (state.log_weights, state.log_z, state.scale, state.anchor)
+    )
+    history = History(*(values.to(dtype) for values in state.history))
+    return FilterState(log_weights, log_z, history, scale, anchor)
 
 
 def _at_least_float32(rewards: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Steered:
 
     prompts: tuple[str, ...]
     images: list[list[Image.Image]]  # [prompt][particle]
-    rewards: Tensor  # (b, k_final) float32, of exactly these images
+    rewards: Tensor  # (b, k_final), of exactly these images; in the reward's dtype, as the weights
     components: dict[str, Tensor]  # name -> (b, k_final), where the reward has parts
     log_weights: Tensor  # (b, k_final)
     log_z: Tensor  # (b,)

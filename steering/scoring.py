@@ -49,7 +49,10 @@ class Judge:
 
     @torch.no_grad()
     def score(self, images: Tensor, indices: Sequence[int]) -> Tensor:
-        """images (b*k, 3, h, w), prompt-major, of the prompts `indices` -> float32 (b, k)."""
+        """images (b*k, 3, h, w), prompt-major, of the prompts `indices` -> (b, k).
+
+        In the reward's own dtype, float32 or better.
+        """
         scores = self._call(self._reward, images, indices)
         return self._shaped(scores, images, len(indices))
 
@@ -73,7 +76,10 @@ class Judge:
         return function(images, prompts, references=[self.references[i] for i in rows])
 
     def _shaped(self, scores: Any, images: Tensor, b: int) -> Tensor:
-        scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device)
+        scores = torch.as_tensor(scores)
+        best = torch.float32 if images.device.type == "mps" else torch.float64  # which has no other
+        wanted = best if scores.dtype == torch.float64 else torch.float32
+        scores = scores.to(images.device, wanted)
         if scores.shape != (len(images),):
             raise ValueError(
                 f"reward {self.name} returned shape {tuple(scores.shape)} for {len(images)} "

@@ -214,11 +214,13 @@ class Given:
 
 
 @pytest.mark.parametrize("make", [Given, lambda scores: lambda images, prompts: scores])
-def test_scores_come_as_float32_or_are_refused(make):
-    for scores in ([1.0, 2.0], (1, 2), torch.tensor([1.0, 2.0], dtype=torch.float64)):
+def test_scores_come_as_float32_or_better_or_are_refused(make):
+    double = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    for scores in ([1.0, 2.0], (1, 2), double.half(), double, double.numpy()):
+        wanted = torch.as_tensor(scores).dtype == torch.float64
         total, components = rewards.load(make(scores)).evaluate(IMAGES, PROMPTS)
         for found in (total, *components.values()):
-            assert found.dtype == torch.float32
+            assert found.dtype == (torch.float64 if wanted else torch.float32)
             assert found.tolist() == [1, 2]
     for scores in (None, ["a", "b"], 3.0, [1.0], {"a": 1}):
         with refused("must return one number an image"):

@@ -9,6 +9,7 @@ Needs fastapi and uvicorn, which the extra "app" brings.
 import io
 import os
 import threading
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # or a request could fetch gigabytes of weights
 
@@ -22,7 +23,7 @@ from steering import steer, tiny
 
 app = FastAPI(title="Steered pictures")
 pipe = tiny.load("tiny-sd3")
-call = tiny.call_defaults("tiny-sd3") | {"preview": tiny.preview(), "progress": False}
+call: dict[str, Any] = tiny.call_defaults("tiny-sd3") | {"preview": tiny.preview(), "progress": False}
 one_at_a_time = threading.Lock()  # FastAPI runs plain functions in threads; the network is one
 
 
@@ -43,7 +44,7 @@ class Order(BaseModel):
 @app.post("/steer", response_class=Response)
 def draw(order: Order) -> Response:
     """The PNG of highest reward; its reward and log Ẑ stand in the headers."""
-    wanted = call | {"height": order.height, "width": order.width}
+    wanted: dict[str, Any] = call | {"height": order.height, "width": order.width}
     wanted["num_inference_steps"] = order.steps
     try:
         # never imports=True here: this text came over the network

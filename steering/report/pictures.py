@@ -93,7 +93,7 @@ def traces(folder: Path) -> list[Trace]:
     results, scores = manifest["results"], lineage["scores"]
     found = []
     for i, prompt in enumerate(results["prompts"]):
-        final = ess(torch.tensor(results["log_weights"][i])).item()
+        final = ess(torch.tensor(results["log_weights"][i], dtype=torch.float64)).item()
         found.append(
             Trace(
                 prompt=prompt,
