@@ -28,10 +28,10 @@ class Reward(Protocol):
 
     images: float (n, 3, h, w) in [0, 1], any device; prompts: n strings; references: pictures
     to compare with, for the few rewards that need them. Returns float32 (n,) on the images'
-    device, or float64, which stays so; higher is better. Values outside [0, 1] are refused (tolerance 1e-3), never rescaled.
-    A reward may also have `check(prompts)`, which refuses prompts it cannot score,
-    `evaluate(images, prompts, *, references=None) -> (total, {name: scores})`, and `spec`, the
-    text form that `load` makes the same reward from.
+    device, or float64, which stays so; higher is better. Values outside [0, 1] are refused
+    (tolerance 1e-3), never rescaled. A reward may also have `check(prompts)`, which refuses
+    prompts it cannot score, `evaluate(images, prompts, *, references=None) -> (total, {name:
+    scores})`, and `spec`, the text form that `load` makes the same reward from.
     """
 
     name: str

@@ -1,6 +1,7 @@
 """A reward in float64 is steered by in float64: λ r may differ where float32 sees one number."""
 
 import json
+from typing import Any
 
 import pytest
 import tiny_pipelines as tp
@@ -37,9 +38,9 @@ def run(reward, scale: float, potential: str = "difference") -> Steered:
     settings = FeynmanKac(
         reward_scale=scale, potential=potential, tempering="none", num_scores=3, min_ess=0.9
     )
-    pipe, call = tp.sd(), {"num_inference_steps": 8, "height": 16, "width": 16}
     prompts = ["a cat", "a dog"]
-    return steer(pipe, prompts, reward, particles=6, settings=settings, progress=False, **call)
+    call: dict[str, Any] = {"num_inference_steps": 8, "height": 16, "width": 16, "progress": False}
+    return steer(tp.sd(), prompts, reward, particles=6, settings=settings, **call)
 
 
 @pytest.mark.parametrize("load", [lambda reward: reward, rewards.load])

@@ -23,7 +23,8 @@ from steering import steer, tiny
 
 app = FastAPI(title="Steered pictures")
 pipe = tiny.load("tiny-sd3")
-call: dict[str, Any] = tiny.call_defaults("tiny-sd3") | {"preview": tiny.preview(), "progress": False}
+call: dict[str, Any] = tiny.call_defaults("tiny-sd3")
+call |= {"preview": tiny.preview(), "progress": False}
 one_at_a_time = threading.Lock()  # FastAPI runs plain functions in threads; the network is one
 
 
