@@ -7,6 +7,7 @@ a second opinion that training does not follow. Legend: p prompts, m images each
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,13 +86,17 @@ class Sheet:
 
 
 def means(sheets: Sequence[Sheet]) -> dict[str, float]:
-    """The mean over all pictures of the sheets, by name; a NaN ("no answer") is left out."""
+    """The mean over all pictures of the sheets, by name.
+
+    A score that is not finite ("no answer") is left out; NaN where no picture has another.
+    """
     names = dict.fromkeys(name for sheet in sheets for name in sheet.scores)
-    every = {name: [x for sheet in sheets for x in sheet.scores.get(name, [])] for name in names}
-    return {
-        name: float(torch.tensor(values, dtype=torch.float64).nanmean())
-        for name, values in every.items()
-    }
+    found = {}
+    for name in names:
+        every = [x for sheet in sheets for x in sheet.scores.get(name, [])]
+        values = torch.tensor(every, dtype=torch.float64)
+        found[name] = float(values[values.isfinite()].mean())
+    return found
 
 
 def corrected(reward: float, quality: float) -> float:
@@ -219,8 +224,19 @@ def _scored(rewards: Mapping[str, Any], images: Tensor, prompt: str) -> dict[str
 
 
 def append(file: Path, row: Mapping[str, float]) -> None:
-    """Add a row to a table of numbers, with a header if it is the first."""
+    """Add a row to a table of numbers, with a header if it is the first.
+
+    ValueError for a table of other columns.
+    """
     fresh = not file.exists()
+    if not fresh:
+        with file.open(encoding="utf-8", newline="") as source:
+            columns = next(csv.reader(source), [])
+        if columns != list(row):
+            raise ValueError(
+                f"{file} has the columns {columns}, not {list(row)}: it is of another run, or of "
+                "another version; move it away"
+            )
     with file.open("a", encoding="utf-8", newline="") as target:
         writer = csv.DictWriter(target, list(row))
         if fresh:
@@ -229,11 +245,24 @@ def append(file: Path, row: Mapping[str, float]) -> None:
 
 
 def read(file: Path) -> list[dict[str, float]]:
-    """The rows of such a table; none if it is not there."""
+    """The rows of such a table; none if it is not there, and no last one that was cut off.
+
+    ValueError for a file that is no such table.
+    """
     if not file.exists():
         return []
-    with file.open(encoding="utf-8", newline="") as source:
-        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(source)]
+    try:
+        whole, _, _ = file.read_bytes().decode("utf-8").rpartition("\n")
+        rows = list(csv.DictReader(whole.splitlines()))
+        found = [{k: float(v) for k, v in row.items()} for row in rows]
+        if found and "step" not in found[0]:
+            raise ValueError("no column is called step")
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(
+            f"{file} is no table of numbers, a row a step ({error}): it is damaged, or something "
+            "else; move it away"
+        ) from None
+    return found
 
 
 def rewind(file: Path, step: int) -> None:
@@ -245,11 +274,22 @@ def rewind(file: Path, step: int) -> None:
 
 
 def best_row(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
-    """The row where `metric` is highest, the first of several. ValueError names the metrics."""
+    """The row where `metric` is highest, the first of several.
+
+    A row where it is not finite is none of them. ValueError where that is so of all, and for a
+    metric that is not there, naming those that are.
+    """
     if metric not in rows[0]:
         known = sorted(set(rows[0]) - {"step"})
         raise ValueError(f"the checks have no metric {metric!r}; there are {known}")
-    return max(rows, key=lambda row: row[metric])
+    scored = [row for row in rows if math.isfinite(row[metric])]
+    if not scored:
+        raise ValueError(
+            f"{metric} is {rows[-1][metric]} at every check, the last of them at step "
+            f"{rows[-1]['step']:.0f}: no picture got a score; set check.reward=, or check.best= to "
+            "another metric"
+        )
+    return max(scored, key=lambda row: row[metric])
 
 
 def is_over(rows: Sequence[Mapping[str, float]], check: Check) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .groups import Group, make_groups, normalised
-from .rollouts import Rollouts
+from .shards import Rollouts
 
 __all__ = ["Ahead", "Data", "Rows", "load_data"]
 

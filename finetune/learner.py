@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from . import lora, zero
 from .models import Family
 from .ranges import FLAG, SEED, TEXTS, Range, check, number, whole
 
-__all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws", "load_state", "save_state"]
+__all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws"]
 
 TIMES = ("logit_normal", "uniform")  # how the noise's share of the way is drawn
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names
@@ -284,33 +283,3 @@ def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
     for name, value in seen.items():
         total = value.detach().sum()
         sums[name] = sums[name] + total if name in sums else total
-
-
-def save_state(trainer: Any, folder: Path, main: bool = True) -> None:
-    """Write `trainer.state_dict()` whole or not at all: a full disk leaves the last good one.
-
-    main: of several processes, which all have to call it, the one that writes.
-    """
-    state = trainer.state_dict()
-    if not main:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / ".state.new"
-    try:
-        torch.save(state, scratch)
-        scratch.replace(folder / "state.pt")
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        scratch.unlink(missing_ok=True)
-        raise ValueError(
-            f"the state of step {trainer.step} cannot be written to {folder} ({error}); the one "
-            "written before it is kept"
-        ) from error
-
-
-def load_state(trainer: Any, folder: Path) -> bool:
-    """Carry on from a state if there is one; read without unpickling."""
-    file = folder / "state.pt"
-    if not file.exists():
-        return False
-    trainer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return True

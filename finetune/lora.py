@@ -130,7 +130,14 @@ def copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fill(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Copy weights by name."""
+    """Copy weights by name; ValueError, before any is copied, where names or shapes differ."""
+    shapes = {name: tuple(value.shape) for name, value in source.items()}
+    unlike = [n for n, value in target.items() if shapes.get(n) != tuple(value.shape)]
+    if unlike or len(source) != len(target):
+        raise ValueError(
+            f"the weights are not alike: {len(unlike)} of {len(target)} differ in name or shape"
+            + (f", as {unlike[0]}" if unlike else "")
+        )
     for name, value in target.items():
         value.copy_(like(source[name], value))
 

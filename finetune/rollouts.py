@@ -16,11 +16,10 @@ drawn in calls of its own. (`max_batch` and other kernels: the same pictures, do
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,13 +40,11 @@ from steering.pipeline import steer_each
 from . import ranges
 from .models import encode, family_of
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
+from .shards import is_whole, read_manifest, sha256
 
 __all__ = [
     "PLAIN",
     "Plan",
-    "Rollouts",
-    "Shard",
-    "add_rewards",
     "check",
     "generate",
     "is_complete",
@@ -138,7 +134,7 @@ def open_run(
     }
     file = folder / "manifest.json"
     if file.exists():
-        was = json.loads(file.read_text(encoding="utf-8"))
+        was = read_manifest(file)
         if not resume:
             raise ValueError(f"{folder} holds a run; add resume=true, or give another out=")
         for key, value in about.items():
@@ -168,7 +164,7 @@ def is_complete(
         same = {name: was[name] for name in about} == about
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return same and all(_is_whole(folder / f"{i:05d}") for i in range(len(plan.shards())))
+    return same and all(is_whole(folder / f"{i:05d}") for i in range(len(plan.shards())))
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
@@ -199,7 +195,7 @@ def generate(
     """
     each, sizes = plan.images + plan.steered, [len(prompts) for prompts in plan.shards()]
     mine = [i for i in range(len(sizes)) if i % world == rank]
-    missing = [i for i in mine if not _is_whole(folder / f"{i:05d}")]
+    missing = [i for i in mine if not is_whole(folder / f"{i:05d}")]
     total = each * sum(sizes[i] for i in mine)
     meter = _Meter(drawn, total, total - each * sum(sizes[i] for i in missing))
     for done, number in enumerate(missing, 1 + len(mine) - len(missing)):
@@ -222,14 +218,6 @@ class _Meter:
             self.tell(self.finished + count * share, self.total)
 
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        hashes = json.loads((folder / "shard.json").read_text(encoding="utf-8"))
-        return all(_sha256(folder / name) == value for name, value in hashes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def _make(
     folder: Path,
     number: int,
@@ -250,19 +238,29 @@ def _make(
     tensors["latents"] = torch.cat([latents for _, latents in parts])
     rows = [row for block, _ in parts for row in block]
     scratch = folder / f".{number:05d}.new"
+    if not scratch.is_dir():
+        scratch.unlink(missing_ok=True)
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
+    try:
+        _write_shard(scratch, rows, tensors)
+    except BaseException:  # a full disk needs the room
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    final = folder / f"{number:05d}"
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one
+    scratch.rename(final)
+
+
+def _write_shard(scratch: Path, rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
     about = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
     table = pa.Table.from_pylist(rows, _schema()).replace_schema_metadata(about)
     pq.write_table(table, scratch / "table.parquet")
     save_file(
         {k: v.contiguous().cpu() for k, v in tensors.items()}, scratch / "tensors.safetensors"
     )
-    hashes = {name: _sha256(scratch / name) for name in ("table.parquet", "tensors.safetensors")}
+    hashes = {name: sha256(scratch / name) for name in ("table.parquet", "tensors.safetensors")}
     _write(scratch / "shard.json", json.dumps(hashes))
-    final = folder / f"{number:05d}"
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one
-    scratch.rename(final)
 
 
 def _of_prompt(
@@ -342,84 +340,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:  # a piece at a time: shards may be large
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _write(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.new")
     scratch.write_text(text + "\n", encoding="utf-8")
     scratch.replace(path)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One finished shard; tensors are read when they are asked for."""
-
-    folder: Path
-
-    def table(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows, of these columns or all."""
-        return pq.read_table(self.folder / "table.parquet", columns=columns).to_pylist()
-
-    def images(self) -> list[Image.Image]:
-        """The pictures, RGB, in the rows' order."""
-        rows = self.table(["image"])
-        return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """ "latents" (rows, ...) and "given.NAME" (prompts, ...), mapped: read where touched."""
-        with safe_open(self.folder / "tensors.safetensors", "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-    def rewards(self) -> dict[str, list[float]]:
-        """The columns that were added, by name; none yet is {}."""
-        file = self.folder / "rewards.parquet"
-        return pq.read_table(file).to_pydict() if file.exists() else {}
-
-    def scored_by(self, column: str = "reward") -> str:
-        """The spec that a column was scored by, or ""."""
-        return self.specs().get(column, "")
-
-    def specs(self) -> dict[str, str]:
-        """The specs that the columns were scored by, where it is known: {column: spec}."""
-        file = self.folder / "rewards.parquet"
-        about = pq.read_schema(file).metadata if file.exists() else None
-        return json.loads((about or {}).get(b"specs", b"{}"))
-
-
-class Rollouts:
-    """A finished run. ValueError names shards that are missing or damaged."""
-
-    def __init__(self, folder: Path) -> None:
-        folder = Path(folder)
-        try:
-            self.manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            plan = self.manifest["plan"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{folder} holds no rollouts; make some with scripts/rollout.py"
-            ) from None
-        self.folder = folder
-        count = -(-len(plan["prompts"]) // plan["prompts_per_shard"])
-        self.shards = [Shard(folder / f"{i:05d}") for i in range(count)]
-        broken = [shard.folder.name for shard in self.shards if not _is_whole(shard.folder)]
-        if broken:
-            raise ValueError(
-                f"{folder} lacks, or has damaged, the shards {', '.join(broken[:5])}"
-                f"{' and more' if broken[5:] else ''}; repeat scripts/rollout.py with resume=true"
-            )
-
-
-def add_rewards(shard: Shard, columns: Mapping[str, Sequence[float]], spec: str = "") -> None:
-    """Add or replace columns of rewards, whole or not at all; spec: what these were scored by.
-
-    Columns of other names stay as they are, with the specs that they were scored by.
-    """
-    merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
-    specs = shard.specs() | dict.fromkeys(columns, spec)
-    scratch = shard.folder / ".rewards.new"
-    table = pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()})
-    pq.write_table(table.replace_schema_metadata({"specs": json.dumps(specs)}), scratch)
-    scratch.replace(shard.folder / "rewards.parquet")

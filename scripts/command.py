@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from finetune import config
 from steering import FeynmanKac
 
@@ -51,6 +53,9 @@ def finish(name: str, kept: str, work: Callable[[], None]) -> int:
     """
     try:
         work()
+    except SafetensorError as error:  # no OSError, though it is that of a full disk
+        print(f"{name}: {' '.join(str(error).split())}; {kept}", file=sys.stderr)
+        return 1
     except ValueError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

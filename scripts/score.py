@@ -30,7 +30,7 @@ from scripts.options import COUNT, Parser, check_words
 from steering.loading import pick_device
 
 if TYPE_CHECKING:
-    from finetune.rollouts import Shard
+    from finetune.shards import Shard
 
 EXAMPLES = """\
 examples:
@@ -228,7 +228,7 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
     A column that is there already is replaced. --resume skips shards where all of them are of
     this very spec.
     """
-    from finetune.rollouts import Rollouts, add_rewards
+    from finetune.shards import Rollouts, add_rewards
 
     for option in ("out", "prompt"):
         if getattr(args, option) is not None:

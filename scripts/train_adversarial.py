@@ -20,6 +20,7 @@ from __future__ import annotations
 from scripts import started
 
 # isort: split
+import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from finetune.nft import Nft
 from finetune.online import Task
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, Range, group, number, one_of, whole
 from finetune.references import load_references
+from finetune.state import check_out
 from rewards.critic import KINDS
 from scripts import command, training
 from steering import loading, tiny
@@ -159,8 +161,7 @@ def run(settings: Train) -> None:
     if not (settings.prompts and settings.out and (settings.reward or settings.references)):
         raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC, or references=, or both")
     name, out, tuned = settings.model or "tiny-sd3", Path(settings.out), settings.tuned
-    if (out / "state.pt").exists() and not settings.resume:
-        raise ValueError(f"{out} holds a run; add resume=true, or give another out=")
+    check_out(settings, ignore=METHODS.keys() - {settings.method})
     check_call(settings)
     prompts = list(dict.fromkeys(prompt.text for prompt in read(Path(settings.prompts))))
     defaults = tiny.call_defaults(name) if name in tiny.NAMES else {}
@@ -183,8 +184,10 @@ def run(settings: Train) -> None:
         watch = replace(watch, call=stated | guided | negative)
     call = stated | guided | {"num_inference_steps": tuned.num_inference_steps}
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
-    training.begin(trainer, settings, tuned)
-    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"))
+    texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    made_of = {"prompts": texts, "lora": command.digest(settings.lora) or ""}
+    training.begin(trainer, settings, tuned, made_of)
+    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), made_of)
     about = [
         f"{len(prompts)} prompts, {tuned.k} images of {tuned.groups} of them an epoch, "
         f"call {json.dumps(call)}",

@@ -23,6 +23,7 @@ from __future__ import annotations
 from scripts import started
 
 # isort: split
+import hashlib
 import io
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 from finetune import checks, config
 from finetune.critics import Critic, CriticSettings, accuracy
-from finetune.learner import draws, load_state, save_state
+from finetune.learner import draws
 from finetune.ranges import (
     FLAG,
     NAME,
@@ -52,7 +53,8 @@ from finetune.ranges import (
     whole,
 )
 from finetune.references import References, load_references
-from finetune.rollouts import Rollouts
+from finetune.shards import Rollouts
+from finetune.state import check_out, load_state, save_state
 from rewards.critic import KINDS
 from rewards.images import to_images
 from scripts import command, train_adversarial, training
@@ -125,8 +127,7 @@ def run(settings: Train) -> None:
     if not (settings.rollouts and settings.references and settings.out):
         raise ValueError("set rollouts=FOLDER, references=PICTURES and out=FOLDER")
     out = Path(settings.out)
-    if any((out / n).exists() for n in ("state.pt", "critic.json")) and not settings.resume:
-        raise ValueError(f"{out} holds a critic; add resume=true, or give another out=")
+    check_out(settings)
     given = settings.rollouts if isinstance(settings.rollouts, list) else [settings.rollouts]
     samples, size = read_samples([str(folder) for folder in given])
     seen, unseen = split(samples, settings.held_out, settings.seed)
@@ -138,7 +139,7 @@ def run(settings: Train) -> None:
     references = load_references(settings.references, size, paired=settings.paired)
     references.check([prompt for prompt, _ in samples])
     if settings.resume:
-        load_state(critic, out)
+        load_state(critic, out, {"samples": digest(samples)})
     config.write(settings, out / "settings.yaml")
     checks.rewind(out / "log.csv", critic.step)
     loop(critic, references, seen, unseen, settings)
@@ -162,6 +163,12 @@ def read_samples(folders: Sequence[str]) -> tuple[list[Sample], tuple[int, int]]
     return samples, sizes[folders[0]]
 
 
+def digest(samples: Sequence[Sample]) -> str:
+    """What tells these samples from others, in any order."""
+    every = sorted(hashlib.sha256(f"{p}\n".encode() + png).hexdigest() for p, png in samples)
+    return hashlib.sha256("".join(every).encode()).hexdigest()
+
+
 def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Samples of the prompts that are trained on, and of those that are not.
 
@@ -183,7 +190,7 @@ def loop(
     critic: Critic, references: References, seen: list[Sample], unseen: list[Sample], s: Train
 ) -> None:
     """Take the remaining steps, logging and saving on the way."""
-    out = Path(s.out)
+    out, made_of = Path(s.out), {"samples": digest(seen + unseen)}
     recent: list[dict[str, float]] = []
     for step in tqdm(range(critic.step, s.steps), initial=critic.step, total=s.steps):
         generator = draws(s.seed, step, "samples")
@@ -198,7 +205,7 @@ def loop(
             recent.clear()
         if done % s.save_every == 0 or done == s.steps:
             critic.save(out)
-            save_state(critic, out)
+            save_state(critic, out, made_of=made_of)
 
 
 def beside(samples: Sequence[Sample], references: References, generator: torch.Generator) -> Any:

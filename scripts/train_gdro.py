@@ -30,7 +30,8 @@ from finetune.data import load_data
 from finetune.gdro import Gdro, Trainer
 from finetune.models import family_of, noising_of
 from finetune.ranges import TEXT, Range, group
-from finetune.rollouts import Rollouts
+from finetune.shards import Rollouts
+from finetune.state import check_out
 from scripts import command, training
 from steering import loading
 
@@ -73,9 +74,8 @@ def run(settings: Train) -> None:
     """Check everything, then train."""
     if not settings.rollouts or not settings.out:
         raise ValueError("set rollouts=FOLDER and out=FOLDER")
-    made, out, gdro = Rollouts(Path(settings.rollouts)), Path(settings.out), settings.gdro
-    if (out / "state.pt").exists() and not settings.resume:
-        raise ValueError(f"{out} holds a run; add resume=true, or give another out=")
+    check_out(settings)
+    made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
     data = load_data(made, gdro.reward, gdro.reward_norm, gdro.k)
     accelerator = training.accelerator_of(settings)
     name = settings.model or made.manifest["model"]
@@ -92,10 +92,11 @@ def run(settings: Train) -> None:
     network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
     del pipe  # neither decoder nor text encoder stays in memory
     trainer = Trainer(network, family, noising, data, gdro, accelerator)
-    training.begin(trainer, settings, gdro)
+    made_of = {"rollouts": made.digest(gdro.reward), "lora": command.digest(settings.lora) or ""}
+    training.begin(trainer, settings, gdro, made_of)
     if accelerator.is_main_process:
         print(f"{len(data.groups)} prompts; {data.dropped} left out, whose rewards are all equal")
-    training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"))
+    training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), made_of)
     about = [
         f"{len(plan['prompts'])} prompts, {plan['images']} plain and {plan['steered']} steered "
         f"images each, seed {plan['seed']}, call {json.dumps(plan['call'])}",

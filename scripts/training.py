@@ -6,20 +6,23 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 
 import rewards
 from finetune import card, checks, config, lora, page, ranges
 from finetune.checks import Check, Watch
-from finetune.learner import Learner, load_state, save_state
+from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
+from finetune.state import load_state, save_state
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
 from scripts.sharding import shard
@@ -93,7 +96,9 @@ def notes(name: str) -> dict[str, str]:
         "save_every": "steps between checkpoints",
         "log_every": "steps between lines of the log",
         "wandb": "log to Weights & Biases too",
-        "resume": "carry on from the last checkpoint",
+        "resume": "carry on from the last checkpoint, further if steps= is higher; save_every, "
+        "log_every, wandb, check.every, check.patience, micro_groups, compile and "
+        "gradient_checkpointing may differ, too",
         "check.every": "steps between checks: pictures are drawn and scored; 0: never",
         "check.prompts": "a file of prompts that are not trained on",
         "check.train_prompts": "how many of the prompts that are trained on are checked too",
@@ -179,15 +184,18 @@ def critic_of(
     return critic
 
 
-def begin(trainer: Any, settings: Run, method: Any) -> None:
-    """Go on from a checkpoint or a LoRA, save the settings, start the loggers."""
+def begin(trainer: Any, settings: Run, method: Any, made_of: Mapping[str, str]) -> None:
+    """Go on from a checkpoint or a LoRA, save the settings, start the loggers.
+
+    made_of: digests of what is trained on, by name.
+    """
     learner: Learner = trainer.learner
     out, main = Path(settings.out), learner.accelerator.is_main_process
     if settings.lora:
         part, alpha = learner.family.network, learner.settings.alpha
         learner.start_from(lora.read(Path(settings.lora), part, learner.weights, alpha))
     if settings.resume:
-        load_state(trainer, out)
+        load_state(trainer, out, made_of)
     if main:
         config.write(settings, out / "settings.yaml")
         for table in ("log.csv", "checks.csv"):
@@ -198,11 +206,17 @@ def begin(trainer: Any, settings: Run, method: Any) -> None:
 
 
 def loop(
-    trainer: Any, steps: int, settings: Run, watch: Watch | None, shown: Sequence[str]
+    trainer: Any,
+    steps: int,
+    settings: Run,
+    watch: Watch | None,
+    shown: Sequence[str],
+    made_of: Mapping[str, str],
 ) -> None:
     """Take the remaining steps, logging, checking and saving on the way.
 
-    trainer has `learner`, `step`, `train_step()` and `state_dict()`; shown: on the progress bar.
+    trainer has `learner`, `step`, `train_step()` and `state_dict()`; shown: on the progress bar;
+    made_of: as in `begin`.
     """
     learner: Learner = trainer.learner
     out, main = Path(settings.out), learner.accelerator.is_main_process
@@ -233,7 +247,7 @@ def loop(
             bar.set_description("check")
             _check(learner, done, watch, out)
         if done % settings.save_every == 0 or done == steps:
-            save_state(trainer, out, main)
+            save_state(trainer, out, main, made_of)
 
 
 def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
@@ -245,10 +259,11 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
     with learner.averaged():
         row, grid = watch.look(learner.family.network, learner.bare, accelerator)
     weights = lora.whole(learner.average.weights)
+    row = {"step": step} | row
+    rows = [*checks.read(out / "checks.csv"), row]
+    best = checks.best_row(rows, watch.check.best)  # an error, where there is one, in all processes
     if accelerator.is_main_process:
-        row = {"step": step} | row
-        rows = [*checks.read(out / "checks.csv"), row]
-        if checks.best_row(rows, watch.check.best)["step"] == step:
+        if best["step"] == step:
             save_file(lora.copy(weights), out / "best.safetensors")
         checks.append(out / "checks.csv", row)
         (out / "grids").mkdir(exist_ok=True)
@@ -272,7 +287,7 @@ def export(
     rows = checks.read(out / "checks.csv")
     if rows:
         step = int(checks.best_row(rows, settings.check.best)["step"])
-        chosen = load_file(out / "best.safetensors")
+        chosen = _best(out / "best.safetensors")
     with lora.swapped(learner.weights, chosen):
         file = lora.save(kind, part, learner.bare, out / "lora", main)
     if main:
@@ -281,6 +296,16 @@ def export(
             page.write(out)
     learner.accelerator.wait_for_everyone()
     return file
+
+
+def _best(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{file}, the weights of the best check, cannot be read ({error}); train once more, "
+            "into another out="
+        ) from None
 
 
 def _card(out: Path, kind: Any, base: str, method: str, about: Sequence[str], step: int) -> None:

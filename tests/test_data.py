@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.data import Ahead, Rows, load_data
-from finetune.rollouts import Shard, add_rewards
+from finetune.shards import Shard, add_rewards
 
 
 def test_rows_of_several_tensors_are_those_of_one():

@@ -16,9 +16,11 @@ from finetune import lora
 from finetune.data import Data, load_data
 from finetune.gdro import Gdro, Trainer
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
-from finetune.learner import check_shares, load_state, save_state
+from finetune.learner import check_shares
 from finetune.models import encode, family_of, noising_of
-from finetune.rollouts import Plan, Rollouts, add_rewards, generate, open_run
+from finetune.rollouts import Plan, generate, open_run
+from finetune.shards import Rollouts, add_rewards
+from finetune.state import load_state, save_state
 
 PROMPTS = ["a red star", "two blue circles", "a cross"]
 

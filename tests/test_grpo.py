@@ -10,9 +10,9 @@ from tiny_pipelines import family
 from finetune import lora
 from finetune.chains import Policy, sample, schedule_of
 from finetune.grpo import Grpo, Trainer, advantages_of, mean_log_prob
-from finetune.learner import load_state, save_state
 from finetune.models import decode, encode, encode_negative, family_of, noising_of
 from finetune.online import Task
+from finetune.state import load_state, save_state
 from steering.transitions import Transition
 
 PROMPTS = ["a red star", "two blue circles", "a cross"]

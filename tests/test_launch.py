@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune import checks
-from finetune.rollouts import Rollouts
+from finetune.shards import Rollouts
 
 pytestmark = pytest.mark.slow  # a process takes ten seconds to import all it needs
 

@@ -10,10 +10,10 @@ from tiny_pipelines import family
 
 from finetune import lora
 from finetune.chains import schedule_of
-from finetune.learner import load_state, save_state
 from finetune.models import decode, encode, encode_negative, family_of, noising_of
 from finetune.nft import Nft, Trainer, draw_times
 from finetune.online import Task
+from finetune.state import load_state, save_state
 
 
 def trainer_of(name="sd3", score=brightness, **changed):

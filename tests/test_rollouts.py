@@ -11,7 +11,8 @@ import torch
 from tiny_pipelines import family
 
 from finetune import rollouts
-from finetune.rollouts import Plan, Rollouts, add_rewards, generate, open_run
+from finetune.rollouts import Plan, generate, open_run
+from finetune.shards import Rollouts, add_rewards
 from steering import FeynmanKac, generators
 
 PROMPTS = ("a red star", "two blue circles", "a cross")

@@ -7,7 +7,7 @@ import pytest
 from test_rollouts import made
 
 import rewards
-from finetune.rollouts import Rollouts, add_rewards
+from finetune.shards import Rollouts, add_rewards
 from scripts import score
 
 

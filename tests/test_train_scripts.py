@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import rewards
 from finetune import checks, zero
-from finetune.rollouts import Rollouts
+from finetune.shards import Rollouts
 from scripts import rollout, score, train_gdro, training
 from steering import loading, tiny
 

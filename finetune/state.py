@@ -1,0 +1,144 @@
+"""The state of a run that is carried on: written whole, read without unpickling, never mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+
+__all__ = ["check_out", "load_state", "save_state"]
+
+FILE, RECORD = "state.pt", "settings.yaml"
+# What may differ between a run and its continuation: how far it goes, what is told of it, and what
+# changes memory and speed alone.
+MAY_CHANGE = {
+    "out", "resume", "steps", "save_every", "log_every", "wandb", "check.every", "check.patience",
+    "micro_groups", "gradient_checkpointing", "compile",
+}  # fmt: skip
+
+
+def check_out(settings: Any, ignore: Collection[str] = ()) -> None:
+    """Check the folder `settings.out` before any work: it is fresh, or holds this very run.
+
+    ignore: groups of settings that are not used. Raises ValueError for a folder of something else,
+    for a run that is not to be resumed, and for a setting that would change it, by name.
+    """
+    out = Path(settings.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give a folder as out=")
+    there = [file.name for file in out.iterdir()] if out.is_dir() else []
+    if any(name[0] != "." for name in there) and RECORD not in there:
+        raise ValueError(f"{out} is not empty and holds no training; give another out=")
+    if FILE not in there:
+        return
+    if not settings.resume:
+        raise ValueError(f"{out} holds a run; add resume=true, or give another out=")
+    _check_same(settings, out, ignore)
+
+
+def _check_same(settings: Any, out: Path, ignore: Collection[str]) -> None:
+    try:
+        before = dict(_flat(asdict(config.read(type(settings), out / RECORD))))
+    except ValueError as error:
+        raise ValueError(f"{out} cannot be carried on ({error}); give another out=") from None
+    now = dict(_flat(asdict(settings)))
+    unseen = before.get("check.every") == 0  # nothing was checked yet
+    for name in sorted(before.keys() | now.keys()):
+        head, _, tail = name.partition(".")
+        if (
+            name in MAY_CHANGE
+            or tail in MAY_CHANGE
+            or head in ignore
+            or (unseen and head == "check")
+        ):
+            continue
+        if not _alike(before.get(name), now.get(name)):
+            raise ValueError(
+                f"{out} was begun with {name}={before.get(name)!r:.80}, not {now.get(name)!r:.80}; "
+                "carry it on as it was, or give another out="
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _alike(before: Any, now: Any) -> bool:
+    """Equal, or two names of one file."""
+    if isinstance(before, str) and isinstance(now, str) and before and now:
+        return before == now or Path(before).absolute().resolve() == Path(now).absolute().resolve()
+    return before == now
+
+
+def save_state(
+    trainer: Any, folder: Path, main: bool = True, made_of: Mapping[str, str] | None = None
+) -> None:
+    """Write `trainer.state_dict()` whole or not at all: a full disk leaves the last good one.
+
+    main: of several processes, which all have to call it, the one that writes. made_of: digests of
+    what is trained on, by name, which `load_state` compares.
+    """
+    state = trainer.state_dict()
+    if not main:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    scratch = folder / ".state.new"
+    try:
+        torch.save(state | {"made_of": dict(made_of or {})}, scratch)
+        scratch.replace(folder / FILE)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+        scratch.unlink(missing_ok=True)
+        raise ValueError(
+            f"the state of step {trainer.step} cannot be written to {folder} ({error}); the one "
+            "written before it is kept"
+        ) from error
+
+
+def load_state(trainer: Any, folder: Path, made_of: Mapping[str, str] | None = None) -> bool:
+    """Carry on from a state if there is one; read without unpickling: tensors and plain data.
+
+    Raises ValueError for a file that is damaged or of something else, and where the run was begun
+    on other data than `made_of` says.
+    """
+    file = folder / FILE
+    if not file.exists():
+        return False
+    unfit = f"give another out=, or delete {file} to begin anew"
+    try:
+        state: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, and with advice that must not be followed
+        kind = type(error).__name__
+        raise ValueError(f"{file} is damaged, or no state of a run ({kind}); {unfit}") from None
+    if not isinstance(state, dict) or not all(map(_is_finite, state.values())):
+        raise ValueError(f"{file} holds no state of a run, or one that is not finite; {unfit}")
+    was = state.pop("made_of", {})
+    for name, digest in (made_of or {}).items():
+        if was.get(name, digest) != digest:
+            raise ValueError(
+                f"{folder} was begun with other {name} than there are now under that name; bring "
+                "them back, or give another out="
+            )
+    try:
+        trainer.load_state_dict(state)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{file} does not fit this run ({said:.200}); {unfit}") from None
+    return True
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())
