@@ -8,6 +8,7 @@ spec in its metadata, or a .csv file with the spec in `NAME.spec` beside it.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import tempfile
@@ -53,9 +54,8 @@ class Table:
         self._begun = False
         if self.part.exists():
             # by "\n" alone: a prompt may hold other characters that end a line for str.splitlines
-            *lines, _cut_off = self.part.read_text(encoding="utf-8").split("\n")
-            self._check(json.loads(lines[0])["reward"] if lines else spec)
-            self.rows = [json.loads(line) for line in lines[1:]]
+            was, self.rows = _read_part(self.part)
+            self._check(spec if was is None else was)
         elif path.exists():
             self._check(spec_of(path))
             self.rows = read_table(path)
@@ -146,10 +146,13 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], spec: str = "") -> N
 
 def spec_of(path: Path) -> str:
     """The spec that a table was scored by, or "" where it does not say."""
-    if path.suffix == ".parquet":
-        return (_arrow().parquet.read_schema(path).metadata or {}).get(b"spec", b"").decode()
-    file = _spec_file(path)
-    return file.read_text(encoding="utf-8") if file.exists() else ""
+    try:
+        if path.suffix == ".parquet":
+            return (_arrow().parquet.read_schema(path).metadata or {}).get(b"spec", b"").decode()
+        file = _spec_file(path)
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
 
 
 def _spec_file(path: Path) -> Path:
@@ -157,15 +160,49 @@ def _spec_file(path: Path) -> Path:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of such a file; numbers as floats, an empty cell of a score as NaN."""
-    if path.suffix == ".parquet":
-        return _arrow().parquet.read_table(path).to_pylist()
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    for row in rows:
-        for key in row.keys() - set(TEXTS):
-            row[key] = float(row[key]) if row[key] else math.nan
-    return rows
+    """The rows of such a file; numbers as floats, an empty cell of a score as NaN.
+
+    Rows that were cut off are left out. ValueError for a file that is no such table.
+    """
+    try:
+        if path.suffix == ".parquet":
+            found = _arrow().parquet.read_table(path).to_pylist()
+            return [_row(row) for row in found]
+        text = path.read_bytes().decode("utf-8")
+        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline="")))
+        if rows and not text.endswith("\n"):  # the last number may lack digits
+            rows.pop()
+        return [_row(row) for row in rows if None not in row.values()]
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
+        raise _damaged(path, error) from None
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(row["image"], str) or not isinstance(row["prompt"], str):
+        raise TypeError("a row says neither its image nor its prompt")
+    scores = {k: v for k, v in row.items() if k not in TEXTS}
+    blank = ("", None)
+    return {k: row[k] for k in TEXTS if k in row} | {
+        k: math.nan if v in blank else float(v) for k, v in scores.items()
+    }
+
+
+def _read_part(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
+    """The spec and the rows of a working file; None where nothing is in it yet."""
+    try:
+        *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
+        was = str(json.loads(lines[0])["reward"]) if lines else None
+        return was, [_row(dict(json.loads(line))) for line in lines[1:]]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    said = " ".join(str(error).split())
+    return ValueError(
+        f"{path} is no table of scores, or a damaged one ({said:.200}); delete it, or give "
+        "another --out"
+    )
 
 
 def _arrow() -> Any:

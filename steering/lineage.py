@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Lineage", "Moment", "Score"]
+from steering.settings import FeynmanKac
+
+__all__ = ["Lineage", "Moment", "Score", "why_nothing_moved"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,34 @@ class Score:
             return torch.ones(len(self.ancestors), dtype=torch.bool)
         stay = torch.arange(self.ancestors.shape[1])
         return (self.ancestors != stay).any(dim=1)
+
+
+def why_nothing_moved(scores: Sequence[Score], settings: FeynmanKac) -> str:
+    """What to say of a run whose scores replaced no particle, by what they saw; "" of others.
+
+    Best-of-k, min_ess=0 or reward_scale=0, is meant not to.
+    """
+    meant = settings.min_ess == 0 or settings.reward_scale == 0
+    if meant or not scores or any(score.resampled.any() for score in scores):
+        return ""
+    if all((score.rewards == score.rewards[:, :1]).all() for score in scores):
+        return (
+            "No score told the particles of a prompt apart: their rewards were equal each time, so "
+            "the run is best-of-k at any reward_scale; take a graded reward, or score later steps."
+        )
+    least, k = min(score.ess.min().item() for score in scores), scores[0].rewards.shape[1]
+    weighed = f"The effective sample size was never below {least:.3g} of {k}"
+    if settings.min_ess == 1:
+        return f"{weighed}, and no particle was replaced: the run is best-of-k; raise reward_scale."
+    asked = settings.min_ess * k
+    if least < asked:
+        return (
+            "No score resampled though weights were uneven, as those steps draw no noise: the run "
+            "is best-of-k; score others by score_from and score_to, or raise noise."
+        )
+    # it is never below 1
+    what = "min_ess" if asked <= 1 else "reward_scale or min_ess"
+    return f"{weighed}, and scores resample below {asked:.3g}: the run is best-of-k; raise {what}."
 
 
 @dataclass(frozen=True)

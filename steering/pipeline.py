@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from steering.arguments import check_prompts, check_steer
 from steering.call import PipelineCall, check_pipeline
 from steering.denoiser import Rows
-from steering.lineage import Moment
+from steering.lineage import Moment, Score, why_nothing_moved
 from steering.result import Steered
 from steering.run import Run
 from steering.schedulers import stochastic
@@ -194,7 +194,7 @@ def _each(
             if watch is not None:
                 watch(moment)
 
-        resampled = False
+        scores: list[Score] = []
         for number, indices in enumerate(groups):
             bar.set_description(f"prompt {number + 1}/{len(groups)}", refresh=False)
             done = bar.n
@@ -210,14 +210,7 @@ def _each(
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-            resampled |= any(score.resampled.any() for score in result.lineage.scores)
-            if number == len(groups) - 1 and result.lineage.scores and not resampled:
-                _say_that_nothing_moved(run.settings, run.k)
+            scores += [replace(score, previews=None) for score in result.lineage.scores]
+            if number == len(groups) - 1 and (advice := why_nothing_moved(scores, run.settings)):
+                logger.warning("%s", advice)
             yield result
-
-
-def _say_that_nothing_moved(settings: FeynmanKac, k: int) -> None:
-    if settings.min_ess > 0 and settings.reward_scale != 0:
-        # an effective sample size is never below 1
-        what = "min_ess" if settings.min_ess * k <= 1 else "reward_scale"
-        logger.warning("No score resampled: the run is best-of-k; raise %s.", what)

@@ -68,15 +68,21 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
     """Make the folder and its manifest.json, or check that the one there asked for the same.
 
     `manifest["settings"]` and `manifest["prompts"]` have to agree; other entries may differ. Raises
-    ValueError where they do not, where there is a run that is not to be resumed or a manifest.json
-    of something else, and where nothing can be written. A run that has not finished anything is
-    none.
+    ValueError where they do not, where there is a run that is not to be resumed or something else,
+    whose files would be written over, and where nothing can be written. A run that has not finished
+    anything is none.
     """
     path, part = out / "manifest.json", out / ".manifest.json.part"
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     with _writing(out):
         begun = any(out.glob("[0-9]*-*/"))
         there = begun or path.exists()
+        files = [] if there or not out.is_dir() else [file.name for file in out.iterdir()]
+    if any(name[0] != "." for name in files):
+        raise ValueError(
+            f"{out} is not empty and holds no run ({sorted(files)[-1]}), and its files would be "
+            "written over: choose another --out"
+        )
     old = _read_manifest(path) if there else {}
     if begun and not resume:
         raise ValueError(f"{out} holds a run: --resume carries it on, another --out spares it")

@@ -5,8 +5,10 @@
 # diffusers annotates its schedulers and configs more narrowly than it uses them
 
 import copy
+import dataclasses
 import json
 import logging
+import re
 import threading
 
 import numpy as np
@@ -27,7 +29,7 @@ from tiny_pipelines import family, picture, sd, sd3
 from steering import Steered, steer
 from steering.call import PipelineCall
 from steering.denoiser import Rows, perturbed
-from steering.lineage import Score
+from steering.lineage import Score, why_nothing_moved
 from steering.observer import Filter
 from steering.pipeline import steer_each
 from steering.schedulers import Chain, Look
@@ -267,12 +269,43 @@ def test_perturbed_attention_is_never_cut(monkeypatch):
 
 def test_a_run_that_never_resampled_says_so_once(caplog):
     pipe, keywords = family("sd")
-    say = "No score resampled: the run is best-of-k; raise reward_scale."
     weak, none = Settings(reward_scale=1e-6), Settings(min_ess=0.0)
     for settings, times in ((weak, 1), (none, 0), (SHARP, 0)):
         caplog.clear()
         steer(pipe, ["a", "b"], brightness, 3, settings, progress=False, **keywords)
-        assert [record.getMessage() for record in caplog.records].count(say) == times
+        assert caplog.text.count("the run is best-of-k; raise reward_scale") == times
+
+
+def test_a_reward_that_tells_nothing_apart_is_said_to(caplog):
+    pipe, keywords = family("sd")
+    steer(pipe, ["a", "b"], lambda x, _: x[:, 0, 0, 0] * 0, 3, SHARP, progress=False, **keywords)
+    assert "their rewards were equal each time" in caplog.text
+    assert "raise reward_scale" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rewards", "ess", "given", "said"),
+    [
+        ([[2.0, 2.0], [3.0, 3.0]], (2.0, 2.0), {}, "rewards were equal"),
+        ([[2.0, 2.0], [3.0, 3.1]], (2.0, 1.9), {"min_ess": 1.0}, "below 1.9 of 2, and no particle"),
+        (
+            [[2.0, 2.5]],
+            (1.8,),
+            {"min_ess": 0.6},
+            "resample below 1.2: .* raise reward_scale or min",
+        ),
+        ([[2.0, 2.5]], (1.2,), {"min_ess": 0.5}, "below 1.2 of 2, .* raise min_ess"),
+        ([[2.0, 2.5]], (1.1,), {"min_ess": 0.8}, "draw no noise"),
+        ([[2.0, 2.5]], (1.1,), {"min_ess": 0.0}, "^$"),
+        ([[2.0, 2.5]], (1.1,), {"reward_scale": 0.0}, "^$"),
+    ],
+)
+def test_what_is_said_of_a_run_where_nothing_moved_is_what_was_seen(rewards, ess, given, said):
+    stay = torch.arange(2).expand(len(rewards), 2)
+    score = Score(0, torch.tensor(rewards), torch.zeros(len(rewards), 2), torch.tensor(ess), stay)
+    assert re.search(said, why_nothing_moved([score], Settings(**given)))
+    moved = dataclasses.replace(score, ancestors=torch.zeros_like(stay))
+    assert why_nothing_moved([score, moved], Settings(**given)) == ""
 
 
 def test_a_funnel_that_keeps_the_first_particles_has_resampled():

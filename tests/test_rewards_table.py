@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rewards.table import Table, draw, rank_correlation, read_table, spec_of, summary
+from rewards.table import Table, draw, rank_correlation, read_table, spec_of, summary, write_table
 
 ROWS = [
     {"image": f"{i}.png", "prompt": 'a "b",\u2028c', "reward": i / 3, "x": float(i), "y": math.nan}
@@ -133,3 +133,49 @@ def test_summary_counts_what_is_missing(tmp_path):
     assert [float(v) for v in x[1:6]] == pytest.approx([1.5, 0.6455, 0, 1.5, 3], rel=1e-3)
     draw(ROWS, tmp_path / "scores.png")
     assert (tmp_path / "scores.png").stat().st_size > 1000
+
+
+def test_a_row_that_was_cut_off_is_scored_again(tmp_path):
+    rows = [
+        {"image": f"{i}.png", "prompt": "a", "reward": i / 3, "clip": math.nan} for i in range(3)
+    ]
+    path = tmp_path / "scores.csv"
+    write_table(path, rows, "clip")
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    wanted = [{"image": row["image"], "prompt": row["prompt"]} for row in rows]
+    for text, missing in (
+        (whole, []),  # an empty cell is a NaN
+        ("".join([lines[0], "0.png,a\n", *lines[2:]]), [0]),
+        ("".join(lines[:3]) + "2.png,a,0.6", [2]),
+    ):
+        path.write_text(text)
+        assert Table(path, "clip", resume=True).missing(wanted) == missing
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"hello\nworld\n", b"image,prompt,reward\na,b,x\n", b"\xff", b"image,prompt\na,b,c\n"],
+)
+def test_a_table_of_something_else_is_named(content, tmp_path):
+    (tmp_path / "scores.csv").write_bytes(content)
+    (tmp_path / "scores.csv.spec").write_text("clip")
+    with pytest.raises(ValueError, match=r"scores\.csv is no table of scores, or a damaged one"):
+        Table(tmp_path / "scores.csv", "clip", resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]\n", "3\n", "{}\n", "x\n", '{"reward": "clip"}\n[1]\n', "[" * 9999 + "\n"]
+)
+def test_a_damaged_working_file_is_named(content, tmp_path):
+    (tmp_path / "scores.csv.part").write_text(content)
+    with pytest.raises(ValueError, match=r"scores\.csv\.part is no table of scores"):
+        Table(tmp_path / "scores.csv", "clip", resume=True)
+
+
+def test_a_damaged_parquet_table_is_named(tmp_path):
+    write_table(tmp_path / "a.parquet", [{"image": "a", "prompt": "b", "reward": 1.0}], "clip")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:50])
+    with pytest.raises(ValueError, match=r"a\.parquet is no table of scores"):
+        Table(tmp_path / "a.parquet", "clip", resume=True)

@@ -79,6 +79,17 @@ def test_manifest_of_something_else_is_refused_and_stays(tmp_path, content, resu
     assert (tmp_path / "manifest.json").read_text() == content
 
 
+@pytest.mark.parametrize("name", ["report.html", "settings.yaml", "notes.txt", "lora"])
+def test_a_folder_that_holds_something_else_is_not_written_over(tmp_path, name):
+    (tmp_path / name).write_text("of a training run")
+    (tmp_path / ".hidden").touch()
+    with pytest.raises(ValueError, match=rf"not empty and holds no run \({name}\).*another --out"):
+        runs.open_run(tmp_path, ASKED, resume=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", name]
+    (tmp_path / name).unlink()
+    runs.open_run(tmp_path, ASKED, resume=False)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_results_without_the_manifest_of_their_run_are_not_taken_for_ours(tmp_path, resume):
     (tmp_path / "0000-holidays").mkdir()

@@ -230,7 +230,7 @@ def test_prompts_of_many_seeds_have_one_bar_at_a_time_and_say_a_thing_once(
     assert script.main([*arguments, "--reward-scale", "1e-6", "--out", str(tmp_path / "o")]) == 0
     assert most == [1, 1, 1]
     assert open_bars == set()
-    assert caplog.text.count("No score resampled") == 1
+    assert caplog.text.count("no particle was replaced") == 1
 
 
 def test_full_disk_keeps_what_is_finished(finished, tmp_path, capsys, monkeypatch):
