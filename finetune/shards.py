@@ -112,6 +112,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
         "images": int,
         "steered": int,
     }
+    found: Any = None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         plan = found["plan"]

@@ -19,8 +19,8 @@ from tiny_pipelines import family
 from finetune import learner, lora
 from finetune.data import Data
 from finetune.gdro import Gdro, Trainer
-from finetune.learner import load_state, save_state
 from finetune.models import decode, encode, family_of, noising_of, predict
+from finetune.state import load_state, save_state
 
 HALVES = [torch.bfloat16, torch.float16]
 KINDS = {"gdro": test_gdro, "grpo": test_grpo, "nft": test_nft}

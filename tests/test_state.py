@@ -49,7 +49,7 @@ def others(kind):
         "gdro.form": "rank", "gdro.weight": "elbo", "gdro.reward_norm": "rank", "method": "nft",
         "critic_kind": "preference", "kind": "preference", "critic.loss": "bce",
         "critic.trigger": "every_n", "critic.below": 0.5, "critic.smoothing": 0.1, "held_out": 0.2,
-        "grpo.noise": 0.5, "grpo.spread": "none",
+        "grpo.noise": 0.5, "grpo.spread": "none", "grpo.guidance_scale": 2.0,
     }  # fmt: skip
 
     def walk(settings, prefix=""):
