@@ -10,6 +10,7 @@
     python -m scripts.bench soak             memory over many prompts
     python -m scripts.bench cost             seconds of k steered particles over k plain samples
     python -m scripts.bench attention        each attention backend over PyTorch's own
+    python -m scripts.bench gpu              all that only a GPU can show, in one file
     python -m scripts.bench processes        prompts per second of two processes over those of one
     python -m scripts.bench rewards          what scoring costs, against the usual way
     python -m scripts.bench training         a training step over the network's own share of it
@@ -42,6 +43,7 @@ COMMANDS = {
     "speed": "speed",
     "soak": "soak",
     "attention": "attention",
+    "gpu": "gpu",
     "processes": "processes",
     "rewards": "rewards",
     "training": "training",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scripts.benchmarks import attention
+from scripts.benchmarks.networks import filled, network_of
 
 OUT = {"sd15": (2, 4, 64, 64), "sdxl": (2, 4, 128, 128), "sd35m": (2, 16, 128, 128)}
 # in billions, of the published checkpoints
@@ -14,12 +15,27 @@ SIZES = {"sd15": 0.860, "sdxl": 2.567, "sd35m": 2.243, "flux": 11.901}
 
 @pytest.mark.parametrize("name", attention.PUBLISHED)
 def test_published_networks_take_the_inputs(name):
-    network = attention.skeleton(name).to(torch.bfloat16)
+    with torch.device("meta"):
+        network = network_of(attention.MODELS[name]).to(torch.bfloat16)
     size = sum(weight.numel() for weight in network.parameters())
     assert size / 1e9 == pytest.approx(SIZES[name], rel=0.002)
     with torch.no_grad():
         out = network(**attention.inputs(network, 2), return_dict=False)[0]
     assert out.shape == OUT.get(name, (2, 4096, 64))
+
+
+def test_networks_are_filled_where_they_stand_and_pass_on_finite_numbers():
+    cpu = torch.device("cpu")
+    first, again = (
+        filled(lambda: network_of(attention.MODELS["small-flux"]), cpu, dtype)
+        for dtype in (torch.bfloat16, torch.bfloat16)
+    )
+    assert {weight.dtype for weight in first.parameters()} == {torch.bfloat16}
+    assert all(map(torch.equal, first.parameters(), again.parameters()))
+    with torch.no_grad():
+        out = first(**attention.inputs(first, 1), return_dict=False)[0]
+    assert out.isfinite().all()
+    assert 0.01 < out.float().std() < 100
 
 
 def test_backends_alternate_and_agree_and_the_others_say_why_not():

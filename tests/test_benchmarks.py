@@ -1,5 +1,7 @@
 """The benchmarks run, train and resume: small sizes of what the README's commands call."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,17 +12,91 @@ from finetune import checks
 from finetune.gdro import Gdro
 from finetune.grpo import Grpo
 from rewards.images import to_images
-from scripts.benchmarks import adversarial, cost, foresight, lift, online, training, tuning
+from scripts.benchmarks import (
+    adversarial,
+    cost,
+    foresight,
+    gpu,
+    lift,
+    networks,
+    online,
+    training,
+    tuning,
+)
 from scripts.tiny import styles
 from scripts.tiny.fit import fit, split
 from scripts.tiny.world import COLOURS, TASKS, render
 from steering import FeynmanKac
+
+# of the published configurations
+UNET = {"block_out_channels": (32, 64), "norm_num_groups": 8, "layers_per_block": 1}
+LESS = {
+    "sd15": UNET
+    | {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 4,
+    },
+    "sdxl": UNET
+    | {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1),
+        "attention_head_dim": (2, 4),
+    },
+    "sd35m": {
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "caption_projection_dim": 32,
+        "dual_attention_layers": (0,),
+    },
+}
 
 
 def test_cost_runs_both_sides_of_a_pair():
     pipe, call, preview = cost.subject("tiny-sd3", torch.device("cpu"), torch.float32)
     (ratio,) = cost.measure(pipe, call, rewards.load("jpeg"), 2, 1, preview, num_scores=2)
     assert np.isfinite(ratio)
+
+
+@pytest.mark.parametrize("name", list(networks.MODELS))
+@pytest.mark.parametrize("method", training.METHODS)
+def test_networks_of_published_size_are_trained_without_their_encoders(name, method, monkeypatch):
+    """On pictures of 64 pixels, with fewer layers: what is tried is how they are put together."""
+    small = dataclasses.replace(
+        networks.MODELS[name], config=networks.MODELS[name].config | LESS[name], side=64
+    )
+    monkeypatch.setitem(networks.MODELS, name, small)
+    learns, bare, decoder = training.trainer_of(name, method)
+    seen = learns.train_step()
+    assert all(np.isfinite(value) for value in seen.values())
+    bare()
+    assert all(weight.grad is None for weight in learns.learner.weights.values())
+    assert (decoder is None) == (method == "gdro")
+
+
+def test_the_gpus_file_is_written_section_by_section(tmp_path, monkeypatch, capsys):
+    def fails(device):
+        yield "| one |"
+        raise RuntimeError("too hot")
+
+    monkeypatch.setitem(gpu.SECTIONS, "cost", fails)
+    out = tmp_path / "gpu.md"
+    with pytest.raises(SystemExit) as left:
+        gpu.main(["--device", "cpu", "--out", str(out), "--only", "cost", "parity", "memory"])
+    assert left.value.code == 1
+    text = out.read_text()
+    assert text.index("| one |") < text.index("too hot") < text.index("## parity")
+    assert text.count("| yes |") == 8
+    assert "NO" not in text
+
+
+def test_the_gpus_micro_batches_are_documented():
+    for name, method, less in gpu.MICRO_BATCHES:
+        assert float(gpu.documented(name, method, less).split(" | ")[-1].rstrip(" |")) > 3
+    with pytest.raises(ValueError, match="no row of sd15, gdro2"):
+        gpu.documented("sd15", "gdro2", True)
 
 
 def test_best_of_fewer_particles_is_read_off_the_larger_run():
@@ -131,7 +207,7 @@ def test_a_measurement_of_training_has_a_ratio_for_each_pair(monkeypatch):
     assert found["ratios"] == [2 / 3] * 3
     assert found["fraction"] == 1.5
     assert found["images_per_second"] == found["images_a_step"] / 2
-    assert "| tiny-sd3 | gdro | 12.0 | 8.0 | 1.500 |" in training.table([found])
+    assert "| tiny-sd3 | gdro | 12.0 | 8.0 | 1.500 |" in training.line(found)
 
 
 def test_the_table_compares_runs_prompt_by_prompt():

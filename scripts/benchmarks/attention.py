@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,25 +65,12 @@ SMALL = (*tiny.NAMES, "small-flux")
 TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 333, "FluxTransformer2DModel": 512}
 
 
-def skeleton(name: str) -> Any:
-    """A network of the published configuration `name` on the meta device, without weights."""
-    with torch.device("meta"):
-        return network_of(MODELS[name])
-
-
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A network by name: an embedded one, or random weights by its published configuration."""
     if name in tiny.NAMES:
         pipe = loading.load_pipeline(name, dtype)
         return (pipe.unet if name == "tiny-sd" else pipe.transformer).to(device)
-    network = skeleton(name).to(dtype).to_empty(device=device)
-    generator = Generator(device).manual_seed(0)
-    for values in (*network.parameters(), *network.buffers()):
-        if values.ndim > 1:
-            values.data.normal_(0, values[0].numel() ** -0.5, generator=generator)
-        else:
-            values.data.fill_(0.1)
-    return network
+    return networks.filled(partial(network_of, MODELS[name]), device, dtype)
 
 
 def inputs(network: Any, rows: int) -> dict[str, Any]:

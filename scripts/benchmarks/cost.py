@@ -35,14 +35,15 @@ PROMPT = "a red circle left of a blue star"
 
 def seconds(call: Callable[[], object]) -> float:
     """Wall-clock time of one call, until the device has finished."""
-    _wait()
+    wait()
     start = time.perf_counter()
     call()
-    _wait()
+    wait()
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -91,7 +92,7 @@ def measure(
             **keywords,
         )
 
-    return ratios(steered, _plain(pipe, keywords, k), pairs)
+    return ratios(steered, plain(pipe, keywords, k), pairs)
 
 
 def least(
@@ -107,8 +108,8 @@ def least(
 
     That is `num_scores` predictions decoded and scored in mid-run, and a score at the end.
     """
-    plain, decoder = _plain(pipe, keywords, k), preview or pipe.vae
-    latents = plain(output_type="latent")[0].to(decoder.dtype)
+    own, decoder = plain(pipe, keywords, k), preview or pipe.vae
+    latents = own(output_type="latent")[0].to(decoder.dtype)
     prompts = [PROMPT] * k
 
     @torch.no_grad()
@@ -119,21 +120,21 @@ def least(
             reward((images / 2 + 0.5).clamp(0, 1).float(), prompts)
         reward((images / 2 + 0.5).clamp(0, 1).float(), prompts)
 
-    return [1 + ratio for ratio in ratios(looked, plain, pairs)]
+    return [1 + ratio for ratio in ratios(looked, own, pairs)]
 
 
-def _plain(pipe: Any, keywords: dict[str, Any], k: int) -> Callable[..., Any]:
+def plain(pipe: Any, keywords: dict[str, Any], k: int) -> Callable[..., Any]:
     """The pipeline's own call for k images with the chain that is steered."""
     own = copy.copy(pipe)
     rows = {n: v.repeat(k, *[1] * (v.ndim - 1)) for n, v in keywords.items() if _is_tensor(v)}
     prompt = {} if rows else {"prompt": PROMPT, "num_images_per_prompt": k}
 
-    def plain(**more: Any) -> Any:
+    def run(**more: Any) -> Any:
         draws = generators(0, [PROMPT], k)
         vars(own)["scheduler"] = stochastic(pipe.scheduler, FeynmanKac().noise, draws)
         return own(generator=draws, **prompt, **keywords | rows | more)
 
-    return plain
+    return run
 
 
 def _is_tensor(value: Any) -> bool:

@@ -90,17 +90,20 @@ def in_float(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return called
 
 
-def step(network: Any, model: Model, rows: int, offline: bool) -> None:
-    """Forward and backward passes of a micro-batch, as the trainers make them."""
+def step(network: Any, model: Model, rows: int, offline: bool, device: str = "cpu") -> None:
+    """Forward and backward passes of a micro-batch, as the trainers make them.
+
+    On the default device, of the type `device`.
+    """
     x = torch.empty(rows, model.latents, *2 * (model.side // 8,))
     given = {name: torch.empty(rows, *shape) for name, shape in model.given.items()}
     family, noising = FAMILIES[model.family], Noising("velocity", 1000)
     inputs = (network, family, noising, x, torch.empty(rows), given)
     target = x
     if offline:
-        with torch.no_grad(), lora.reference(network), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), lora.reference(network), torch.autocast(device, torch.bfloat16):
             target = predict(*inputs).float()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         out = predict(*inputs)
     (out.float() - target).square().mean().backward()
 

@@ -7,13 +7,13 @@ transformers' default. Legend: rows, what a network evaluates at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
-from torch import nn
+from torch import Generator, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -145,6 +145,26 @@ def text_encoder(name: str) -> Any:
         hidden_act="gelu",
     )
     return CLIPTextModelWithProjection(huge).eval()
+
+
+def filled(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """What `build()` makes, with random weights that are drawn on the device.
+
+    It is built without weights first: a network of two billion parameters takes a minute to
+    initialise on the host. Matrices keep the size of what passes through them, norms are those of a
+    new network, and biases are 0.
+    """
+    with torch.device("meta"):
+        module = build()
+    nn.Module.to(module, dtype)  # not the model's own, which warns of layers that it has none of
+    module = module.to_empty(device=device)
+    generator = Generator(device).manual_seed(0)
+    for name, values in (*module.named_parameters(), *module.named_buffers()):
+        if values.ndim > 1:
+            values.data.normal_(0, values[0].numel() ** -0.5, generator=generator)
+        else:
+            values.data.fill_(0.0 if name.endswith("bias") else 1.0)
+    return module
 
 
 def parts_of(model: Model, online: bool) -> list[Any]:

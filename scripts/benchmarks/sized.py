@@ -5,13 +5,14 @@ They take embeddings in place of prompts, so that no text encoder is needed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import diffusers
 import torch
 
 from ..tiny.models import SD_NOISE
-from .networks import MODELS, decoder_of, network_of, preview_of
+from .networks import MODELS, decoder_of, filled, network_of, preview_of
 
 __all__ = ["DTYPES", "sized"]
 
@@ -30,9 +31,8 @@ def sized(
     """
     model = MODELS[name]
     side = side or model.side
-    with torch.device(device):
-        network = network_of(model).to(device, dtype)
-        vae, preview = (part.to(device, dtype) for part in (decoder_of(model), preview_of(model)))
+    parts = (network_of, decoder_of, preview_of)
+    network, vae, preview = (filled(partial(part, model), device, dtype) for part in parts)
     factor, shift = SCALES[name]
     vae.register_to_config(scaling_factor=factor, shift_factor=shift or None)
     none: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer"))

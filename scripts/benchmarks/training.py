@@ -1,23 +1,25 @@
 """A training step against its network alone, and memory over many steps.
 
     python -m scripts.bench training --model tiny-sd3 --method gdro --pairs 15
+    python -m scripts.bench training --model sd15 sdxl sd35m --method gdro grpo --device cuda
 
 The bare step makes the same calls of the same network on inputs of the same shapes, and nothing
 else. For gdro: a forward without the adapter, one with it, the backward of a mean square. For
 grpo: the forwards that sample, then a forward and a backward for each step of the window. No loss
 of groups, no optimiser, no moves of a sampler, no decoder, no reward. The two alternate and the
 figure is the ratio pair by pair, as machines are shared and their speed drifts. With grpo the
-decoder's part of a step, which no bare network has, is given too.
+decoder's part of a step, which no bare network has, is given too. sd15, sdxl and sd35m are networks
+of that size with random weights, in bfloat16 with gradient checkpointing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,29 +33,78 @@ from finetune.data import Data
 from finetune.groups import Group
 from finetune.models import encode, family_of, noising_of, predict
 from finetune.online import Task
-from steering import tiny
+from steering import loading, tiny
 
-from .cost import seconds
-from .machine import resident
+from .cost import seconds, wait
+from .machine import about, resident
+from .networks import MODELS
+from .sized import sized
 
+CPU = torch.device("cpu")
 PROMPTS = [f"a {colour} star" for colour in ("red", "blue", "green", "orange", "yellow", "purple")]
 METHODS = ("gdro", "grpo")
+HEAD = (
+    "| model | method | images a second | bare network | its speed, kept | step / bare, "
+    "median [quartiles] | decoder's part |\n|---|---|---|---|---|---|---|"
+)
 
 
-def gdro_of(model: str, settings: gdro.Gdro) -> gdro.Trainer:
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a pipeline, the keywords of its call, and the conditioning of PROMPTS.
+
+    encoded: what the pipeline's encoders would give for one prompt, where it has none.
+    """
+
+    pipe: Any
+    call: dict[str, Any]
+    given: dict[str, Tensor]
+    encoded: Any = None
+
+    @property
+    def network(self) -> Any:
+        return getattr(self.pipe, family_of(self.pipe).network)
+
+
+def subject_of(model: str, device: torch.device) -> Subject:
+    """An embedded pipeline in float32, or one of published size in bfloat16."""
+    if model in tiny.NAMES:
+        pipe, call = tiny.load(model).to(device), tiny.call_defaults(model)
+        return Subject(pipe, call, encode(pipe, PROMPTS, **call))
+    pipe, call, _ = sized(model, device, torch.bfloat16)
+    draws, kept = torch.Generator().manual_seed(0), {}
+    for name, shape in MODELS[model].given.items():
+        kept[name] = torch.randn(1, *shape, generator=draws).to(device, torch.bfloat16)
+    if "time_ids" in kept:
+        side = float(MODELS[model].side)
+        kept["time_ids"] = kept["time_ids"].new_tensor([[side, side, 0, 0, side, side]])
+    given = {name: row.repeat(len(PROMPTS), *[1] * (row.ndim - 1)) for name, row in kept.items()}
+    embeds, pooled = kept["embeds"], kept.get("pooled")
+    encoded = (embeds, embeds) if pooled is None else (embeds, embeds, pooled, pooled)
+    call = {name: value for name, value in call.items() if "embeds" not in name}
+    return Subject(pipe, call, given, encoded)
+
+
+def gdro_of(model: str, settings: gdro.Gdro, device: torch.device = CPU) -> gdro.Trainer:
     """A trainer on random latents and rewards, of real prompts."""
-    pipe = tiny.load(model)
-    family, call = family_of(pipe), tiny.call_defaults(model)
-    network, noising, m = getattr(pipe, family.network), noising_of(pipe), 2 * settings.k
+    subject, m = subject_of(model, device), 2 * settings.k
     draws = torch.Generator().manual_seed(0)
-    side = network.config.sample_size
-    shape = (len(PROMPTS) * m, network.config.in_channels, side, side)
+    config = subject.network.config
+    side = config.sample_size if model in tiny.NAMES else MODELS[model].side // 8
+    shape = (len(PROMPTS) * m, config.in_channels, side, side)
     groups = [
         Group(i, torch.arange(m) + m * i, torch.rand(m, generator=draws))
         for i in range(len(PROMPTS))
     ]
-    data = Data(torch.randn(shape, generator=draws), encode(pipe, PROMPTS, **call), groups, 0)
-    return gdro.Trainer(network, family, noising, data, settings, Accelerator(cpu=True))
+    given = {name: value.cpu() for name, value in subject.given.items()}
+    data = Data(torch.randn(shape, generator=draws), given, groups, 0)
+    family, noising = family_of(subject.pipe), noising_of(subject.pipe)
+    return gdro.Trainer(subject.network, family, noising, data, settings, accelerator_on(device))
+
+
+def accelerator_on(device: torch.device) -> Accelerator:
+    """One process on the CPU, or on the first GPU."""
+    return Accelerator(cpu=device.type == "cpu")
 
 
 class Decoder:
@@ -64,8 +115,10 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
+        wait()
         start = time.perf_counter()
         images = models.decode(self.pipe, latents, self.call)
+        wait()
         self.seconds += time.perf_counter() - start
         return images
 
@@ -75,24 +128,24 @@ def redness(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tenso
     return images[:, 0].mean((1, 2)), {}
 
 
-def grpo_of(model: str, settings: grpo.Grpo) -> tuple[grpo.Trainer, Decoder]:
+def grpo_of(
+    model: str, settings: grpo.Grpo, device: torch.device = CPU
+) -> tuple[grpo.Trainer, Decoder]:
     """A trainer that samples for a reward which costs nothing, and its decoder."""
-    pipe = tiny.load(model)
-    family, noising = family_of(pipe), noising_of(pipe)
-    call = tiny.call_defaults(model) | {
-        "num_inference_steps": settings.num_inference_steps,
-        "guidance_scale": 1.0,
-    }
-    schedule, given = schedule_of(pipe, noising, PROMPTS[0], **call), encode(pipe, PROMPTS, **call)
-    network, decoder = getattr(pipe, family.network), Decoder(pipe, call)
-    task = Task(schedule, PROMPTS, given, decoder, redness)
-    return grpo.Trainer(network, family, task, settings, Accelerator(cpu=True)), decoder
+    subject = subject_of(model, device)
+    steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
+    pipe, call = subject.pipe, subject.call | steps
+    noising, decoder = noising_of(pipe), Decoder(pipe, call)
+    schedule = schedule_of(pipe, noising, PROMPTS[0], subject.encoded, **call)
+    task = Task(schedule, PROMPTS, subject.given, decoder, redness)
+    accelerator = accelerator_on(device)
+    return grpo.Trainer(subject.network, family_of(pipe), task, settings, accelerator), decoder
 
 
 def bare_gdro(trainer: gdro.Trainer) -> Callable[[], None]:
     """The networks' share of a step, on inputs made beforehand."""
     learner, batches = trainer.learner, []
-    for inputs in trainer.inputs(0):
+    for inputs in (part.to(learner.accelerator.device) for part in trainer.inputs(0)):
         k = inputs.rewards.shape[1]
         times, noise = inputs.t.repeat_interleave(k), inputs.noise.expand_as(inputs.x0)
         x, _ = trainer.noising.noised(inputs.x0.flatten(0, 1), noise.flatten(0, 1), times)
@@ -118,7 +171,8 @@ def bare_grpo(trainer: grpo.Trainer) -> Callable[[], None]:
 
     def inputs(groups: int, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         given = {n: v[:groups].repeat_interleave(rows, 0) for n, v in samples.task.given.items()}
-        return torch.randn(groups * rows, *shape), torch.full((groups * rows,), 0.5), given
+        x, t = torch.randn(groups * rows, *shape), torch.full((groups * rows,), 0.5)
+        return x.to(learner.accelerator.device), t.to(learner.accelerator.device), given
 
     one, group = inputs(1, 1), inputs(1, s.k)
     parts = [inputs(len(share), s.k) for share in samples.shares()]
@@ -141,16 +195,23 @@ def _forget(learner: Any) -> None:
         parameter.grad = None
 
 
-def trainer_of(model: str, method: str) -> tuple[Any, Callable[[], None], Decoder | None]:
+def trainer_of(
+    model: str, method: str, device: torch.device = CPU
+) -> tuple[Any, Callable[[], None], Decoder | None]:
     """A trainer of the method, its bare step, and its decoder if it has one."""
+    embedded = model in tiny.NAMES
+    less: dict[str, Any] = {} if embedded else {"gradient_checkpointing": True, "rank": 32}
     if method == "gdro":
-        learns = gdro_of(model, gdro.Gdro(groups=4, micro_groups=4))
+        groups = 4 if embedded else 1
+        learns = gdro_of(model, gdro.Gdro(groups=4, micro_groups=groups, **less), device)
         return learns, bare_gdro(learns), None
-    samples, decoder = grpo_of(model, grpo.Grpo(groups=2, k=8, micro_groups=2))
+    groups = 2 if embedded else 1
+    settings = grpo.Grpo(groups=groups, k=8, micro_groups=groups, **less)
+    samples, decoder = grpo_of(model, settings, device)
     return samples, bare_grpo(samples), decoder
 
 
-def measure(model: str, method: str, pairs: int) -> dict[str, Any]:
+def measure(model: str, method: str, pairs: int, device: torch.device = CPU) -> dict[str, Any]:
     """Steps and bare steps in turn, after one of each to warm up.
 
     ratios: step over bare, pair by pair; images_per_second and bare_images_per_second, medians;
@@ -158,7 +219,7 @@ def measure(model: str, method: str, pairs: int) -> dict[str, Any]:
     """
     if method not in METHODS:
         raise ValueError(f"the method is {method!r}; take one of {list(METHODS)}")
-    trainer, bare, decoder = trainer_of(model, method)
+    trainer, bare, decoder = trainer_of(model, method, device)
     own, alone, decoding = [], [], []
     for pair in range(pairs + 1):
         before = decoder.seconds if decoder else 0.0
@@ -181,21 +242,14 @@ def measure(model: str, method: str, pairs: int) -> dict[str, Any]:
     }
 
 
-def table(found: list[dict[str, Any]]) -> str:
-    """Measurements as Markdown."""
-    lines = [
-        "| model | method | images a second | bare network | its speed, kept | step / bare, "
-        "median [quartiles] | decoder's part |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found:
-        low, middle, high = statistics.quantiles(row["ratios"], n=4)
-        lines.append(
-            f"| {row['model']} | {row['method']} | {row['images_per_second']:.1f} | "
-            f"{row['bare_images_per_second']:.1f} | {row['fraction']:.3f} | "
-            f"{middle:.3f} [{low:.3f}, {high:.3f}] | {row['decoder']:.3f} |"
-        )
-    return "\n".join(lines)
+def line(row: dict[str, Any]) -> str:
+    """A measurement as a row of the table below HEAD."""
+    low, middle, high = statistics.quantiles(row["ratios"], n=4)
+    return (
+        f"| {row['model']} | {row['method']} | {row['images_per_second']:.1f} | "
+        f"{row['bare_images_per_second']:.1f} | {row['fraction']:.3f} | "
+        f"{middle:.3f} [{low:.3f}, {high:.3f}] | {row['decoder']:.3f} |"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -203,24 +257,29 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", nargs="+", default=["tiny-sd3"], choices=list(tiny.NAMES))
+    models = (*tiny.NAMES, *MODELS)
+    parser.add_argument("--model", nargs="+", default=["tiny-sd3"], choices=models)
     parser.add_argument("--method", nargs="+", default=["gdro"], choices=METHODS)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--steps", type=int, default=0, help="steps over which memory is watched")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
     if args.pairs < 2:
         parser.error(f"--pairs is {args.pairs} but must be 2 or more")
-    found = [measure(model, method, args.pairs) for model in args.model for method in args.method]
+    device = loading.pick_device(args.device)
+    found = [
+        measure(model, method, args.pairs, device) for model in args.model for method in args.method
+    ]
     if args.json:
         print(json.dumps(found))
         return
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"float32, torch {torch.__version__}, {args.pairs} pairs\n\n{table(found)}"
-    )
+    table = "\n".join([HEAD, *map(line, found)])
+    dtypes = {torch.float32 if model in tiny.NAMES else torch.bfloat16 for model in args.model}
+    print("; ".join(about(device, dtype) for dtype in sorted(dtypes, key=str)), end="")
+    print(f", {args.pairs} pairs\n\n{table}")
     if args.steps:
-        trainer, *_ = trainer_of(args.model[0], args.method[0])
+        trainer, *_ = trainer_of(args.model[0], args.method[0], device)
         trainer.train_step()
         before = resident()
         for _ in range(args.steps):
