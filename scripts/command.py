@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetune import config
+from scripts.launched import Stopped
 from steering import FeynmanKac
 
 __all__ = ["digest", "filter_of", "finish", "settings_of"]
@@ -49,6 +50,8 @@ def digest(lora: str | None) -> str | None:
 def finish(name: str, kept: str, work: Callable[[], None]) -> int:
     """Run a script; exit status 0, 2 for what was refused, 1 if it broke, 130 on Ctrl-C.
 
+    1 as well where another process of the run has ended.
+
     kept: what is not lost, for the message.
     """
     try:
@@ -62,7 +65,9 @@ def finish(name: str, kept: str, work: Callable[[], None]) -> int:
     except (FloatingPointError, OSError) as error:
         print(f"{name}: {error}; {kept}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; {kept}: repeat with resume=true", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as cut:
+        died = isinstance(cut, Stopped)
+        why = "another process ended" if died else "interrupted"
+        print(f"{name}: {why}; {kept}: repeat with resume=true", file=sys.stderr)
+        return 1 if died else 130
     return 0

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -54,6 +52,7 @@ from rewards.samples import Sample
 from rewards.sets import vendi
 from rewards.table import Table
 from scripts import command
+from scripts.launched import join
 from scripts.score import load, needs_references, score, texts
 from steering import loading, tiny
 from steering.manifest import fingerprint, versions
@@ -221,12 +220,40 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
 
 def run(settings: Evaluate, line: str) -> None:
     """Check everything; draw this process's pictures; the main process judges them all."""
-    plan, out, state = (
-        plan_of(settings),
-        Path(settings.out).resolve(),
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")),
-    )
-    device = state.device or torch.device("cpu")
+    plan, out, processes = plan_of(settings), Path(settings.out).resolve(), join("auto")
+    device = processes.device or loading.pick_device("auto")
+    variants, jobs, tower, pipe, preview = processes.agree(lambda: ready(settings, plan, device))
+    networks = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
+    about = asdict(plan) | {
+        "model": settings.model,
+        "weights": {name: fingerprint(part) for name, part in networks.items()},
+        "variants": [asdict(replace(v, reward=v.reward and v.reward.spec)) for v in variants],
+    }
+    scorers = {"folder": str(out)} | {job.name: job.reward.spec for job in jobs}
+    processes.told(lambda: open_folder(out, about, scorers, settings.resume))
+    for variant in variants:
+        if settings.lora:
+            (pipe.enable_lora if variant.adapted else pipe.disable_lora)()
+        folder = out / variant.name
+        mine = range(processes.index, len(plan.prompts), processes.count)
+        which = [i for i in pending(folder, plan) if i in mine]
+        work = draw(folder, pipe, variant, plan, which, preview)
+        for _ in tqdm(work, variant.name, len(which), disable=not processes.is_main):
+            pass
+    processes.finish()
+    if processes.is_main:
+        del pipe, networks
+        names = [variant.name for variant in variants]
+        found = {j.name: {n: scored(j, out / n, plan, device) for n in names} for j in jobs}
+        sections = {TITLES[j.name]: measures_of(j, found[j.name], plan.prompts) for j in jobs}
+        if tower is not None:
+            sections["Diversity"] = diversity(tower, out, names, plan, device)
+        grid(out, plan, {n: found["rewards"][n]["reward"] for n in names}).save(out / "grid.png")
+        report(settings, plan, {t: [m.finite() for m in ms] for t, ms in sections.items()}, line)
+
+
+def ready(settings: Evaluate, plan: Plan, device: torch.device) -> tuple[Any, ...]:
+    """Variants, jobs, what embeds pictures, the pipeline and the preview decoder, all checked."""
     variants = variants_of(settings, plan, device)
     jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)
     dtype = loading.pick_dtype(settings.dtype, device)
@@ -237,34 +264,7 @@ def run(settings: Evaluate, line: str) -> None:
     preview = preview and preview.to(device)
     for variant in variants:
         start(pipe, variant, plan, [], preview)
-    networks = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
-    about = asdict(plan) | {
-        "model": settings.model,
-        "weights": {name: fingerprint(part) for name, part in networks.items()},
-        "variants": [asdict(replace(v, reward=v.reward and v.reward.spec)) for v in variants],
-    }
-    scorers = {"folder": str(out)} | {job.name: job.reward.spec for job in jobs}
-    with state.main_process_first():
-        open_folder(out, about, scorers, settings.resume or not state.is_main_process)
-    for variant in variants:
-        if settings.lora:
-            (pipe.enable_lora if variant.adapted else pipe.disable_lora)()
-        folder = out / variant.name
-        mine = range(state.process_index, len(plan.prompts), state.num_processes)
-        which = [i for i in pending(folder, plan) if i in mine]
-        work = draw(folder, pipe, variant, plan, which, preview)
-        for _ in tqdm(work, variant.name, len(which), disable=not state.is_main_process):
-            pass
-    state.wait_for_everyone()
-    if state.is_main_process:
-        del pipe, networks
-        names = [variant.name for variant in variants]
-        found = {j.name: {n: scored(j, out / n, plan, device) for n in names} for j in jobs}
-        sections = {TITLES[j.name]: measures_of(j, found[j.name], plan.prompts) for j in jobs}
-        if tower is not None:
-            sections["Diversity"] = diversity(tower, out, names, plan, device)
-        grid(out, plan, {n: found["rewards"][n]["reward"] for n in names}).save(out / "grid.png")
-        report(settings, plan, {t: [m.finite() for m in ms] for t, ms in sections.items()}, line)
+    return variants, jobs, tower, pipe, preview
 
 
 def scored(job: Job, folder: Path, plan: Plan, device: torch.device) -> dict[str, Tensor]:

@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm import tqdm
 
 import rewards
@@ -29,7 +27,7 @@ from finetune import ranges
 from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, Range, one_of, optional, whole
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from scripts import command
-from scripts.launched import is_main
+from scripts.launched import is_main, join
 from steering import loading, tiny
 from steering.prompts import read
 
@@ -121,33 +119,38 @@ def run(settings: Rollout) -> None:
         if is_main():
             print(out)
         return
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    processes = join("auto")
+    pipe, reward, preview = processes.agree(lambda: ready(settings, plan, processes.device))
+    again, name = settings.resume, settings.model
+    processes.told(lambda: open_run(out, pipe, plan, settings.reward, again, name, lora))
+    with tqdm(unit="image", disable=not processes.is_main) as bar:
+
+        def drawn(done: float, total: int) -> None:
+            bar.total, bar.n = total, int(done)
+            bar.refresh()
+
+        rank, world = processes.index, processes.count
+        for _ in generate(out, pipe, plan, reward, rank, world, preview, drawn):
+            pass
+    processes.finish()
+    if processes.is_main:
+        print(out)
+
+
+def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[Any, Any, Any]:
+    """The pipeline, what steers it and the preview decoder, checked with the plan."""
+    device = device or loading.pick_device("auto")
     started.say(f"loading {settings.model}")
-    reward = rewards.load(settings.reward, state.device, True) if settings.reward else None
+    reward = rewards.load(settings.reward, device, True) if settings.reward else None
     if reward:
         reward.check(plan.prompts)
-    device = state.device or torch.device("cpu")
     dtype = loading.pick_dtype(settings.dtype, device)
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
     pipe.set_progress_bar_config(disable=True)
     preview = loading.load_preview("auto", settings.model, dtype)
     preview = preview and preview.to(device)
     check(pipe, plan, reward, preview)
-    with state.main_process_first():
-        again = settings.resume or not state.is_main_process
-        open_run(out, pipe, plan, settings.reward, again, settings.model, lora)
-    with tqdm(unit="image", disable=not state.is_main_process) as bar:
-
-        def drawn(done: float, total: int) -> None:
-            bar.total, bar.n = total, int(done)
-            bar.refresh()
-
-        rank, world = state.process_index, state.num_processes
-        for _ in generate(out, pipe, plan, reward, rank, world, preview, drawn):
-            pass
-    state.wait_for_everyone()
-    if state.is_main_process:
-        print(out)
+    return pipe, reward, preview
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from two_processes import run_pair
 
 from finetune import checks
 from finetune.shards import Rollouts
@@ -143,3 +144,26 @@ def test_training_that_was_killed_loses_the_steps_since_its_checkpoint(runs, tmp
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("script", ["rollout", "evaluate"])
+def test_a_process_that_has_done_waits_longer_than_a_collectives_patience(script, runs, tmp_path):
+    """The default group's, ten minutes with NCCL, here two seconds."""
+    words = [f"prompts={runs / 'prompts.txt'}", f"out={tmp_path / 'out'}", "images=2", *CALL]
+    words += ["reward=jpeg"] if script == "evaluate" else []
+    slow = {"rollout": "generate", "evaluate": "draw"}[script]
+    program = (
+        "import os, sys, time\n"
+        "from datetime import timedelta\n"
+        "from torch import distributed\n"
+        f"from scripts import {script}\n"
+        f"work = {script}.{slow}\n"
+        "def slowly(*arguments):\n"
+        "    time.sleep(8 * (os.environ['RANK'] == '0'))\n"
+        "    return work(*arguments)\n"
+        f"{script}.{slow} = slowly\n"
+        "distributed.init_process_group('gloo', timeout=timedelta(seconds=2))\n"
+        f"sys.exit({script}.main(sys.argv[1:]))\n"
+    )
+    run_pair(program, *words, port=47)
+    assert (tmp_path / "out/evaluation.md").exists() or Rollouts(tmp_path / "out").shards
