@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -22,7 +23,7 @@ from steering.settings import FeynmanKac
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["PipelineCall", "check_pipeline", "check_preview"]
+__all__ = ["WAYS", "PipelineCall", "check_pipeline", "check_preview"]
 
 _CLASHES = {
     "prompt": "pass the prompts as steer()'s second argument",
@@ -39,6 +40,7 @@ _CLASHES = {
 # one text for all prompts, where a str; others that have prompt in their name mean something else
 _TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+WAYS = ("count", "texts", "pictures")  # to ask for rows: by a count, or with these written out
 
 
 @dataclass(frozen=True)
@@ -144,23 +146,41 @@ class PipelineCall:
             )
 
     def for_prompts(
-        self, indices: Sequence[int], k: int, generators: list[Generator]
+        self, indices: Sequence[int], k: int, generators: list[Generator], way: int = 0
     ) -> dict[str, Any]:
-        """The keywords of the call that makes k particles for each of these prompts."""
+        """The keywords of the call that makes k particles for each of these prompts.
+
+        `way` is one of `WAYS` to ask for k of them: some pipelines ignore their own count, and some
+        of those want a picture a row as well.
+        """
         call = dict(self.keywords)
         count = next((name for name in _COUNTS if name in self.defaults), None)
         # several prompts are written out: some pipelines (Sana, PixArt) repeat the attention masks
         # of several prompts in another order than their embeddings; and so are embeddings, which
         # SD3 does not repeat
-        written_out = count is None or len(indices) > 1 or "prompt_embeds" in call
+        written_out = way > 0 or count is None or len(indices) > 1 or "prompt_embeds" in call
         rows = [i for i in indices for _ in range(k)] if written_out else list(indices)
         for name in self._per_prompt():
             call[name] = self._deal(call[name], rows)
         if "prompt_embeds" not in call:
             call["prompt"] = self._deal(list(self.prompts), rows)
+        if WAYS[way] == "pictures":
+            call |= {name: _a_row(name, value, len(rows)) for name, value in call.items()}
         if count:
             call[count] = 1 if written_out else k
         return call | {"generator": generators, "return_dict": False}
+
+    def changed(self, index: int) -> PipelineCall:
+        """A call of two prompts that differ in nothing but their text: prompt `index`, and less."""
+        text = self.prompts[index]
+        shorter = " ".join(text.split()[:-1])  # no more tokens, so nothing is padded further
+        keywords = dict(self.keywords)
+        for name in self._per_prompt():
+            keywords[name] = self._deal(keywords[name], [index, index])
+        embeds = keywords.get("prompt_embeds")
+        if isinstance(embeds, Tensor):
+            keywords["prompt_embeds"] = torch.stack([embeds[0], embeds[1] * 0.5])
+        return dataclasses.replace(self, keywords=keywords, prompts=(text, shorter))
 
     def _per_prompt(self) -> list[str]:
         return [
@@ -186,6 +206,19 @@ class PipelineCall:
         dealt = [value[i if len(value) > 1 else 0] for i in rows]
         # a pipeline wants its prompts to be of one type, all str or all lists
         return dealt[0] if len(dealt) == 1 and isinstance(dealt[0], str) else dealt
+
+
+def _a_row(name: str, value: Any, rows: int) -> Any:
+    """A picture, or a video, once for each row; anything else as it is."""
+    if isinstance(value, Image.Image):
+        return [value] * rows
+    if isinstance(value, Tensor) and value.ndim >= 3 and len(value) == 1:
+        return value.expand(rows, *value.shape[1:])
+    if isinstance(value, list) and value and isinstance(value[0], Image.Image):
+        if "video" in name:
+            return [value] * rows
+        return value * rows if len(value) == 1 else value
+    return value
 
 
 def check_pipeline(pipe: DiffusionPipeline) -> None:

@@ -1,17 +1,14 @@
 """From latents to images through the pipeline's own tail.
 
-A pipeline's call has a head (encode the prompt, prepare latents, images and masks), a loop and a
-tail (unpack, decode, safety checker, watermark). `Tape` records what the head returned while the
-pipeline runs; `Decoder` then calls the same pipeline again with no steps left, the head played back
-and the latents replaced, so that exactly the stock tail runs, and nothing is encoded twice.
+`Decoder` calls the same pipeline again with no steps left, its head played back from a `Tape` and
+the latents replaced, so that exactly the stock tail runs, and nothing is encoded twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-import re
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,85 +17,42 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from steering.axes import joined, picked
+from steering.denoiser import Rows, StandIn
 from steering.schedulers import Chain
+from steering.tape import SHARED, Tape, view_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["Decoder", "Tape", "do_nothing", "in_float32", "to_pil", "to_tensor", "view_of"]
+__all__ = [
+    "Decoder",
+    "Undecodable",
+    "do_nothing",
+    "in_float32",
+    "out_of_memory",
+    "to_pil",
+    "to_tensor",
+]
 
 CHUNK_AREA = 64 * 64  # latent places of 512 x 512 pixels
-_HEAD = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
-
-# Pipelines shared by threads: fast tokenizers, causal video decoders and the upcast of the SDXL
-# decoder keep state in the object while they work.
-_SHARED = threading.RLock()
 
 
-def view_of(pipe: DiffusionPipeline, **replaced: Any) -> Any:
-    """A shallow copy of a pipeline with some attributes replaced; `pipe` itself never sees them."""
-    view = copy.copy(pipe)
-    for name, value in replaced.items():
-        vars(view)[name] = value  # not setattr, which would re-register the pipeline's config
-    return view
-
-
-class Tape:
-    """What the head of one pipeline call returned, in the order of the calls."""
-
-    def __init__(self) -> None:
-        self._results: dict[str, list[Any]] = {}
-        self._depth = 0
-
-    def record(self, view: Any) -> None:
-        """Let the head's methods of a pipeline keep what they return; `view` must be a copy."""
-        for name in dir(type(view)):
-            if _HEAD.fullmatch(name):
-                self._results[name] = []
-                vars(view)[name] = self._recorder(name, getattr(view, name))
-
-    def _recorder(self, name: str, method: Callable) -> Callable:
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            with _SHARED:
-                self._depth += 1
-                try:
-                    result = method(*args, **kwargs)
-                finally:
-                    self._depth -= 1
-            if self._depth == 0:  # a method that another one calls is not played back
-                self._results[name].append(result)
-            return result
-
-        return recorded
-
-    def players(self, latents: Tensor) -> dict[str, Callable]:
-        """Methods that return what was recorded, with `latents` in place of the prepared ones."""
-        if not self._results.get("prepare_latents"):
-            raise ValueError(
-                "This pipeline has no prepare_latents() of its own, so latents cannot be handed to "
-                "its decoder; pass decode=, a function from latents to images in [0, 1]."
-            )
-        return {name: self._player(name, latents) for name in self._results}
-
-    def _player(self, name: str, latents: Tensor) -> Callable:
-        results = iter(list(self._results[name]))
-
-        def play(*args: Any, **kwargs: Any) -> Any:
-            result = next(results)
-            if name != "prepare_latents":
-                return result
-            return (latents, *result[1:]) if isinstance(result, tuple) else latents
-
-        return play
+class Undecodable(ValueError):
+    """Where a pipeline's own tail makes no picture of latents."""
 
 
 class Decoder:
-    """Decodes the latents of one pipeline call, `chunk` rows of 512 x 512 pixels at a time.
+    """Decodes the latents of a pipeline call of `num` rows, `chunk` of 512 x 512 pixels at a time.
 
     `images(latents)` are float (n, 3, h, w) in [0, 1], by `preview` instead of the pipeline's own
     decoder where there is one, without safety checker and watermark, their sides `preview_size` of
     the image's; `finals(latents)` are the PIL images that the pipeline returns. `precise` is what
     `in_float32` made of the pipeline's decoder.
+
+    The tail always gets as many rows as its head prepared, because some combine the two. Where
+    fewer count (`rows` of a funnel, and their latents), those alone are decoded and shown for the
+    rest.
     """
 
     def __init__(
@@ -107,6 +61,7 @@ class Decoder:
         scheduler: Any,
         tape: Tape,
         call: dict[str, Any],
+        num: int,
         *,
         preview: Any = None,
         preview_size: float = 1.0,
@@ -114,7 +69,7 @@ class Decoder:
         precise: Any = None,
         chunk: int = 8,
     ):
-        self._pipe, self._tape, self._call = pipe, tape, call
+        self._pipe, self._tape, self._call, self._num = pipe, tape, call, num
         self._decode, self._chunk, self._size = decode, chunk, preview_size
         self._precise = precise
         ended = copy.deepcopy(scheduler)
@@ -133,25 +88,83 @@ class Decoder:
             if hasattr(pipe, name):
                 self._preview[name] = None
 
-    def images(self, latents: Tensor) -> Tensor:
-        return torch.cat([self._images(part) for part in latents.split(self._at_once(latents))])
+    def check(self, x0: Tensor, scored: bool) -> None:
+        """Decode one of the rows x0 as the run will; raise ValueError where that cannot work.
 
-    def _images(self, latents: Tensor) -> Tensor:
+        scored: whether pictures are also scored on the way. A quarter of a picture's sides tells.
+        """
         if self._decode is not None:
-            return _decoded(self._decode, latents)
-        images = self._tail(_smaller(latents, self._size), self._preview, "pt")
-        if images.ndim == 5:  # (n, frames, 3, h, w)
-            images = images.squeeze(1)
-        return images.float()
+            _decoded(self._decode, x0[:1])
+            return
+        if not self._tape.prepared:
+            raise self._refused("it has no prepare_latents() that could hand them over")
+        first = Rows(num=self._num)
+        first.keep(torch.zeros(1, dtype=torch.int64, device=x0.device), self._num)
+        ways = [self.finals, self.images] if scored else [self.finals]
+        for way in ways:
+            if x0.ndim == 4 and min(x0.shape[2:]) >= 32:
+                with contextlib.suppress(Exception):
+                    way(_smaller(x0[:1], 0.25), first)
+                    continue
+            try:
+                way(x0[:1], first)
+            except Exception as error:
+                if isinstance(error, Undecodable) or out_of_memory(error):
+                    raise
+                raise self._refused(f"it fails on latents {tuple(x0.shape)} ({error})") from error
 
-    def finals(self, latents: Tensor) -> list[Image.Image]:
-        images = []
-        for part in latents.split(self._at_once(latents)):
-            if self._decode is not None:
-                images += to_pil(_decoded(self._decode, part))
-            else:
-                images += self._tail(part, self._ended, "pil")
+    def taken(self, returned: Any, last: Any) -> Tensor:
+        """The latents that the tail takes: what the pipeline `returned`, or its loop's `last`.
+
+        Some pipelines unpack or rescale what they return, which their tail would do once more.
+        """
+        if _same(returned, last):
+            return last
+        if self._decode is not None:
+            return returned if getattr(returned, "shape", None) == last.shape else last
+        for latents in (returned, last):
+            with contextlib.suppress(Exception):
+                if _same(self._tail(latents, self._ended, "latent", None), returned):
+                    return latents
+        raise self._refused("the latents that it returns are not those that its tail takes")
+
+    def images(self, latents: Tensor, rows: Rows | None = None) -> Tensor:
+        if self._decode is not None:
+            parts = latents.split(self._at_once(latents))
+            return torch.cat([_decoded(self._decode, part) for part in parts])
+        images = self._tail(_smaller(latents, self._size), self._preview, "pt", rows)
+        if not isinstance(images, Tensor) or len(images) != self._num:
+            raise self._refused('its output_type="pt" gives no tensor with an image a row')
+        if images.ndim == 5:  # (n, frames, 3, h, w)
+            self._check_frames(images.shape[1])
+            images = images.squeeze(1)
+        return (images if rows is None or rows.live is None else images[rows.live]).float()
+
+    def finals(self, latents: Tensor, rows: Rows | None = None) -> list[Image.Image]:
+        if self._decode is not None:
+            return to_pil(self.images(latents))
+        images = self._tail(latents, self._ended, "pil", rows)
+        if len(images) != self._num:
+            raise self._refused(f"it gives {len(images)} images for {self._num} rows")
+        for image in images:
+            self._check_frames(len(image) if isinstance(image, list) else 1)
+        alive = range(self._num) if rows is None or rows.live is None else rows.live.tolist()
+        images = [images[i] for i in alive]
         return [image[0] if isinstance(image, list) else image for image in images]
+
+    def _check_frames(self, frames: int) -> None:
+        if frames != 1:
+            raise self._refused(
+                f"it gives {frames} frames a row, and a reward scores pictures",
+                "Ask the pipeline for one frame, or pass decode=, a function from latents to one "
+                "image (3, h, w) in [0, 1] a video.",
+            )
+
+    def _refused(self, why: str, instead: str = "") -> Undecodable:
+        instead = instead or "Pass decode=, a function from latents to images in [0, 1]."
+        return Undecodable(
+            f"{type(self._pipe).__name__} cannot decode latents here: {why}. {instead}"
+        )
 
     def _at_once(self, latents: Tensor) -> int:
         """Fewer of large pictures: eight of 1024 x 1024 take more memory than the network does."""
@@ -159,15 +172,54 @@ class Decoder:
         area = latents.shape[1] * 4 if packed else math.prod(latents.shape[2:])
         return max(1, min(self._chunk, self._chunk * CHUNK_AREA // area))
 
-    def _tail(self, latents: Tensor, replaced: dict[str, Any], output_type: str) -> Any:
-        if self._precise is not None and replaced["vae"] is self._precise:
+    def _tail(
+        self, latents: Tensor, replaced: dict[str, Any], output_type: str, rows: Rows | None
+    ) -> Any:
+        if (
+            self._precise is not None
+            and replaced["vae"] is self._precise
+            and output_type != "latent"
+        ):
             latents = latents.float()
-        with _SHARED:
-            view = view_of(self._pipe, **replaced, **self._tape.players(latents))
+        if rows is not None and rows.source is not None:
+            latents = latents[rows.source.to(latents.device)]
+        parts: dict[str, Any] = self._pipe.components | replaced
+        decoders: dict[str, Any] = {
+            name: StandIn(part, decode=self._by_parts(part, rows))
+            for name, part in parts.items()
+            if isinstance(part, torch.nn.Module) and hasattr(part, "decode")
+        }
+        with SHARED:
+            view = view_of(self._pipe, **replaced | decoders)
+            vars(view).update(self._tape.players(view, latents))
             # a tail that draws noise would do so for n rows; a generator a row might not fit them
             generator = Generator().manual_seed(0)
             call = self._call | {"generator": generator, "output_type": output_type}
             return view(**call)[0]
+
+    def _by_parts(self, part: Any, rows: Rows | None) -> Callable[..., Any]:
+        """`part.decode` of the rows that count, a few at a time, where it is given all rows."""
+        decode = part.decode
+
+        def by_parts(z: Any, *args: Any, **kwargs: Any) -> Any:
+            more = any(isinstance(one, Tensor) and one.ndim for one in (*args, *kwargs.values()))
+            if not isinstance(z, Tensor) or len(z) != self._num or more:
+                return decode(z, *args, **kwargs)
+            alive = z if rows is None or rows.live is None else z[rows.live.to(z.device)]
+            at_once = self._at_once(z)
+            split = alive.split(at_once)
+            parts, sizes = (
+                [decode(few, *args, **kwargs) for few in split],
+                [len(few) for few in split],
+            )
+            out = joined("the decoder", parts, sizes) if len(parts) > 1 else parts[0]
+            return (
+                out
+                if rows is None or rows.source is None
+                else picked("the decoder", out, rows.source)
+            )
+
+        return by_parts
 
 
 def in_float32(pipe: DiffusionPipeline) -> Any:
@@ -181,6 +233,20 @@ def in_float32(pipe: DiffusionPipeline) -> Any:
     if not overflows or not vae.config.get("force_upcast") or hasattr(vae, "_hf_hook"):
         return None
     return copy.deepcopy(vae).to(torch.float32)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
+    )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two results hold the same numbers, those that are none included."""
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _smaller(latents: Tensor, size: float) -> Tensor:

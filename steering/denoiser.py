@@ -1,25 +1,32 @@
 """A stand-in for a network that evaluates fewer rows at once, or only those that count.
 
-The pipeline calls it as it would the network. Arguments with the batch's rows are cut, everything
-else is passed on as it is; the module itself is not patched, so compiled ones keep their graph.
+The pipeline calls it as it would the network. What `Batch` found to hold the batch's rows is cut,
+everything else is passed on as it is; the module itself is not patched, so compiled ones keep their
+graph.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from steering.axes import joined, picked, rows_in, take
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from steering.probe import Batch
 
 __all__ = [
     "Denoiser",
     "Rows",
+    "StandIn",
     "denoisers",
     "distinct",
     "networks",
@@ -29,8 +36,6 @@ __all__ = [
 ]
 
 _NETWORKS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
-# Positions of tokens, (tokens, 3): their first axis is never the batch.
-_NO_BATCH_AXIS = {"txt_ids", "img_ids"}
 _CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
 
 
@@ -39,10 +44,10 @@ class Rows:
     """Which rows of a batch are evaluated, and how many at once; shared by a call's networks.
 
     `live` (m,) are rows of the n particles, None for all; `source` (n,) says for every particle
-    which entry of `live` to show. A batch of 2n rows (guidance) holds the n particles twice, first
-    without and then with their prompts. `guidance` is the part of the run, of [0, 1], in which both
-    are evaluated; outside of it the second shows for the first, which leaves guidance nothing to
-    add (Kynkäänniemi et al. 2024).
+    which entry of `live` to show. A batch of 2n rows (guidance) holds the n particles twice, with
+    and without their prompts. `guidance` is the part of the run, of [0, 1], in which both are
+    evaluated; outside of it those with prompts show for both, which leaves guidance nothing to add
+    (Kynkäänniemi et al. 2024).
     """
 
     max_batch: int | None = None
@@ -59,24 +64,26 @@ class Rows:
         source[live] = torch.arange(len(live), device=live.device)
         self.num, self.live, self.source = num, live, source
 
-    def indices(self, x: Any) -> tuple[Tensor | None, Tensor | None]:
-        """Rows of a batch x to evaluate, and where each row of x finds its output."""
-        n = len(x)
+    def indices(self, n: int, conditional: int | None) -> tuple[Tensor | None, Tensor | None]:
+        """Of a batch's n rows those to evaluate, and where each row finds its output.
+
+        conditional: which of two copies carries the prompts, where that is known.
+        """
         guided = self.guidance[0] <= self.progress < self.guidance[1]
-        if self.num == 0 or n % self.num or (guided and self.live is None):
+        if guided and self.live is None:
             return None, None
         copies = n // self.num
-        if not guided and copies != 2:
+        if not guided and conditional is None:
             raise ValueError(
                 f"guidance_interval={self.guidance}: this pipeline's network sees each particle "
                 f"{copies} times a step, not once without and once with its prompt, so there is "
                 "nothing to leave out; leave guidance_interval= out."
             )
-        device = x.device if isinstance(x, Tensor) else x[0].device
+        device = None if self.live is None else self.live.device
         every = torch.arange(self.num, device=device)
         live, source = (every if part is None else part for part in (self.live, self.source))
         if not guided:
-            return self.num + live, source.repeat(2)
+            return (conditional or 0) * self.num + live, source.repeat(2)
         each = torch.arange(copies, device=device)[:, None]
         return (each * self.num + live).flatten(), (each * len(live) + source).flatten()
 
@@ -85,27 +92,11 @@ class Rows:
         return -(-size // 2**self.halvings)
 
 
-class Distinct:
-    """Of equal rows of tokens, one is evaluated."""
+class StandIn:
+    """Delegates to `module` in everything but `call` and `methods`, `isinstance` included."""
 
-    def indices(self, x: Any) -> tuple[Tensor | None, Tensor | None]:
-        if not isinstance(x, Tensor) or x.ndim != 2 or x.is_floating_point():
-            return None, None
-        _, source = torch.unique(x, dim=0, return_inverse=True)
-        order = torch.arange(len(x), device=x.device)
-        first = torch.full((int(source.max()) + 1,), len(x), device=x.device)
-        first = first.scatter_reduce(0, source, order, "amin")
-        return (None, None) if len(first) == len(x) else (first, source)
-
-    def chunk(self, n: int) -> int:
-        return n
-
-
-class Denoiser:
-    """Delegates to `module` in everything but the call, `isinstance` included."""
-
-    def __init__(self, module: torch.nn.Module, rows: Rows | Distinct):
-        self._module, self._rows = module, rows
+    def __init__(self, module: Any, call: Callable[..., Any] | None = None, **methods: Callable):
+        vars(self).update(methods, _module=module, _call=call or module)
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
@@ -115,23 +106,43 @@ class Denoiser:
         return getattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        x = _sample(args, kwargs)
-        n, as_list = len(x), isinstance(x, list)
-        live, source = self._rows.indices(x)
-        total = n
+        return self._call(*args, **kwargs)
+
+
+class Denoiser:
+    """Evaluates of a network's batch the rows that count, a few at a time."""
+
+    def __init__(self, module: torch.nn.Module, rows: Rows, batch: Batch):
+        self._name, self._module = type(module).__name__, module
+        self._rows, self._batch = rows, batch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name, rows, axes = self._name, self._rows, self._batch.axes
+        call = dict(enumerate(args)) | kwargs
+        self._batch.learn(name, call, rows.num)
+        n = rows_in(name, call, axes)
+        if n is None:
+            return self._module(*args, **kwargs)
+        as_list = isinstance(_sample(args, kwargs), list)
+        live, source = rows.indices(n, self._batch.conditional.get(name))
         if live is not None:
-            args, kwargs = _cut_call(args, kwargs, n, live)
-            total = len(live)
-        size = self._rows.chunk(total)
-        if size >= total:
-            out = self._module(*args, **kwargs)
-        else:
-            parts = []
-            for start in range(0, total, size):
-                cut = _cut_call(args, kwargs, total, slice(start, start + size))
-                parts.append(self._module(*cut[0], **cut[1]))
-            out = _join(parts, as_list)
-        return out if source is None else _cut(out, total, source, "rows" if as_list else "")
+            call = take(call, axes, (name,), live)
+        out = self._evaluated(call, n if live is None else len(live), as_list)
+        if source is not None:
+            out = picked(name, out, source, as_list)
+        self._batch.keep(name, out, as_list)
+        return out
+
+    def _evaluated(self, call: dict[str | int, Any], total: int, as_list: bool) -> Any:
+        size, parts, sizes = self._rows.chunk(total), [], []
+        for start in range(0, total, size):
+            chosen = slice(start, start + size)
+            cut = call if size >= total else take(call, self._batch.axes, (self._name,), chosen)
+            positional = [cut[key] for key in cut if isinstance(key, int)]
+            named = {key: value for key, value in cut.items() if isinstance(key, str)}
+            parts.append(self._module(*positional, **named))
+            sizes.append(min(size, total - start))
+        return joined(self._name, parts, sizes, as_list) if len(parts) > 1 else parts[0]
 
 
 def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,75 +152,42 @@ def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs.get("hidden_states", kwargs.get("sample", next(iter(kwargs.values()))))
 
 
-def _cut_call(
-    args: tuple[Any, ...], kwargs: dict[str, Any], n: int, rows: slice | Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    cut = tuple(_cut(value, n, rows, "positional") for value in args)
-    return cut, {name: _cut(value, n, rows, name) for name, value in kwargs.items()}
-
-
-def _cut(value: Any, n: int, rows: slice | Tensor, name: str = "") -> Any:
-    """`value` with `rows` of its n rows, wherever in it there is a batch axis."""
-    if isinstance(value, Tensor):
-        if value.shape[:1] != (n,) or (name in _NO_BATCH_AXIS and value.ndim == 2):
-            return value
-        return value[rows]
-    if isinstance(value, Mapping):
-        cut = {key: _cut(item, n, rows, key) for key, item in value.items()}
-        return cut if type(value) is dict else type(value)(**cut)
-    if isinstance(value, list | tuple):
-        if _has_entry_a_row(value, n, name):
-            picked = range(n)[rows] if isinstance(rows, slice) else rows.tolist()
-            return type(value)(value[i] for i in picked)
-        return type(value)(_cut(item, n, rows) for item in value)
-    return value
-
-
-def _has_entry_a_row(values: list | tuple, n: int, name: str) -> bool:
-    """Whether a list holds one entry a row; else it may hold entries of n rows each.
-
-    A tuple never does: it has parts, such as the cosines and sines of rotary positions.
-    """
-    if not name or not isinstance(values, list) or len(values) != n:
-        return False
-    if isinstance(values[0], int | float):  # layers to skip, or scales of several ControlNets
-        return name == "txt_seq_lens"
-    return not (isinstance(values[0], Tensor) and values[0].shape[:1] == (n,))
-
-
-def _join(parts: list[Any], as_list: bool) -> Any:
-    """The output of the whole batch; `as_list` where a network gives a list with a tensor a row."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    if isinstance(first, Mapping):
-        joined = {key: _join([part[key] for part in parts], as_list) for key in first}
-        return type(first)(**joined)
-    if isinstance(first, list) and as_list:
-        return [row for part in parts for row in part]
-    if isinstance(first, list | tuple):
-        return type(first)(_join(list(items), as_list) for items in zip(*parts, strict=True))
-    return first
-
-
 def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """The networks that a pipeline calls at every step, by attribute."""
     found = {name: getattr(pipe, name, None) for name in _NETWORKS}
     return {name: net for name, net in found.items() if isinstance(net, torch.nn.Module)}
 
 
-def denoisers(pipe: DiffusionPipeline, rows: Rows) -> dict[str, Denoiser]:
+def denoisers(pipe: DiffusionPipeline, rows: Rows, batch: Batch) -> dict[str, StandIn]:
     """A stand-in for each of them, all cutting by the same `rows`."""
-    return {name: Denoiser(net, rows) for name, net in networks(pipe).items()}
+    return {name: StandIn(net, Denoiser(net, rows, batch)) for name, net in networks(pipe).items()}
 
 
-def distinct(pipe: DiffusionPipeline) -> dict[str, Denoiser]:
+def distinct(pipe: DiffusionPipeline) -> dict[str, StandIn]:
     """Stand-ins for the text encoders that encode equal texts of a batch once."""
     return {
-        name: Denoiser(part, Distinct())
+        name: StandIn(part, functools.partial(_once, part))
         for name, part in pipe.components.items()
         if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)
     }
+
+
+def _once(encoder: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Evaluate one of equal rows, where all that an encoder is given are rows of tokens."""
+    call = dict(enumerate(args)) | kwargs
+    tokens = [value for value in call.values() if isinstance(value, Tensor)]
+    if not tokens or any(part.ndim != 2 or part.shape != tokens[0].shape for part in tokens):
+        return encoder(*args, **kwargs)
+    _, source = torch.unique(torch.cat(tokens, dim=1), dim=0, return_inverse=True)
+    order = torch.arange(len(source), device=source.device)
+    first = torch.full((int(source.max()) + 1,), len(source), device=source.device)
+    first = first.scatter_reduce(0, source, order, "amin")
+    if len(first) == len(source):
+        return encoder(*args, **kwargs)
+    cut = {key: part[first] if isinstance(part, Tensor) else part for key, part in call.items()}
+    positional = [part for key, part in cut.items() if isinstance(key, int)]
+    named = {key: part for key, part in cut.items() if isinstance(key, str)}
+    return picked(None, encoder(*positional, **named), source)  # a cache in it is not used
 
 
 def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:

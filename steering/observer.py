@@ -44,7 +44,7 @@ class Filter:
         self._rows_each = k // self._spread.size
         self.state: FilterState | None = None
         self._settings, self._judge, self._generators = settings, judge, generators
-        self._rows, self.describe, self._on_step = rows, describe, on_step
+        self.rows, self.describe, self._on_step = rows, describe, on_step
         self._sizes: dict[int, int] = {}
         self._scores: list[Score] = []
         self._num_steps = 0
@@ -56,7 +56,7 @@ class Filter:
     def __call__(self, look: Look) -> Tensor | None:
         if look.step == 0:
             self._begin(look)
-        self._rows.progress = (look.step + 1) / len(look.stds)  # when the network is called next
+        self.rows.progress = (look.step + 1) / len(look.stds)  # when the network is called next
         if look.step not in self._sizes:
             self._on_step(Moment(look.step, self._num_steps))
             return None
@@ -146,7 +146,7 @@ class Filter:
         spare = ancestors[:, :1].expand(-1, rows - size)
         if size < rows:
             living = prompts * rows + torch.arange(size, device=ancestors.device)
-            self._rows.keep(living.flatten(), self.b * rows)
+            self.rows.keep(living.flatten(), self.b * rows)
         return (torch.cat([ancestors, spare], dim=1) + prompts * self.k).flatten()
 
     def living(self, x: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def steer(
 
     Raises ValueError before any step for what cannot work, and during the run for a reward that is
     not finite. Whatever cuts the run off, Ctrl-C too, the exception's `finished` is the Steered of
-    the finished prompts, or None.
+    the finished prompts, or None. Prompts whose steps were done and whose pictures or last scores
+    failed are in it by their latents, with no images and NaN for every number.
     """
     if "only" in pipe_kwargs:
         raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")
@@ -105,6 +106,8 @@ def steer(
         ):
             parts.append(part)  # one by one: what is finished outlives an interrupt
     except BaseException as cut:
+        late = getattr(cut, "finished", None)  # of steps that are done, without pictures
+        parts += [] if late is None else [late]
         cut.finished = Steered.join(parts) if parts else None  # type: ignore[attr-defined]
         raise
     return Steered.join(parts)

@@ -111,13 +111,18 @@ class Steered:
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
             images=[row for part in parts for row in part.images],
             rewards=torch.cat([part.rewards for part in parts]),
-            components={n: torch.cat([part.components[n] for part in parts]) for n in names},
+            components={n: torch.cat([_component(part, n) for part in parts]) for n in names},
             log_weights=torch.cat([part.log_weights for part in parts]),
             log_z=torch.cat([part.log_z for part in parts]),
             lineage=Lineage.join([part.lineage for part in parts]),
             latents=torch.cat([part.latents for part in parts]),
             manifest=join([part.manifest for part in parts]),
         )
+
+
+def _component(part: Steered, name: str) -> Tensor:
+    """NaN where its pictures could not be scored."""
+    return part.components.get(name, torch.full_like(part.rewards, torch.nan))
 
 
 def _sheet(lineage: Lineage, prompt: int) -> tuple[Image.Image, tuple[int, int]] | None:

@@ -3,17 +3,27 @@
 b prompts, k particles a prompt, rows prompt-major.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Generator, Tensor
 
-from steering.call import PipelineCall, check_preview
-from steering.decoding import Decoder, Tape, do_nothing, in_float32, to_pil, to_tensor, view_of
+from steering.axes import Unclear
+from steering.call import WAYS, PipelineCall, check_preview
+from steering.decoding import (
+    Decoder,
+    Undecodable,
+    do_nothing,
+    in_float32,
+    out_of_memory,
+    to_pil,
+    to_tensor,
+)
 from steering.denoiser import (
     Rows,
     denoisers,
@@ -26,16 +36,28 @@ from steering.filter import final_log_z
 from steering.lineage import Moment
 from steering.manifest import describe, select
 from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
+from steering.probe import Again, Batch
 from steering.result import Steered
-from steering.schedulers import stochastic
+from steering.schedulers import Look, stochastic
 from steering.scoring import Judge
 from steering.seeds import generator, keys
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 from steering.spread import Spread
+from steering.tape import Tape, view_of
 
 __all__ = ["Run"]
 
 DECODE_CHUNK = 8
+
+
+@dataclass
+class Learned:
+    """What a run finds out about its pipeline, once."""
+
+    way: int = 0  # of call.WAYS, to ask for its rows
+    began: bool = False  # whether the present call has come to its first step
+    decodes: bool = False  # whether its tail has been tried
+    batch: Batch = field(default_factory=Batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +77,7 @@ class Run:
     preview_size: float
     spread: Spread
     rows: Rows
+    learned: Learned = field(default_factory=Learned)
 
     def check(self) -> None:
         """Raise ValueError, before any step, for what cannot work."""
@@ -84,8 +107,11 @@ class Run:
     def _cuts(self) -> bool:
         """Whether a network may be shown fewer rows than its pipeline hands it."""
         rows = self.rows
-        fewer = rows.guidance != (0.0, 1.0) or self.settings.funnel != ()
-        return rows.max_batch is not None or rows.halvings > 0 or fewer
+        return rows.max_batch is not None or rows.halvings > 0 or self._thins()
+
+    def _thins(self) -> bool:
+        """Whether single rows of a batch may be left out."""
+        return self.rows.guidance != (0.0, 1.0) or self.settings.funnel != ()
 
     def _check_window(self) -> None:
         refused = []
@@ -112,18 +138,38 @@ class Run:
             smallest = self.rows.chunk(min(whole, self.rows.max_batch or whole)) == 1
             # another process would wait for this one at the next score
             alone = self.spread.size == 1
-            if not _out_of_memory(error) or smallest or self.perturbed() or not alone:
+            if not out_of_memory(error) or smallest or self.perturbed() or not alone:
                 raise
             return None
 
     @torch.no_grad()
     def steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
-        """Steer the prompts `indices` through one call of the pipeline."""
+        """Steer the prompts `indices` through one call of the pipeline.
+
+        Where a pipeline does not come to its first step as it is asked for its rows, the other ways
+        to ask are tried, and what the first of them met is raised where none works.
+        """
+        met: Exception | None = None
+        while True:
+            self.learned.began = False
+            try:
+                return self._steered(indices, on_step)
+            except Exception as error:
+                ours = isinstance(error, Unclear | Undecodable) or out_of_memory(error)
+                if self.learned.began or ours or len(indices) * self.k == 1:
+                    raise
+                met = met or error
+                if self.learned.way + 1 == len(WAYS):
+                    self.learned.way = 0
+                    raise met from None
+                self.learned.way += 1
+
+    def _steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
         texts = [keys(self.prompts)[i] for i in indices]
         own = range(self.spread.rank, self.k, self.spread.size)  # of the particles
         noise = [generator(self.seed, text, i) for text in texts for i in own]
         rows = replace(self.rows, live=None, source=None, num=len(noise))
-        call = self.call.for_prompts(indices, len(own), noise)
+        call = self.call.for_prompts(indices, len(own), noise, self.learned.way)
         scheduler = stochastic(self.pipe.scheduler, self.settings.noise, noise)
         tape = Tape()
         decoder = Decoder(
@@ -131,6 +177,7 @@ class Run:
             scheduler,
             tape,
             call,
+            len(noise),
             preview=self.preview,
             preview_size=self.preview_size,
             decode=self.decode,
@@ -139,7 +186,7 @@ class Run:
         )
 
         def judge(x0: Tensor) -> tuple[Tensor, Tensor]:
-            images = decoder.images(x0)
+            images = decoder.images(x0, rows)
             return self.judge.score(images, indices), images
 
         particles = Filter(
@@ -153,48 +200,114 @@ class Run:
             on_step=lambda moment: on_step(replace(moment, prompts=tuple(indices))),
             spread=self.spread,
         )
-        scheduler.chain.observer = particles
+
+        def observer(look: Look) -> Tensor | None:
+            self._begin(look, decoder)
+            return particles(look)
+
+        scheduler.chain.observer = observer
         scheduler.chain.exchange = self.spread.whole
+        view = self._view(scheduler, indices, rows)
+        tape.record(view)
+        with undisturbed(self.pipe):
+            returned = view(**call, output_type="latent")[0]
+            return self._kept(indices, returned, decoder, particles, scheduler.chain.last)
+
+    def _view(self, scheduler: Any, indices: Sequence[int], rows: Rows) -> Any:
         replaced = {
             "scheduler": scheduler,
             "_progress_bar_config": {"disable": True},
             "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
         }
         if self._cuts():
-            replaced |= denoisers(self.pipe, rows)
+            self._look_beside(indices, rows.num)
+            replaced |= denoisers(self.pipe, rows, self.learned.batch)
         if len(indices) > 1:
             replaced |= distinct(self.pipe)
-        view = view_of(self.pipe, **replaced)
-        tape.record(view)
-        with undisturbed(self.pipe):
-            latents = view(**call, output_type="latent")[0]
-            return self._result(indices, particles.living(latents), decoder, particles)
+        return view_of(self.pipe, **replaced)
 
-    def _result(
-        self, indices: Sequence[int], latents: Tensor, decoder: Decoder, particles: Filter
+    def _look_beside(self, indices: Sequence[int], num: int) -> None:
+        """Have the same call ready with another number of rows, for whatever is cut first."""
+        each = 4 if num == 3 * len(indices) else 3
+        call, way = self.call, self.learned.way
+
+        def again(call: PipelineCall, indices: Sequence[int], each: int, seeds: list[int]) -> Again:
+            noise = [Generator().manual_seed(seed) for seed in seeds]
+            asked = call.for_prompts(indices, each, noise, way)
+            fresh = lambda: stochastic(self.pipe.scheduler, self.settings.noise, noise)  # noqa: E731
+            return Again(self.pipe, fresh, asked, len(indices), each)
+
+        changed = None
+        if self.rows.guidance != (0.0, 1.0):
+            changed = again(call.changed(indices[0]), (0, 1), 1, [0, 0])
+        seeds = [int(i % each == 0) for i in range(each * len(indices))]
+        self.learned.batch.start(again(call, indices, each, seeds), changed, self._thins())
+
+    def _begin(self, look: Look, decoder: Decoder) -> None:
+        """Before the first move of a call: what is not spent yet can be saved."""
+        if look.step > 0:
+            return
+        self.learned.began = True
+        self.learned.batch.step()
+        if not self.learned.decodes:
+            decoder.check(look.predict(), needs_scores(self.settings, self.k))
+            self.learned.decodes = True
+
+    def _kept(
+        self,
+        indices: Sequence[int],
+        returned: Any,
+        decoder: Decoder,
+        particles: Filter,
+        last: Tensor | None,
     ) -> Steered:
-        images = decoder.finals(latents)
+        """The result. Where something fails now, the exception's `finished` has the latents."""
+        shown = particles.living(returned)
+        b, num = len(indices), particles.num
+        kept = Steered(
+            prompts=tuple(self.prompts[i] for i in indices),
+            images=[[] for _ in indices],
+            rewards=torch.full((b, num), math.nan),
+            components={},
+            log_weights=torch.full((b, num), math.nan),
+            log_z=torch.full((b,), math.nan),
+            lineage=particles.lineage,
+            latents=self.spread.whole(shown).unflatten(0, (b, num)).cpu(),
+            manifest=select(self._described, indices),
+        )
+        try:
+            latents = particles.living(decoder.taken(returned, last))
+            return self._finished(kept, indices, latents, decoder, particles)
+        except BaseException as error:
+            error.finished = kept  # type: ignore[attr-defined]
+            raise
+
+    def _finished(
+        self,
+        kept: Steered,
+        indices: Sequence[int],
+        latents: Tensor,
+        decoder: Decoder,
+        particles: Filter,
+    ) -> Steered:
+        images = decoder.finals(latents, particles.rows)
         self.pipe.maybe_free_model_hooks()
         pixels = to_tensor(images, latents.device)
         scores, parts = self.judge.evaluate(pixels, indices)
         if self.spread.size > 1:
-            scores, latents = particles.whole(scores), self.spread.whole(latents)
+            scores = particles.whole(scores)
             parts = {name: particles.whole(part.to(scores.device)) for name, part in parts.items()}
             images = to_pil(self.spread.whole((pixels * 255).round().to(torch.uint8)) / 255)
         state = particles.close(scores)
         rewards, num = scores.cpu(), particles.num
         refuse_not_finite(rewards, particles.describe, "the final image")
-        chosen = [self.prompts[i] for i in indices]
-        return Steered(
-            prompts=tuple(chosen),
+        return replace(
+            kept,
             images=[images[i : i + num] for i in range(0, len(images), num)],
             rewards=rewards,
             components={name: part.cpu() for name, part in parts.items()},
             log_weights=state.log_weights.cpu(),
             log_z=final_log_z(state).cpu(),
-            lineage=particles.lineage,
-            latents=latents.unflatten(0, (len(indices), num)).cpu(),
-            manifest=select(self._described, indices),
         )
 
     @cached_property
@@ -221,10 +334,3 @@ class Run:
             prompts_per_call=self.prompts_per_call,
             decode=self.decode is not None,
         )
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
-    )

@@ -31,7 +31,7 @@ from torch import Generator, Tensor
 
 from steering.transitions import flow_transition
 
-__all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "stochastic"]
+__all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "WrongRows", "stochastic"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,10 @@ class Look:
     step: int
     stds: tuple[float, ...]
     predict: Callable[[], Tensor]
+
+
+class WrongRows(ValueError):
+    """Where a pipeline makes another number of rows than it was asked for."""
 
 
 @dataclass
@@ -72,14 +76,19 @@ class Chain:
     timesteps: tuple[int, ...] = ()  # DDIM: those of the executed steps
     step: int = 0
     lineage: Tensor | None = None
+    last: Tensor | None = None  # what the last move gave
 
     def restart(self) -> None:
-        self.stds, self.step, self.lineage = (), 0, None
+        self.stds, self.step, self.lineage, self.last = (), 0, None, None
 
     def select(
         self, sample: Tensor, model_output: Tensor, predict: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The sample and the network's output of the rows that the observer lets survive."""
+        if self.generators is not None and len(self.generators) != len(sample):
+            raise WrongRows(
+                f"The pipeline made {len(sample)} rows for {len(self.generators)} generators."
+            )
         rows = None
         if self.observer is not None:
             rows = self.observer(Look(self.step, self.stds, predict))
@@ -147,21 +156,20 @@ class StochasticDDIM(DDIMScheduler):
         generator = self.chain.generators if generator is None else generator
         if variance_noise is None and generator is not None and self.chain.noise > 0:
             variance_noise = _draw(model_output, generator)
-        if not clamped:
-            return stock(
+        if clamped:
+            z: Any = variance_noise
+            x0 = stock(model_output, sample=sample, eta=0.0).pred_original_sample
+            move = DDIMSchedulerOutput(math.sqrt(1 - std**2) * x0 + std * z, x0)
+        else:
+            move = stock(
                 model_output,
                 sample=sample,
                 eta=self.chain.noise,
                 use_clipped_model_output=use_clipped_model_output,
                 variance_noise=variance_noise,
-                return_dict=return_dict,
             )
-        z: Any = variance_noise
-        x0 = stock(model_output, sample=sample, eta=0.0).pred_original_sample
-        previous = math.sqrt(1 - std**2) * x0 + std * z
-        if not return_dict:
-            return (previous, x0)
-        return DDIMSchedulerOutput(prev_sample=previous, pred_original_sample=x0)
+        self.chain.last = move.prev_sample
+        return move if return_dict else (move.prev_sample, move.pred_original_sample)
 
     def _plan(self, first: Any) -> None:
         """The σ of every step from timestep `first` on, rounded as the stock step rounds it."""
@@ -231,14 +239,16 @@ class StochasticFlow(FlowMatchEulerDiscreteScheduler):
         std = self.chain.stds[self.chain.step]
         sample, model_output = self.chain.select(sample, model_output, predict)
         if std == 0:
-            return super().step(model_output, timestep, sample, return_dict=return_dict)
-        move = flow_transition(
-            model_output, sample, sigma, sigma_next, self.chain.noise * sigma_next
-        )
-        generator = self.chain.generators if generator is None else generator
-        x = move.mean + move.std * _draw(move.mean, generator)
-        self._step_index = self.step_index + 1
-        x = x.to(model_output.dtype)
+            x = super().step(model_output, timestep, sample, return_dict=False)[0]
+        else:
+            move = flow_transition(
+                model_output, sample, sigma, sigma_next, self.chain.noise * sigma_next
+            )
+            generator = self.chain.generators if generator is None else generator
+            x = move.mean + move.std * _draw(move.mean, generator)
+            self._step_index = self.step_index + 1
+            x = x.to(model_output.dtype)
+        self.chain.last = x
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -1,0 +1,197 @@
+"""Which axis of a network's arguments is the batch, and which of its rows carry the prompt.
+
+Nothing is read off one shape. The pipeline's own call is made once more, with another number of
+rows, and stopped where it asks a network, so that only its head runs. What grew with the rows is
+the batch, what did not is shared by all rows, and anything else is refused before any step.
+
+n particles in the call to be cut, m in the one beside it; a network's batch holds each of them c
+times: once, or without and with its prompt where guidance asks for both together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from steering.axes import Axes, Unclear, check_rows, compared, copies_of, leaves, picked, rows_in
+from steering.denoiser import StandIn, networks
+from steering.tape import Tape, view_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["Again", "Batch"]
+
+
+_ALIKE = 0.02  # of their norm: rows that differ by less hold the same
+
+
+class _Asked(BaseException):
+    """Ends the call beside where it asks a network; no pipeline catches it."""
+
+    def __init__(self, name: str, call: dict[str | int, Any]):
+        self.name, self.call = name, call
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network gave for the whole batch; `as_list` where it is a list with an entry a row."""
+
+    name: str
+    out: Any
+    as_list: bool
+
+
+class Again:
+    """The pipeline's call once more, with `each` rows for each of `prompts` prompts.
+
+    The first row of a prompt draws other noise than the rest, which all draw the same.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        scheduler: Callable[[], Any],
+        call: dict[str, Any],
+        prompts: int,
+        each: int,
+    ):
+        self.num, self.prompts, self.each = prompts * each, prompts, each
+        self._pipe, self._scheduler, self._call = pipe, scheduler, call
+        self._tape: Tape | None = None
+
+    def first(self, name: str, answers: list[Answer], axes: Axes) -> dict[str | int, Any]:
+        """The arguments of the first network that `answers` leave open, which should be `name`."""
+        left = iter(answers)
+
+        def asked(network: str, *args: Any, **kwargs: Any) -> Any:
+            call = dict(enumerate(args)) | kwargs
+            answer = next(left, None)
+            if answer is None or answer.name != network:
+                raise _Asked(network, call)
+            first = torch.zeros(rows_in(network, call, axes) or 1, dtype=torch.int64)
+            return picked(network, answer.out, first, answer.as_list)
+
+        view = view_of(self._pipe, scheduler=self._scheduler(), _progress_bar_config=_QUIET)
+        for attribute, module in networks(self._pipe).items():
+            call = functools.partial(asked, type(module).__name__)
+            vars(view)[attribute] = StandIn(module, call)
+        if self._tape is None:
+            self._tape = Tape()
+            self._tape.record(view)
+        else:
+            vars(view).update(self._tape.players(view))
+        try:
+            view(**self._call, output_type="latent")
+        except _Asked as reached:
+            if reached.name == name:
+                return reached.call
+            raise Unclear(name, f"with {self.num} rows {reached.name} is asked first") from None
+        except Exception as error:
+            raise Unclear(name, f"the same call with {self.num} rows fails ({error})") from error
+        raise Unclear(name, f"the same call with {self.num} rows asks no network")
+
+
+_QUIET = {"disable": True}
+
+
+class Batch:
+    """What is known of the networks' batches in a run, learned when each is first asked.
+
+    `again` is the same call with other rows; `changed` one of two rows whose prompts differ and
+    whose noise does not, where it has to be known which copy carries the prompt.
+    """
+
+    def __init__(self) -> None:
+        self.axes: Axes = {}
+        self.conditional: dict[str, int] = {}
+        self._again: Again | None = None
+        self._changed: Again | None = None
+        self._answers: list[Answer] = []
+        self._thins = False
+
+    def start(self, again: Again, changed: Again | None, thins: bool) -> None:
+        """Of a new call; `thins`: whether single rows of its batches will be left out."""
+        self._again, self._changed, self._thins, self._answers = again, changed, thins, []
+
+    def step(self) -> None:
+        """A step is over: its answers are not asked for again."""
+        self._answers, self._again, self._changed = [], None, None
+
+    def keep(self, name: str, out: Any, as_list: bool) -> None:
+        if self._again is not None:
+            self._answers.append(Answer(name, out, as_list))
+
+    def learn(self, name: str, call: dict[str | int, Any], n: int) -> None:
+        """Find the batch axes of a call of the network `name` that holds n particles."""
+        if all(path in self.axes for path, _ in leaves(call, self.axes, (name,))):
+            return
+        if self._again is None:
+            raise Unclear(name, "a later step hands it arguments that the first did not")
+        beside = self._again.first(name, self._answers, self.axes)
+        self.axes |= compared(name, call, beside, n, self._again.num)
+        check_rows(name, call, self.axes, n)
+        rows = rows_in(name, call, self.axes)
+        if rows is None or not self._thins or rows == n:
+            return
+        if not _blocks(name, beside, self.axes, self._again):
+            raise Unclear(name, f"where each particle is among its {rows} rows cannot be told")
+        if self._changed is not None and rows == 2 * n:
+            changed = self._changed.first(name, self._answers, self.axes)
+            self.conditional[name] = _conditional(name, changed, self.axes)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    """How far two rows are from one another, as a share of the larger's norm."""
+    if a.shape != b.shape:
+        return 1.0
+    a, b = a.double(), b.double()
+    size = max(a.norm().item(), b.norm().item())
+    return (a - b).norm().item() / size if size > 0 else 0.0
+
+
+def _blocks(name: str, call: dict[str | int, Any], axes: Axes, again: Again) -> bool:
+    """Whether each copy holds all particles in order: some argument shows where the first are.
+
+    Of a prompt's rows the first has other noise than the rest, which are alike.
+    """
+    for path, value in leaves(call, axes, (name,)):
+        axis = axes[path]
+        if axis is None:
+            continue
+        copies = copies_of(value, axis, (rows_in(name, call, axes) or 0) // again.num)
+        starts = range(0, again.num, again.each)
+        if all(_as_drawn(copy[i : i + again.each]) for copy in copies for i in starts):
+            return True
+    return False
+
+
+def _as_drawn(rows: list[Tensor]) -> bool:
+    alike = all(_apart(rows[1], row) < _ALIKE for row in rows[2:])
+    return alike and _apart(rows[0], rows[1]) > _ALIKE
+
+
+def _conditional(name: str, call: dict[str | int, Any], axes: Axes) -> int:
+    """Which of two copies changes with the prompt: rows that differ by it, and hardly otherwise.
+
+    What changes in both copies, or in neither, says nothing.
+    """
+    found = set()
+    for path, value in leaves(call, axes, (name,)):
+        axis = axes[path]
+        if axis is not None:
+            first, second = (_change(rows) for rows in copies_of(value, axis, 2))
+            if max(first, second) > 5 * min(first, second) + 1e-6:
+                found.add(int(second > first))
+    if len(found) != 1:
+        raise Unclear(name, "which half of it carries the prompt cannot be told")
+    return found.pop()
+
+
+def _change(rows: list[Tensor]) -> float:
+    return max(_apart(rows[0], row) for row in rows[1:])

@@ -1,0 +1,180 @@
+"""A pipeline that a test can make odd: its network's arguments, its counts, its tail.
+
+Every argument of the network that has rows changes the rows' output, so that one that is cut
+wrongly shows in the latents.
+"""
+
+from types import MappingProxyType
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+LENGTH = 6  # words that a text is padded to
+
+
+def embedding(text: str, width: int = 4) -> Tensor:
+    words = (text.split() + ["_"] * LENGTH)[:LENGTH]
+    seeds = [sum(map(ord, word)) for word in words]
+    noises = [torch.randn(width, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(noises)
+
+
+class Mixer(torch.nn.Module):
+    """Adds to each row what belongs to it; `forms` names the arguments that it takes."""
+
+    dtype, device, config = torch.float32, torch.device("cpu"), MappingProxyType({})
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((), 0.3))
+        self.rows, self.seen = [], []
+
+    def forward(self, x, t, embeds, **odd):
+        if isinstance(x, list):
+            self.rows.append(len(x))
+            pairs = zip(x, embeds, strict=True)
+            return ([row * self.weight + text.mean() for row, text in pairs],)
+        self.rows.append(len(x))
+        self.seen.append(odd)
+        added = embeds.mean((1, 2)) + 0.1 * t.reshape(-1)[0] / 1000
+        if "layers" in odd:  # (layers, rows, tokens, width)
+            added = added + odd["layers"].mean((0, 2, 3))
+        if "positions" in odd:  # (3, rows, tokens)
+            added = added + odd["positions"].mean((0, 2)) / 10
+        if "table" in odd:  # (a length that happens to be the number of rows,)
+            assert len(odd["table"]) == 6
+            added = added + odd["table"].mean()
+        if "lengths" in odd:
+            added = added + torch.tensor(odd["lengths"]) / 10
+        if "nested" in odd:
+            added = added + odd["nested"]["parts"][1].mean((1, 2)) + odd["nested"]["scale"]
+        if "total" in odd:
+            added = added + odd["total"]
+        if "packed" in odd:  # (1, rows * tokens, width)
+            added = added + odd["packed"].unflatten(1, (len(x), -1)).mean((0, 2, 3))
+        return (x * self.weight + added[:, None, None, None],)
+
+
+class Plain(torch.nn.Module):
+    """A decoder that only scales; it counts the rows of each call."""
+
+    dtype, device, config = torch.float32, torch.device("cpu"), MappingProxyType({})
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((), 0.5))
+        self.rows = []
+
+    def decode(self, z, return_dict=True):
+        self.rows.append(len(z))
+        return (z * self.weight,)
+
+
+class OddPipeline(DiffusionPipeline):
+    """Guided twice a step. `odd` are names of what its test wants of it."""
+
+    def __init__(self, unet, vae, scheduler):
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        self.odd: frozenset[str] = frozenset()
+
+    def encode_prompt(self, texts, negative, count):
+        embeds = torch.stack([embedding(text) for text in texts]).repeat_interleave(count, 0)
+        return embeds, torch.stack([embedding(negative)] * len(embeds))
+
+    def prepare_latents(self, rows, generator):
+        if isinstance(generator, list) and len(generator) != rows:
+            raise ValueError(f"{len(generator)} generators for a batch of {rows}")
+        each = generator if isinstance(generator, list) else [generator] * rows
+        return torch.stack([torch.randn(4, 8, 8, generator=one) for one in each])
+
+    def prepare_scale(self, rows):
+        return torch.linspace(1, 2, rows)[:, None, None, None]
+
+    def __call__(
+        self,
+        prompt,
+        num_inference_steps=6,
+        guidance_scale=4.0,
+        negative_prompt="plain",
+        num_images_per_prompt=1,
+        image=None,
+        generator=None,
+        output_type="pil",
+        return_dict=True,
+    ):
+        odd = self.odd
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        if "ignores count" in odd or "wants pictures" in odd:
+            num_images_per_prompt = 1
+        rows = len(texts) * num_images_per_prompt
+        if "wants pictures" in odd and len(image if isinstance(image, list) else [image]) != rows:
+            raise IndexError("a picture a row")
+        if isinstance(negative_prompt, list):
+            negative_prompt = negative_prompt[0]
+        embeds, negative = self.encode_prompt(texts, negative_prompt, num_images_per_prompt)
+        halves = [embeds, negative] if "prompt first" in odd else [negative, embeds]
+        latents, scale = self.prepare_latents(rows, generator), self.prepare_scale(rows)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            both = torch.cat(halves)
+            if "interleaved" in odd:
+                both = torch.stack(halves, 1).flatten(0, 1)
+            first, second = self._asked(latents, t, both)
+            cond, uncond = (first, second) if "prompt first" in odd else (second, first)
+            v = uncond + guidance_scale * (cond - uncond)
+            latents = self.scheduler.step(v, t, latents, return_dict=False)[0]
+        if "unpacks" in odd:  # what it returns is not what its tail takes
+            latents = latents.flatten(2) * 2.0
+            if output_type == "latent":
+                return (latents,)
+            latents = latents.unflatten(2, (8, 8)) / 2.0
+        if output_type == "latent":
+            return (latents,)
+        if "no tail" in odd:
+            raise RuntimeError("no picture can be made of this")
+        if "mixes" in odd:
+            latents = latents * scale
+        images = (self.vae.decode(latents, return_dict=False)[0][:, :3] / 2 + 0.5).clamp(0, 1)
+        if "frames" in odd:
+            images = images[:, None].expand(-1, 5, -1, -1, -1)
+            if output_type == "pt":
+                return (images,)
+            return ([self._pil(video) for video in images],)
+        return (images if output_type == "pt" else self._pil(images),)
+
+    def _pil(self, images):
+        return VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).detach().numpy())
+
+    def _asked(self, latents, t, both):
+        odd, n = self.odd, len(latents)
+        x = torch.cat([latents] * 2)
+        if "interleaved" in odd:
+            x = latents.repeat_interleave(2, 0)
+        if "lists" in odd:
+            (out,) = self.unet(list(x), t, list(both))
+            out = torch.stack(out)
+        else:
+            (out,) = self.unet(x, t, both, **self._arguments(both, n))
+        return (out[0::2], out[1::2]) if "interleaved" in odd else out.chunk(2)
+
+    def _arguments(self, both, n):
+        made = {
+            "layers": lambda: torch.stack([both, both * 2, both * 3]),
+            "positions": lambda: torch.stack([both.mean(2)] * 3),
+            "table": lambda: torch.arange(6.0),
+            "lengths": lambda: [float(row.sum()) for row in both],
+            "nested": lambda: {"parts": (both[0], both * 2), "scale": 0.5},
+            "total": lambda: n,
+            "packed": lambda: both.flatten(0, 1)[None],
+        }
+        return {name: make() for name, make in made.items() if name in self.odd}
+
+
+def odd_pipeline(*odd: str) -> OddPipeline:
+    pipe = OddPipeline(Mixer().eval(), Plain().eval(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.odd = frozenset(odd)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

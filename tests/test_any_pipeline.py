@@ -1,0 +1,247 @@
+"""Pipelines that steer() has never seen: it finds out how they are made, or refuses them."""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+import numpy as np
+import pytest
+import torch
+from odd_pipelines import LENGTH, odd_pipeline
+from tiny_pipelines import picture
+
+from steering import FeynmanKac, generators, steer
+from steering.decoding import to_tensor
+from steering.schedulers import stochastic
+
+PROMPT = "a red cube"
+PLAIN = FeynmanKac(num_scores=2, score_from=0.2, reward_scale=0.0)
+FUNNEL = FeynmanKac(num_scores=1, score_from=0.2, score_to=0.4, reward_scale=0.0, funnel=(2,))
+ARGUMENTS = ["layers", "positions", "table", "lengths", "nested", "lists"]
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3)) * 10
+
+
+def latents(pipe, settings=PLAIN, k=3, **change):
+    out = steer(pipe, PROMPT, brightness, k, settings, progress=False, **change)
+    return out.latents[0]
+
+
+def own(pipe, k=3, **keywords):
+    """What the pipeline's own call returns."""
+    noise = generators(0, [PROMPT], k)
+    pipe.scheduler = stochastic(pipe.scheduler, 0.5, noise)
+    return pipe([PROMPT] * k, generator=noise, output_type="latent", **keywords)[0]
+
+
+# --- where the rows of a batch are
+
+
+@pytest.mark.parametrize("odd", [*ARGUMENTS, "interleaved", "prompt first"])
+@pytest.mark.parametrize("max_batch", [1, 2, 4])
+def test_a_batch_that_is_cut_gives_what_it_gives_whole(odd, max_batch):
+    """Also where the rows are on another axis, and where another length equals their number."""
+    pipe = odd_pipeline(odd)
+    whole = latents(pipe)
+    pipe.unet.rows.clear()
+    cut = latents(pipe, max_batch=max_batch)
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    assert max(pipe.unet.rows) == max_batch
+    torch.testing.assert_close(whole, own(odd_pipeline(odd)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_cut_costs_no_evaluation_of_the_network():
+    pipe = odd_pipeline("layers")
+    latents(pipe, max_batch=2)
+    assert pipe.unet.rows == [2, 2, 2] * 6
+
+
+def test_nothing_is_looked_for_where_nothing_is_cut(monkeypatch):
+    pipe = odd_pipeline("layers")
+    heads = []
+    encode = type(pipe).encode_prompt
+    monkeypatch.setattr(
+        type(pipe), "encode_prompt", lambda *args: (heads.append(1), encode(*args))[1]
+    )
+    latents(pipe)
+    assert len(heads) == 1
+    latents(pipe, max_batch=2)
+    assert len(heads) == 3  # once more, with other rows
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_any_number_of_particles_is_cut(k):
+    pipe = odd_pipeline("positions")
+    cut = latents(pipe, k=k, max_batch=1)
+    torch.testing.assert_close(cut, latents(pipe, k=k), rtol=1e-5, atol=1e-5)
+
+
+def test_several_prompts_a_call_are_cut_alike():
+    pipe, prompts = odd_pipeline("layers"), ["a red cube", "two dots", "x"]
+    call = {"progress": False, "prompts_per_call": 2}
+    whole = steer(pipe, prompts, brightness, 2, PLAIN, **call)
+    cut = steer(pipe, prompts, brightness, 2, PLAIN, max_batch=3, **call)
+    torch.testing.assert_close(cut.latents, whole.latents, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        ("total", r"its argument \['total'\] is a int"),
+        ("packed", r"its arguments have \[6, 36\] rows"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_before_any_evaluation(odd, why):
+    pipe = odd_pipeline(odd)
+    assert 6 * LENGTH == 36
+    with pytest.raises(ValueError, match=rf"batch of Mixer cannot be cut: {why}. Leave max_batch="):
+        latents(pipe, max_batch=2)
+    assert pipe.unet.rows == []
+    assert latents(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("odd", [*ARGUMENTS[:2], *ARGUMENTS[3:], "prompt first"])
+def test_a_funnel_leaves_out_the_rows_of_the_dead(odd):
+    pipe = odd_pipeline(odd)
+    few = latents(pipe, FUNNEL)
+    assert pipe.unet.rows == [6, 6, 6, 4, 4, 4]
+    plain = FeynmanKac(num_scores=1, score_from=0.2, score_to=0.4, reward_scale=0.0)
+    torch.testing.assert_close(few, latents(pipe, plain)[:2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"settings": FUNNEL}, {"guidance_interval": (0.0, 0.5)}])
+def test_an_order_of_rows_that_cannot_be_told_is_refused(change):
+    pipe = odd_pipeline("interleaved")
+    with pytest.raises(ValueError, match="where each particle is among its 6 rows cannot be told"):
+        latents(pipe, **change)
+    assert pipe.unet.rows == []
+
+
+# --- which half carries the prompt
+
+
+@pytest.mark.parametrize("odd", [(), ("prompt first",), ("prompt first", "lists")])
+def test_the_rows_without_guidance_are_those_with_the_prompt(odd):
+    pipe = odd_pipeline(*odd)
+    interval = latents(pipe, guidance_interval=(0.0, 0.01))
+    # at scale 1 the guided velocity is the conditional one, in every step but the first
+    one = odd_pipeline(*odd)
+    asked = one._asked
+    first = []
+
+    def unguided(x, t, both):
+        halves = asked(x, t, both)
+        if not first:
+            first.append(1)
+            return halves
+        return (halves[0 if "prompt first" in odd else 1],) * 2
+
+    one._asked = unguided
+    torch.testing.assert_close(interval, latents(one), rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_that_changes_nothing_is_refused():
+    pipe = odd_pipeline()
+    pipe.encode_prompt = lambda texts, negative, count: (torch.ones(len(texts) * count, 6, 4),) * 2
+    with pytest.raises(ValueError, match="which half of it carries the prompt cannot be told"):
+        latents(pipe, guidance_interval=(0.0, 0.5))
+
+
+# --- how to ask for rows
+
+
+def test_prompts_are_written_out_where_the_count_is_ignored():
+    ignoring = odd_pipeline("ignores count")
+    assert torch.equal(latents(ignoring), latents(odd_pipeline()))
+    torch.testing.assert_close(latents(ignoring, max_batch=2), latents(ignoring))
+
+
+def test_pictures_too():
+    pipe = odd_pipeline("wants pictures")
+    assert torch.equal(latents(pipe, image=picture()), latents(odd_pipeline()))
+
+
+def test_where_no_way_works_the_first_error_is_raised():
+    pipe = odd_pipeline("wants pictures")
+    with pytest.raises(IndexError, match="a picture a row"):
+        latents(pipe, image=[picture()] * 4)
+
+
+# --- the tail
+
+
+@pytest.mark.parametrize("settings", [PLAIN, FeynmanKac(min_ess=0.0)])
+def test_a_tail_that_fails_is_refused_at_the_first_step(settings):
+    pipe = odd_pipeline("no tail")
+    with pytest.raises(ValueError, match=r"cannot decode .*no picture can be made .* Pass decode="):
+        latents(pipe, settings)
+    assert len(pipe.unet.rows) == 1
+    assert latents(pipe, settings, decode=lambda x: x[:, :3].sigmoid()).isfinite().all()
+
+
+def test_videos_are_not_scored_by_their_first_frame():
+    pipe = odd_pipeline("frames")
+    with pytest.raises(
+        ValueError, match=r"5 frames a row, and a reward scores pictures. .*decode="
+    ):
+        latents(pipe)
+    assert len(pipe.unet.rows) == 1
+
+
+def test_a_decode_that_fails_is_refused_at_the_first_step():
+    pipe = odd_pipeline()
+    with pytest.raises(ValueError, match=r"decode= returned \(1, 4, 8, 8\) for 1 latents"):
+        latents(pipe, FeynmanKac(min_ess=0.0), decode=lambda x: x)
+    assert len(pipe.unet.rows) == 1
+
+
+def test_latents_that_are_returned_in_another_form_are_decoded_as_the_loop_left_them():
+    pipe = odd_pipeline("unpacks")
+    out = steer(pipe, PROMPT, brightness, 3, PLAIN, progress=False)
+    plain = steer(odd_pipeline(), PROMPT, brightness, 3, PLAIN, progress=False)
+    assert out.latents.shape == (1, 3, 4, 64)  # as the pipeline returns them
+    assert torch.equal(out.rewards, plain.rewards)
+    seen = []
+    decode = lambda x: (seen.append(tuple(x.shape)), x[:, :3].sigmoid())[1]  # noqa: E731
+    latents(pipe, decode=decode)
+    assert {shape[1:] for shape in seen} == {(4, 8, 8)}
+
+
+@pytest.mark.parametrize("settings", [PLAIN, FUNNEL])
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_a_tail_that_needs_all_rows_gets_them_and_decodes_those_that_count(
+    monkeypatch, settings, chunk
+):
+    monkeypatch.setattr("steering.run.DECODE_CHUNK", chunk)
+    pipe = odd_pipeline("mixes")
+    out = steer(pipe, PROMPT, brightness, 3, settings, progress=False)
+    assert max(pipe.vae.rows) == min(chunk, 3)
+    assert sum(pipe.vae.rows[-3:]) <= 6
+    alive = len(out.images[0])
+    pixels = out.latents[0] * torch.linspace(1, 2, 3)[:alive, None, None, None] * 0.5
+    expected = (pixels[:, :3] / 2 + 0.5).clamp(0, 1)
+    shown = to_tensor(out.images[0], "cpu")
+    torch.testing.assert_close(shown, expected, rtol=0, atol=0.6 / 255)
+
+
+# --- what is kept
+
+
+def test_what_fails_after_the_steps_keeps_their_latents():
+    pipe = odd_pipeline()
+    whole = steer(pipe, ["a", "b"], brightness, 2, PLAIN, progress=False)
+
+    def breaks(images, prompts):
+        if prompts[0] == "b":
+            raise RuntimeError("broken")
+        return images.mean((1, 2, 3)) * 10
+
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        steer(pipe, ["a", "b"], breaks, 2, PLAIN, progress=False)
+    kept = caught.value.finished
+    assert kept.prompts == ("a", "b")
+    assert torch.equal(kept.latents, whole.latents)
+    assert [len(row) for row in kept.images] == [2, 0]
+    assert torch.equal(kept.rewards[0], whole.rewards[0])
+    assert kept.rewards[1].isnan().all()
+    assert np.isnan(kept.log_z[1].item())
