@@ -213,7 +213,7 @@ def test_a_funnel_shrinks_the_networks_batch_and_the_result(monkeypatch):
         **keywords,
     )
     torch.testing.assert_close(packed.latents, out.latents, rtol=1e-3, atol=1e-3)
-    monkeypatch.setattr("steering.denoiser.Rows.indices", lambda self, n: (None, None))
+    monkeypatch.setattr("steering.denoiser.Rows.indices", lambda *args: (None, None))
     whole = steer(pipe, [PROMPT, "two"], brightness, 6, settings, progress=False, **keywords)
     torch.testing.assert_close(whole.latents, out.latents, rtol=1e-3, atol=1e-3)
 
@@ -480,9 +480,11 @@ def test_ctrl_c_keeps_the_finished_prompts():
 
     with pytest.raises(KeyboardInterrupt) as caught:
         steer(pipe, ["one", "two"], impatient, 2, plain, progress=False, **keywords)
-    assert caught.value.finished.prompts == ("one",)
+    kept = caught.value.finished
+    assert kept.prompts == ("one", "two")
     alone = steer(pipe, "one", impatient, 2, plain, progress=False, **keywords)
-    assert torch.equal(caught.value.finished.latents, alone.latents)
+    assert torch.equal(kept.latents[0], alone.latents[0])
+    assert [len(row) for row in kept.images] == [2, 0]  # of the second the steps were done, no more
 
 
 # --- bad input
@@ -548,7 +550,7 @@ def test_pipelines_that_cannot_work_are_refused():
     half = family("sd")[0].vae.half()
     with pytest.raises(ValueError, match=r"preview= is torch.float16 .* preview.to\(torch.float32"):
         steer(pipe, PROMPT, brightness, preview=half, **keywords)
-    with pytest.raises(ValueError, match=r"decode= returned \(2, 4, 8, 8\) for 2 latents"):
+    with pytest.raises(ValueError, match=r"decode= returned \(1, 4, 8, 8\) for 1 latents"):
         steer(pipe, PROMPT, brightness, 2, decode=lambda x: x, progress=False, **keywords)
     with pytest.raises(ValueError, match=r"only= is an argument of steer_each"):
         steer(pipe, PROMPT, brightness, only=[0], **keywords)
