@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steering.decoding import view_of
 from steering.schedulers import stochastic
+from steering.tape import view_of
 from steering.transitions import Transition, ddim_transition, flow_transition
 
 from .models import Conditioning, Family, Noising, predict
