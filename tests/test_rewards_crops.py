@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ from rewards import pickscore
 from rewards import towers as towers_module
 from rewards.clip import ClipReward
 from rewards.critic import PreferenceModel
+from rewards.detectors import at_most, padded
+from rewards.dino import DinoReward
+from rewards.imagereward import ImageRewardReward
 from rewards.images import normalize, resize, to_images
 from rewards.pickscore import PickScoreReward
 from rewards.towers import OPENAI_MEAN, OPENAI_STD, prepare
+from rewards.transformers_clip import HALF
+from rewards.vit import MEAN, STD
 
 # (h, w): SDXL's own, others' usual ones, odd ones, tall and wide ones, and some below 224
 SIZES = [
@@ -41,6 +47,7 @@ SIZES = [
     (1000, 64),
     (31, 47),
 ]
+# that the two ways of rounding tell apart at 32 pixels, and some where they agree
 SMALL = [(32, 35), (35, 32), (64, 79), (80, 47), (100, 33), (31, 32), (32, 32)]
 
 
@@ -55,10 +62,7 @@ def photo(height: int, width: int) -> Image.Image:
 def exact(monkeypatch) -> None:
     """PIL's very bytes, so that nothing is left between two preprocessings but a mistake."""
 
-    def very(*args: Any, **kwargs: Any) -> Tensor:
-        return resize(*args, exact=True, **kwargs)
-
-    monkeypatch.setattr(towers_module, "resize", very)
+    monkeypatch.setattr(towers_module, "resize", partial(resize, exact=True))
 
 
 def by_transformers(picture: Image.Image, side: int, pil: bool = True) -> Tensor:
@@ -137,3 +141,61 @@ def test_each_reward_scores_what_its_own_processor_gives(folders, exact, monkeyp
         for critic, by in critics:
             (found,) = critic.features(images, 1)
             torch.testing.assert_close(found, by(picture, 32), atol=1e-5, rtol=0)
+
+
+def seen_by(module: torch.nn.Module, look: Any) -> Tensor:
+    """The pixels that reach a network while `look()` runs."""
+    found = []
+    hook = module.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    look()
+    hook.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("size", SMALL)
+def test_dino_and_imagereward_crop_as_the_authors_transforms_do(size, exact):
+    picture = photo(*size)
+    images = to_images(picture)
+    bicubic = v2.InterpolationMode.BICUBIC
+    crop = v2.Compose([v2.Resize(32, interpolation=bicubic), v2.CenterCrop(32)])
+    wanted = to_images(crop(picture))
+    dino, blip = DinoReward("random:0"), ImageRewardReward("random:0")
+    pixels = seen_by(dino.view.backbone.model, lambda: dino.image_features(images))
+    torch.testing.assert_close(pixels, normalize(wanted, MEAN, STD), atol=1e-5, rtol=0)
+    tower = blip.scorer.network.blip["visual_encoder"]
+    pixels = seen_by(tower, lambda: blip(images, ["a"]))
+    wanted = normalize(wanted, OPENAI_MEAN, OPENAI_STD)
+    torch.testing.assert_close(pixels, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [*SMALL, (832, 1216), (333, 517)])
+@pytest.mark.parametrize("resample", [2, 3])
+def test_siglip_squashes_as_its_processor_does(size, resample, exact):
+    from transformers import SiglipImageProcessorPil
+
+    picture = photo(*size)
+    processor = SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=resample)
+    wanted = processor(picture, return_tensors="pt").pixel_values
+    found = prepare(to_images(picture), (32, 32), {2: "bilinear", 3: "bicubic"}[resample], "squash")
+    torch.testing.assert_close(normalize(found, HALF, HALF), wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(40, 56), (56, 40), (33, 47), (31, 64), (64, 31), (64, 64)])
+def test_owlv2_pads_as_its_processor_does(size):
+    from transformers import Owlv2ImageProcessor
+
+    picture = photo(*size)
+    processor = Owlv2ImageProcessor(size={"height": 64, "width": 64})
+    wanted = processor(picture, return_tensors="pt").pixel_values
+    found = normalize(padded(to_images(picture), 64), OPENAI_MEAN, OPENAI_STD)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+def test_grounding_dino_takes_the_sizes_of_its_processor():
+    from transformers.image_transforms import get_size_with_aspect_ratio
+
+    sizes = [*SIZES, *SMALL]
+    rng = np.random.default_rng(0)
+    sizes += [(int(h), int(w)) for h, w in rng.integers(16, 3000, (2000, 2))]
+    for h, w in sizes:
+        assert at_most(h, w, 800, 1333) == get_size_with_aspect_ratio((h, w), 800, 1333), (h, w)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import rewards
 from finetune import checks, zero
-from finetune.shards import Rollouts
+from finetune.shards import Rollouts, Shard
 from scripts import rollout, score, train_gdro, training
 from steering import loading, tiny
 
@@ -119,6 +119,18 @@ def test_prompts_that_are_trained_on_are_no_held_out_ones(scored, tmp_path, caps
     assert "needs check.prompts" in capsys.readouterr().err
     assert train_gdro.main([*words, f"check.prompts={scored / 'prompts.txt'}"]) == 2
     assert "trained on, as 'the word \"CAT\"'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_only_the_rollouts_say_is_not_imported(scored, tmp_path, capsys, monkeypatch):
+    """Rollouts may be somebody's: a reward of theirs is code that nobody here has asked for."""
+    monkeypatch.setattr(Shard, "scored_by", lambda self, column="": "clip(tiny) + os:getcwd")
+    (tmp_path / "unseen.txt").write_text('the word "OWL"\n')
+    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3", "check.every=1"]
+    assert train_gdro.main([*words, f"check.prompts={tmp_path / 'unseen.txt'}"]) == 2
+    told = capsys.readouterr().err
+    assert "the reward os:getcwd would import code" in told
+    assert "check.reward='clip(tiny) + os:getcwd'" in told
     assert not (tmp_path / "out").exists()
 
 
