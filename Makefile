@@ -9,6 +9,7 @@ DOCS := .venv/.docs
 DEMO_OUT ?= out/demo
 DEMO_ARGS ?= --particles 4 --steps 20
 TUNED := $(DEMO_OUT)/tuned
+TUNED_OF := $(DEMO_OUT)/tuned-of
 TUNED_IMAGES ?= 12
 TUNED_STEPS ?= 50
 # Those that draw in batches of several shapes, or compare with other software.
@@ -62,21 +63,26 @@ demo: $(READY)
 	  --model tiny-sd3 --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
 
 demo-objects: $(READY)
-	$(BIN)/python scripts/steer.py 'a purple star left of a green circle' 'three triangles' \
-	  --model tiny-sd3 --reward 'clip(tiny)' --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
+	$(BIN)/python scripts/steer.py 'an orange star and a purple triangle' 'an orange star and a green square' \
+	  'a green circle and an orange square' --model tiny-sd3 --guidance-scale 1 --reward 'objects(mode=share)' \
+	  --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
 
-# 48 words to tune on and six others to judge by. What is done is not done again.
+# 48 words to tune on, four others to look at meanwhile and six to judge by. What is done is not done again.
 demo-tuned: $(READY)
-	mkdir -p $(TUNED)
-	head -n 2 scripts/tiny/words.txt | xargs printf 'the word "%s"\n' > $(TUNED)/prompts.txt
-	printf 'the word "%s"\n' ROSE CRAB HIVE SOAP MINT TUBE > $(TUNED)/unseen.txt
-	$(BIN)/python scripts/rollout.py prompts=$(TUNED)/prompts.txt out=$(TUNED)/rollouts \
+	mkdir -p $(TUNED_OF)
+	head -n 2 scripts/tiny/words.txt | xargs printf 'the word "%s"\n' > $(TUNED_OF)/prompts.txt
+	printf 'the word "%s"\n' FERN HAWK LIME YARN > $(TUNED_OF)/checks.txt
+	printf 'the word "%s"\n' ROSE CRAB HIVE SOAP MINT TUBE > $(TUNED_OF)/unseen.txt
+	$(BIN)/python scripts/rollout.py prompts=$(TUNED_OF)/prompts.txt out=$(TUNED_OF)/rollouts \
 	  images=$(TUNED_IMAGES) call.guidance_scale=1.0 resume=true
-	$(BIN)/python scripts/score.py $(TUNED)/rollouts --reward 'ocr + 0*clip(tiny)' --resume
-	$(BIN)/python scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=$(TUNED)/rollouts \
-	  out=$(TUNED) gdro.steps=$(TUNED_STEPS) resume=true
-	$(BIN)/python scripts/evaluate.py prompts=$(TUNED)/unseen.txt out=$(TUNED)/eval lora=$(TUNED)/lora \
+	$(BIN)/python scripts/score.py $(TUNED_OF)/rollouts --reward 'ocr + 0*clip(tiny)' --resume
+	$(BIN)/python scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=$(TUNED_OF)/rollouts \
+	  out=$(TUNED) gdro.steps=$(TUNED_STEPS) check.every=10 check.prompts=$(TUNED_OF)/checks.txt \
+	  check.train_prompts=4 resume=true
+	$(BIN)/python scripts/evaluate.py prompts=$(TUNED_OF)/unseen.txt out=$(TUNED)/eval lora=$(TUNED)/lora \
 	  'reward=ocr + 0*clip(tiny)' call.guidance_scale=1.0 resume=true
+	$(BIN)/python scripts/steer.py 'the word "NAIL"' 'the word "RIDE"' --model tiny-sd3 --lora $(TUNED)/lora \
+	  --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/tuned-steered
 
 test: $(DEV)
 	$(BIN)/python -m pytest -q

@@ -228,6 +228,7 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
     A column that is there already is replaced. --resume skips shards where all of them are of
     this very spec.
     """
+    from finetune.outlook import of_rollouts
     from finetune.shards import Rollouts, add_rewards
 
     for option in ("out", "prompt"):
@@ -245,13 +246,16 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
     try:
         for shard in tqdm(run.shards, unit="shard"):
             if not args.resume or {shard.scored_by(name) for name in names} != {reward.spec}:
-                add_rewards(shard, score_shard(reward, shard, args.batch_size, device), reward.spec)
+                found = score_shard(reward, shard, args.batch_size, device)
+                add_rewards(shard, found, reward.spec, {"reward": reward.range})
             columns = shard.rewards()
             cells = zip(*(columns[name] for name in names), strict=True)
             rows += [dict(zip(names, row, strict=True)) for row in cells]
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished shards are kept") from None
     report(reward, rows, args.source / "scores.histogram.png", args.calibrate)
+    if little := of_rollouts(run, "reward"):
+        started.say(f"before you train on these: {little}")
     return 0
 
 

@@ -29,6 +29,7 @@ from typing import ClassVar
 from finetune.data import load_data
 from finetune.gdro import Gdro, Trainer
 from finetune.models import family_of, noising_of
+from finetune.outlook import of_rollouts
 from finetune.ranges import TEXT, Range, group
 from finetune.shards import Rollouts
 from finetune.state import check_out
@@ -77,6 +78,8 @@ def run(settings: Train) -> None:
     check_out(settings)
     made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
     data = load_data(made, gdro.reward, gdro.reward_norm, gdro.k)
+    if little := of_rollouts(made, gdro.reward):
+        started.say(f"{gdro.reward!r} of {made.folder}: {little}")
     accelerator = training.accelerator_of(settings)
     name = settings.model or made.manifest["model"]
     if not name:

@@ -188,6 +188,7 @@ def folder(tmp_path, models) -> Path:
     for name in {name.split("/")[0] for name in MODELS}:
         (tmp_path / name).symlink_to(models / name)
     texts = {"prompts": PROMPTS, "words": PROMPTS, "unseen": UNSEEN, "shapes": SHAPES}
+    texts["checks"] = UNSEEN
     texts["runs/online/words-test"] = UNSEEN
     (tmp_path / "runs/online").mkdir(parents=True)
     for name, prompts in texts.items():
