@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .combine import Function, Part, WeightedSum, call_of, default_name
 from .names import REWARDS, factory_of, read
-from .spec import AGGREGATORS, Call, Term, aggregator
+from .spec import AGGREGATORS, Call, Term, aggregator, format_terms
 
-__all__ = ["Reward", "WeightedSum", "aggregators", "available", "load"]
+__all__ = ["Reward", "WeightedSum", "aggregators", "available", "load", "spelled"]
 
 
 @runtime_checkable
@@ -77,6 +77,24 @@ def load(
         terms = {text: read(text, imports) for text in reward}  # all of them, before any is loaded
         return WeightedSum([_entry(text, terms[text], reward[text], device) for text in reward])
     return WeightedSum([_callable_part(reward)])
+
+
+def spelled(text: str, imports: bool = False) -> str:
+    """The `spec` that `load` gives the reward of a text, with nothing loaded or imported.
+
+    ValueError for what is unknown or refused.
+    """
+    return format_terms(_unaliased(read(text, imports)))
+
+
+def _unaliased(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """The terms without aliases that are their names anyhow."""
+    found = []
+    for term in terms:
+        call = replace(term.call, sums=tuple(_unaliased(each) for each in term.call.sums))
+        alias = "" if term.alias == default_name(call) else term.alias
+        found.append(Term(call, term.weight, alias))
+    return tuple(found)
 
 
 def _entry(

@@ -289,6 +289,20 @@ def component_names(parts: Sequence[Part]) -> list[str]:
     return names
 
 
+def names_in(spec: str) -> list[str]:
+    """The same of a reward that is not loaded, by its `spec`."""
+    return _names_in(parse(spec))
+
+
+def _names_in(terms: Sequence[Term]) -> list[str]:
+    names = []
+    for term in terms:
+        names.append(term.alias or default_name(term.call))
+        for inner in term.call.sums:
+            names += _names_in(inner)
+    return names
+
+
 def _refuse_twins(names: Sequence[str]) -> None:
     # from the end, for twins inside aggregators make twins of the aggregators' names
     for name in reversed(names):

@@ -275,7 +275,7 @@ def scored(job: Job, folder: Path, plan: Plan, device: torch.device) -> dict[str
         for j in range(plan.images)
     ]
     table = Table(folder / f"{job.name}.csv", job.reward.spec, resume=True)
-    rows = [texts(sample, job.reward) for sample in samples]
+    rows = [texts(sample, job.reward.wants_references) for sample in samples]
     score(job.reward, [samples[i] for i in table.missing(rows)], table, BATCH, device)
     table.finish(rows)
     names = ["reward", *component_names(job.reward.parts)]

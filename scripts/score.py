@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 import rewards
 from rewards import calibrate
-from rewards.combine import Aggregate, Function, Part, component_names
+from rewards.combine import Aggregate, Function, Part, component_names, names_in
 from rewards.images import to_images
 from rewards.names import factory_of
 from rewards.samples import Sample, batches, load_batch, read_samples
-from rewards.table import TEXTS, Table, draw, ensure_writable, summary
+from rewards.table import TEXTS, Table, draw, ensure_writable, read_table, summary
 from scripts.options import COUNT, Parser, check_words
 from steering.loading import pick_device
 
@@ -150,6 +150,13 @@ def score_pictures(args: argparse.Namespace, device: torch.device) -> int:
     samples = read_samples(args.source, args.prompt)
     if args.calibrate and len(samples) < 2:
         raise ValueError(f"--calibrate needs two pictures or more but {args.source} holds one")
+    beside = args.source if args.source.is_dir() else args.source.parent
+    out = args.out or beside / "scores.csv"
+    picture = out.with_name(out.name + ".histogram.png")  # no picture of the user's has such a name
+    if args.resume and not args.calibrate and is_complete(out, args.reward, samples):
+        print(f"{out} is complete")
+        report(read_table(out), picture)
+        return 0
     reward = load(args.reward, device, [sample.prompt for sample in samples])
     without = [sample.image for sample in samples if not sample.references]
     if without and needs_references(reward.parts):
@@ -157,25 +164,33 @@ def score_pictures(args: argparse.Namespace, device: torch.device) -> int:
             f"{reward} compares with reference pictures but {without[0]} has none; write "
             '"references": [...] in its line of a .jsonl file'
         )
-    beside = args.source if args.source.is_dir() else args.source.parent
-    out = args.out or beside / "scores.csv"
-    picture = out.with_name(out.name + ".histogram.png")  # no picture of the user's has such a name
     table = Table(out, reward.spec, args.resume)
-    rows = [texts(sample, reward) for sample in samples]
+    rows = [texts(sample, reward.wants_references) for sample in samples]
     left = table.missing(rows)
     try:
         score(reward, [samples[i] for i in left], table, args.batch_size, device)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{len(table.rows)} of {len(samples)} are kept") from None
     print(out if table.finish(rows) else f"{out} is complete")
-    report(reward, table.rows, picture, args.calibrate)
+    report(table.rows, picture)
+    keep_scale(reward, table.rows, args.calibrate)
     return 0
 
 
-def texts(sample: Sample, reward: rewards.WeightedSum) -> dict[str, str]:
-    """The columns that name a row: all that its scores depend on."""
+def is_complete(out: Path, spec: str, samples: Sequence[Sample]) -> bool:
+    """Whether the table is there with all these rows, of this very reward, which is not loaded."""
+    if not out.is_file() or out.with_name(out.name + ".part").exists():
+        return False
+    table = Table(out, rewards.spelled(spec, imports=True), resume=True)
+    references = bool(table.rows) and "references" in table.rows[0]
+    rows = [texts(sample, references) for sample in samples]
+    return not table.missing(rows) and not table.finish(rows)
+
+
+def texts(sample: Sample, references: bool) -> dict[str, str]:
+    """The columns that name a row: all that its scores depend on, with references or without."""
     row = {"image": str(sample.image), "prompt": sample.prompt}
-    if reward.wants_references:
+    if references:
         row["references"] = json.dumps([str(path) for path in sample.references])
     return row
 
@@ -198,23 +213,25 @@ def score(
             values = {name: column.tolist() for name, column in columns.items()}
             table.add(
                 [
-                    texts(sample, reward) | {name: column[i] for name, column in values.items()}
+                    texts(sample, reward.wants_references)
+                    | {name: column[i] for name, column in values.items()}
                     for i, sample in enumerate(batch)
                 ]
             )
             bar.update(len(batch))
 
 
-def report(
-    reward: rewards.WeightedSum,
-    rows: Sequence[dict[str, Any]],
-    picture: Path,
-    calibration: Path | None,
-) -> None:
-    """Print what the scores are, draw them, and keep them as a scale if that is asked for."""
+def report(rows: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Print what the scores are, and draw them."""
     print(summary(rows))
     draw(rows, picture)
     print(picture)
+
+
+def keep_scale(
+    reward: rewards.WeightedSum, rows: Sequence[dict[str, Any]], calibration: Path | None
+) -> None:
+    """Keep the scores as a scale if that is asked for."""
     if calibration:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         measured = calibrate.by_fingerprint(reward, columns.pop("reward"), columns)
@@ -237,26 +254,38 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
                 "rollouts have prompts and keep their scores in their own shards; "
                 f"leave out --{option}"
             )
-    run = Rollouts(args.source)
-    reward = load(args.reward, device, run.manifest["plan"]["prompts"])
-    if needs_references(reward.parts):
-        raise ValueError(f"{reward} compares with reference pictures, which rollouts lack")
-    names = ["reward", *component_names(reward.parts)]
-    rows: list[dict[str, Any]] = []
-    try:
-        for shard in tqdm(run.shards, unit="shard"):
-            if not args.resume or {shard.scored_by(name) for name in names} != {reward.spec}:
+    run, reward = Rollouts(args.source), None
+    spec = rewards.spelled(args.reward, imports=True)
+    names = ["reward", *names_in(spec)]
+    left = [
+        shard
+        for shard in run.shards
+        if not args.resume or {shard.scored_by(name) for name in names} != {spec}
+    ]
+    if left or args.calibrate:
+        reward = load(args.reward, device, run.manifest["plan"]["prompts"])
+        if needs_references(reward.parts):
+            raise ValueError(f"{reward} compares with reference pictures, which rollouts lack")
+        try:
+            for shard in tqdm(left, unit="shard"):
                 found = score_shard(reward, shard, args.batch_size, device)
-                add_rewards(shard, found, reward.spec, {"reward": reward.range})
-            columns = shard.rewards()
-            cells = zip(*(columns[name] for name in names), strict=True)
-            rows += [dict(zip(names, row, strict=True)) for row in cells]
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("finished shards are kept") from None
-    report(reward, rows, args.source / "scores.histogram.png", args.calibrate)
+                add_rewards(shard, found, spec)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("finished shards are kept") from None
+    rows = [row for shard in run.shards for row in scored(shard, names)]
+    report(rows, args.source / "scores.histogram.png")
+    if reward:
+        keep_scale(reward, rows, args.calibrate)
     if little := of_rollouts(run, "reward"):
-        started.say(f"before you train on these: {little}")
+        print(f"before a model is trained on these: {little}")
     return 0
+
+
+def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a shard, with these columns."""
+    columns = shard.rewards()
+    cells = zip(*(columns[name] for name in names), strict=True)
+    return [dict(zip(names, row, strict=True)) for row in cells]
 
 
 def score_shard(

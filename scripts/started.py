@@ -15,11 +15,15 @@ from typing import Any
 __all__ = ["run", "say"]
 
 _script = Path(sys.argv[0])
+_is_one = _script.resolve().parent == Path(__file__).resolve().parent  # and no test
 
 
 def say(what: str) -> None:
-    """What the script does now, to stderr; of several processes the first one says it."""
-    if os.environ.get("RANK", "0") == "0":
+    """What the script does now, to stderr; of several processes the first one says it.
+
+    Nothing where another program calls the script's functions.
+    """
+    if _is_one and os.environ.get("RANK", "0") == "0":
         print(f"{_script.name}: {what}", file=sys.stderr, flush=True)
 
 
@@ -62,6 +66,6 @@ def _unraisable(what: Any) -> None:
     os._exit(130)
 
 
-if _script.resolve().parent == Path(__file__).resolve().parent:  # and no test
+if _is_one:
     _listen(_leave)
     say("loading PyTorch and what else is needed")

@@ -34,6 +34,7 @@ from finetune.ranges import TEXT, Range, group
 from finetune.shards import Rollouts
 from finetune.state import check_out
 from scripts import command, training
+from scripts.launched import is_main
 from steering import loading
 
 
@@ -78,8 +79,8 @@ def run(settings: Train) -> None:
     check_out(settings)
     made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
     data = load_data(made, gdro.reward, gdro.reward_norm, gdro.k)
-    if little := of_rollouts(made, gdro.reward):
-        started.say(f"{gdro.reward!r} of {made.folder}: {little}")
+    if is_main() and (little := of_rollouts(made, gdro.reward)):
+        print(f"{gdro.reward!r} of {made.folder}: {little}", flush=True)
     accelerator = training.accelerator_of(settings)
     name = settings.model or made.manifest["model"]
     if not name:

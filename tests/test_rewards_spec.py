@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rewards
 import rewards.aggregate
-from rewards.combine import Part, WeightedSum
+from rewards.combine import Part, WeightedSum, component_names, names_in
 from rewards.sharing import shared
 from rewards.spec import AGGREGATORS, Call, Term, aggregator, format_terms, parse
 
@@ -421,3 +421,20 @@ def test_jpeg_sizes_are_ordered_and_signed():
     large = rewards.load("jpeg(incompressibility)")(both, ["", ""])
     torch.testing.assert_close(small, -large)
     assert 0.3 < large[0] < 1.5 < 3 < large[1] < 12  # kilobytes of 1000
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "jpeg",
+        "2*jpeg(incompressibility) - 0.5*ocr(mode=strict)",
+        "jpeg=jpeg + mine=0*clip(tiny)",
+        "min(b=jpeg, a=0.5*clip(tiny)) + 0*jpeg",
+        "clip_above_jpeg=clip_above(jpeg, at=1.5)",
+        "clip_above(jpeg + 0*clip(tiny), at=1.5)",
+    ],
+)
+def test_a_spec_is_spelled_and_its_components_named_as_by_loading_it(spec):
+    loaded = rewards.load(spec)
+    assert rewards.spelled(spec) == loaded.spec
+    assert names_in(loaded.spec) == component_names(loaded.parts)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from test_rollouts import made
 
 import rewards
@@ -45,6 +46,10 @@ def seen(monkeypatch):
     return sizes, stop_at
 
 
+def nothing(images, prompts):
+    return torch.zeros(len(images))
+
+
 def call(folder, spec, *options):
     return score.main([str(folder), "--reward", spec, "--device", "cpu", *options])
 
@@ -73,6 +78,27 @@ def test_resume_scores_what_is_not_of_this_very_spec(folder, seen):
     assert call(folder, "jpeg", "--resume") == 0
     assert sizes == [4, 2] * 2 + [2]
     assert shard.rewards()["jpeg"] == shard.rewards()["reward"]
+
+
+def test_what_is_finished_needs_no_reward(folder, seen, monkeypatch, capsys):
+    def never(*args, **kwargs):
+        raise AssertionError("a reward was loaded")
+
+    spec = "min(b=jpeg, a=0.5*clip(tiny)) + 0*jpeg"
+    assert call(folder, spec) == 0
+    before = capsys.readouterr().out
+    monkeypatch.setattr(rewards, "load", never)
+    assert call(folder, spec, "--resume") == 0
+    assert capsys.readouterr().out == before
+    with pytest.raises(AssertionError, match="was loaded"):
+        call(folder, "jpeg", "--resume")
+
+
+def test_rewards_at_one_end_are_told_with_what_to_do(folder, capsys):
+    assert call(folder, "test_score_rollouts:nothing") == 0
+    assert "have one reward each, which teaches nothing. Make more" in capsys.readouterr().out
+    assert call(folder, "jpeg") == 0
+    assert "teaches nothing" not in capsys.readouterr().out
 
 
 def test_columns_that_only_some_shards_have_do_not_matter(folder, capsys):
