@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .rollouts import Rollouts
+from .shards import Rollouts
 
 __all__ = ["of_rollouts", "outlook"]
 
