@@ -22,7 +22,8 @@ def of_rollouts(run: Rollouts, column: str) -> str:
     for shard in run.shards:
         prompts += [row["group"] for row in shard.table(["group"])]
         rewards += shard.rewards()[column]
-    return outlook(prompts, rewards)
+    low, high = run.shards[0].bounds().get(column, (None, None))
+    return outlook(prompts, rewards, (low, high))
 
 
 def outlook(prompts: Sequence[int], rewards: Sequence[float], bounds: Bounds = (None, None)) -> str:

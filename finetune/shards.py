@@ -68,10 +68,18 @@ class Shard:
 
     def specs(self) -> dict[str, str]:
         """The specs that the columns were scored by, where it is known: {column: spec}."""
+        return self._about("specs")
+
+    def bounds(self) -> dict[str, list[float | None]]:
+        """The least and the most that a column's reward can be, where it is known."""
+        return self._about("bounds")
+
+    def _about(self, what: str) -> dict[str, Any]:
+        """What is known of the columns beside their values, by column."""
         file = self.folder / "rewards.parquet"
         try:
             about = pq.read_schema(file).metadata if file.exists() else None
-            return dict(json.loads((about or {}).get(b"specs", b"{}")))
+            return dict(json.loads((about or {}).get(what.encode(), b"{}")))
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise ValueError(f"{file} is damaged ({error}); {AGAIN}") from None
 
@@ -125,16 +133,26 @@ def read_manifest(file: Path) -> dict[str, Any]:
     return found
 
 
-def add_rewards(shard: Shard, columns: Mapping[str, Sequence[float]], spec: str = "") -> None:
+def add_rewards(
+    shard: Shard,
+    columns: Mapping[str, Sequence[float]],
+    spec: str = "",
+    bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
+) -> None:
     """Add or replace columns of rewards, whole or not at all; spec: what these were scored by.
 
-    Columns of other names stay as they are, with the specs that they were scored by.
+    bounds: the range of the rewards of a column. Columns of other names stay as they are, with
+    what they were scored by.
     """
     merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
-    specs = shard.specs() | dict.fromkeys(columns, spec)
+    kept = {name: ends for name, ends in shard.bounds().items() if name not in columns}
+    about = {
+        "specs": json.dumps(shard.specs() | dict.fromkeys(columns, spec)),
+        "bounds": json.dumps(kept | dict(bounds or {})),
+    }
     scratch = shard.folder / ".rewards.new"
     table = pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()})
-    pq.write_table(table.replace_schema_metadata({"specs": json.dumps(specs)}), scratch)
+    pq.write_table(table.replace_schema_metadata(about), scratch)
     scratch.replace(shard.folder / "rewards.parquet")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ __all__ = [
     "Variant",
     "draw",
     "grid",
+    "is_finished",
     "open_folder",
     "pending",
     "picture",
@@ -186,6 +187,26 @@ def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resum
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no evaluation; give another out=")
     write(file, json.dumps({"pictures": about, "scorers": scorers}, indent=1, ensure_ascii=False))
+
+
+def is_finished(out: Path, plan: Plan, settings: dict[str, Any], lora: str | None) -> bool:
+    """Whether the evaluation of `out` is this very one and whole, told without any model.
+
+    settings: what was asked for, as evaluation.json keeps it; lora: what tells the LoRA's weights
+    from others. Whether a model of this name has the same weights as then is not looked at.
+    """
+    try:
+        drawn = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["pictures"]
+        found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+        variants = [out / variant["name"] for variant in drawn["variants"]]
+        was = [found["settings"] | {"resume": True}, found["lora"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    asked: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
+    same = was == [json.loads(json.dumps(settings | {"resume": True})), lora]
+    same = same and all(drawn.get(name) == value for name, value in asked.items())
+    whole = all((out / name).exists() for name in ("evaluation.md", "grid.png"))
+    return same and whole and not any(pending(folder, plan) for folder in variants)
 
 
 def write(path: Path, text: str) -> None:

@@ -36,6 +36,7 @@ from finetune.variants import (
     Variant,
     draw,
     grid,
+    is_finished,
     open_folder,
     pending,
     picture,
@@ -52,7 +53,7 @@ from rewards.samples import Sample
 from rewards.sets import vendi
 from rewards.table import Table
 from scripts import command
-from scripts.launched import join
+from scripts.launched import is_main, join
 from scripts.score import load, needs_references, score, texts
 from steering import loading, tiny
 from steering.manifest import fingerprint, versions
@@ -220,7 +221,12 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
 
 def run(settings: Evaluate, line: str) -> None:
     """Check everything; draw this process's pictures; the main process judges them all."""
-    plan, out, processes = plan_of(settings), Path(settings.out).resolve(), join("auto")
+    plan, out, lora = plan_of(settings), Path(settings.out).resolve(), command.digest(settings.lora)
+    if settings.resume and is_finished(out, plan, asdict(settings), lora):
+        if is_main():
+            show(Path(settings.out))
+        return
+    processes = join("auto")
     device = processes.device or loading.pick_device("auto")
     variants, jobs, tower, pipe, preview = processes.agree(lambda: ready(settings, plan, device))
     networks = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
@@ -339,11 +345,17 @@ def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], l
     every = {
         "command": line,
         "settings": asdict(settings),
+        "lora": command.digest(settings.lora),
         "versions": versions(),
         "prompts": plan.prompts,
         "sections": {t: [evaluate.numbers(m, seed) for m in ms] for t, ms in sections.items()},
     }
     write(out / "evaluation.json", json.dumps(every, indent=1, ensure_ascii=False))
+    show(out)
+
+
+def show(out: Path) -> None:
+    """Print the tables, and where the pictures are."""
     made = [out / "grid.png"]
     if (out.parent / "log.csv").exists():  # inside a training run, whose report shows it too
         made.append(page.write(out.parent))

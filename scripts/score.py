@@ -269,7 +269,7 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
         try:
             for shard in tqdm(left, unit="shard"):
                 found = score_shard(reward, shard, args.batch_size, device)
-                add_rewards(shard, found, spec)
+                add_rewards(shard, found, spec, {"reward": reward.range})
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished shards are kept") from None
     rows = [row for shard in run.shards for row in scored(shard, names)]

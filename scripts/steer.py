@@ -118,7 +118,9 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
         with processes.together() if args.spread else contextlib.nullcontext():
             keep_all(work, len(mine), processes, args.spread)
         processes.finish()
-        drawn = runs.draw(out, folders) if processes.is_main else []
+        drawn = []
+        if processes.is_main:
+            drawn = ([] if pending else runs.drawn(out, folders)) or runs.draw(out, folders)
     except KeyboardInterrupt as cut:
         return interrupted(cut, out, folders, processes)
     for path in drawn:
@@ -140,10 +142,20 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt
     args.device = str(device)
     args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.reward = args.reward or ("clip(tiny)" if args.model in tiny.NAMES else "clip")
-    reward = rewards.load(args.reward, device, imports=True)
-    reward.check([prompt.text for prompt in prompts])
+    reward = None
+    if not is_finished(args, prompts):
+        started.say(f"loading {args.reward}")
+        reward = rewards.load(args.reward, device, imports=True)
+        reward.check([prompt.text for prompt in prompts])
     args.preview = loading.pick_preview(args.preview, args.model)
     return prompts, settings, reward
+
+
+def is_finished(args: argparse.Namespace, prompts: Sequence[Prompt]) -> bool:
+    """Whether a run is resumed that has nothing left to draw; what it was is checked later."""
+    if not (args.resume and args.out and (args.out / "manifest.json").is_file()):
+        return False
+    return not runs.pending(runs.divide(args.out, prompts, args.prompts_per_call))
 
 
 def interrupted(

@@ -164,6 +164,11 @@ def run(settings: Train) -> None:
     check_out(settings, ignore=METHODS.keys() - {settings.method})
     check_call(settings)
     prompts = list(dict.fromkeys(prompt.text for prompt in read(Path(settings.prompts))))
+    texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    made_of = {"prompts": texts, "lora": command.digest(settings.lora) or ""}
+    if training.finished(settings, tuned.steps, made_of):
+        training.show(settings)
+        return
     defaults = tiny.call_defaults(name) if name in tiny.NAMES else {}
     stated = {k: v for k, v in (defaults | settings.call).items() if k != "guidance_scale"}
     accelerator = training.accelerator_of(settings)
@@ -184,8 +189,6 @@ def run(settings: Train) -> None:
         watch = replace(watch, call=stated | guided | negative)
     call = stated | guided | {"num_inference_steps": tuned.num_inference_steps}
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
-    texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    made_of = {"prompts": texts, "lora": command.digest(settings.lora) or ""}
     training.begin(trainer, settings, tuned, made_of)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), made_of)
     about = [
@@ -203,6 +206,7 @@ def run(settings: Train) -> None:
     file = training.export(trainer, type(pipe), settings, about, name, title)
     accelerator.end_training()
     if accelerator.is_main_process:
+        training.finish(settings, tuned.steps, made_of)
         print(file)
 
 

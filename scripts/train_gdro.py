@@ -78,6 +78,10 @@ def run(settings: Train) -> None:
         raise ValueError("set rollouts=FOLDER and out=FOLDER")
     check_out(settings)
     made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
+    made_of = {"rollouts": made.digest(gdro.reward), "lora": command.digest(settings.lora) or ""}
+    if training.finished(settings, gdro.steps, made_of):
+        training.show(settings)
+        return
     data = load_data(made, gdro.reward, gdro.reward_norm, gdro.k)
     if is_main() and (little := of_rollouts(made, gdro.reward)):
         print(f"{gdro.reward!r} of {made.folder}: {little}", flush=True)
@@ -96,7 +100,6 @@ def run(settings: Train) -> None:
     network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
     del pipe  # neither decoder nor text encoder stays in memory
     trainer = Trainer(network, family, noising, data, gdro, accelerator)
-    made_of = {"rollouts": made.digest(gdro.reward), "lora": command.digest(settings.lora) or ""}
     training.begin(trainer, settings, gdro, made_of)
     if accelerator.is_main_process:
         print(f"{len(data.groups)} prompts; {data.dropped} left out, whose rewards are all equal")
@@ -110,6 +113,7 @@ def run(settings: Train) -> None:
     file = training.export(trainer, kind, settings, about, name, "offline GDRO")
     accelerator.end_training()
     if accelerator.is_main_process:
+        training.finish(settings, gdro.steps, made_of)
         print(file)
 
 

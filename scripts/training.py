@@ -25,6 +25,7 @@ from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, wh
 from finetune.state import load_state, save_state
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
+from scripts.launched import is_main
 from scripts.sharding import shard
 from steering.loading import DTYPES
 from steering.prompts import read
@@ -35,10 +36,15 @@ __all__ = [
     "begin",
     "critic_of",
     "export",
+    "finish",
+    "finished",
     "loop",
     "notes",
+    "show",
     "watch_of",
 ]
+
+FINISHED = "finished.json"
 
 
 @dataclass
@@ -273,6 +279,33 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
     accelerator.wait_for_everyone()
 
 
+def finished(settings: Run, steps: int, made_of: Mapping[str, str]) -> bool:
+    """Whether the LoRA of so many steps of this very run is there, told without its model.
+
+    made_of: as in `begin`.
+    """
+    folder = Path(settings.out) / "lora"
+    if not settings.resume or not any(folder.glob("*.safetensors")):
+        return False
+    try:
+        was = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return was == {"steps": steps, "made_of": dict(made_of)}
+
+
+def show(settings: Run) -> None:
+    """Print the LoRA that `finished` has found."""
+    if is_main():
+        print(next((Path(settings.out) / "lora").glob("*.safetensors")))
+
+
+def finish(settings: Run, steps: int, made_of: Mapping[str, str]) -> None:
+    """Write down what `finished` looks for, when all is there."""
+    text = json.dumps({"steps": steps, "made_of": dict(made_of)}, indent=1)
+    (Path(settings.out) / "lora" / FINISHED).write_text(text + "\n", encoding="utf-8")
+
+
 def export(
     trainer: Any, kind: Any, settings: Run, about: Sequence[str], base: str, method: str
 ) -> Path:
@@ -288,6 +321,8 @@ def export(
     if rows:
         step = int(checks.best_row(rows, settings.check.best)["step"])
         chosen = _best(out / "best.safetensors")
+    if main:
+        (out / "lora" / FINISHED).unlink(missing_ok=True)  # of fewer steps
     with lora.swapped(learner.weights, chosen):
         file = lora.save(kind, part, learner.bare, out / "lora", main)
     if main:

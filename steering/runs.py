@@ -39,6 +39,7 @@ __all__ = [
     "check_weights",
     "divide",
     "draw",
+    "drawn",
     "folder_name",
     "keep",
     "new_folder",
@@ -290,6 +291,16 @@ def keep(folder: Path, results: Mapping[str, Steered]) -> None:
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def drawn(out: Path, folders: Sequence[Path]) -> list[Path]:
+    """What `draw` wrote, where it is there and no result is newer; else nothing."""
+    report = out / "report.html"  # the last to be written
+    with contextlib.suppress(OSError):
+        last = report.stat().st_mtime_ns
+        if all(folder.stat().st_mtime_ns <= last for folder in folders):
+            return sorted([*out.glob("grid*.png"), out / "history.png", report])
+    return []
 
 
 def draw(out: Path, folders: Sequence[Path]) -> list[Path]:

@@ -31,7 +31,7 @@ from finetune.models import family_of
 from rewards.geneval import TASKS, overall
 from rewards.ocr import MODES, distance
 from scripts import evaluate as script
-from steering import generators, tiny
+from steering import generators, loading, tiny
 
 PROMPTS = ('the word "CAT"', "three stars", "a red circle")
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
@@ -244,9 +244,17 @@ def test_resuming_draws_what_is_missing_and_scores_by_another_reward(done, capsy
         assert message in capsys.readouterr().err
 
 
-def test_the_report_of_the_training_around_it_gets_the_table(done, capsys):
-    checks.append(done / "log.csv", {"step": 1, "loss": 0.5})
+def test_the_report_of_the_training_around_it_gets_the_table(done, capsys, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
     assert script.main([*words(done), "resume=true"]) == 0
+    capsys.readouterr()
+    checks.append(done / "log.csv", {"step": 1, "loss": 0.5})
+    monkeypatch.setattr(loading, "load_pipeline", never)
+    assert script.main([*words(done), "resume=true"]) == 0  # it is finished
+    with pytest.raises(AssertionError, match="was loaded"):
+        script.main([*words(done, images=3), "resume=true"])
     assert str(done / "report.html") in capsys.readouterr().out
     text = (done / "report.html").read_text(encoding="utf-8")
     told = json.loads((done / "out" / "evaluation.json").read_text())["sections"]

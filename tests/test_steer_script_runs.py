@@ -115,12 +115,20 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, capsys):
 
 
 @pytest.mark.usefixtures("no_model")
-def test_resume_of_a_finished_run_loads_nothing(finished, capsys):
+def test_resume_of_a_finished_run_loads_and_draws_nothing(finished, capsys, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a reward was loaded")
+
     out, arguments = finished
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/*/*")}
+    monkeypatch.setattr(rewards, "load", never)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert script.main([*arguments, "--resume"]) == 0
-    assert str(out / "grid.png") in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in out.glob("*/*/*")} == before
+    told = capsys.readouterr().out.splitlines()
+    assert told == [str(out / name) for name in ("grid.png", "history.png", "report.html")]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    (out / "report.html").unlink()  # as where the run was cut off before it
+    assert script.main([*arguments, "--resume"]) == 0
+    assert (out / "report.html").exists()
 
 
 @pytest.mark.usefixtures("no_model")

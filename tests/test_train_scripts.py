@@ -44,10 +44,11 @@ def test_every_shard_gets_its_rewards_once(scored, capsys):
     assert (shard.folder / "rewards.parquet").stat().st_mtime_ns == before
 
 
-def test_rollouts_that_are_there_are_found_without_a_model(scored, capsys, monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("a model was loaded")
+def never(*args, **kwargs):
+    raise AssertionError("a model was loaded")
 
+
+def test_rollouts_that_are_there_are_found_without_a_model(scored, capsys, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", never)
     monkeypatch.setattr(rewards, "load", never)
     words = [f"prompts={scored / 'prompts.txt'}", f"out={scored / 'run'}", "images=3", *CALL]
@@ -68,7 +69,9 @@ def test_the_bar_of_rollouts_counts_images(tmp_path, capsys):
     assert " 2/2 [" in bar
 
 
-def test_training_resumes_where_it_stopped_and_its_lora_loads(scored, tmp_path):
+def test_training_resumes_where_it_stopped_and_its_lora_loads(
+    scored, tmp_path, capsys, monkeypatch
+):
     common = [
         f"rollouts={scored / 'run'}",
         "gdro.groups=2",
@@ -80,6 +83,13 @@ def test_training_resumes_where_it_stopped_and_its_lora_loads(scored, tmp_path):
     assert train_gdro.main([*common, f"out={whole}", "gdro.steps=2"]) == 0
     assert train_gdro.main([*common, f"out={parts}", "gdro.steps=1"]) == 0
     assert train_gdro.main([*common, f"out={parts}", "gdro.steps=2", "resume=true"]) == 0
+    monkeypatch.setattr(loading, "load_pipeline", never)  # it is finished
+    capsys.readouterr()
+    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=2", "resume=true"]) == 0
+    assert capsys.readouterr().out.endswith("pytorch_lora_weights.safetensors\n")
+    with pytest.raises(AssertionError, match="was loaded"):
+        train_gdro.main([*common, f"out={parts}", "gdro.steps=3", "resume=true"])
+    monkeypatch.undo()
     one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
