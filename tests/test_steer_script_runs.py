@@ -24,7 +24,7 @@ def finished(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     lines = [
         {"prompt": "a red circle"},
-        {"prompt": "../../etc/pass\u0000wd λ 猫", "seed": 7},
+        {"prompt": "../../etc/pass:wd λ 猫", "seed": 7},
         {"prompt": "a red circle"},
     ]
     file = folder / "prompts.jsonl"
