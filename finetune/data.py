@@ -51,12 +51,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Data:
-    """What training needs of rollouts: latents (rows, ...), conditioning (prompts, ...), groups."""
+    """What training needs of rollouts: latents (rows, ...), conditioning (prompts, ...), groups.
+
+    dropped: prompts that were left out; unscored: images that were.
+    """
 
     latents: Tensor | Rows
     given: Mapping[str, Tensor | Rows]
     groups: list[Group]
     dropped: int
+    unscored: int = 0
 
 
 def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
@@ -82,11 +86,11 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
             f"the shards' rewards {reward!r} are of different specs, {specs}; finish scoring with "
             "scripts/score.py --resume"
         )
-    groups, dropped = make_groups(prompts, torch.tensor(rewards), k)
+    groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards), k)
     rows = {name: Rows([tensors[name] for tensors in shards]) for name in shards[0]}
     latents = rows.pop("latents")
     given = {name.removeprefix("given."): found for name, found in rows.items()}
-    return Data(latents, given, normalised(groups, norm), dropped)
+    return Data(latents, given, normalised(groups, norm), dropped, unscored)
 
 
 class Ahead(Generic[T]):

@@ -67,7 +67,8 @@ class Gdro(Tuning):
 @dataclass(frozen=True)
 class Inputs:
     """Groups that are evaluated at once: x0 (g, k, ...), rewards (g, k), t (g,), noise (g, k or 1,
-    ...), given (g, ...) by name, and a seed for the ties of each."""
+    ...), given (g, ...) by name; and of each a seed for its ties, and how many images it has: the
+    places behind these are not learned from."""
 
     x0: Tensor
     rewards: Tensor
@@ -75,6 +76,7 @@ class Inputs:
     noise: Tensor
     given: dict[str, Tensor]
     ties: list[int]
+    sizes: list[int]
 
     def to(self, device: torch.device) -> Inputs:
         """On a device, copied from pinned memory while the host goes on."""
@@ -146,7 +148,8 @@ class Trainer:
             if self.learner.accelerator.device.type == "cuda":
                 given = {name: value.pin_memory() for name, value in given.items()}
                 tensors = {name: value.pin_memory() for name, value in tensors.items()}
-            found.append(Inputs(**tensors, given=given, ties=ties.tolist()))
+            sizes = rewards.isfinite().sum(1).tolist()
+            found.append(Inputs(**tensors, given=given, ties=ties.tolist(), sizes=sizes))
         return found
 
     def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,30 +168,24 @@ class Trainer:
         pred, ref, target = (y.float().unflatten(0, (g, k)) for y in (pred, ref, target))
         weight = self._weight(t)
         scores = implicit_scores(pred, ref, target, beta=s.beta, weight=weight[:, None])
-        tie = [torch.Generator().manual_seed(seed) for seed in inputs.ties]
-        ranked = torch.cat(
-            [
-                gdro_loss(
-                    scores[i : i + 1],
-                    rewards[i : i + 1],
-                    temperature=s.temperature,
-                    form=s.form,
-                    generator=tie[i],
-                )
-                for i in range(g)
-            ]
-        )
-        held = torch.cat(
-            [
-                best_image_loss(pred[i : i + 1], target[i : i + 1], rewards[i : i + 1], tie[i])
-                for i in range(g)
-            ]
-        )
-        return ranked + s.hold_best * weight * held, {
-            "loss": ranked,
-            "best_image": held,
-            **_watched(scores, rewards, pred, ref, target, s.temperature),
-        }
+        loss, told = [], []
+        for i, size in enumerate(inputs.sizes):
+            own = slice(i, i + 1), slice(size)  # a group may have fewer images than others
+            one = [values[own] for values in (scores, rewards, pred, ref, target)]
+            of_group, seen = self._of_group(*one, tie=inputs.ties[i])
+            loss.append(of_group["loss"] + s.hold_best * weight[i : i + 1] * of_group["best_image"])
+            told.append(of_group | seen)
+        return torch.cat(loss), {name: torch.cat([one[name] for one in told]) for name in told[0]}
+
+    def _of_group(
+        self, scores: Tensor, rewards: Tensor, pred: Tensor, ref: Tensor, target: Tensor, tie: int
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The two losses of one group (1, k, ...), and what else to log of it, (1,) each."""
+        s, ties = self.settings, torch.Generator().manual_seed(tie)
+        ranked = gdro_loss(scores, rewards, temperature=s.temperature, form=s.form, generator=ties)
+        held = best_image_loss(pred, target, rewards, ties)
+        seen = _watched(scores, rewards, pred, ref, target, s.temperature)
+        return {"loss": ranked, "best_image": held}, seen
 
     def _weight(self, t: Tensor) -> Tensor:
         """Of the errors at t, (g,)."""

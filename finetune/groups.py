@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = ["Group", "draw_groups", "make_groups", "normalised", "target_entropy"]
 
+MOST_DROPPED = 0.1  # of all images may be without a score
 NORMS = ("none", "minmax", "rank", "group_std", "global_std")
 
 
@@ -26,35 +27,44 @@ class Group:
     rewards: Tensor
 
 
-def make_groups(prompts: Sequence[int], rewards: Tensor, k: int) -> tuple[list[Group], int]:
-    """Groups of all rows by prompt, and how many were left out because their rewards are equal.
+def make_groups(prompts: Sequence[int], rewards: Tensor, k: int) -> tuple[list[Group], int, int]:
+    """Groups of all rows by prompt; how many were left out, and how many images have no score.
 
-    prompts: the prompt of each row; rewards (rows,). Equal rewards teach nothing and would pull
-    implicit scores together. ValueError for rewards that are not finite (naming rows), or prompts
-    with fewer than k images (saying how many).
+    prompts: the prompt of each row; rewards (rows,). An image whose reward is not finite is left
+    out of its group. Groups of equal rewards, or of one image, teach nothing and would pull
+    implicit scores together: they are left out. ValueError where more than MOST_DROPPED of all
+    images have no score (naming rows), and for prompts with fewer than k images.
     """
-    bad = [row for row, value in enumerate(rewards.tolist()) if not math.isfinite(value)]
-    if bad:
-        raise ValueError(
-            f"{len(bad)} rewards are not finite, in rows {bad[:5]}{' and more' if bad[5:] else ''};"
-            " score them again or leave those prompts out"
-        )
     ids = torch.as_tensor(prompts)
-    groups = []
+    if rewards.shape != ids.shape or ids.ndim != 1 or not len(ids):
+        raise ValueError(
+            f"a prompt and a reward a row are needed, but got {tuple(ids.shape)} and "
+            f"{tuple(rewards.shape)}"
+        )
+    scored = rewards.isfinite()
+    bad = (~scored).nonzero().flatten().tolist()
+    if len(bad) > MOST_DROPPED * len(rewards):
+        raise ValueError(
+            f"{len(bad)} of {len(rewards)} rewards are not finite, in rows {bad[:5]}"
+            f"{' and more' if bad[5:] else ''}: more than {MOST_DROPPED:.0%} of all; score them "
+            "again, by a reward that has an answer"
+        )
+    groups, sizes = [], []
     for prompt in ids.unique().tolist():
-        rows = (ids == prompt).nonzero().flatten()
+        own = ids == prompt
+        rows = (own & scored).nonzero().flatten()
+        sizes.append(int(own.sum()))
         groups.append(Group(prompt, rows, rewards[rows].float()))
-    small = [group.prompt for group in groups if len(group.rows) < k]
+    small = [size for size in sizes if size < k]
     if small:
-        fewest = min(len(group.rows) for group in groups)
         raise ValueError(
             f"{len(small)} of {len(groups)} prompts have fewer than k = {k} images (the fewest is "
-            f"{fewest}); make more rollouts, or set k={fewest}"
+            f"{min(small)}); make more rollouts, or set k={min(small)}"
         )
-    spread = [group for group in groups if group.rewards.max() > group.rewards.min()]
-    if not spread:
+    taught = [g for g in groups if len(g.rows) > 1 and g.rewards.max() > g.rewards.min()]
+    if not taught:
         raise ValueError("the images of every prompt have equal rewards; there is nothing to learn")
-    return spread, len(groups) - len(spread)
+    return taught, len(groups) - len(taught), len(bad)
 
 
 def normalised(groups: Sequence[Group], how: str) -> list[Group]:
@@ -88,20 +98,33 @@ def draw_groups(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`count` prompts without repetition as long as they last, and k different images of each.
 
-    Returns (prompts (g,), rows (g, k), rewards (g, k)).
+    Returns (prompts (g,), rows (g, k), rewards (g, k)). Where a group has fewer images its places
+    behind them repeat a row, and their reward is NaN: it is no reward of an image.
     """
+    if not groups or count < 1 or k < 2:
+        raise ValueError(f"count is {count} and k {k} of {len(groups)} groups; draw 1 of 2 or more")
     order: list[int] = []
     while len(order) < count:
         order += torch.randperm(len(groups), generator=generator).tolist()
     picked = []
     for i in order[:count]:
         chosen = torch.randperm(len(groups[i].rows), generator=generator)[:k]
-        picked.append((groups[i].prompt, groups[i].rows[chosen], groups[i].rewards[chosen]))
+        rows, rewards = groups[i].rows[chosen], groups[i].rewards[chosen]
+        if len(chosen) < k:
+            missing = k - len(chosen)
+            rows = torch.cat([rows, rows[:1].expand(missing)])
+            rewards = torch.cat([rewards, rewards.new_full((missing,), math.nan)])
+        picked.append((groups[i].prompt, rows, rewards))
     prompts, rows, rewards = zip(*picked, strict=True)
     return torch.tensor(prompts), torch.stack(rows), torch.stack(rewards)
 
 
 def target_entropy(rewards: Tensor, temperature: float) -> Tensor:
     """Entropy of softmax(r/τ) over log k, (g,): 1 asks for nothing, 0 for one image alone."""
+    if rewards.ndim != 2 or rewards.shape[1] < 2 or not 0 < temperature < math.inf:
+        raise ValueError(
+            "rewards (g, k) with k of 2 or more and a positive temperature are needed, but got "
+            f"{tuple(rewards.shape)} and {temperature}"
+        )
     log_q = (rewards / temperature).log_softmax(-1)
     return -(log_q.exp() * log_q).sum(-1) / math.log(rewards.shape[-1])

@@ -21,7 +21,7 @@ from .chains import Move, Policy
 from .learner import Learner, Tuning, check_shares
 from .losses import clipped, policy_loss
 from .models import Family
-from .online import SAMPLED, Batch, Samples, Score, Task, advantages_of
+from .online import SAMPLED, Batch, Compared, Samples, Score, Task, advantages_of, only
 from .ranges import FLAG, Range, number, whole
 
 __all__ = ["Grpo", "Score", "Trainer", "advantages_of", "mean_log_prob"]
@@ -115,14 +115,14 @@ class Trainer:
         """One epoch: sample, score, and `updates` moves of the optimiser."""
         s, epoch = self.settings, self.step
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
-        advantages = self.samples.advantages(batches)
+        compared = self.samples.compared(batches)
         old: list[list[Tensor]] = []
         if s.updates > 1:
             with torch.no_grad():
                 old = [[self._density(b, m)[1] for m in b.moves] for b in batches]
         seen: dict[str, float] = {}
         for _ in range(s.updates):
-            seen = self._update(batches, advantages, old)
+            seen = self._update(batches, compared, old)
         return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
 
     def _policy(self, network: Any) -> Policy:
@@ -149,17 +149,20 @@ class Trainer:
     def _update(
         self,
         batches: Sequence[Batch],
-        advantages: Sequence[Tensor],
+        compared: Compared,
         old: Sequence[Sequence[Tensor]],
     ) -> dict[str, float]:
         """One move of the optimiser over all groups and all steps of the window."""
         parts = [
-            partial(self._loss, batch, move, advantages[i], old[i][j] if old else None)
+            partial(self._kept, compared.kept[i], batch, move, compared.advantages[i], before)
             for i, batch in enumerate(batches)
             for j, move in enumerate(batch.moves)
+            for before in [old[i][j] if old else None]
         ]
-        count = self.settings.groups * self.settings.k * len(batches[0].moves)
-        return self.learner.descend(parts, count)
+        return self.learner.descend(parts, max(1, compared.scored) * len(batches[0].moves))
+
+    def _kept(self, kept: Tensor, *given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return only(kept, *self._loss(*given))
 
     def _loss(
         self, batch: Batch, move: Move, advantages: Tensor, before: Tensor | None

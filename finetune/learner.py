@@ -135,12 +135,18 @@ class Learner:
             sums.clear()
             for place, part in enumerate(parts):
                 with self._accumulating(last=place == len(parts) - 1):
-                    loss, seen = part()
+                    loss, seen = self._part(part)
                     # processes' gradients are averaged, so that this is the mean over all rows
                     self.accelerator.backward(loss.sum() * world / count)
                 _add(sums, seen if "loss" in seen else seen | {"loss": loss})
             norm = self._update()
         return self.reduced(sums, count) | {"grad_norm": norm}
+
+    def _part(self, part: Callable[[], Any]) -> Any:
+        try:
+            return part()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"step {self.step}: {error}") from None
 
     def _accumulating(self, last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of a part of a step.

@@ -2,13 +2,21 @@
 
 Legend: g groups (one prompt each), k images a group, `scores` implicit rewards, `rewards` explicit
 ones; r1 >= ... >= rk once sorted. Every loss is returned by group, so that the caller averages.
+
+Shapes are checked always, with a ValueError. Values are looked at where that is free, on a CPU:
+rewards, advantages and probabilities that are not finite, or not in [0, 1], are a ValueError, and
+what a network predicted and is not finite a FloatingPointError (where processes train together it
+goes into the gradient, which all of them see). A look at a GPU would wait for it at each loss;
+there a wrong value makes the loss NaN, and `learner.Learner` refuses a gradient that is not finite.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 
 __all__ = [
     "best_image_loss",
@@ -46,9 +54,15 @@ def implicit_scores(
             f"predictions of shape (g, k, ...) are needed, all alike, but got {tuple(pred.shape)},"
             f" {tuple(ref_pred.shape)} and {tuple(target.shape)}"
         )
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta is {beta} but must be positive and finite")
+    if weight is not None and not _broadcasts(weight, pred.shape[:2]):
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} does not broadcast to {tuple(pred.shape[:2])}"
+        )
     target = target.float()
     better = _squared(pred.float() - target) - _squared(ref_pred.float() - target)
-    return -beta * better * (1.0 if weight is None else weight)
+    return _predicted(-beta * better * (1.0 if weight is None else weight), "implicit scores")
 
 
 def _squared(error: Tensor) -> Tensor:
@@ -63,6 +77,7 @@ def elbo_weight(t: Tensor, prediction: str = "velocity") -> Tensor:
     velocity is that of ε over (1 - t). So (1 - t)/t for velocity and 1/(t (1 - t)) for epsilon. It
     applies to the **sum** over an image's elements: give β times their number.
     """
+    t = _known(t, "t", inside=True)
     if prediction == "velocity":
         return (1 - t) / t
     if prediction == "epsilon":
@@ -73,7 +88,7 @@ def elbo_weight(t: Tensor, prediction: str = "velocity") -> Tensor:
 def target_distribution(rewards: Tensor, temperature: float) -> Tensor:
     """softmax(r/τ) over each group, (g, k): what the implicit scores are fitted to."""
     _check_temperature(temperature)
-    return (rewards.float() / temperature).softmax(-1)
+    return (_known(rewards.float(), "rewards") / temperature).softmax(-1)
 
 
 def shuffled_order(rewards: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -83,6 +98,7 @@ def shuffled_order(rewards: Tensor, generator: torch.Generator | None = None) ->
     a sort that keeps the order of the file would train on it. Without a generator the order of
     equal rewards is that given.
     """
+    rewards = _known(rewards, "rewards")
     if generator is None:
         return rewards.argsort(dim=-1, descending=True, stable=True)
     draws = torch.rand(rewards.shape, generator=generator, device=generator.device)
@@ -111,6 +127,7 @@ def gdro_loss(
     of q_i. `generator` breaks ties of the rewards at random, see `shuffled_order`.
     """
     _check_groups(scores, rewards)
+    scores, rewards = _predicted(scores, "scores"), _known(rewards, "rewards")
     if form not in FORMS:
         raise ValueError(f"form is {form!r} but must be one of {list(FORMS)}")
     if form == "top1":
@@ -118,6 +135,7 @@ def gdro_loss(
         return scores.logsumexp(-1) - (q * scores).sum(-1)
     order = shuffled_order(rewards, generator)
     s, r = scores.gather(-1, order), rewards.float().gather(-1, order)
+    s = s + 0 * r.sum(-1, keepdim=True)  # an order shows no NaN
     remaining = s.flip(-1).logcumsumexp(-1).flip(-1)  # (g, k): over j >= i
     if form == "rank":
         return (remaining - s)[:, :-1].sum(-1)
@@ -137,9 +155,16 @@ def best_image_loss(
     Ranking alone lowers the likelihood of every image, the best one's too; this holds it up.
     Of several best images one is drawn.
     """
+    if pred.shape != target.shape or pred.ndim < 3 or pred.shape[:2] != rewards.shape:
+        raise ValueError(
+            "predictions and targets (g, k, ...) and rewards (g, k) are needed, but got "
+            f"{tuple(pred.shape)}, {tuple(target.shape)} and {tuple(rewards.shape)}"
+        )
+    rewards = _known(rewards.float(), "rewards")
     best = shuffled_order(rewards, generator)[:, 0]
     rows = torch.arange(len(best), device=best.device)
-    return (pred[rows, best].float() - target[rows, best].float()).square().flatten(1).mean(1)
+    error = (pred[rows, best].float() - target[rows, best].float()).square().flatten(1).mean(1)
+    return _predicted(error + 0 * rewards.sum(-1), "errors")  # an order shows no NaN
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -147,7 +172,8 @@ def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     With β of `implicit_scores` half of the β of Diffusion-DPO's published code.
     """
-    return -F.logsigmoid(chosen - rejected)
+    _check_alike("chosen and rejected scores", chosen, rejected)
+    return -F.logsigmoid(_predicted(chosen - rejected, "scores"))
 
 
 def soft_preference_loss(first: Tensor, second: Tensor, probability: Tensor) -> Tensor:
@@ -155,7 +181,9 @@ def soft_preference_loss(first: Tensor, second: Tensor, probability: Tensor) -> 
 
     RPO (Gu et al. 2024) takes σ(r_1 - r_2) for it; σ((r_1 - r_2)/τ) makes it GDRO with k = 2.
     """
-    margin = first - second
+    _check_alike("two scores and a probability", first, second, probability)
+    margin = _predicted(first - second, "scores")
+    probability = _known(probability.to(margin.dtype), "probability", inside=True)
     return F.binary_cross_entropy_with_logits(margin, probability, reduction="none")
 
 
@@ -168,25 +196,60 @@ def kto_loss(
     gradient (Ethayarajh et al. 2024, eq. 8; Li et al. 2024 for diffusion). weights: of the
     desirable and the undesirable.
     """
+    _check_alike("scores and what is desirable", scores, desirable)
+    if desirable.dtype != torch.bool or not all(0 <= w < math.inf for w in weights):
+        raise ValueError(
+            f"desirable must be bool, and weights finite and not negative, but they are "
+            f"{desirable.dtype} and {weights}"
+        )
+    scores = _predicted(scores, "scores")
     reference = scores.detach().mean().clamp(min=0)
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, *(scores.new_tensor(w) for w in weights))
     return weight * (1 - torch.sigmoid(sign * (scores - reference)))
 
 
-def group_advantages(rewards: Tensor, *, spread: str = "group", eps: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards: Tensor, *, spread: str = "group", eps: float = 1e-4, kept: Tensor | None = None
+) -> Tensor:
     """(r - mean of its group) / (std + eps), (g, k); std of the group, of all, or 1 ("none").
 
     GRPO (Shao et al. 2024); the global one is Flow-GRPO's. A group of equal rewards gives zeros.
+    kept: bool (g, k), the images that there are; of the others the advantage is 0, and it is as if
+    they had not been drawn.
     """
     if spread not in SPREADS:
         raise ValueError(f"spread is {spread!r} but must be one of {list(SPREADS)}")
-    centred = rewards.float() - rewards.float().mean(-1, keepdim=True)
+    if rewards.ndim != 2 or rewards.shape[1] < 2 or not 0 <= eps < math.inf:
+        raise ValueError(
+            "rewards (g, k) with k of 2 or more and an eps of 0 or more are needed, but got "
+            f"{tuple(rewards.shape)} and {eps}"
+        )
+    if kept is not None:
+        return _advantages_of_kept(rewards.float(), kept, spread, eps)
+    rewards = _known(rewards.float(), "rewards")
+    centred = rewards - rewards.mean(-1, keepdim=True)
     if spread == "none":
         return centred
     if spread == "group":
         return centred / (centred.std(-1, keepdim=True) + eps)
-    return centred / (rewards.float().std() + eps)
+    return centred / (rewards.std() + eps)
+
+
+def _advantages_of_kept(rewards: Tensor, kept: Tensor, spread: str, eps: float) -> Tensor:
+    if kept.shape != rewards.shape or kept.dtype != torch.bool:
+        raise ValueError(
+            f"kept must be bool {tuple(rewards.shape)} but is {kept.dtype} {tuple(kept.shape)}"
+        )
+    r, count = _known(rewards.masked_fill(~kept, 0.0), "rewards"), kept.sum(-1, keepdim=True)
+    centred = (r - r.sum(-1, keepdim=True) / count.clamp(min=1)) * kept
+    if spread == "none":
+        return centred
+    if spread == "group":
+        variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+        return centred / (variance.sqrt() + eps)
+    every = ((r - r.sum() / kept.sum().clamp(min=1)) * kept).square().sum()
+    return centred / ((every / (kept.sum() - 1).clamp(min=1)).sqrt() + eps)
 
 
 def policy_loss(
@@ -196,7 +259,9 @@ def policy_loss(
 
     Shapes broadcast; on the policy that sampled, ρ is 1 and the gradient is -A ∇ log π.
     """
-    ratio = (log_prob - old_log_prob).exp()
+    _check_clip(clip, log_prob, old_log_prob, advantages)
+    ratio = _predicted(log_prob - old_log_prob, "log-densities").exp()
+    advantages = _known(advantages, "advantages")
     bounded = ratio.clamp(1 - clip, 1 + clip)
     return -torch.minimum(ratio * advantages, bounded * advantages)
 
@@ -210,15 +275,22 @@ def nft_loss(
     how good the image is. On images of the old policy it is smallest at
     v_θ = v_old + (2/β) E[r (v - v_old)]; it needs no log-probabilities, and no stochastic sampler.
     """
-    if good.min() < 0 or good.max() > 1:
-        raise ValueError("good must lie in [0, 1]: pass probabilities, or rewards scaled to it")
+    _check_alike("predictions, old ones and targets", pred, old_pred, target)
+    if pred.ndim < 2 or good.shape != pred.shape[:1] or not 0 < beta < math.inf:
+        raise ValueError(
+            f"predictions (n, ...), good (n,) and a positive beta are needed, but got "
+            f"{tuple(pred.shape)}, {tuple(good.shape)} and {beta}"
+        )
+    good = _known(good, "good", inside=True)
     move = beta * (pred.float() - old_pred.float())
     plus, minus = ((old_pred + m - target).float().square() for m in (move, -move))
-    return good * plus.flatten(1).mean(1) + (1 - good) * minus.flatten(1).mean(1)
+    loss = good * plus.flatten(1).mean(1) + (1 - good) * minus.flatten(1).mean(1)
+    return _predicted(loss, "errors")
 
 
 def clipped(log_prob: Tensor, old_log_prob: Tensor, *, clip: float = 1e-4) -> Tensor:
     """Which ratios lie outside [1 - c, 1 + c], as floats: their mean is the share to log."""
+    _check_clip(clip, log_prob, old_log_prob)
     ratio = (log_prob.detach() - old_log_prob).exp()
     return ((ratio - 1).abs() > clip).float()
 
@@ -232,5 +304,57 @@ def _check_groups(scores: Tensor, rewards: Tensor) -> None:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"temperature is {temperature} but must be positive; form='rank' is τ = 0")
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature is {temperature} but must be positive and finite; form='rank' is τ = 0"
+        )
+
+
+def _check_alike(what: str, *tensors: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{what} must have one shape but have {shapes}")
+
+
+def _check_clip(clip: float, *tensors: Tensor) -> None:
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    try:
+        torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(f"log-densities and advantages do not broadcast: {shapes}") from None
+    if not 0 < clip < math.inf:
+        raise ValueError(f"clip is {clip} but must be positive and finite")
+
+
+def _broadcasts(tensor: Tensor, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(tensor.shape, shape) == shape
+    except RuntimeError:
+        return False
+
+
+def _is_free_to_look(values: Tensor) -> bool:
+    return values.device.type == "cpu"
+
+
+def _known(values: Tensor, name: str, inside: bool = False) -> Tensor:
+    """Values that are known beforehand, finite, or with `inside` in [0, 1]; else see above."""
+    if not values.is_floating_point():
+        return values
+    bad = ~values.detach().isfinite()
+    if inside:
+        bad = bad | (values.detach() < 0) | (values.detach() > 1)
+    if not _is_free_to_look(values):
+        return values.masked_fill(bad, math.nan)
+    if bad.any():
+        wanted = "finite and in [0, 1]" if inside else "finite"
+        raise ValueError(f"{name} must be {wanted} but {int(bad.sum())} of {bad.numel()} are not")
+    return values
+
+
+def _predicted(values: Tensor, name: str) -> Tensor:
+    """Values that a network's predictions were made into; see above for what is not finite."""
+    together = distributed.is_available() and distributed.is_initialized()
+    if _is_free_to_look(values) and not together and not values.detach().isfinite().all():
+        raise FloatingPointError(f"{name} are not finite: lower the learning rate")
+    return values

@@ -21,7 +21,7 @@ from .chains import Policy
 from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .losses import nft_loss
 from .models import Conditioning, Family, predict
-from .online import SAMPLED, Batch, Samples, Task
+from .online import SAMPLED, Batch, Samples, Task, only
 from .ranges import Range, number, one_of, whole
 
 __all__ = ["Nft", "Trainer", "draw_times"]
@@ -111,16 +111,16 @@ class Trainer:
         if epoch == 0:  # it may begin at a LoRA that was read since this was made
             lora.fill(self.old.weights, self.learner.weights)
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
-        advantages = self.samples.advantages(batches)
-        good = [a.flatten() / s.advantage_clip / 2 + 0.5 for a in advantages]
+        compared = self.samples.compared(batches)
+        good = [a.flatten() / s.advantage_clip / 2 + 0.5 for a in compared.advantages]
         seen: dict[str, float] = {}
         for turn in range(s.updates):
             parts = [
-                partial(self._loss, batch, good[i], epoch, f"noise {turn} {j}")
+                partial(self._kept, compared.kept[i], batch, good[i], epoch, f"noise {turn} {j}")
                 for i, batch in enumerate(batches)
                 for j in range(s.noisings)
             ]
-            seen = self.learner.descend(parts, s.groups * s.k * s.noisings)
+            seen = self.learner.descend(parts, max(1, compared.scored) * s.noisings)
         self.old.update(self.learner.weights)
         return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
 
@@ -131,6 +131,9 @@ class Trainer:
         policy = Policy(learner.bare, learner.family, self.noising, scale, self.empty)
         with lora.swapped(learner.weights, self.old.weights):
             return self.samples.batch(policy, epoch, groups, range(0), 0.0, share_start=False)
+
+    def _kept(self, kept: Tensor, *given: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return only(kept, *self._loss(*given))
 
     def _loss(
         self, batch: Batch, good: Tensor, epoch: int, purpose: str

@@ -7,15 +7,17 @@ Legend: g groups, k images a group, n = g·k rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from .chains import Move, Policy, Schedule, sample
+from .groups import MOST_DROPPED
 from .learner import Learner, draws
 from .losses import SPREADS, group_advantages
 from .models import Conditioning
@@ -24,11 +26,13 @@ from .ranges import FLAG, number, one_of, optional, whole
 __all__ = [
     "SAMPLED",
     "Batch",
+    "Compared",
     "Samples",
     "Score",
     "Settings",
     "Task",
     "advantages_of",
+    "only",
 ]
 
 DECODED = 8  # latents at once
@@ -67,20 +71,45 @@ SAMPLED = {
 
 
 def advantages_of(
-    total: Tensor, components: dict[str, Tensor], weights: dict[str, float], s: Settings
+    total: Tensor,
+    components: dict[str, Tensor],
+    weights: dict[str, float],
+    s: Settings,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Advantages (g, k), clipped: of the total or, with `each_reward`, Σ weight · the component's.
 
     Normalising each reward before adding them keeps one of a wide range from drowning the others.
+    kept: as in `group_advantages`. A component of weight 0 is not looked at.
     """
     if not s.each_reward:
-        found = group_advantages(total, spread=s.spread)
+        found = group_advantages(total, spread=s.spread, kept=kept)
     else:
         parts = [
-            w * group_advantages(components[name], spread=s.spread) for name, w in weights.items()
+            w * group_advantages(components[name], spread=s.spread, kept=kept)
+            for name, w in weights.items()
+            if w
         ]
         found = torch.stack(parts).sum(0)
     return found.clamp(-s.advantage_clip, s.advantage_clip)
+
+
+class Compared(NamedTuple):
+    """An epoch's images beside those of their groups.
+
+    advantages, kept: (g, k) of each batch, 0 and False where an image has no score; scored: how
+    many have one, of all processes.
+    """
+
+    advantages: list[Tensor]
+    kept: list[Tensor]
+    scored: int
+
+
+def only(kept: Tensor, loss: Tensor, seen: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """A loss of rows (n,), and what to log of it, with 0 for the rows that have no score."""
+    rows = ~kept.flatten()
+    return loss.masked_fill(rows, 0), {n: x.masked_fill(rows, 0) for n, x in seen.items()}
 
 
 @dataclass(frozen=True)
@@ -125,6 +154,7 @@ class Samples:
     def __init__(self, learner: Learner, task: Task, settings: Settings) -> None:
         self.learner, self.task, self.settings = learner, task, settings
         self.schedule, self.score = task.schedule, cast(Any, task.score)
+        self.drawn = self.dropped = 0  # images of all epochs, and those of them without a score
 
     @property
     def learns(self) -> bool:
@@ -132,10 +162,12 @@ class Samples:
         return hasattr(self.score, "observe")
 
     def with_score(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A trainer's state, and that of a learning reward."""
+        """A trainer's state, how many images had no score, and the state of a learning reward."""
+        state = state | {"drawn": self.drawn, "dropped": self.dropped}
         return state | {"score": self.score.state_dict()} if self.learns else state
 
     def load_score(self, state: dict[str, Any]) -> None:
+        self.drawn, self.dropped = int(state["drawn"]), int(state["dropped"])
         if self.learns:
             self.score.load_state_dict(state["score"])
 
@@ -208,30 +240,54 @@ class Samples:
             for name, value in self.task.given.items()
         }
 
-    def advantages(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """(g, k) of each batch; a global spread is over all processes."""
+    def compared(self, batches: Sequence[Batch]) -> Compared:
+        """The advantages; a global spread is over all processes.
+
+        An image whose reward is not finite is left out of its group. FloatingPointError, in all
+        processes, where that were more than MOST_DROPPED of the run's images, and more than one.
+        """
         accelerator, sizes = self.learner.accelerator, [len(b.rewards) for b in batches]
         gather, first = accelerator.gather, accelerator.process_index * sum(sizes)
         total = gather(torch.cat([b.rewards for b in batches]))
-        if not total.isfinite().all():  # seen by all processes: none waits for another's gradient
-            _refuse(total.flatten(), gather_object([p for b in batches for p in b.prompts]))
+        scored = total.isfinite()
+        missing = total.numel() - int(scored.sum())
+        self.drawn, self.dropped = self.drawn + total.numel(), self.dropped + missing
+        if missing and self.dropped > max(1, MOST_DROPPED * self.drawn):
+            self._refuse(scored, gather_object([p for b in batches for p in b.prompts]))
         parts = {
             name: gather(torch.cat([b.components[name] for b in batches]))
             for name in batches[0].components
         }
-        found = advantages_of(total, parts, self.task.weights, self.settings)
-        return list(found[first : first + sum(sizes)].split(sizes))
+        kept = scored if missing else None
+        found = advantages_of(total, parts, self.task.weights, self.settings, kept)
+        own = slice(first, first + sum(sizes))
+        split = list(found[own].split(sizes)), list(scored[own].split(sizes))
+        return Compared(*split, total.numel() - missing)
+
+    def _refuse(self, scored: Tensor, prompts: Sequence[str]) -> None:
+        bad = (~scored.flatten()).nonzero().flatten().tolist()
+        raise FloatingPointError(
+            f"{self.dropped} of {self.drawn} images have no finite reward, as one of "
+            f"{prompts[bad[0]]!r}: more than {MOST_DROPPED:.0%}; take a reward that has an answer, "
+            "or leave out the prompts that it cannot judge"
+        )
 
     def told(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Means over all images of all processes."""
-        s = self.settings
-        sums = {"reward": torch.stack([b.rewards.sum() for b in batches]).sum()}
+        """Means over the images of all processes that have a score; how many have none."""
+        values = {"reward": [b.rewards for b in batches]}
         for name in batches[0].components:
-            sums[name] = torch.stack([b.components[name].sum() for b in batches]).sum()
-        spread = torch.cat([b.rewards.std(1) for b in batches])
-        sums["spread"] = s.k * spread.sum()
-        sums["flat_groups"] = s.k * (spread == 0).float().sum()
-        return self.learner.reduced(sums, s.groups * s.k)
+            values[name] = [b.components[name] for b in batches]
+        values["spread"] = [_spread(b.rewards) for b in batches]
+        values["flat_groups"] = [(spread == 0).float() for spread in values["spread"]]
+        sums: dict[str, Tensor] = {}
+        for name, parts in values.items():
+            every = torch.cat([part.flatten() for part in parts])
+            there = every.isfinite()
+            sums |= {name: every.masked_fill(~there, 0).sum(), f"{name} count": there.sum()}
+        found = self.learner.reduced(sums, 1)
+        means = {n: found[n] / c if (c := found[f"{n} count"]) else math.nan for n in values}
+        images = self.settings.groups * self.settings.k
+        return means | {"dropped": images - found["reward count"]}
 
     def observed(self, batches: Sequence[Batch], epoch: int) -> dict[str, float]:
         """What a learning reward says, having seen the images."""
@@ -242,9 +298,10 @@ class Samples:
         return self.score.observe(images, prompts, epoch)
 
 
-def _refuse(rewards: Tensor, prompts: Sequence[str]) -> None:
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    raise FloatingPointError(
-        f"{len(bad)} of {len(rewards)} rewards are not finite, as that of an image of "
-        f"{prompts[bad[0]]!r}"
-    )
+def _spread(rewards: Tensor) -> Tensor:
+    """The standard deviation in each group (g,), of the images that have a score."""
+    found = rewards.std(1)
+    for i in (~rewards.isfinite()).any(1).nonzero().flatten().tolist():
+        own = rewards[i][rewards[i].isfinite()]
+        found[i] = own.std() if len(own) > 1 else 0.0
+    return found

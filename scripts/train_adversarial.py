@@ -196,6 +196,11 @@ def run(settings: Train) -> None:
         f"call {json.dumps(call)}",
         f"rewards: `{settings.reward or 'none but the critic'}`",
     ]
+    if trainer.samples.dropped:
+        counts = f"{trainer.samples.dropped} of {trainer.samples.drawn}"
+        about.append(f"{counts} images were left out: their reward is not a finite number")
+        if accelerator.is_main_process:
+            print(about[-1])
     if settings.references:
         about.append(f"references: {settings.references}")
     if isinstance(score, Adversary):

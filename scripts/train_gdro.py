@@ -92,6 +92,7 @@ def run(settings: Train) -> None:
     load = partial(
         loading.load_pipeline, name, loading.pick_dtype(settings.dtype, accelerator.device)
     )
+    unscored = f"{data.unscored} images left out, whose reward is not a finite number"
     plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
     watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
     started.say(f"loading {name}")
@@ -103,6 +104,8 @@ def run(settings: Train) -> None:
     training.begin(trainer, settings, gdro, made_of)
     if accelerator.is_main_process:
         print(f"{len(data.groups)} prompts; {data.dropped} left out, whose rewards are all equal")
+        if data.unscored:
+            print(f"{unscored}")
     training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), made_of)
     about = [
         f"{len(plan['prompts'])} prompts, {plan['images']} plain and {plan['steered']} steered "
@@ -110,6 +113,7 @@ def run(settings: Train) -> None:
         f"the base's weights have the fingerprint {made.manifest['weights']}",
         f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
     ]
+    about += [unscored] if data.unscored else []
     file = training.export(trainer, kind, settings, about, name, "offline GDRO")
     accelerator.end_training()
     if accelerator.is_main_process:

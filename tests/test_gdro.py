@@ -165,7 +165,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
     latents = torch.full(trainer.data.latents.shape, float("nan"))
     trainer.data = replace(trainer.data, latents=latents)
     before = weights_of(trainer)
-    with pytest.raises(FloatingPointError, match="step 0 is not finite"):
+    with pytest.raises(FloatingPointError, match="step 0: implicit scores are not finite"):
         trainer.train_step()
     assert torch.equal(weights_of(trainer), before)
 
@@ -248,15 +248,20 @@ def test_rollouts_with_rewards_become_data(tmp_path):
 
 
 def test_groups_without_a_spread_are_left_out_and_counted():
-    groups, dropped = make_groups([0, 0, 1, 1, 2, 2], torch.tensor([1.0, 1, 0, 2, 3, 3]), 2)
-    assert dropped == 2
+    groups, *left_out = make_groups([0, 0, 1, 1, 2, 2], torch.tensor([1.0, 1, 0, 2, 3, 3]), 2)
+    assert left_out == [2, 0]
     assert [(g.prompt, g.rows.tolist()) for g in groups] == [(1, [2, 3])]
 
 
 @pytest.mark.parametrize(
     ("rewards", "k", "message"),
     [
-        ([1.0, float("nan"), 2.0, 3.0], 2, r"1 rewards are not finite, in rows \[1\]"),
+        (
+            [1.0, float("nan"), 2.0, 3.0],
+            2,
+            r"1 of 4 rewards are not finite, in rows \[1\]: more tha",
+        ),
+        ([1.0, 2.0, 3.0], 2, r"a prompt and a reward a row are needed"),
         ([1.0, 2.0, 3.0, 4.0], 3, r"2 of 2 prompts have fewer than k = 3 images .*set k=2"),
         ([1.0, 1.0, 3.0, 3.0], 2, "nothing to learn"),
     ],
@@ -264,6 +269,54 @@ def test_groups_without_a_spread_are_left_out_and_counted():
 def test_rewards_that_cannot_be_trained_on_are_refused(rewards, k, message):
     with pytest.raises(ValueError, match=message):
         make_groups([0, 0, 1, 1], torch.tensor(rewards), k)
+
+
+def test_an_image_without_a_score_is_left_out_of_its_group_and_counted():
+    rewards = torch.tensor([float(i % 4) for i in range(24)])
+    rewards[1] = math.nan
+    rewards[9] = -math.inf
+    prompts = [i // 4 for i in range(24)]
+    groups, dropped, unscored = make_groups(prompts, rewards, 4)
+    assert (dropped, unscored) == (0, 2)
+    assert [len(group.rows) for group in groups] == [3, 4, 3, 4, 4, 4]
+    assert all(group.rewards.isfinite().all() for group in groups)
+    assert 1 not in groups[0].rows
+    rewards[16] = math.nan
+    with pytest.raises(ValueError, match=r"3 of 24 .* in rows \[1, 9, 16\]: more than 10% of all"):
+        make_groups(prompts, rewards, 4)
+    rewards = torch.arange(40.0)
+    rewards[1:4] = math.nan  # one image is left of the first prompt: it has nothing to compare
+    groups, dropped, unscored = make_groups([i // 4 for i in range(40)], rewards, 4)
+    assert (len(groups), dropped, unscored) == (9, 1, 3)
+
+
+def test_places_behind_the_images_of_a_group_have_no_reward():
+    groups = [Group(0, torch.tensor([3, 5]), torch.tensor([1.0, 2.0]))]
+    _, rows, rewards = draw_groups(groups, 1, 4, torch.Generator().manual_seed(0))
+    assert rewards.isnan().tolist() == [[False, False, True, True]]
+    assert set(rows[0].tolist()) <= {3, 5}
+    assert dict(zip(rows[0, :2].tolist(), rewards[0, :2].tolist(), strict=True)) == {3: 1.0, 5: 2.0}
+
+
+@pytest.mark.parametrize("form", ["full", "top1", "rank"])
+def test_a_group_of_fewer_images_is_learned_from_as_if_it_had_been_drawn_so(form):
+    """The very gradient of a run whose groups have three images, where the fourth has no score."""
+    pipe, call = family("sd3")
+    with torch.no_grad():
+        data = data_of(pipe, call, m=4)
+    short = [Group(g.prompt, g.rows[:3], g.rewards[:3]) for g in data.groups]
+    found = []
+    for k in (3, 4):
+        trainer = trainer_of(k=k, form=form, groups=1, micro_groups=1)
+        trainer.data = replace(data, groups=short)
+        for _ in range(2):
+            seen = trainer.train_step()
+        found.append((seen, [p.detach().clone() for p in trainer.learner.weights.values()]))
+    assert found[0][0].keys() == found[1][0].keys()
+    for name in found[0][0].keys() - {"accuracy"}:  # an order of scores that are still alike
+        assert found[1][0][name] == pytest.approx(found[0][0][name], rel=1e-4, abs=1e-5), name
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-3)
 
 
 def test_normalisations():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -146,8 +148,86 @@ def test_rewards_that_are_not_finite_stop_it_and_are_named():
     def broken(images, prompts):
         return torch.full((len(images),), float("nan")), {}
 
-    with pytest.raises(FloatingPointError, match="12 of 12 rewards are not finite, as that of"):
+    with pytest.raises(
+        FloatingPointError, match="12 of 12 images have no finite reward, as one of"
+    ):
         trainer_of(score=broken, micro_groups=3).train_step()
+
+
+def without(*rows, also=None):
+    """Brightness, but of these of all images that are scored no score; also: another component."""
+    seen = [0]
+
+    def score(images, _):
+        values = images.mean((1, 2, 3)) * 10
+        for i in range(len(values)):
+            values[i] = math.nan if seen[0] + i in rows else values[i]
+        seen[0] += len(values)
+        return values, {"brightness": values} | ({"also": also(values)} if also else {})
+
+    return score
+
+
+@pytest.mark.parametrize("spread", ["group", "global"])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_an_image_without_a_score_is_as_if_it_had_not_been_drawn(spread, micro):
+    """The gradient is the mean over the others, with advantages among them."""
+    given = {"spread": spread, "micro_groups": micro, "groups": 3, "k": 4, "kl": 0.1}
+    found, by_hand = trainer_of(score=without(1), **given), trainer_of(score=without(), **given)
+    seen = found.train_step()
+    batches = [by_hand._sampled(0, part) for part in by_hand.samples.shares()]
+    rewards = torch.cat([batch.rewards for batch in batches])
+    others = [rewards[0, [0, 2, 3]], rewards[1], rewards[2]]
+    every = torch.cat(others).std() + 1e-4
+    wanted = torch.zeros(3, 4)
+    for row, places, own in zip(range(3), ([0, 2, 3], slice(4), slice(4)), others, strict=True):
+        deviation = own.std() + 1e-4 if spread == "group" else every
+        wanted[row, places] = ((own - own.mean()) / deviation).clamp(-5, 5)
+    parts = []
+    for batch, advantages in zip(batches, wanted.split(micro), strict=True):
+        counts = torch.ones(advantages.numel())
+        counts[1] = 0.0 if not parts else 1.0
+        for move in batch.moves:
+
+            def part(batch=batch, move=move, advantages=advantages, counts=counts):
+                loss, _ = by_hand._loss(batch, move, advantages, None)
+                return loss * counts, {}
+
+            parts.append(part)
+    norm = by_hand.learner.descend(parts, 11 * len(batches[0].moves))["grad_norm"]
+    assert seen["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    # Adam turns the rounding of the smallest gradients into a share of its step of 1e-3
+    torch.testing.assert_close(weights_of(found), weights_of(by_hand), atol=2e-5, rtol=0)
+    assert seen["dropped"] == 1
+    assert seen["reward"] == pytest.approx(float(torch.cat(others).mean()), rel=1e-5)
+    assert seen["spread"] == pytest.approx(sum(float(x.std()) for x in others) / 3, rel=1e-4)
+    assert found.samples.dropped == 1
+    assert found.samples.drawn == 12
+    again = trainer_of(**given)
+    again.load_state_dict(found.state_dict())
+    assert (again.samples.dropped, again.samples.drawn) == (1, 12)
+
+
+def test_a_share_of_images_without_a_score_stops_the_run():
+    trainer = trainer_of(score=without(1, 14, 26))
+    assert [trainer.train_step()["dropped"] for _ in range(2)] == [1, 1]
+    assert trainer.train_step()["dropped"] == 1  # 3 of 36
+    trainer = trainer_of(score=without(1, 2))
+    before = weights_of(trainer)
+    with pytest.raises(FloatingPointError, match=r"2 of 12 images .* more than 10%"):
+        trainer.train_step()
+    assert torch.equal(weights_of(trainer), before)
+
+
+def test_a_component_that_is_only_reported_may_have_no_score_at_all():
+    score = without(also=lambda values: torch.full_like(values, math.nan))
+    trainer = trainer_of(score=score, each_reward=True)
+    trainer.samples.task.weights["also"] = 0.0
+    seen = trainer.train_step()
+    assert math.isnan(seen["also"])
+    assert seen["dropped"] == 0
+    assert math.isfinite(seen["grad_norm"])
+    assert seen["grad_norm"] > 0
 
 
 def test_the_divergence_is_0_at_the_reference_and_then_positive():
@@ -261,7 +341,7 @@ def test_a_window_over_all_steps_but_the_last_is_ddpo(name):
     trainer = trainer_of(name, window_size=3, share_start=False, noise=1.0, lr=1e-2)
     batch, schedule = trainer._sampled(0, [0]), trainer.schedule
     assert [move.step for move in batch.moves] == [0, 1, 2]
-    advantages = trainer.samples.advantages([batch])[0].flatten()
+    advantages = trainer.samples.compared([batch]).advantages[0].flatten()
     weights = list(trainer.learner.weights.values())
 
     def log_density(move):

@@ -115,7 +115,7 @@ def test_gradients_that_overflow_in_float16_are_taken_again_at_another_scale(tra
     latents = torch.full(large.data.latents.shape, float("nan"))
     again.data = Data(latents, again.data.given, again.data.groups, 0)
     again.inputs.foreseen = None
-    with pytest.raises(FloatingPointError, match="step 1 is not finite"):
+    with pytest.raises(FloatingPointError, match="step 1: implicit scores are not finite"):
         again.train_step()
 
 

@@ -47,7 +47,7 @@ def test_the_first_gradient_is_that_of_regression_weighted_by_advantages():
     """At v = v_old, with r = (1 + a)/2: -2 β a (v - v_old) per element (Zheng et al., eq. 5)."""
     trainer = trainer_of(groups=1, noisings=1, beta=0.3, advantage_clip=2.0)
     batch = trainer._sampled(0, [0])
-    (good,) = (a.flatten() / 4 + 0.5 for a in trainer.samples.advantages([batch]))
+    (good,) = (a.flatten() / 4 + 0.5 for a in trainer.samples.compared([batch]).advantages)
     assert 0 <= good.min() < 0.5 < good.max() <= 1
     weights = list(trainer.learner.weights.values())
     loss, _ = trainer._loss(batch, good, 0, "noise 0 0")
@@ -158,3 +158,27 @@ def test_times_follow_their_law(kind):
 def test_settings_that_cannot_work_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Nft(**change)
+
+
+def test_an_image_without_a_score_moves_nothing():
+    """With it left out the gradient is that of the others, whatever its rewards would have been."""
+
+    def score(images, _):
+        values = images.mean((1, 2, 3)) * 10
+        values[1] = float("nan")
+        return values, {}
+
+    trainer = trainer_of(groups=1, k=4, noisings=1, score=score)
+    batch = trainer._sampled(0, [0])
+    trainer.samples.drawn = 100
+    compared = trainer.samples.compared([batch])
+    assert compared.scored == 3
+    assert compared.kept[0].tolist() == [[True, False, True, True]]
+    own = batch.rewards[0, [0, 2, 3]]
+    wanted = (own - own.mean()) / (own.std() + 1e-4)
+    torch.testing.assert_close(compared.advantages[0][0, [0, 2, 3]], wanted)
+    good = compared.advantages[0].flatten() / 10 + 0.5
+    loss, seen = trainer._kept(compared.kept[0], batch, good, 0, "noise 0 0")
+    assert loss[1] == 0
+    assert seen["moved"][1] == 0
+    assert (loss[[0, 2, 3]] > 0).all()
