@@ -20,7 +20,7 @@ from .images import resize
 
 __all__ = ["Draw", "augment", "augmented", "draw"]
 
-MOST_DRAWS = 1024
+MOST_DRAWS = 64
 GREY = (0.299, 0.587, 0.114)  # ITU-R 601, the luma of PIL and torchvision
 
 
