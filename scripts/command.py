@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from safetensors import SafetensorError
 from finetune import config
 from scripts.launched import Stopped
 from steering import FeynmanKac
+from steering.pipeline import steer_each
 
-__all__ = ["digest", "filter_of", "finish", "settings_of"]
+__all__ = ["call_of", "digest", "filter_of", "finish", "settings_of"]
 
 
 def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
@@ -34,6 +36,14 @@ def filter_of(fields: dict[str, Any]) -> FeynmanKac:
         return FeynmanKac(**fields)
     except TypeError as error:
         raise ValueError(f"filter= is wrong: {error}") from None
+
+
+def call_of(given: dict[str, Any], defaults: dict[str, Any], name: str = "call") -> dict[str, Any]:
+    """Keywords of the pipeline's call; ValueError for one that is steering's own, not its."""
+    for key in given:
+        if key in inspect.signature(steer_each).parameters:
+            raise ValueError(f"{name}.{key} is no keyword of the pipeline's call; leave it out")
+    return defaults | given
 
 
 def digest(lora: str | None) -> str | None:

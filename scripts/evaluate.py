@@ -155,7 +155,7 @@ def plan_of(settings: Evaluate) -> Plan:
         images=settings.images,
         seed=settings.seed,
         max_batch=settings.max_batch,
-        call=defaults | settings.call,
+        call=command.call_of(settings.call, defaults),
     )
 
 

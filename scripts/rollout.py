@@ -106,7 +106,7 @@ def plan_of(settings: Rollout) -> Plan:
         seed=settings.seed,
         prompts_per_shard=settings.prompts_per_shard,
         max_batch=settings.max_batch,
-        call=defaults | settings.call,
+        call=command.call_of(settings.call, defaults),
     )
 
 

@@ -25,6 +25,7 @@ from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, wh
 from finetune.state import load_state, save_state
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
+from scripts import command
 from scripts.launched import is_main
 from scripts.sharding import shard
 from steering.loading import DTYPES
@@ -148,6 +149,7 @@ def watch_of(
     check = settings.check
     if not check.every:
         return None
+    command.call_of(check.call, {}, "check.call")
     if not check.prompts:
         raise ValueError("check.every needs check.prompts=FILE, prompts to look at")
     seen = list(trained_on[: check.train_prompts])

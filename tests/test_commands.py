@@ -44,6 +44,10 @@ SMALL = {
     "score.py": "",
     "custom_reward.py": "",
 }
+# as on a GPU, where dtype=auto is it; a script that trains has nothing else that says so
+HALF = dict.fromkeys(
+    ["rollout.py", "train_gdro.py", "train_adversarial.py", "evaluate.py"], "dtype=bfloat16"
+) | {"steer.py": "--dtype bfloat16"}
 ALSO = {"recipes.md": {"train_adversarial.py": "tower=tiny call.height=16 call.width=16"}}
 REWARDS = {"pickscore": "jpeg", "clip": "clip(tiny)", "aesthetic": "aesthetic(tiny)"}
 MODELS: dict[str, Callable] = {
@@ -138,12 +142,13 @@ def todo(page: Path) -> list[str]:
     return [line for line in lines(page) if "scripts.bench " not in line and not elsewhere(line)]
 
 
-def small(line: str, page: str) -> str:
-    """The same command with little to do."""
+def small(line: str, page: str, half: bool = False) -> str:
+    """The same command with little to do, and in half precision where that is asked for."""
     script = re.search(r"scripts/(?:examples/)?(\w+\.py)", line)
     line = SPEC.sub(_embedded, line)
     line = re.sub(r"call\.(height|width)=512", r"call.\1=16", line)
     more = [SMALL[script[1]], ALSO.get(page, {}).get(script[1], "")] if script else []
+    more += [HALF.get(script[1], "")] if script and half else []
     return " ".join([line, *more])
 
 
@@ -225,6 +230,19 @@ def test_the_commands_of_a_page_run(page, folder, results):
         (folder / name).symlink_to(results / made)
     for line in todo(page):
         run(small(line, page.name), folder)
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any("scripts/train_" in x for x in todo(p))], ids=lambda p: p.name
+)
+def test_the_commands_of_a_page_that_trains_run_in_bfloat16(page, folder, results):
+    for name, made in EARLIER.get(page.name, {}).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(results / made)
+    every = todo(page)
+    assert not [line for line in every if "--mixed_precision" in line]
+    for line in every:
+        run(small(line, page.name, half=True), folder)
 
 
 def benches() -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -176,6 +177,9 @@ def test_a_full_disk_is_told_in_a_sentence(scored, tmp_path, capsys, monkeypatch
     assert "No space left on device; the last checkpoint is kept" in capsys.readouterr().err
 
 
+WORDS = f"prompts={Path(rollout.__file__).with_name('tiny') / 'words.txt'}"
+
+
 def refused(monkeypatch, message, **made):
     monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(**made))
     with pytest.raises(ValueError, match=message):
@@ -253,6 +257,8 @@ def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypa
         (rollout, ["imags=3"], "did you mean 'images'"),
         (rollout, ["prompts=nowhere.txt", "out=x"], "nowhere.txt"),
         (rollout, ["prompts=nowhere.txt", "out=x", "steered=4"], "belong together"),
+        (rollout, [WORDS, "out=x", "call.seed=3"], "call.seed is no keyword of the pipeline"),
+        (rollout, [WORDS, "out=x", "call.particles=3"], "call.particles is no keyword"),
         (train_gdro, [], "set rollouts=FOLDER and out=FOLDER"),
         (train_gdro, ["rollouts=nowhere", "out=x"], "holds no rollouts"),
         (train_gdro, ["gdro.bta=3"], "did you mean 'gdro.beta'"),
