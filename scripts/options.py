@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Whole",
     "check_words",
     "in_words",
+    "path",
 ]
 
 
@@ -62,6 +64,13 @@ class Number:
 
 
 COUNT, NUMBER, SEED, PORT = Whole(), Number(), Whole(0, 2**63 - 1), Whole(1, 65535)
+
+
+def path(text: str) -> Path:
+    """A file or a folder, as the type of an option; "" would be the present folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r}: name a file or a folder")
+    return Path(text)
 
 
 def check_words(words: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from rewards.images import to_images
 from rewards.names import factory_of
 from rewards.samples import Sample, batches, load_batch, read_samples
 from rewards.table import TEXTS, Table, draw, ensure_writable, read_table, summary
-from scripts.options import COUNT, Parser, check_words
+from scripts.options import COUNT, Parser, check_words, path
 from steering.loading import pick_device
 
 if TYPE_CHECKING:
@@ -65,15 +65,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("source", nargs="?", type=Path, help="folder of pictures, or a .jsonl file")
+    p.add_argument("source", nargs="?", type=path, help="folder of pictures, or a .jsonl file")
     p.add_argument("--reward", help="a spec such as 'clip(tiny) + 0.5*ocr(mode=strict)'")
     p.add_argument("--prompt", help="of all pictures that do not say their own")
-    p.add_argument("--out", type=Path, help=".csv or .parquet (default: scores.csv beside them)")
+    p.add_argument("--out", type=path, help=".csv or .parquet (default: scores.csv beside them)")
     p.add_argument("--resume", action="store_true", help="skip what --out already holds")
     p.add_argument("--batch-size", type=COUNT, default=32, help="pictures at once (default: 32)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     scale = "also write a calibration file, for calibrated(..., file=FILE) in a spec"
-    p.add_argument("--calibrate", type=Path, metavar="FILE", help=scale)
+    p.add_argument("--calibrate", type=path, metavar="FILE", help=scale)
     p.add_argument("--list", action="store_true", help="print the rewards, and stop")
     return p
 

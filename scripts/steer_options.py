@@ -7,10 +7,9 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import rewards
-from scripts.options import COUNT, NUMBER, SEED, Parser, Whole, check_words
+from scripts.options import COUNT, NUMBER, SEED, Parser, Whole, check_words, path
 from steering import FeynmanKac, loading, tiny
 from steering.arguments import MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
 
@@ -108,8 +107,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_inputs(p: argparse.ArgumentParser) -> None:
     p.add_argument("prompts", nargs="*", default=[], metavar="PROMPT", help="what to draw")
-    p.add_argument("--prompt-file", type=Path, help="more prompts: .txt or .jsonl, see below")
-    p.add_argument("--out", type=Path, help="folder; by default out/ and the time of day")
+    p.add_argument("--prompt-file", type=path, help="more prompts: .txt or .jsonl, see below")
+    p.add_argument("--out", type=path, help="folder; by default out/ and the time of day")
     p.add_argument("--resume", action="store_true", help="skip what --out has already finished")
     p.add_argument("--compare", action="store_true", help="plain and best of k at the same seeds")
     group = p.add_argument_group("model and reward")

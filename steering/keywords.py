@@ -46,10 +46,12 @@ def _fits(value: Any, wanted: Any) -> bool:
         return callable(value)
     if origin in _LISTS:
         return _is_list_of(value, args)
-    if isinstance(origin, type) and not getattr(origin, "_is_protocol", False):
+    if origin is Any or getattr(origin, "_is_protocol", False):
+        return True
+    if isinstance(origin, type):
         # tensors and pictures come in more kinds than annotations name; plain values are a slip
         return not _is_plain(value) or isinstance(value, origin)
-    return True  # Any, a type variable, a tensor type of old, a Protocol, a Literal
+    return True  # a type variable, a tensor type of old, a Literal
 
 
 def _is_list_of(values: Any, kinds: tuple[Any, ...]) -> bool:

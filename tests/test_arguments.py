@@ -4,6 +4,7 @@
 
 import inspect
 import math
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -142,6 +143,14 @@ def test_keywords_are_held_against_the_calls_annotation(name, bad, good):
     for value in bad:
         with pytest.raises(ValueError, match=f"^{name}=.*: It takes "):
             check_keywords(call, {name: value}, "It")
+
+
+def test_an_annotation_that_says_nothing_takes_anything():
+    def call(a: Any, b, c: list[Any] | None = None, d: Literal["x"] = "x"):
+        pass
+
+    for values in ({"a": 5}, {"b": 5}, {"c": [5]}, {"d": 5}):
+        check_keywords(call, values, "It")
 
 
 @pytest.mark.parametrize("name", ["meta", "mkldnn", "hpu", "nonsense", "", "cuda:99", None])

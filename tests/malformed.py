@@ -1,0 +1,157 @@
+"""Malformed calls, made from the options and signatures themselves, so that new ones are covered.
+
+Of every option, setting or argument: values that its own type, range or help excludes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import io
+import math
+import signal
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts import options
+
+LONG = "x" * 5000
+NUMBERS = ["x", "", "1,5", "[1]", "0x1f", "١.٥.١"]
+# What cannot be a name of anything that is to be found or made.
+NAMES = ["", " ", "~nobody/at/all", "no/such/thing/here", LONG, "\udcff", "/dev/null/x", "a\tb"]
+OTHERS = {  # by the name of the function that is an option's type
+    "path": ["", "/dev/null/x", LONG, "\udcff"],
+    "_rows": ["0", "-1", "1.5", "all", ""],
+    "_interval": ["0.5", "a,b", "0.9,0.1", "0,2", "nan,1", "0,0.5,1", ""],
+    "_populations": ["a", "8,4.5", "0,0", "-1", "2,4"],
+}
+
+
+class Hang(BaseException):
+    """A call that did not come back in time."""
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def said(main: Callable[[list[str]], int], words: Sequence[str]) -> tuple[int, list[str]]:
+    """Exit status of a script's main() and its lines on stderr, without those on progress."""
+    err = io.StringIO()
+    with within(100), contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = main(list(words))
+        except SystemExit as end:
+            status = int(end.code or 0)
+    lines = [line for line in err.getvalue().splitlines() if line.strip()]
+    return status, [line for line in lines if ".py: loading" not in line and "%|" not in line]
+
+
+def of_parser(parser: argparse.ArgumentParser, free: set[str]) -> list[tuple[str, str]]:
+    """(option, bad value) of every option; `free` ones take any text."""
+    calls = []
+    for action in parser._actions:
+        if not action.option_strings or action.nargs == 0 or action.dest in free:
+            continue
+        calls += [(action.option_strings[-1], value) for value in _of_action(action)]
+    return calls
+
+
+def _of_action(action: argparse.Action) -> list[str]:
+    kind: Any = action.type
+    if action.choices:
+        return ["nonsense", "", LONG]
+    if isinstance(kind, options.Whole):
+        bad = [*NUMBERS, "1.5", "nan", str(kind.low - 1), "-" + "9" * 5000, "1e3"]
+        return bad + ([str(kind.high + 1), "9" * 5000] if kind.high else [])
+    if isinstance(kind, options.Number):
+        return [*NUMBERS, "nan", "inf", "-inf", "1e400"]
+    if kind in (None, str):
+        return NAMES
+    name = getattr(kind, "__name__", repr(kind))
+    assert name in OTHERS, f"say in OTHERS what {action.option_strings}, a {name}, does not take"
+    return OTHERS[name]
+
+
+def of_settings(kind: type, free: set[str], prefix: str = "") -> list[tuple[str, str]]:
+    """(key, bad value) of every setting of a dataclass of key=value words."""
+    calls, hints = [], typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name, inner = f"{prefix}{field.name}", hints[field.name]
+        if dataclasses.is_dataclass(inner):
+            calls += of_settings(typing.cast(type, inner), free, f"{name}.")
+            calls += [(name, value) for value in ("5", "x", "[1]", "{no_such_setting: 1}")]
+        elif name not in free:
+            calls += [(name, value) for value in _of_hint(inner)]
+    return calls
+
+
+def _of_hint(hint: Any) -> list[str]:
+    kinds = set(typing.get_args(hint)) or {typing.get_origin(hint) or hint}
+    if kinds <= {int, types.NoneType}:
+        return ["x", "1.5", "nan", "[1]", "{a: 1}", "-1", "9" * 30, "true"]
+    if kinds <= {float, types.NoneType}:
+        return ["x", "nan", ".inf", "-.inf", "[1]", "{a: 1}", "1e400"]
+    if hint is bool:
+        return ["maybe", "3", "[]", "{a: 1}", "null"]
+    if kinds <= {str, types.NoneType}:
+        return ["[1]", "{a: 1}", *NAMES[1:5], "no:such"]
+    if typing.get_origin(hint) is dict:
+        return ["5", "x", "[1]", "{no_such_key: 1}"]
+    if typing.get_origin(hint) in (list, tuple):
+        return ["5", "{a: 1}", "[[1]]"]
+    return ["{a: 1}"]
+
+
+ANY = [None, True, 3, -3, 10**30, 1.5, math.nan, "x", b"x", [], [1], (), {}, {"a": 1}, object()]
+ANY += [len, int, torch.zeros(3), 1j, Path("x"), {1}]
+
+
+def of_signature(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """(argument, value of another type) of every argument that says its type, but for self."""
+    hints = typing.get_type_hints(function)
+    calls: list[tuple[str, Any]] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.name in hints:
+            hint, default = hints[parameter.name], parameter.default
+            bad = [v for v in ANY if not (suits(v, hint) or v is default)]
+            calls += [(parameter.name, value) for value in bad]
+    return calls
+
+
+def suits(value: Any, hint: Any) -> bool:
+    """Whether a value may be meant by an annotation; numbers below 0 and NaN never are."""
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(suits(value, one) for one in args)
+    if origin in (int, float):
+        number = isinstance(value, int if origin is int else int | float)
+        return number and not isinstance(value, bool) and 0 <= value < 10**20
+    if origin in (None, types.NoneType):
+        return value is None
+    if isinstance(origin, type) and issubclass(origin, Callable):  # type: ignore[arg-type]
+        return callable(value)
+    if isinstance(origin, type) and issubclass(origin, Sequence | Mapping) and args:
+        return isinstance(value, origin) and not isinstance(value, str) and len(value) == 0
+    if isinstance(origin, type) and getattr(origin, "_is_protocol", False):
+        return callable(value)
+    return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
