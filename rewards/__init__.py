@@ -69,6 +69,7 @@ def load(
     that cannot be imported, as a lambda, says so, `<lambda>`. ValueError for what is unknown,
     refused, or cannot be loaded.
     """
+    _check(device, imports)
     if isinstance(reward, WeightedSum):
         return reward
     if isinstance(reward, str):
@@ -97,6 +98,16 @@ def _unaliased(terms: Sequence[Term]) -> tuple[Term, ...]:
     return tuple(found)
 
 
+def _check(device: Any, imports: Any) -> None:
+    if not isinstance(imports, bool):
+        raise ValueError(f"imports is {imports!r:.80}; pass True or False")
+    try:
+        if device is not None:
+            torch.device(device if isinstance(device, str | torch.device) else "")
+    except RuntimeError:
+        raise ValueError(f"device is {device!r:.80}; pass one such as 'cpu', or None") from None
+
+
 def _entry(
     text: str, terms: Sequence[Term], weight: float, device: torch.device | str | None
 ) -> Part:
@@ -104,8 +115,8 @@ def _entry(
         raise ValueError(f"{text!r} is a sum; give each reward its own entry in the mapping")
     try:
         weight = float(weight)
-    except (TypeError, ValueError):
-        raise ValueError(f"the weight of {text!r} is {weight!r}; give a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"the weight of {text!r} is {weight!r:.80}; give a number") from None
     return _part(terms[0], weight, device)
 
 
@@ -149,8 +160,12 @@ def _imported(call: Call) -> Any:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward {call.name!r} cannot be imported: {error}") from error
+    except Exception as error:  # it is somebody's own code, and may do anything
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"reward {call.name!r} cannot be imported: {said}") from error
     if call.args or call.kwargs or inspect.isclass(found):
-        found = _made(call, found, call.args, dict(call.kwargs))
+        try:
+            found = found(*call.args, **dict(call.kwargs))
+        except Exception as error:
+            raise ValueError(f"the reward {call} cannot be made: {error}") from error
     return found if isinstance(found, Reward) else Function(found)

@@ -88,7 +88,7 @@ def _of_lines(file: Path, prompt: str | None) -> list[Sample]:
 def _of_line(line: str, where: str, folder: Path, prompt: str | None) -> Sample:
     try:
         entry: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
         raise ValueError(f"{where} is not JSON ({error}): write one object a line") from None
     if not isinstance(entry, dict):
         raise ValueError(f'{where} is no object: write {{"image": ..., "prompt": ...}}')
@@ -98,7 +98,9 @@ def _of_line(line: str, where: str, folder: Path, prompt: str | None) -> Sample:
     if not isinstance(image, str) or not isinstance(text, str):
         raise ValueError(f'{where} needs both: {{"image": "a.png", "prompt": "a red star"}}')
     if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
-        raise ValueError(f"{where} has references {references!r}: write a list of picture files")
+        raise ValueError(
+            f"{where} has references {references!r:.80}: write a list of picture files"
+        )
     path = folder / image
     others = tuple(folder / name for name in references)
     sizes = [_header(file)[1] for file in (path, *others)]
@@ -112,12 +114,14 @@ def _header(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
             text = getattr(picture, "text", {}).get("parameters", "{}")
             size, mode = (picture.height, picture.width), picture.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise ValueError(f"{path} is no picture that can be read: give a PNG or JPEG") from None
+        raise ValueError(
+            f"{str(path)[-200:]} is no picture that can be read: give a PNG or JPEG"
+        ) from None
     if mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits, to plain white
         raise ValueError(f"{path} has more than 8 bits a channel ({mode}): bring it to 8 first")
     try:
         about = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         about = {}  # another program's "parameters"
     return about if isinstance(about, dict) else {}, size
 

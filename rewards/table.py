@@ -83,16 +83,17 @@ class Table:
         return [i for i, row in enumerate(wanted) if _key(row) not in there]
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows, on disk when this returns."""
-        if self._begun:
-            with self.part.open("a", encoding="utf-8") as file:
-                file.write(_lines(rows))
-        else:  # at the first row, and whole: the old rows come along
-            scratch = self.part.with_name(self.part.name + ".new")
-            text = _lines([{"reward": self.spec}, *self.rows, *rows])
-            scratch.write_text(text, encoding="utf-8")
-            scratch.replace(self.part)
-            self._begun = True
+        """Append rows, on disk when this returns; ValueError where there is no room."""
+        with _writable(self.part):
+            if self._begun:
+                with self.part.open("a", encoding="utf-8") as file:
+                    file.write(_lines(rows))
+            else:  # at the first row, and whole: the old rows come along
+                scratch = self.part.with_name(self.part.name + ".new")
+                text = _lines([{"reward": self.spec}, *self.rows, *rows])
+                scratch.write_text(text, encoding="utf-8")
+                scratch.replace(self.part)
+                self._begun = True
         self.rows.extend(rows)
 
     def finish(self, wanted: Sequence[Mapping[str, str]]) -> bool:
@@ -102,9 +103,22 @@ class Table:
         if whole and order == [_key(row) for row in self.rows]:
             return False
         self.rows = [rows[key] for key in order]
-        write_table(self.path, self.rows, self.spec)
-        self.part.unlink(missing_ok=True)
+        with _writable(self.path):
+            write_table(self.path, self.rows, self.spec)
+            self.part.unlink(missing_ok=True)
         return True
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Around writing: a full disk becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path} ({error.strerror or error}); the scores written before are kept: "
+            "mend that, then repeat the command with --resume"
+        ) from error
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -263,7 +277,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panel.tick_params(labelsize=8)
     if many:
         _draw_correlations(figure, panels[-1], columns)
-    figure.savefig(path, dpi=120)
+    with _writable(path):
+        figure.savefig(path, dpi=120)
 
 
 def _draw_correlations(figure: Any, panel: Any, columns: dict[str, np.ndarray]) -> None:

@@ -274,7 +274,7 @@ def _duration(seconds: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C.
 
-    1 where another process of the run died.
+    1 where another process of the run died, or memory ran out.
     """
     command = sys.argv[1:] if argv is None else argv
     args = None
@@ -286,6 +286,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             said = in_words(" ".join(str(error).split()), ARGUMENTS)
             print(f"steer.py: {said}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        print(
+            "steer.py: memory ran out; what is finished is kept: lower --particles, --max-batch, "
+            "--prompts-per-call or the size, or repeat the command with --out and --resume",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt as cut:
         died = isinstance(cut, Stopped)
         if is_main():

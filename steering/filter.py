@@ -69,8 +69,13 @@ class Population:
     ess: Tensor  # (b,) before resampling
 
 
-def check_rewards(rewards: Tensor, step: int, shape: tuple[int, int]) -> None:
-    """Raise ValueError unless `rewards` is finite and (b, k): the one device read of a score."""
+def check_rewards(
+    rewards: Tensor, step: int, shape: tuple[int, int], reward_scale: float = 1.0
+) -> None:
+    """Raise ValueError unless `rewards` is (b, k) and finite, times λ too.
+
+    It is the one device read of a score.
+    """
     if not isinstance(rewards, Tensor):
         raise ValueError(
             f"the reward returned a {type(rewards).__name__} at step {step}: return a tensor, "
@@ -81,8 +86,13 @@ def check_rewards(rewards: Tensor, step: int, shape: tuple[int, int]) -> None:
             f"the reward returned shape {tuple(rewards.shape)} at step {step}: "
             f"return one number a particle, {shape}"
         )
-    finite = torch.isfinite(rewards)
+    finite = torch.isfinite(_at_least_float32(rewards) * reward_scale)
     if not finite.all():
+        if torch.isfinite(rewards).all():
+            raise ValueError(
+                f"reward_scale={reward_scale:g} times the rewards at step {step} is more than "
+                "their type holds: lower reward_scale"
+            )
         prompt, particle = (~finite).nonzero()[0].tolist()
         raise ValueError(
             f"the reward of prompt {prompt}, particle {particle} at step {step} is "
@@ -232,7 +242,7 @@ def _run(
         ancestors = torch.arange(x.shape[1], device=x.device).expand(b, -1)
         if step in sizes:
             rewards = reward(x0)
-            check_rewards(rewards, step, (b, x.shape[1]))
+            check_rewards(rewards, step, (b, x.shape[1]), settings.reward_scale)
             scores_done += 1
             state = weigh(state, rewards, settings, scores_done / (len(sizes) + 1))
             noisy = (move.std > 0).any()
@@ -242,7 +252,7 @@ def _run(
         x = move.mean + move.std * _noise_like(move.mean, generator)
         if step == num_steps - 1:
             rewards, x0 = reward(x), x
-            check_rewards(rewards, step, (b, x.shape[1]))
+            check_rewards(rewards, step, (b, x.shape[1]), settings.reward_scale)
             state = close(state, rewards, settings)
             before = ess(state.log_weights)
         yield Population(

@@ -134,6 +134,7 @@ class Filter:
         read = torch.cat(parts, dim=1).cpu().split([part.shape[1] for part in parts], dim=1)
         rewards, log_weights, ess, ancestors = read
         refuse_not_finite(rewards, self.describe, f"step {step} of {self._num_steps}")
+        _refuse_overflow(log_weights, self._settings)
         score = Score(step, rewards, log_weights, ess[:, 0], ancestors.long(), previews)
         self._scores.append(score)
         self._on_step(Moment(step, self._num_steps, score))
@@ -163,7 +164,18 @@ class Filter:
         state = self.state
         if state is None:
             state = start(self.b, self.k, rewards.device)
-        return close(state, rewards, self._settings)
+        closed = close(state, rewards, self._settings)
+        if torch.isfinite(rewards).all():  # else that is to be said, with the particle
+            _refuse_overflow(closed.log_weights, self._settings)
+        return closed
+
+
+def _refuse_overflow(log_weights: Tensor, settings: FeynmanKac) -> None:
+    if not torch.isfinite(log_weights).all():
+        raise ValueError(
+            f"reward_scale={settings.reward_scale:g} times these rewards is more than a "
+            f"{str(log_weights.dtype).removeprefix('torch.')} holds; lower reward_scale."
+        )
 
 
 def needs_scores(settings: FeynmanKac, k: int) -> bool:

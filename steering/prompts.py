@@ -51,7 +51,7 @@ def read(path: Path) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
-        raise ValueError(f"cannot read the prompts of {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read the prompts of {path!s:.200}: {error.strerror}") from None
     if b"\0" in content:  # as in UTF-16, and in what is no text
         raise ValueError(f"{path} holds NUL bytes and so is no UTF-8 text: save it as UTF-8")
     if len(content) > MOST_BYTES:
@@ -93,7 +93,7 @@ def _pictures(names: Any, where: str, folder: Path) -> tuple[str, ...]:
         raise ValueError(f"{where} has references {names!r:.80}: write a list of picture files")
     for path in (folder / name for name in names):
         if not os.path.isfile(path):  # whatever the name is, a very long one too
-            raise ValueError(f"{where} names the picture {path}, which is not there")
+            raise ValueError(f"{where} names the picture {path!s:.200}, which is not there")
         try:
             with Image.open(path) as picture:
                 picture.load()

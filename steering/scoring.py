@@ -30,6 +30,7 @@ class Judge:
                 f"reward is a {type(reward).__name__}; pass a function of (images, prompts), such "
                 'as rewards.load("clip") returns.'
             )
+        _check_signature(reward)
         if references is not None and not _wants_references(reward):
             raise ValueError(
                 "references= was given but this reward takes none; leave it out, or use a reward "
@@ -76,7 +77,13 @@ class Judge:
         return function(images, prompts, references=[self.references[i] for i in rows])
 
     def _shaped(self, scores: Any, images: Tensor, b: int) -> Tensor:
-        scores = torch.as_tensor(scores)
+        try:
+            scores = torch.as_tensor(scores)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"reward {self.name} returned {scores!r:.80}; return {len(images)} numbers, one an "
+                "image."
+            ) from None
         best = torch.float32 if images.device.type == "mps" else torch.float64  # which has no other
         wanted = best if scores.dtype == torch.float64 else torch.float32
         scores = scores.to(images.device, wanted)
@@ -92,3 +99,15 @@ def _wants_references(reward: Any) -> bool:
     """What the reward says of itself, else whether it has such a parameter."""
     says = getattr(reward, "wants_references", None)
     return "references" in inspect.signature(reward).parameters if says is None else bool(says)
+
+
+def _check_signature(reward: Any) -> None:
+    try:
+        inspect.signature(reward).bind(None, None)
+    except ValueError:  # some functions written in C have none
+        return
+    except TypeError as error:
+        name = getattr(reward, "__name__", type(reward).__name__)
+        raise ValueError(
+            f"the reward {name} is called as f(images, prompts) but cannot be ({error})."
+        ) from None

@@ -1,6 +1,8 @@
 """scripts/score.py end to end on drawn pictures, offline."""
 
 import json
+import re
+import resource
 
 import pytest
 import torch
@@ -12,6 +14,11 @@ from rewards.table import Table, read_table
 from scripts import score
 
 PROMPTS = ["a red circle", "two blue stars", "a green square"]
+
+
+def refusal(told: str) -> str:
+    """What stderr holds besides the lines on what is being loaded."""
+    return re.sub(r"^.*\.py: loading .*\n", "", told, flags=re.M)
 
 
 @pytest.fixture
@@ -92,7 +99,7 @@ def test_bad_input_is_refused_in_one_sentence(folder, options, message, seen, ca
     assert score.main([option.format(folder=folder) for option in options]) == 2
     told = capsys.readouterr().err
     assert message in told
-    assert told.count("\n") == 1
+    assert refusal(told).count("\n") == 1
     assert not seen
     assert not list(folder.glob("scores*"))
 
@@ -197,7 +204,7 @@ def test_scores_of_another_spec_prompt_or_picture_are_not_taken_over(folder, cap
         assert score.main([*lines(folder, *entries), spec, "--resume"]) == 2
         told = capsys.readouterr().err
         assert message in told
-        assert told.count("\n") == 1
+        assert refusal(told).count("\n") == 1
     assert held == {p: p.read_bytes() for p in folder.iterdir() if p.name != "list.jsonl"}
 
 
@@ -239,3 +246,21 @@ def test_a_full_disk_is_told_in_one_sentence(folder, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         "score.py: [Errno 28] No space left on device"
     )
+
+
+@pytest.mark.parametrize("room", [0, 100, 300, 1000])
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(folder, room, capsys):
+    """Files cannot grow past some bytes, as on a full disk; then they can again."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    command = [str(folder), "--reward", "jpeg", "--batch-size", "1", "--device", "cpu"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        status = score.main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("score.py: ")
+    assert "scores.csv" in last
+    assert score.main([*command, "--resume"]) == 0
+    assert len(read_table(folder / "scores.csv")) == 3
