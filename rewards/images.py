@@ -3,7 +3,7 @@
 Legend: n images, h w their size. A picture is float ``(n, 3, h, w)`` in [0, 1], RGB.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any
 
@@ -62,19 +62,21 @@ def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
 
 def check_prompts(prompts: Any) -> None:
     """Refuse anything but a sequence of texts that UTF-8 can hold."""
-    if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
-        got = "one string" if isinstance(prompts, str) else repr(prompts)
+    a_list = hasattr(prompts, "__len__") and not isinstance(prompts, str | Mapping | Set)
+    if not a_list:
+        got = "one string" if isinstance(prompts, str) else f"{prompts!r:.80}"
         raise ValueError(f"prompts are a list of texts, one an image, but got {got}")
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise ValueError(
-                f"a prompt is {prompt!r} but must be text; give '' where there is none"
+                f"a prompt is {prompt!r:.80} but must be text; give '' where there is none"
             )
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise ValueError(
-                f"the prompt {prompt!r} holds half a character (a lone surrogate); read it as UTF-8"
+                f"the prompt {prompt!r:.80} holds half a character (a lone surrogate); read it as "
+                "UTF-8"
             ) from None
 
 

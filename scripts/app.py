@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.app_run import Desk, Studio
-from scripts.options import PORT, Parser, Whole, check_words
+from scripts.options import PORT, Parser, Whole, check_words, one_line
 from steering import loading, tiny
 from steering.arguments import MOST_PARTICLES
 
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_words(words)
         args = parser().parse_args(words)
     except ValueError as error:
-        print(f"app.py: {error}", file=sys.stderr)
+        print(f"app.py: {one_line(error)}", file=sys.stderr)
         return 2
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("scripts").setLevel(logging.INFO)
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             started.say("starting the page")
             page = launch(args, Path(root))
         except ValueError as error:
-            print(f"app.py: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"app.py: {one_line(error)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("app.py: interrupted before it began", file=sys.stderr)

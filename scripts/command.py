@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from finetune import config
 from scripts.launched import Stopped
+from scripts.options import one_line
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 
@@ -70,7 +71,7 @@ def finish(name: str, kept: str, work: Callable[[], None]) -> int:
         print(f"{name}: {' '.join(str(error).split())}; {kept}", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"{name}: {error}; {kept}", file=sys.stderr)

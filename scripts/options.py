@@ -20,6 +20,7 @@ __all__ = [
     "Whole",
     "check_words",
     "in_words",
+    "one_line",
     "path",
 ]
 
@@ -78,6 +79,12 @@ def check_words(words: Sequence[str]) -> None:
     for word in words:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise ValueError(f"{word!r:.80} is not UTF-8: write it as UTF-8")
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, as one line of words that can be read."""
+    text = " ".join(str(error).split())
+    return re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", text)
 
 
 def in_words(message: str, options: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ from rewards.images import to_images
 from rewards.names import factory_of
 from rewards.samples import Sample, batches, load_batch, read_samples
 from rewards.table import TEXTS, Table, draw, ensure_writable, read_table, summary
-from scripts.options import COUNT, Parser, check_words, path
+from scripts.options import COUNT, Parser, check_words, one_line, path
 from steering.loading import pick_device
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print(listing())
         return 0
-    if args.source is None or not args.reward:
+    if args.source is None or args.reward is None:
         raise ValueError("give a folder or a .jsonl file, and --reward (--list shows them)")
     if args.calibrate:
         ensure_writable(args.calibrate.expanduser())
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_words(words)
         return run(parser().parse_args(words))
     except (ValueError, OSError) as error:
-        print(f"score.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"score.py: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         kept = str(stop) or "nothing is lost"

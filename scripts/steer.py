@@ -24,7 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import rewards
 from scripts.launched import Processes, Stopped, is_main, join
-from scripts.options import in_words
+from scripts.options import in_words, one_line
 from scripts.steer_options import ARGUMENTS, FIELD_HELP, MACHINE, SAID_ELSEWHERE, parse
 from steering import FeynmanKac, loading, runs, tiny
 from steering.manifest import versions
@@ -141,7 +141,8 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt
     # by their names, so that a continuation on another machine cannot mix what auto stands for
     args.device = str(device)
     args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
-    args.reward = args.reward or ("clip(tiny)" if args.model in tiny.NAMES else "clip")
+    if args.reward is None:
+        args.reward = "clip(tiny)" if args.model in tiny.NAMES else "clip"
     reward = None
     if not is_finished(args, prompts):
         started.say(f"loading {args.reward}")
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args, command)
     except ValueError as error:
         if args or is_main():  # all processes have the same command line
-            said = in_words(" ".join(str(error).split()), ARGUMENTS)
+            said = in_words(one_line(error), ARGUMENTS)
             print(f"steer.py: {said}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:

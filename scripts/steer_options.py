@@ -133,7 +133,9 @@ def _add_inputs(p: argparse.ArgumentParser) -> None:
         help="sides of the pictures scored on the way, as a share of the image's",
     )
     group = p.add_argument_group("the pipeline's call (by default its own values)")
-    group.add_argument("--steps", type=Whole(1, MOST_STEPS), help="denoising steps")
+    group.add_argument(
+        "--steps", type=Whole(1, MOST_STEPS), help=f"denoising steps, at most {MOST_STEPS}"
+    )
     group.add_argument("--guidance-scale", type=NUMBER, help="classifier-free guidance")
     group.add_argument(
         "--guidance-interval",
@@ -145,7 +147,9 @@ def _add_inputs(p: argparse.ArgumentParser) -> None:
     group.add_argument("--negative-prompt", help="what to keep away from")
     group.add_argument("--height", type=Whole(1, MOST_PIXELS), help="pixels")
     group.add_argument("--width", type=Whole(1, MOST_PIXELS), help="pixels")
-    group.add_argument("--seed", type=SEED, default=0, help="a line of a .jsonl may set its own")
+    group.add_argument(
+        "--seed", type=SEED, default=0, help="below 2^63; a line of a .jsonl may set its own"
+    )
 
 
 def _add_machine(p: argparse.ArgumentParser) -> None:

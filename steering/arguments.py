@@ -5,7 +5,7 @@ Each refusal is a ValueError of one sentence: what was given, what is expected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeGuard
 
 from torch import Generator, Tensor
@@ -71,7 +71,8 @@ def check_prompts(prompts: Any) -> tuple[str, ...]:
     """The prompts as a tuple; a str is one. Refuses what is no text, and none at all."""
     if isinstance(prompts, str):
         return (prompts,)
-    texts = tuple(prompts) if isinstance(prompts, Iterable) else ()
+    unordered = isinstance(prompts, Mapping | Set)
+    texts = tuple(prompts) if isinstance(prompts, Iterable) and not unordered else ()
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"prompts={prompts!r:.80}: pass one text or more.")
     return texts

@@ -62,7 +62,7 @@ def set_attention(pipe: Any, name: str) -> None:
     if backend not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise ValueError(f"there is no attention {name}: {hint}")
+        raise ValueError(f"there is no attention {name if name.strip() else repr(name)}: {hint}")
     for part, network in networks(pipe).items():
         if backend == "xformers" and not _may_have_xformers(network):
             logger.warning("xformers cannot be used here; %s goes on with PyTorch's own", part)

@@ -20,7 +20,7 @@ def where(name: str) -> tuple[str, bool]:
     if name and os.path.exists(path):
         return path, True
     if not HUB_ID.fullmatch(name):
-        shown = name or "''"
+        shown = name if name.strip() else repr(name)
         raise ValueError(f"there is no {shown:.80}: give a folder or a hub id (owner/name)")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError

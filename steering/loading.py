@@ -50,7 +50,7 @@ def check_name(name: str) -> None:
     if not HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name, tiny.NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give {known}"
-        shown = name or "''"
+        shown = name if name.strip() else repr(name)
         raise ValueError(f"there is no model {shown:.80}: {hint}")
 
 
@@ -149,7 +149,7 @@ def pick_device(name: str) -> torch.device:
         one.item()  # a meta tensor has no value
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = textwrap.shorten(str(error), 100, placeholder=" ...")
-        shown = str(name) or "''"
+        shown = str(name) if str(name).strip() else repr(name)
         raise ValueError(f"device {shown:.80} cannot be used here ({reason}): try auto") from None
     return one.device
 

@@ -14,7 +14,7 @@ from steering.schedulers import Look
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 from steering.spread import Spread
 
-__all__ = ["Filter", "needs_scores", "refuse_not_finite", "way_out"]
+__all__ = ["Filter", "needs_scores", "refuse_not_finite", "refuse_overflow", "way_out"]
 
 PREVIEW = 64  # px, the longer side of the small pictures that a lineage keeps
 
@@ -134,7 +134,7 @@ class Filter:
         read = torch.cat(parts, dim=1).cpu().split([part.shape[1] for part in parts], dim=1)
         rewards, log_weights, ess, ancestors = read
         refuse_not_finite(rewards, self.describe, f"step {step} of {self._num_steps}")
-        _refuse_overflow(log_weights, self._settings)
+        refuse_overflow(log_weights, self._settings)
         score = Score(step, rewards, log_weights, ess[:, 0], ancestors.long(), previews)
         self._scores.append(score)
         self._on_step(Moment(step, self._num_steps, score))
@@ -166,11 +166,11 @@ class Filter:
             state = start(self.b, self.k, rewards.device)
         closed = close(state, rewards, self._settings)
         if torch.isfinite(rewards).all():  # else that is to be said, with the particle
-            _refuse_overflow(closed.log_weights, self._settings)
+            refuse_overflow(closed.log_weights, self._settings)
         return closed
 
 
-def _refuse_overflow(log_weights: Tensor, settings: FeynmanKac) -> None:
+def refuse_overflow(log_weights: Tensor, settings: FeynmanKac) -> None:
     if not torch.isfinite(log_weights).all():
         raise ValueError(
             f"reward_scale={settings.reward_scale:g} times these rewards is more than a "

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import io
 import math
+import re
 import signal
 import types
 import typing
@@ -61,7 +62,8 @@ def said(main: Callable[[list[str]], int], words: Sequence[str]) -> tuple[int, l
         except SystemExit as end:
             status = int(end.code or 0)
     lines = [line for line in err.getvalue().splitlines() if line.strip()]
-    return status, [line for line in lines if ".py: loading" not in line and "%|" not in line]
+    progress = re.compile(r"^\S+\.py: (loading|starting|drawing) |%\||\[00:")
+    return status, [line for line in lines if not progress.search(line)]
 
 
 def of_parser(parser: argparse.ArgumentParser, free: set[str]) -> list[tuple[str, str]]:
@@ -145,7 +147,7 @@ def suits(value: Any, hint: Any) -> bool:
         return any(suits(value, one) for one in args)
     if origin in (int, float):
         number = isinstance(value, int if origin is int else int | float)
-        return number and not isinstance(value, bool) and 0 <= value < 10**20
+        return number and not isinstance(value, bool) and value >= 0
     if origin in (None, types.NoneType):
         return value is None
     if isinstance(origin, type) and issubclass(origin, Callable):  # type: ignore[arg-type]

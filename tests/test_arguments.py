@@ -15,7 +15,9 @@ from steering import FeynmanKac, generators, particle_filter
 from steering.arguments import check_steer
 from steering.keywords import check_keywords
 from steering.loading import pick_device, pick_dtype
+from steering.observer import refuse_overflow
 from steering.schedulers import stochastic
+from steering.scoring import Judge
 
 STEER = {
     "num_prompts": 2, "particles": 2, "settings": FeynmanKac(), "seed": 0, "decode": None,
@@ -100,6 +102,33 @@ def test_what_the_functions_of_a_filter_return_is_looked_at(changed, said):
     arguments |= {"num_steps": 4, "settings": FeynmanKac(score_to=1.0), "generator": seeded()}
     with pytest.raises(ValueError, match=said):
         list(particle_filter(**arguments | changed))
+
+
+def test_a_scale_that_overflows_with_these_rewards_is_said():
+    """λ alone is finite in float32, and so is each reward."""
+    huge = FeynmanKac(reward_scale=1e30, score_to=1.0)
+    arguments = {"x": torch.zeros(1, 4), "kernel": gaussian_kernel, "num_steps": 4}
+    with pytest.raises(ValueError, match=r"reward_scale=1e\+30 times .* lower reward_scale"):
+        list(
+            particle_filter(
+                reward=lambda x: linear(x) + 1e20, settings=huge, generator=seeded(), **arguments
+            )
+        )
+    with pytest.raises(ValueError, match=r"reward_scale=1e\+30 times .* lower reward_scale"):
+        refuse_overflow(torch.tensor([[0.0, math.inf]]), huge)
+
+
+@pytest.mark.parametrize("reward", [len, lambda images: images, lambda a, b, c: a])
+def test_a_reward_that_cannot_be_called_so_is_refused(reward):
+    with pytest.raises(ValueError, match=r"is called as f\(images, prompts\)"):
+        Judge(reward, ["a"], None)
+
+
+@pytest.mark.parametrize("scores", [None, "high", [["a"]], {"a": 1}])
+def test_what_a_reward_returns_is_looked_at(scores):
+    judge = Judge(lambda images, prompts: scores, ["a"], None)
+    with pytest.raises(ValueError, match="return 2 numbers, one an image"):
+        judge.score(torch.zeros(2, 3, 4, 4), [0])
 
 
 @pytest.mark.parametrize("arguments", [(2**63, ["a"], 1), (0, [1], 1), (0, [], 1), (0, ["a"], 0)])
