@@ -7,12 +7,13 @@ spec in its metadata, or a .csv file with the spec in `NAME.spec` beside it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
