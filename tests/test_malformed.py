@@ -70,7 +70,7 @@ SCRIPTS = {  # a command that works, and what any text may be given to
     "steer": (steer.main, [*STEER, "--out", "steered"], {"negative_prompt"}),
     "score": (score.main, ["pictures", "--prompt", "a", "--reward", "jpeg"], {"prompt"}),
     "app": (app.main, [], {"lora", "reward", "host"}),  # those are for the page to refuse
-    "rollout": (rollout.main, ["prompts=prompts.txt", "out=rolled", "images=1", *CALL], set()),
+    "rollout": (rollout.main, ["prompts=prompts.txt", "out=rolled", "images=2", *CALL], set()),
     "evaluate": (
         evaluate.main,
         ["prompts=prompts.txt", "out=eval", "reward=jpeg", "images=1", *CALL],
@@ -82,7 +82,11 @@ SCRIPTS = {  # a command that works, and what any text may be given to
         ["prompts=prompts.txt", "out=online", "reward=jpeg", "grpo.steps=1", "model=tiny-sd3"],
         {"negative_prompt"},
     ),
-    "train_critic": (critic.main, ["rollouts=run", "out=critic", "steps=1"], set()),
+    "train_critic": (
+        critic.main,
+        ["rollouts=run", "out=critic", "references=pictures", "steps=1"],
+        set(),
+    ),
 }
 PARSERS = {"steer": steer_options.parser, "score": score.parser, "app": app.parser}
 SETTINGS = {
@@ -123,11 +127,17 @@ def test_there_are_enough():
     assert {script for script, *_ in calls()} == set(SCRIPTS)
 
 
-def refused(script: str, option: str, value: str) -> None:
-    main, base, _ = SCRIPTS[script]
+def clean() -> None:
+    """Take away what a call that was not refused has made."""
     for made in ("steered", "rolled", "eval", "gdro", "online", "critic"):
         shutil.rmtree(made, ignore_errors=True)
-    Path("pictures/scores.csv").unlink(missing_ok=True)
+    for made in Path("pictures").glob("scores.csv*"):
+        made.unlink()
+
+
+def refused(script: str, option: str, value: str) -> None:
+    main, base, _ = SCRIPTS[script]
+    clean()
     status, lines = said(
         main, [*base, *([option + value] if "=" in option else [f"{option}={value}"])]
     )
@@ -143,6 +153,7 @@ def refused(script: str, option: str, value: str) -> None:
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "app"])
 def test_the_commands_themselves_work(scored, script):
     main, base, _ = SCRIPTS[script]
+    clean()
     assert said(main, base)[0] == 0
 
 
