@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from steering.arguments import MOST_PIXELS, MOST_STEPS, check_count
 from steering.denoiser import networks
 from steering.keywords import check_keywords
+from steering.refusals import refuse_unsteerable
 from steering.settings import FeynmanKac
 
 if TYPE_CHECKING:
@@ -230,6 +231,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
             f"steer() got a {type(pipe).__name__}; pass a diffusers pipeline, such as "
             "DiffusionPipeline.from_pretrained(...) returns."
         )
+    refuse_unsteerable(pipe)
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and any(map(_drops_out, part.modules())):
             raise ValueError(

@@ -251,6 +251,10 @@ class StochasticFlow(FlowMatchEulerDiscreteScheduler):
         self.chain.last = x
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample as it is: some pipelines (Bria) ask every other scheduler than the stock one."""
+        return sample
+
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
         noise = None if noise is None else self.chain.follow(noise)
         return super().scale_noise(self.chain.follow(sample), timestep, noise)

@@ -1,0 +1,54 @@
+"""Pipelines that steer() cannot steer, each in one sentence, before any work."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["refuse_unsteerable"]
+
+_DRAW = ("unet", "transformer", "decoder", "image_unet")
+
+
+def refuse_unsteerable(pipe: DiffusionPipeline) -> None:
+    """Raise ValueError where the latents that a scheduler sees are not what makes the picture."""
+    from diffusers import DiffusionPipeline
+
+    kind = type(pipe).__name__
+    inner = [name for name, part in vars(pipe).items() if isinstance(part, DiffusionPipeline)]
+    if inner:
+        raise ValueError(
+            f"{kind} runs pipelines of its own ({', '.join(inner)}), whose schedulers steer() does "
+            "not reach, so nothing would be steered; steer the one that draws the picture."
+        )
+    parts = inspect.signature(type(pipe).__init__).parameters
+    keywords = inspect.signature(type(pipe).__call__).parameters
+    if any("audio" in name for name in (*parts, *keywords)):
+        raise ValueError(
+            f"{kind} draws sound, alone or beside a picture, which no reward here hears and the "
+            "filter would not resample; use a pipeline that draws pictures alone."
+        )
+    if not any(name in parts for name in _DRAW):
+        raise ValueError(
+            f"{kind} draws no pictures (it has none of {', '.join(_DRAW)}), so there is nothing to "
+            "score; steer the pipeline that takes what it gives."
+        )
+    if "original_inference_steps" in keywords:
+        raise ValueError(
+            f"{kind} chooses its timesteps by original_inference_steps=, which no Gaussian chain "
+            "here has; steer StableDiffusionPipeline, or its image-to-image, with its components."
+        )
+    _refuse_learned_variance(pipe)
+
+
+def _refuse_learned_variance(pipe: Any) -> None:
+    config = getattr(getattr(pipe, "scheduler", None), "config", {})
+    if config.get("variance_type") in ("learned", "learned_range"):
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} takes its variance from the network "
+            f"(variance_type={config['variance_type']!r}), where the filter needs to know it "
+            "before the step; set pipe.scheduler to one with a fixed variance."
+        )

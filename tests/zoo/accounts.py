@@ -1,0 +1,92 @@
+"""What becomes of every pipeline that diffusers exports: it runs, is refused, or a reason."""
+
+# pyright: reportPrivateImportUsage=false
+
+import inspect
+import re
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline, ModularPipeline
+from zoo.building import Animal
+from zoo.image import ANIMALS as IMAGES
+from zoo.video import ANIMALS as VIDEOS
+
+__all__ = ["ANIMALS", "REASONS", "REFUSED", "bare", "exported", "reason", "refusal"]
+
+ANIMALS: dict[str, Animal] = IMAGES | VIDEOS
+
+# class -> how steer() refuses it
+REFUSED: dict[str, str] = {
+    "AnyFlowFARPipeline": "is neither a flow-matching scheduler nor has betas",
+    "AnyFlowPipeline": "is neither a flow-matching scheduler nor has betas",
+}
+# class -> why it is neither built nor refused here
+REASONS: dict[str, str] = {
+    "ChromaInpaintPipeline": "its own call fails: it asks for a field that Chroma's config lacks",
+    "EasyAnimateControlPipeline": "its own call fails: encode_prompt() takes no text_encoder_index",
+}
+_MEDIA = {
+    "sound": r"Audio|AceStep|MusicLDM|Spectrogram|DanceDiffusion",
+    "text": r"LLaDA2|DiffusionGemma",
+    "shapes in space, or proteins": r"ShapE|RFD4",
+}
+
+
+def exported() -> list[str]:
+    """The names that diffusers exports for pipelines, modular ones too."""
+    return sorted(name for name in dir(diffusers) if "Pipeline" in name and _is_one(name))
+
+
+def _is_one(name: str) -> bool:
+    try:
+        cls = getattr(diffusers, name)
+    except AttributeError:
+        return True
+    known = (DiffusionPipeline, ModularPipeline)
+    return inspect.isclass(cls) and (issubclass(cls, known) or hasattr(cls, "_backends"))
+
+
+def reason(name: str) -> str | None:
+    """Why `name` is not tried at all; None where it is."""
+    if name in REASONS:
+        return REASONS[name]
+    for made, pattern in _MEDIA.items():
+        if re.search(pattern, name):
+            return f"it makes {made}"
+    try:
+        cls: Any = getattr(diffusers, name)
+    except AttributeError:
+        return "diffusers exports the name alone"
+    missing = [b for b in getattr(cls, "_backends", ()) if not _available(b)]
+    if missing or "Onnx" in name:
+        return f"it needs {', '.join(missing) or 'onnx'}"
+    if name in ("DiffusionPipeline", "ModularPipeline"):
+        return "it is a base class"
+    if getattr(cls, "_last_supported_version", None) or ".deprecated." in cls.__module__:
+        return "diffusers has deprecated it"
+    return None
+
+
+def refusal(name: str) -> str | None:
+    """How steer() refuses `name`, as a pattern; None where it should run."""
+    cls: Any = getattr(diffusers, name)
+    if issubclass(cls, ModularPipeline):
+        return "pass a diffusers pipeline"
+    if "prompt" not in inspect.signature(cls.__call__).parameters:
+        return "takes no prompt"
+    return REFUSED.get(name)
+
+
+def bare(name: str) -> Any:
+    """An instance without components: what is refused by its class needs no more."""
+    cls: Any = getattr(diffusers, name)
+    made = cls.__new__(cls)
+    if issubclass(cls, DiffusionPipeline):
+        modules, _ = cls._get_signature_keys(cls)
+        made.register_modules(**dict.fromkeys(modules))
+    return made
+
+
+def _available(backend: str) -> bool:
+    return getattr(diffusers.utils, f"is_{backend}_available")()

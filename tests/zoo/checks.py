@@ -1,0 +1,185 @@
+"""What is checked of every pipeline that runs: each check returns, or raises what went wrong."""
+
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import steering.run
+from steering import FeynmanKac, generators, steer
+from steering.denoiser import Rows
+from steering.schedulers import stochastic
+
+__all__ = ["CHECKS"]
+
+K = 3
+SCORED = FeynmanKac(reward_scale=300.0, min_ess=1.0, num_scores=2, score_from=0.2, score_to=0.9)
+_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+
+
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.mean((1, 2, 3)) * 10
+
+
+def run(
+    pipe: Any, call: dict[str, Any], prompts: Sequence[str], settings: FeynmanKac = SCORED, **more: Any
+) -> Any:
+    given = {"reward": brightness, "particles": K, "progress": False} | more
+    return steer(pipe, prompts[: given.pop("b", 1)], settings=settings, **given, **call)
+
+
+def own(
+    pipe: Any, call: dict[str, Any], prompt: str, noise: float, output_type: str, written: bool
+) -> Any:
+    """What the pipeline returns on our scheduler with our generators, K times one prompt."""
+    pipe, noises = copy.copy(pipe), generators(0, [prompt], K)
+    pipe.scheduler = stochastic(pipe.scheduler, noise, noises)
+    if hasattr(pipe, "guider"):
+        pipe.guider = copy.deepcopy(pipe.guider)
+    known = type(pipe).__call__.__wrapped__.__code__.co_varnames
+    count = next((name for name in _COUNTS if name in known), None)
+    if not written and count is None:
+        raise ValueError("no count")
+    counted = {} if written else {count: K}
+    given = [prompt] * K if written else prompt
+    return pipe(
+        prompt=given, generator=noises, output_type=output_type, return_dict=False, **counted, **call
+    )[0]
+
+
+def parity(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
+    """With reward_scale 0 it is the pipeline's own call, bit for bit at the same batch."""
+    settings = FeynmanKac(reward_scale=0.0, min_ess=1.0)
+    out = run(pipe, call, prompts, settings)
+    gaps = []
+    for written in (False, True):
+        try:
+            theirs = own(pipe, call, prompts[0], out.manifest["settings"]["noise"], "latent", written)
+        except Exception as error:  # a pipeline may take the one form alone
+            gaps.append(repr(error)[:200])
+            continue
+        if torch.equal(out.latents[0], theirs.reshape(out.latents[0].shape)):
+            images = own(pipe, call, prompts[0], out.manifest["settings"]["noise"], "pil", written)
+            images = [image[0] if isinstance(image, list) else image for image in images]
+            for ours, other in zip(out.images[0], images, strict=True):
+                assert np.array_equal(np.asarray(ours), np.asarray(other)), "the images differ"
+            return
+        gaps.append(f"{(out.latents[0] - theirs.reshape(out.latents[0].shape)).abs().max():.2g}")
+    raise AssertionError(f"differs from the pipeline's own call: {gaps}")
+
+
+def reward(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
+    """It is steered: finite, resampled, and the pipeline is as it was before."""
+    before = fingerprint(pipe)
+    out = run(pipe, call, prompts)
+    assert out.latents.isfinite().all() and out.rewards.isfinite().all()
+    assert any(score.resampled.any() for score in out.lineage.scores), "nothing was resampled"
+    after = fingerprint(pipe)
+    changed = [key for key in before | after if before.get(key) != after.get(key)]
+    assert not changed, f"modified: {changed}"
+
+
+def chunks(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
+    """How many rows the network sees at once does not matter."""
+    whole = run(pipe, call, prompts)
+    for max_batch in (1, 2):
+        close(run(pipe, call, prompts, max_batch=max_batch), whole)
+
+
+def funnel(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
+    """Leaving out the rows that a funnel dropped changes nothing for those that are left."""
+    settings = FeynmanKac(
+        reward_scale=300.0, min_ess=1.0, num_scores=1, score_from=0.2, score_to=0.9, funnel=(2,)
+    )
+    short = run(pipe, call, prompts, settings)
+    assert short.latents.shape[1] == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "keep", lambda self, live, num: None)
+        close(short, run(pipe, call, prompts, settings))
+
+
+def packing(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
+    """Two prompts in one call are the two prompts in calls of their own."""
+    alone = run(pipe, call, prompts, b=2)
+    close(run(pipe, call, prompts, b=2, prompts_per_call=2), alone)
+
+
+def lineage(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
+    """A row is its latents and its noise: rows with the same of both stay the same."""
+    taken: list[torch.Generator] = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = steering.run.generator
+
+        def kept(seed: int, key: Any, purpose: Any) -> torch.Generator:
+            made = real(seed, key, purpose)
+            if isinstance(purpose, int):
+                taken.append(made)
+            return made
+
+        patch.setattr(steering.run, "generator", kept)
+
+        def first(images: Tensor, prompts: list[str]) -> Tensor:
+            return torch.arange(len(images), 0, -1.0) * 1e3
+
+        def same_noise(moment: Any) -> None:
+            if moment.score is not None:
+                for other in taken[1:]:
+                    other.set_state(taken[0].get_state())
+
+        settings = FeynmanKac(
+            reward_scale=1.0, min_ess=1.0, num_scores=1, score_from=0.2, score_to=0.9
+        )
+        out = run(pipe, call, prompts, settings, reward=first, watch=same_noise)
+    assert out.lineage.scores[0].ancestors.eq(0).all()
+    rows = out.latents[0].float()
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=1e-3, atol=1e-3)
+
+
+CHECKS: dict[str, Callable[[Any, dict[str, Any], Sequence[str]], None]] = {
+    "reward": reward,  # first, while nothing else has called the pipeline
+    "parity": parity,
+    "chunks": chunks,
+    "funnel": funnel,
+    "packing": packing,
+    "lineage": lineage,
+}
+
+
+def close(one: Any, other: Any) -> None:
+    for ours, theirs in zip(one.lineage.scores, other.lineage.scores, strict=True):
+        assert torch.equal(ours.ancestors, theirs.ancestors), "other ancestors"
+    torch.testing.assert_close(one.latents, other.latents, rtol=2e-3, atol=2e-3)
+
+
+def fingerprint(pipe: Any) -> dict[str, str]:
+    """Of everything that a pipeline holds, what would tell that it was changed."""
+    found = {f"pipe.{key}": _mark(value) for key, value in vars(pipe).items()}
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            for path, module in part.named_modules():
+                own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")}
+                found[f"{name}.{path}"] = _mark(own)
+            for path, weight in part.named_parameters():
+                found[f"{name}.{path}"] = f"{id(weight)} {weight._version} {weight.dtype}"
+        elif hasattr(part, "config"):
+            found[name] = _mark(vars(part))
+    return found
+
+
+def _mark(value: Any, depth: int = 4) -> str:
+    if isinstance(value, Tensor):
+        return hashlib.sha256(value.detach().float().cpu().numpy().tobytes()).hexdigest()[:12]
+    if isinstance(value, dict) and depth:
+        return str({str(k): _mark(v, depth - 1) for k, v in value.items()})
+    if isinstance(value, list | tuple) and depth:
+        return str([_mark(item, depth - 1) for item in value])
+    if isinstance(value, str | int | float | bool | type(None)):
+        return repr(value)
+    return f"{type(value).__name__} {id(value)}"

@@ -1,0 +1,115 @@
+"""The text-to-image and image pipelines that need more than their signatures say."""
+
+from zoo.building import Animal, picture
+
+__all__ = ["ANIMALS"]
+
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+_SANA = Animal(
+    {"scheduler": ("DPMSolverMultistepScheduler", _FLOW)}, call={"height": 32, "width": 32}
+)
+_FLUX_CONTROL = Animal({"transformer": {"in_channels": 32}})
+_KONTEXT = Animal(call={"max_area": 256, "_auto_resize": False})
+_EIGHT = {"block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+_KLEIN = Animal(call={"text_encoder_out_layers": (1,)})
+_CONTROL = Animal(call={"image": picture(1)})
+
+ANIMALS: dict[str, Animal] = {
+    "BriaFibo2Pipeline": Animal(
+        {"transformer": {"cap_feat_dim": 96}},
+        attributes={"text_encoder_out_layers": ((0, 1, 2), (0, 1, 2))},
+    ),
+    "BriaFiboEditPipeline": Animal(
+        prompts=(
+            '{"short_description": "a", "edit_instruction": "a red cube"}',
+            '{"short_description": "a", "edit_instruction": "two dots"}',
+        )
+    ),
+    "HunyuanDiTControlNetPipeline": Animal({"transformer": {"num_layers": 4}}),
+    "JoyImageEditPipeline": Animal({"transformer": {"in_channels": 16, "out_channels": 16}}),
+    "JoyImageEditPlusPipeline": Animal({"transformer": {"in_channels": 16, "out_channels": 16}}),
+    "Lumina2Pipeline": Animal(call={"max_sequence_length": 16}),
+    "CogView4ControlPipeline": Animal({"transformer": {"in_channels": 8}}),
+    "Flux2KleinInpaintPipeline": _KLEIN,
+    "Flux2KleinKVPipeline": Animal(call={"text_encoder_out_layers": (1,), "image": picture(0, 64)}),
+    "Flux2KleinPipeline": _KLEIN,
+    "Flux2Pipeline": Animal({"tokenizer": "Qwen2VLProcessor"}, call={"text_encoder_out_layers": (1,)}),
+    "FluxControlImg2ImgPipeline": _FLUX_CONTROL,
+    "FluxControlInpaintPipeline": _FLUX_CONTROL,
+    "FluxControlPipeline": _FLUX_CONTROL,
+    "FluxFillPipeline": Animal({"transformer": {"in_channels": 48}}),
+    "FluxKontextInpaintPipeline": _KONTEXT,
+    "FluxKontextPipeline": _KONTEXT,
+    **{
+        name: Animal({"text_encoder_3": {"d_model": 64}})
+        for name in (
+            "StableDiffusion3ControlNetInpaintingPipeline",
+            "StableDiffusion3ControlNetPipeline",
+            "StableDiffusion3Img2ImgPipeline",
+            "StableDiffusion3InpaintPipeline",
+            "StableDiffusion3PAGImg2ImgPipeline",
+            "StableDiffusion3PAGPipeline",
+            "StableDiffusion3Pipeline",
+        )
+    },
+    "HiDreamImagePipeline": Animal({"tokenizer_4": "LlamaTokenizer"}),
+    "Ideogram4Pipeline": Animal({"text_encoder": "Qwen3VLModel"}, call={"max_sequence_length": 64, "guidance_scale": None, "guidance_schedule": [4.0] * 6}),
+    "IFPipeline": Animal({"unet": {"in_channels": 3, "out_channels": 6, "encoder_hid_dim": 32}}),
+    "Kandinsky5I2IPipeline": Animal(
+        {"vae": _EIGHT},
+        call={"max_sequence_length": 512},
+        attributes={"resolutions": [(16, 16)]},
+    ),
+    "Kandinsky5T2IPipeline": Animal({"vae": _EIGHT}, attributes={"resolutions": [(16, 16)]}),
+    "Krea2Pipeline": Animal(more={"text_encoder_select_layers": (0, 1, 2)}),
+    "NucleusMoEImagePipeline": Animal(call={"return_index": -1}),
+    "PRXPipeline": Animal(
+        {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2Tokenizer", "vae": "AutoencoderKL"}
+    ),
+    "PixArtSigmaPAGPipeline": Animal({"transformer": {"num_layers": 2}}),
+    "QwenImage21Pipeline": Animal(),
+    "LongCatImagePipeline": Animal({"vae": {"latent_channels": 16}}),
+    "LongCatImageEditPipeline": Animal({"vae": {"latent_channels": 16}},patches={"calculate_dimensions": lambda area, ratio: (16, 16)}),
+    **{
+        name: Animal(patches={"calculate_dimensions": lambda area, ratio: (16, 16, 1)})
+        for name in ("QwenImageEditPipeline", "QwenImageEditInpaintPipeline")
+    },
+    "QwenImageEditPlusPipeline": Animal(
+        patches={"calculate_dimensions": lambda area, ratio: (32, 32)}
+    ),
+    "QwenImageLayeredPipeline": Animal(
+        patches={"calculate_dimensions": lambda area, ratio: (32, 32)}
+    ),
+    "QwenImageControlNetInpaintPipeline": Animal({"controlnet": {"extra_condition_channels": 4}}),
+    "HunyuanImagePipeline": Animal(
+        {
+            "guider": (
+                "AdaptiveProjectedMixGuidance",
+                {"adaptive_projected_guidance_start_step": 1},
+            )
+        }
+    ),
+    "SanaPipeline": _SANA,
+    "SanaPAGPipeline": _SANA,
+    "SanaControlNetPipeline": _SANA,
+    "SanaSprintPipeline": _SANA,
+    "SanaSprintImg2ImgPipeline": _SANA,
+    "StableDiffusionInstructPix2PixPipeline": Animal({"unet": {"in_channels": 8}}),
+    "StableDiffusionXLInstructPix2PixPipeline": Animal({"unet": {"in_channels": 8}}),
+    "StableDiffusionControlNetPipeline": _CONTROL,
+    "StableDiffusionControlNetPAGPipeline": _CONTROL,
+    "StableDiffusionXLControlNetPipeline": _CONTROL,
+    "StableDiffusionXLControlNetPAGPipeline": _CONTROL,
+    **{
+        f"StableDiffusionXLControlNetUnion{task}Pipeline": Animal(
+            call={"control_image": [picture(1)], "control_mode": [0]}
+        )
+        for task in ("", "Img2Img", "Inpaint")
+    },
+    "StableDiffusionXLAdapterPipeline": Animal({"adapter": {"downscale_factor": 2}}),
+    "StableDiffusionAdapterPipeline": Animal({"adapter": {"downscale_factor": 2}}),
+    "StableDiffusionUpscalePipeline": Animal(
+        {"unet": {"in_channels": 7, "num_class_embeds": 1000}}
+    ),
+    "StableDiffusionLatentUpscalePipeline": Animal({"unet": {"in_channels": 8}}),
+}

@@ -1,0 +1,120 @@
+"""docs/pipelines.md: one row a pipeline, as the zoo found it."""
+
+import re
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zoo.accounts import ANIMALS, bare, exported, reason, refusal
+from zoo.building import Animal, call_of, pipeline_of
+from zoo.checks import CHECKS
+
+from steering import steer
+
+__all__ = ["PAGE", "Row", "read", "row", "write"]
+
+PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
+_HEAD = """# Which pipelines run
+
+Every pipeline class that diffusers {version} exports, tried on a tiny instance with random weights
+(`tests/zoo`). This page is written by `PYTHONPATH=tests python -m zoo`, and `pytest -m slow
+tests/test_zoo.py` finds each cell again.
+
+- **parity**: with `reward_scale=0` the latents and the images are those of the pipeline's own call
+  on our scheduler, bit for bit at the same batch.
+- **reward**: it is resampled by a reward, and what was passed in is not changed.
+- **chunks**: `max_batch=1` and `2` give what the whole batch gives.
+- **funnel**: rows that a funnel dropped are not evaluated, and nothing else changes.
+- **packing**: `prompts_per_call=2` gives what two calls give.
+- **lineage**: two rows with the same latents and the same noise from there on stay the same, so the
+  latents are all that has to be resampled.
+
+*refused* is one sentence before any step; *no* is a fault that is known.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """`cells` has an outcome for each check, or is empty where `note` says why nothing was tried."""
+
+    name: str
+    cells: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+def row(name: str) -> Row:
+    """Try everything with the class `name`."""
+    why = reason(name)
+    if why is not None:
+        return Row(name, note=f"not tried: {why}")
+    if refusal(name) is not None:
+        return Row(name, note=f"refused: {_sentence(name)}")
+    animal = ANIMALS.get(name, Animal())
+    pipe, call = pipeline_of(name, animal), call_of(name, animal)
+    cells, notes = {}, []
+    for check, function in CHECKS.items():
+        cells[check], note = _outcome(function, pipe, call, animal.prompts)
+        notes += [note] if note and note not in notes else []
+    return Row(name, cells, " ".join(notes))
+
+
+def _sentence(name: str) -> str:
+    try:
+        steer(bare(name), "a red cube", lambda images, prompts: images, progress=False)
+    except ValueError as error:
+        if re.search(refusal(name) or "", str(error)):
+            return str(error)
+        raise
+    raise AssertionError(f"{name} is not refused")
+
+
+def _outcome(function, pipe, call, prompts) -> tuple[str, str]:
+    try:
+        function(pipe, call, prompts)
+    except ValueError as error:
+        ours = "/steering/" in traceback.extract_tb(error.__traceback__)[-1].filename
+        return ("refused", str(error)) if ours else ("no", "")
+    except Exception:
+        return "no", ""
+    return "yes", ""
+
+
+def read() -> dict[str, Row]:
+    rows = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("| `"):
+            continue
+        name, *rest = [part.strip() for part in line.strip("|").split("|")]
+        name = name.strip("`")
+        cells = dict(zip(CHECKS, rest[:-1], strict=True)) if len(rest) > 1 else {}
+        rows[name] = Row(name, cells, rest[-1])
+    return rows
+
+
+def write(rows: dict[str, Row]) -> None:
+    import diffusers
+
+    tried = [r for r in rows.values() if r.cells]
+    parts = [_HEAD.format(version=diffusers.__version__), _count(tried)]
+    heads = ["class", *CHECKS, "note"]
+    parts.append(_lines(heads, [[f"`{r.name}`", *r.cells.values(), r.note] for r in tried]))
+    rest = [r for r in rows.values() if not r.cells]
+    parts.append("## Refused, or not tried\n")
+    parts.append(_lines(["class", "note"], [[f"`{r.name}`", r.note] for r in rest]))
+    PAGE.write_text("\n".join(parts), encoding="utf-8")
+
+
+def _count(tried: list[Row]) -> str:
+    held = {check: sum(r.cells[check] == "yes" for r in tried) for check in CHECKS}
+    said = ", ".join(f"{check} {number}" for check, number in held.items())
+    whole = sum(set(r.cells.values()) == {"yes"} for r in tried)
+    return f"{len(tried)} classes were tried; everything holds of {whole}. By check: {said}.\n"
+
+
+def _lines(heads: list[str], rows: list[list[str]]) -> str:
+    table = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n"
+
+
+def names() -> list[str]:
+    return exported()

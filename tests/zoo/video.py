@@ -1,0 +1,48 @@
+"""The video pipelines that need more than their signatures say."""
+
+from zoo.building import Animal
+
+__all__ = ["ANIMALS"]
+
+_LTX = Animal(call={"height": 32, "width": 32})
+_SAFE = {"safety_checker": "CosmosSafetyChecker"}
+
+ANIMALS: dict[str, Animal] = {
+    "ChronoEditPipeline": Animal(
+        {
+            "image_encoder": "CLIPVisionModel",
+            "image_processor": "CLIPImageProcessor",
+        }
+    ),
+    "CogVideoXFunControlPipeline": Animal(
+        {"transformer": {"in_channels": 8}}
+    ),
+    "CogVideoXImageToVideoPipeline": Animal({"transformer": {"in_channels": 8}}),
+    "Cosmos2TextToImagePipeline": Animal(_SAFE | {"transformer": {"in_channels": 16, "out_channels": 16}}),
+    "Cosmos2VideoToWorldPipeline": Animal(_SAFE | {"transformer": {"in_channels": 17, "out_channels": 16}}),
+    "Cosmos2_5_PredictBasePipeline": Animal(_SAFE | {"transformer": {"in_channels": 17, "out_channels": 16}}),
+    "CosmosTextToWorldPipeline": Animal(_SAFE),
+    "CosmosVideoToWorldPipeline": Animal(_SAFE | {"transformer": {"in_channels": 5}}),
+    "HunyuanSkyreelsImageToVideoPipeline": Animal({"transformer": {"in_channels": 8}}),
+    "LTXConditionPipeline": _LTX,
+    "LTXImageToVideoPipeline": _LTX,
+    "LTXPipeline": _LTX,
+    "Cosmos2_5_TransferPipeline": Animal(_SAFE | {"transformer": {"in_channels": 17, "out_channels": 16}}),
+    "HunyuanVideo15ImageToVideoPipeline": Animal(
+        {"image_encoder": "SiglipVisionModel", "feature_extractor": "SiglipImageProcessor"}
+    ),
+    "HunyuanVideoFramepackPipeline": Animal(
+        {"image_encoder": "SiglipVisionModel", "feature_extractor": "SiglipImageProcessor"}
+    ),
+    "HunyuanVideoImageToVideoPipeline": Animal({"image_processor": "CLIPImageProcessor"}),
+    "WanImageToVideoPipeline": Animal(
+        {
+            "image_encoder": "CLIPVisionModel",
+            "image_processor": "CLIPImageProcessor",
+            "transformer": {"in_channels": 36, "image_dim": 32},
+        }
+    ),
+    "WanAnimatePipeline": Animal({"image_processor": "CLIPImageProcessor", "image_encoder": "CLIPVisionModel"}),
+    "LucyEditPipeline": Animal({"transformer": {"in_channels": 32}}, call={"image": None}),
+    "EasyAnimateControlPipeline": Animal({"transformer": {"in_channels": 8}}),
+}
