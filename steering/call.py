@@ -40,6 +40,7 @@ _CLASHES = {
 }
 # one text for all prompts, where a str; others that have prompt in their name mean something else
 _TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
+_PICTURES = re.compile(r"image|video|frames|mask|control|condition")
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
 WAYS = ("count", "texts", "pictures")  # to ask for rows: by a count, or with these written out
 
@@ -121,6 +122,14 @@ class PipelineCall:
         for name in ("height", "width"):
             if self.keywords.get(name) is not None:
                 check_count(name, self.keywords[name], MOST_PIXELS)
+
+    def pictures(self) -> list[str]:
+        """The keywords that hold pictures, which a pipeline may encode with each row's noise."""
+        return [
+            name
+            for name, value in self.keywords.items()
+            if _PICTURES.search(name) and not isinstance(value, str | int | float | type(None))
+        ]
 
     def check_packing(self, prompts_per_call: int) -> None:
         images = [name for name in self.keywords if "image" in name]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from steering.axes import joined, picked, rows_in, take
+from steering.following import followed
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -57,6 +58,7 @@ class Rows:
     source: Tensor | None = None
     guidance: tuple[float, float] = (0.0, 1.0)
     progress: float = 0.0  # share of the steps that are done
+    chain: Any = None  # the scheduler's, where what a network is given follows the lineage
 
     def keep(self, live: Tensor, num: int) -> None:
         """Evaluate the rows `live` of `num`; dead rows show the output of a live one."""
@@ -123,7 +125,11 @@ class Denoiser:
         n = rows_in(name, call, axes)
         if n is None:
             return self._module(*args, **kwargs)
-        as_list = isinstance(_sample(args, kwargs), list)
+        sample = _sample(args, kwargs)
+        as_list = isinstance(sample, list)
+        if rows.chain is not None:
+            key = next(key for key, value in call.items() if value is sample)
+            call = followed(name, call, axes, rows.chain, key)
         live, source = rows.indices(n, self._batch.conditional.get(name))
         if live is not None:
             call = take(call, axes, (name,), live)
@@ -203,7 +209,7 @@ def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Put back what a call that is cut off would leave on the user's networks.
+    """Put back what a call would leave on the user's networks.
 
     That is the attention processors of perturbed attention, and the precision of a decoder that
     its pipeline raises while it works (SDXL in float16).
@@ -217,12 +223,11 @@ def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
     }
     try:
         yield
-    except BaseException:
+    finally:  # some calls (SDXL-PAG's inpainting) leave them when they end well, too
         for name, before in processors.items():
             getattr(pipe, name).set_attn_processor(before)
         if dtype is not None and vae.dtype != dtype:
             vae.to(dtype)
-        raise
 
 
 def refuse_step_caches(pipe: DiffusionPipeline) -> None:

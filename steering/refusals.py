@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["refuse_unsteerable"]
 
+_SOUND = re.compile("audio|sound")
 _DRAW = ("unet", "transformer", "decoder", "image_unet")
 
 
@@ -26,7 +28,7 @@ def refuse_unsteerable(pipe: DiffusionPipeline) -> None:
         )
     parts = inspect.signature(type(pipe).__init__).parameters
     keywords = inspect.signature(type(pipe).__call__).parameters
-    if any("audio" in name for name in (*parts, *keywords)):
+    if "Audio" in kind or any(_SOUND.search(name) for name in (*parts, *keywords)):
         raise ValueError(
             f"{kind} draws sound, alone or beside a picture, which no reward here hears and the "
             "filter would not resample; use a pipeline that draws pictures alone."

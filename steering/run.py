@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 from torch import Generator, Tensor
 
 from steering.axes import Unclear
@@ -33,6 +34,7 @@ from steering.denoiser import (
     undisturbed,
 )
 from steering.filter import final_log_z
+from steering.following import follow_momentum
 from steering.lineage import Moment
 from steering.manifest import describe, select
 from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
@@ -56,6 +58,7 @@ class Learned:
 
     way: int = 0  # of call.WAYS, to ask for its rows
     began: bool = False  # whether the present call has come to its first step
+    rng: Tensor = field(default_factory=torch.get_rng_state)  # global, as the call began
     decodes: bool = False  # whether its tail has been tried
     batch: Batch = field(default_factory=Batch)
 
@@ -165,6 +168,7 @@ class Run:
                 self.learned.way += 1
 
     def _steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
+        self.learned.rng = torch.get_rng_state()
         texts = [keys(self.prompts)[i] for i in indices]
         own = range(self.spread.rank, self.k, self.spread.size)  # of the particles
         noise = [generator(self.seed, text, i) for text in texts for i in own]
@@ -201,13 +205,20 @@ class Run:
             spread=self.spread,
         )
 
+        scheduler.chain.exchange = self.spread.whole
+        if self.call.pictures() and needs_scores(self.settings, self.k):
+            rows.chain = scheduler.chain
+        view = self._view(scheduler, indices, rows)
+        guiders = [part for part in vars(view).values() if isinstance(part, BaseGuidance)]
+
         def observer(look: Look) -> Tensor | None:
             self._begin(look, decoder)
-            return particles(look)
+            survivors = particles(look)
+            for guider in guiders if survivors is not None else ():
+                follow_momentum(guider, survivors, self.spread.whole)
+            return survivors
 
         scheduler.chain.observer = observer
-        scheduler.chain.exchange = self.spread.whole
-        view = self._view(scheduler, indices, rows)
         tape.record(view)
         with undisturbed(self.pipe):
             returned = view(**call, output_type="latent")[0]
@@ -219,7 +230,7 @@ class Run:
             "_progress_bar_config": {"disable": True},
             "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
         }
-        if self._cuts():
+        if self._cuts() or rows.chain is not None:
             self._look_beside(indices, rows.num)
             replaced |= denoisers(self.pipe, rows, self.learned.batch)
         if len(indices) > 1:
@@ -247,6 +258,12 @@ class Run:
         """Before the first move of a call: what is not spent yet can be saved."""
         if look.step > 0:
             return
+        if not torch.equal(torch.get_rng_state(), self.learned.rng):
+            raise ValueError(
+                f"{type(self.pipe).__name__} draws noise from PyTorch's global generator, which no "
+                "seed here sets, so a run could not be repeated nor its rows be told apart; use a "
+                "pipeline that draws from generator= alone."
+            )
         self.learned.began = True
         self.learned.batch.step()
         if not self.learned.decodes:

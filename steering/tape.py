@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -28,11 +29,25 @@ SHARED = threading.RLock()
 
 
 def view_of(pipe: DiffusionPipeline, **replaced: Any) -> Any:
-    """A shallow copy of a pipeline with some attributes replaced; `pipe` itself never sees them."""
+    """A shallow copy of a pipeline with some attributes replaced; `pipe` itself never sees them.
+
+    Nor does it see what the copy's call does to its guidance and its schedulers.
+    """
     view = copy.copy(pipe)
-    for name, value in replaced.items():
+    for name, value in (_stateful(pipe) | replaced).items():
         vars(view)[name] = value  # not setattr, which would re-register the pipeline's config
     return view
+
+
+def _stateful(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Copies of the parts that keep a state while a call runs: guidance, other schedulers."""
+    from diffusers.configuration_utils import ConfigMixin
+
+    return {
+        name: copy.deepcopy(part)
+        for name, part in pipe.components.items()
+        if isinstance(part, ConfigMixin) and not isinstance(part, torch.nn.Module)
+    }
 
 
 class Tape:

@@ -8,7 +8,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
-from zoo.building import Animal
+from zoo.building import Animal, pipeline_of
 from zoo.image import ANIMALS as IMAGES
 from zoo.video import ANIMALS as VIDEOS
 
@@ -18,6 +18,35 @@ ANIMALS: dict[str, Animal] = IMAGES | VIDEOS
 
 # class -> how steer() refuses it
 REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        ("IFPipeline", "IFImg2ImgPipeline", "IFImg2ImgSuperResolutionPipeline",
+         "IFInpaintingPipeline", "IFInpaintingSuperResolutionPipeline", "IFSuperResolutionPipeline"),
+        "takes its variance from the network",
+    ),
+    **dict.fromkeys(
+        ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
+        "chooses its timesteps by original_inference_steps=",
+    ),
+    **dict.fromkeys(
+        ("AceStepPipeline", "AudioLDM2Pipeline", "LongCatAudioDiTPipeline", "StableAudioPipeline",
+         "StableAudio3Pipeline", "StableAudio3InpaintPipeline", "StableAudio3AudioToAudioPipeline",
+         "Kandinsky6TI2VAPipeline", "LTX2Pipeline", "LTX2ConditionPipeline", "LTX2DFRPipeline",
+         "LTX2DFRTemporalRefinePipeline", "LTX2HDRPipeline", "LTX2ImageToVideoPipeline",
+         "LTX2InContextPipeline", "Cosmos3OmniPipeline"),
+        "draws sound",
+    ),
+    **dict.fromkeys(
+        ("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline",
+         "FluxPriorReduxPipeline", "ShapEPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline",
+         "StableCascadePriorPipeline"),
+        "draws no pictures",
+    ),
+    **dict.fromkeys(
+        ("KandinskyCombinedPipeline", "KandinskyImg2ImgCombinedPipeline",
+         "KandinskyInpaintCombinedPipeline", "KandinskyV22CombinedPipeline",
+         "KandinskyV22Img2ImgCombinedPipeline", "KandinskyV22InpaintCombinedPipeline"),
+        "runs pipelines of its own",
+    ),
     "AnyFlowFARPipeline": "is neither a flow-matching scheduler nor has betas",
     "AnyFlowPipeline": "is neither a flow-matching scheduler nor has betas",
 }
@@ -27,9 +56,7 @@ REASONS: dict[str, str] = {
     "EasyAnimateControlPipeline": "its own call fails: encode_prompt() takes no text_encoder_index",
 }
 _MEDIA = {
-    "sound": r"Audio|AceStep|MusicLDM|Spectrogram|DanceDiffusion",
-    "text": r"LLaDA2|DiffusionGemma",
-    "shapes in space, or proteins": r"ShapE|RFD4",
+    "sound": r"AudioDiffusion|Spectrogram|DanceDiffusion",
 }
 
 
@@ -74,17 +101,21 @@ def refusal(name: str) -> str | None:
     if issubclass(cls, ModularPipeline):
         return "pass a diffusers pipeline"
     if "prompt" not in inspect.signature(cls.__call__).parameters:
-        return "takes no prompt"
+        return "takes no prompt|draws no pictures"
     return REFUSED.get(name)
 
 
 def bare(name: str) -> Any:
     """An instance without components: what is refused by its class needs no more."""
     cls: Any = getattr(diffusers, name)
+    if re.search("Combined|AnyFlow", name):  # what they are refused by is made by their parts
+        return pipeline_of(name, ANIMALS.get(name, Animal()))
     made = cls.__new__(cls)
     if issubclass(cls, DiffusionPipeline):
         modules, _ = cls._get_signature_keys(cls)
         made.register_modules(**dict.fromkeys(modules))
+    if name.startswith("IF"):
+        made.scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
     return made
 
 

@@ -4,12 +4,14 @@
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import steering.run
@@ -36,22 +38,28 @@ def run(
 
 
 def own(
-    pipe: Any, call: dict[str, Any], prompt: str, noise: float, output_type: str, written: bool
+    pipe: Any, call: dict[str, Any], prompt: str, noise: float, output_type: str, form: str
 ) -> Any:
     """What the pipeline returns on our scheduler with our generators, K times one prompt."""
     pipe, noises = copy.copy(pipe), generators(0, [prompt], K)
     pipe.scheduler = stochastic(pipe.scheduler, noise, noises)
     if hasattr(pipe, "guider"):
         pipe.guider = copy.deepcopy(pipe.guider)
-    known = type(pipe).__call__.__wrapped__.__code__.co_varnames
-    count = next((name for name in _COUNTS if name in known), None)
-    if not written and count is None:
-        raise ValueError("no count")
-    counted = {} if written else {count: K}
-    given = [prompt] * K if written else prompt
-    return pipe(
-        prompt=given, generator=noises, output_type=output_type, return_dict=False, **counted, **call
-    )[0]
+    if form == "count":
+        known = inspect.signature(type(pipe).__call__).parameters
+        count = next(name for name in _COUNTS if name in known)
+        given = {"prompt": prompt, count: K}
+    else:
+        given = {"prompt": [prompt] * K}
+        call = {k: [v] * K if k == "negative_prompt" else v for k, v in call.items()}
+    if form == "pictures":
+        call = {key: _a_row(value) for key, value in call.items()}
+    asked = {"generator": noises, "output_type": output_type, "return_dict": False}
+    return pipe(**given, **asked, **call)[0]
+
+
+def _a_row(value: Any) -> Any:
+    return [value] * K if isinstance(value, Image.Image) else value
 
 
 def parity(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
@@ -59,14 +67,15 @@ def parity(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
     settings = FeynmanKac(reward_scale=0.0, min_ess=1.0)
     out = run(pipe, call, prompts, settings)
     gaps = []
-    for written in (False, True):
+    noise = out.manifest["settings"]["noise"]
+    for form in ("count", "texts", "pictures"):
         try:
-            theirs = own(pipe, call, prompts[0], out.manifest["settings"]["noise"], "latent", written)
+            theirs = own(pipe, call, prompts[0], noise, "latent", form)
         except Exception as error:  # a pipeline may take the one form alone
             gaps.append(repr(error)[:200])
             continue
         if torch.equal(out.latents[0], theirs.reshape(out.latents[0].shape)):
-            images = own(pipe, call, prompts[0], out.manifest["settings"]["noise"], "pil", written)
+            images = own(pipe, call, prompts[0], noise, "pil", form)
             images = [image[0] if isinstance(image, list) else image for image in images]
             for ours, other in zip(out.images[0], images, strict=True):
                 assert np.array_equal(np.asarray(ours), np.asarray(other)), "the images differ"
@@ -101,7 +110,7 @@ def funnel(pipe: Any, call: dict[str, Any], prompts: Sequence[str]) -> None:
     short = run(pipe, call, prompts, settings)
     assert short.latents.shape[1] == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rows, "keep", lambda self, live, num: None)
+        patch.setattr(Rows, "indices", lambda self, n, conditional: (None, None))
         close(short, run(pipe, call, prompts, settings))
 
 
@@ -164,8 +173,11 @@ def fingerprint(pipe: Any) -> dict[str, str]:
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             for path, module in part.named_modules():
-                own = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_modules")}
-                found[f"{name}.{path}"] = _mark(own)
+                kept = ["training", "processor"]
+                if type(part).__module__.startswith("diffusers"):  # transformers sets its own
+                    kept += ["_forward_hooks", "_forward_pre_hooks"]
+                held = {key: vars(module)[key] for key in kept if key in vars(module)}
+                found[f"{name}.{path}"] = _mark(held)
             for path, weight in part.named_parameters():
                 found[f"{name}.{path}"] = f"{id(weight)} {weight._version} {weight.dtype}"
         elif hasattr(part, "config"):

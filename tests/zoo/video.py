@@ -18,6 +18,7 @@ ANIMALS: dict[str, Animal] = {
         {"transformer": {"in_channels": 8}}
     ),
     "CogVideoXImageToVideoPipeline": Animal({"transformer": {"in_channels": 8}}),
+    "AllegroPipeline": Animal(call={"height": 32, "width": 32}),
     "Cosmos2TextToImagePipeline": Animal(_SAFE | {"transformer": {"in_channels": 16, "out_channels": 16}}),
     "Cosmos2VideoToWorldPipeline": Animal(_SAFE | {"transformer": {"in_channels": 17, "out_channels": 16}}),
     "Cosmos2_5_PredictBasePipeline": Animal(_SAFE | {"transformer": {"in_channels": 17, "out_channels": 16}}),
