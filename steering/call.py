@@ -76,6 +76,10 @@ class PipelineCall:
             if name not in defaults:
                 hint = _hint(name, [*defaults, *ours]) or f"see help({kind}.__call__)."
                 raise ValueError(f"{kind} takes no keyword {name}=; {hint}")
+        empty = inspect.Parameter.empty
+        missing = [n for n, d in defaults.items() if d is empty and n not in {*keywords, *_CLASHES}]
+        if missing:
+            raise ValueError(f"{kind} needs {missing[0]}= as well; see help({kind}.__call__).")
         call = PipelineCall(dict(keywords), defaults, tuple(prompts))
         call._check_sizes()
         check_keywords(type(pipe).__call__, keywords, kind)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steering.axes import Axes, Unclear, leaves, rows_in, take
+from steering.axes import Axes, Unclear, rows_in, take
 
 if TYPE_CHECKING:
     from steering.schedulers import Chain

@@ -43,6 +43,11 @@ def refuse_unsteerable(pipe: DiffusionPipeline) -> None:
             f"{kind} chooses its timesteps by original_inference_steps=, which no Gaussian chain "
             "here has; steer StableDiffusionPipeline, or its image-to-image, with its components."
         )
+    if "causal_block_size" in keywords:
+        raise ValueError(
+            f"{kind} takes each frame at a time of its own, with a scheduler for each, which the "
+            "filter cannot weigh; use a pipeline with one timestep a step."
+        )
     _refuse_learned_variance(pipe)
 
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from torch import Generator, Tensor
 
@@ -158,12 +158,20 @@ class Run:
             try:
                 return self._steered(indices, on_step)
             except Exception as error:
+                if isinstance(error, AttributeError) and isinstance(error.obj, SchedulerMixin):
+                    raise ValueError(
+                        f"{type(self.pipe).__name__} reads scheduler.{error.name}, which the chain "
+                        "here does not have; use a pipeline that works with other schedulers."
+                    ) from error
                 ours = isinstance(error, Unclear | Undecodable) or out_of_memory(error)
                 if self.learned.began or ours or len(indices) * self.k == 1:
                     raise
                 met = met or error
                 if self.learned.way + 1 == len(WAYS):
                     self.learned.way = 0
+                    if isinstance(met, ValueError):  # the pipeline's own refusal
+                        rows = f"{type(self.pipe).__name__} makes no {len(indices) * self.k} rows"
+                        raise ValueError(f"{rows} in one call: {met}") from met
                     raise met from None
                 self.learned.way += 1
 

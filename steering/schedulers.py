@@ -252,7 +252,7 @@ class StochasticFlow(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample as it is: some pipelines (Bria) ask every other scheduler than the stock one."""
+        """The sample as it is; Bria asks this of every scheduler but the stock one."""
         return sample
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:

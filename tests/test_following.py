@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from tiny_pipelines import family, sd
 from zoo.accounts import ANIMALS, bare
 from zoo.building import Animal, call_of, pipeline_of
-from zoo.checks import fingerprint, lineage, run
+from zoo.checks import Subject, fingerprint, lineage, run
 
 from steering import steer
 from steering.following import follow_momentum, followed
@@ -21,19 +21,17 @@ APG = Animal(
 
 def tiny(name, animal=None):
     animal = animal or ANIMALS.get(name, Animal())
-    return pipeline_of(name, animal), call_of(name, animal)
+    return Subject(pipeline_of(name, animal), call_of(name, animal))
 
 
 @pytest.mark.parametrize("name", ["FluxControlPipeline", "FluxControlNetPipeline"])
 def test_a_control_image_encoded_with_each_rows_noise_follows_the_lineage(name):
     """`lineage` gives all rows the latents and the noise of the first, and finds them equal."""
-    pipe, call = tiny(name)
-    lineage(pipe, call, ["a red cube"])
+    lineage(tiny(name))
 
 
 def test_the_momentum_of_guidance_follows_the_lineage():
-    pipe, call = tiny("MotifVideoPipeline", APG)
-    lineage(pipe, call, ["a red cube"])
+    lineage(tiny("MotifVideoPipeline", APG))
 
 
 def test_momentum_is_taken_from_the_rows_that_survive():
@@ -77,10 +75,11 @@ def test_what_stands_beside_the_latents_is_moved_and_the_latents_are_not():
     ],
 )
 def test_a_run_that_ends_well_leaves_the_pipeline_as_it_was(name, animal):
-    pipe, call = tiny(name, animal)
+    it = tiny(name, animal)
+    pipe = it.pipe
     before = fingerprint(pipe)
     guider = repr(vars(pipe.guider)) if hasattr(pipe, "guider") else None
-    run(pipe, call, ["a red cube"])
+    run(it)
     assert fingerprint(pipe) == before
     if guider is not None:
         assert repr(vars(pipe.guider)) == guider
@@ -105,7 +104,7 @@ def test_what_cannot_be_steered_is_refused_in_a_sentence(name, sentence):
 def test_a_learned_variance_is_refused_on_any_pipeline():
     pipe = sd(scheduler=DDPMScheduler(variance_type="learned"))
     with pytest.raises(ValueError, match="DDPMScheduler takes its variance from the network"):
-        run(pipe, {}, ["a red cube"])
+        run(Subject(pipe, {}))
 
 
 def test_noise_from_the_global_generator_is_refused_before_the_first_move(monkeypatch):
@@ -117,4 +116,4 @@ def test_noise_from_the_global_generator_is_refused_before_the_first_move(monkey
 
     monkeypatch.setattr(pipe.unet, "forward", noisy)
     with pytest.raises(ValueError, match="draws noise from PyTorch's global generator"):
-        run(pipe, keywords, ["a red cube"])
+        run(Subject(pipe, keywords))

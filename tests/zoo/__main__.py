@@ -9,7 +9,7 @@ from zoo.table import PAGE, Row, read, row, write
 def main(wanted: list[str]) -> None:
     rows = read() if PAGE.exists() else {}
     for name in wanted or exported():
-        print(name, flush=True)
+        sys.stderr.write(f"{name}\n")
         try:
             rows[name] = row(name)
         except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
+
 from zoo.building import Animal, pipeline_of
 from zoo.image import ANIMALS as IMAGES
 from zoo.video import ANIMALS as VIDEOS
@@ -19,8 +20,14 @@ ANIMALS: dict[str, Animal] = IMAGES | VIDEOS
 # class -> how steer() refuses it
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
-        ("IFPipeline", "IFImg2ImgPipeline", "IFImg2ImgSuperResolutionPipeline",
-         "IFInpaintingPipeline", "IFInpaintingSuperResolutionPipeline", "IFSuperResolutionPipeline"),
+        (
+            "IFPipeline",
+            "IFImg2ImgPipeline",
+            "IFImg2ImgSuperResolutionPipeline",
+            "IFInpaintingPipeline",
+            "IFInpaintingSuperResolutionPipeline",
+            "IFSuperResolutionPipeline",
+        ),
         "takes its variance from the network",
     ),
     **dict.fromkeys(
@@ -28,25 +35,60 @@ REFUSED: dict[str, str] = {
         "chooses its timesteps by original_inference_steps=",
     ),
     **dict.fromkeys(
-        ("AceStepPipeline", "AudioLDM2Pipeline", "LongCatAudioDiTPipeline", "StableAudioPipeline",
-         "StableAudio3Pipeline", "StableAudio3InpaintPipeline", "StableAudio3AudioToAudioPipeline",
-         "Kandinsky6TI2VAPipeline", "LTX2Pipeline", "LTX2ConditionPipeline", "LTX2DFRPipeline",
-         "LTX2DFRTemporalRefinePipeline", "LTX2HDRPipeline", "LTX2ImageToVideoPipeline",
-         "LTX2InContextPipeline", "Cosmos3OmniPipeline"),
+        (
+            "AceStepPipeline",
+            "AudioLDM2Pipeline",
+            "LongCatAudioDiTPipeline",
+            "StableAudioPipeline",
+            "StableAudio3Pipeline",
+            "StableAudio3InpaintPipeline",
+            "StableAudio3AudioToAudioPipeline",
+            "Kandinsky6TI2VAPipeline",
+            "LTX2Pipeline",
+            "LTX2ConditionPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+            "LTX2HDRPipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2InContextPipeline",
+            "Cosmos3OmniPipeline",
+        ),
         "draws sound",
     ),
     **dict.fromkeys(
-        ("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline",
-         "FluxPriorReduxPipeline", "ShapEPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline",
-         "StableCascadePriorPipeline"),
+        (
+            "KandinskyPriorPipeline",
+            "KandinskyV22PriorPipeline",
+            "KandinskyV22PriorEmb2EmbPipeline",
+            "FluxPriorReduxPipeline",
+            "ShapEPipeline",
+            "LLaDA2Pipeline",
+            "DiffusionGemmaPipeline",
+            "StableCascadePriorPipeline",
+        ),
         "draws no pictures",
     ),
     **dict.fromkeys(
-        ("KandinskyCombinedPipeline", "KandinskyImg2ImgCombinedPipeline",
-         "KandinskyInpaintCombinedPipeline", "KandinskyV22CombinedPipeline",
-         "KandinskyV22Img2ImgCombinedPipeline", "KandinskyV22InpaintCombinedPipeline"),
+        (
+            "KandinskyCombinedPipeline",
+            "KandinskyImg2ImgCombinedPipeline",
+            "KandinskyInpaintCombinedPipeline",
+            "KandinskyV22CombinedPipeline",
+            "KandinskyV22Img2ImgCombinedPipeline",
+            "KandinskyV22InpaintCombinedPipeline",
+        ),
         "runs pipelines of its own",
     ),
+    **dict.fromkeys(
+        (
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        ),
+        "each frame at a time of its own",
+    ),
+    "CosmosTextToWorldPipeline": "is neither a flow-matching scheduler nor has betas",
+    "CosmosVideoToWorldPipeline": "is neither a flow-matching scheduler nor has betas",
     "AnyFlowFARPipeline": "is neither a flow-matching scheduler nor has betas",
     "AnyFlowPipeline": "is neither a flow-matching scheduler nor has betas",
 }
@@ -108,7 +150,9 @@ def refusal(name: str) -> str | None:
 def bare(name: str) -> Any:
     """An instance without components: what is refused by its class needs no more."""
     cls: Any = getattr(diffusers, name)
-    if re.search("Combined|AnyFlow", name):  # what they are refused by is made by their parts
+    if re.search(
+        "Combined|AnyFlow|ToWorld", name
+    ):  # what they are refused by is made by their parts
         return pipeline_of(name, ANIMALS.get(name, Animal()))
     made = cls.__new__(cls)
     if issubclass(cls, DiffusionPipeline):

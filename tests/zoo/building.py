@@ -14,11 +14,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
+
 from zoo.parts import build
 
-__all__ = ["Animal", "call_of", "half_mask", "picture", "pipeline_of"]
+__all__ = ["Animal", "call_of", "half_mask", "picture", "pipeline_of", "squashed"]
 
 _NONE = {"safety_checker", "feature_extractor", "watermarker", "image_encoder", "image_processor"}
 _WANTED = re.compile(r"(text_encoder|tokenizer)(_\d)?|transformer|vae|unet|scheduler")
@@ -39,7 +39,7 @@ class Animal:
 
     `parts`: slot -> class name, or changes to the config, or both as (name, changes), or None;
     `more`: other arguments of its constructor; `call`: keywords of its call, None leaves one out;
-    `attributes`: set on the made pipeline; `patches`: names in its module that are replaced.
+    `steer`: arguments of steer(); `attributes`: set on the made pipeline; `patches`: names in its module that are replaced.
     """
 
     parts: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +47,13 @@ class Animal:
     call: dict[str, Any] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     patches: dict[str, Any] = field(default_factory=dict)
+    steer: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[str, str] = ("a red cube", "two dots")
+
+
+def squashed(latents: torch.Tensor) -> torch.Tensor:
+    """A picture (n, 3, 2, 2) of any latents, for videos and decoders that cannot be called."""
+    return latents.float().flatten(1)[:, :12].unflatten(1, (3, 2, 2)).sigmoid()
 
 
 def picture(seed: int = 0, size: int = 16) -> Image.Image:
@@ -72,7 +78,7 @@ _CALL: dict[str, Any] = {
     "max_sequence_length": 16,
     "use_resolution_binning": False,
     "clean_caption": False,
-    "complex_human_instruction": None,
+    "complex_human_instruction": [],
     "num_frames": 1,
     "video_length": 1,
     "frames": 1,
@@ -84,7 +90,9 @@ _CALL: dict[str, Any] = {
     "video": [picture()],
     "control_image": picture(1),
 }
-_WITH_IMAGE = re.compile(r"Img2Img|I2I|I2V|ImageToVideo|Inpaint|Edit|Pix2Pix|Kontext|Fill|Adapter|Depth2|Upscale")
+_WITH_IMAGE = re.compile(
+    r"Img2Img|I2I|I2V|ImageToVideo|Inpaint|Edit|Pix2Pix|Kontext|Fill|Adapter|Depth2|Upscale"
+)
 
 
 _WITH_VIDEO = re.compile(r"VideoToVideo|V2V")
@@ -137,7 +145,9 @@ def _components(cls: type, animal: Animal) -> dict[str, Any]:
         elif isinstance(wanted, str):
             name = wanted
         if name in ("AutoTokenizer", "PreTrainedTokenizerBase", "T5TokenizerFast"):
-            name = _tokenizer(made.get(slot.replace("tokenizer", "text_encoder")), slot, names, animal)
+            name = _tokenizer(
+                made.get(slot.replace("tokenizer", "text_encoder")), slot, names, animal
+            )
         if "XL" in cls.__name__ and slot in ("unet", "controlnet"):
             changes = _xl() | changes
         made[slot] = build(name, changes, kinds[slot])
@@ -164,7 +174,9 @@ def _tokenizer(encoder: Any, slot: str, names: dict[str, str], animal: Animal) -
         other = slot.replace("tokenizer", "text_encoder")
         kind = animal.parts.get(other, names.get(other, ""))
         kind = kind[0] if isinstance(kind, tuple) else kind if isinstance(kind, str) else ""
-    return next((t for start, t in _TOKENIZER_OF.items() if kind.startswith(start)), "Qwen2Tokenizer")
+    return next(
+        (t for start, t in _TOKENIZER_OF.items() if kind.startswith(start)), "Qwen2Tokenizer"
+    )
 
 
 def _kind(annotation: Any) -> Any:

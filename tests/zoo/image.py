@@ -1,5 +1,7 @@
 """The text-to-image and image pipelines that need more than their signatures say."""
 
+import torch
+
 from zoo.building import Animal, picture
 
 __all__ = ["ANIMALS"]
@@ -8,9 +10,22 @@ _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_sh
 _SANA = Animal(
     {"scheduler": ("DPMSolverMultistepScheduler", _FLOW)}, call={"height": 32, "width": 32}
 )
+_ADAPTER = Animal(
+    {
+        "adapter": {"downscale_factor": 2},
+        "unet": {
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+    }
+)
 _FLUX_CONTROL = Animal({"transformer": {"in_channels": 32}})
 _KONTEXT = Animal(call={"max_area": 256, "_auto_resize": False})
-_EIGHT = {"block_out_channels": (8,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+_EIGHT = {
+    "block_out_channels": (8,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
 _KLEIN = Animal(call={"text_encoder_out_layers": (1,)})
 _CONTROL = Animal(call={"image": picture(1)})
 
@@ -33,7 +48,9 @@ ANIMALS: dict[str, Animal] = {
     "Flux2KleinInpaintPipeline": _KLEIN,
     "Flux2KleinKVPipeline": Animal(call={"text_encoder_out_layers": (1,), "image": picture(0, 64)}),
     "Flux2KleinPipeline": _KLEIN,
-    "Flux2Pipeline": Animal({"tokenizer": "Qwen2VLProcessor"}, call={"text_encoder_out_layers": (1,)}),
+    "Flux2Pipeline": Animal(
+        {"tokenizer": "Qwen2VLProcessor"}, call={"text_encoder_out_layers": (1,)}
+    ),
     "FluxControlImg2ImgPipeline": _FLUX_CONTROL,
     "FluxControlInpaintPipeline": _FLUX_CONTROL,
     "FluxControlPipeline": _FLUX_CONTROL,
@@ -41,7 +58,13 @@ ANIMALS: dict[str, Animal] = {
     "FluxKontextInpaintPipeline": _KONTEXT,
     "FluxKontextPipeline": _KONTEXT,
     **{
-        name: Animal({"text_encoder_3": {"d_model": 64}})
+        name: Animal(
+            {
+                "text_encoder_3": {"d_model": 64},
+                "transformer": {"num_layers": 2},
+                "controlnet": {"extra_conditioning_channels": int("Inpaint" in name)},
+            }
+        )
         for name in (
             "StableDiffusion3ControlNetInpaintingPipeline",
             "StableDiffusion3ControlNetPipeline",
@@ -53,7 +76,10 @@ ANIMALS: dict[str, Animal] = {
         )
     },
     "HiDreamImagePipeline": Animal({"tokenizer_4": "LlamaTokenizer"}),
-    "Ideogram4Pipeline": Animal({"text_encoder": "Qwen3VLModel"}, call={"max_sequence_length": 64, "guidance_scale": None, "guidance_schedule": [4.0] * 6}),
+    "Ideogram4Pipeline": Animal(
+        {"text_encoder": "Qwen3VLModel"},
+        call={"max_sequence_length": 64, "guidance_scale": None, "guidance_schedule": [4.0] * 6},
+    ),
     "IFPipeline": Animal({"unet": {"in_channels": 3, "out_channels": 6, "encoder_hid_dim": 32}}),
     "Kandinsky5I2IPipeline": Animal(
         {"vae": _EIGHT},
@@ -69,15 +95,15 @@ ANIMALS: dict[str, Animal] = {
     "PixArtSigmaPAGPipeline": Animal({"transformer": {"num_layers": 2}}),
     "QwenImage21Pipeline": Animal(),
     "LongCatImagePipeline": Animal({"vae": {"latent_channels": 16}}),
-    "LongCatImageEditPipeline": Animal({"vae": {"latent_channels": 16}},patches={"calculate_dimensions": lambda area, ratio: (16, 16)}),
+    "LongCatImageEditPipeline": Animal(
+        {"vae": {"latent_channels": 16}},
+        patches={"calculate_dimensions": lambda area, ratio: (16, 16)},
+    ),
     **{
         name: Animal(patches={"calculate_dimensions": lambda area, ratio: (16, 16, 1)})
         for name in ("QwenImageEditPipeline", "QwenImageEditInpaintPipeline")
     },
     "QwenImageEditPlusPipeline": Animal(
-        patches={"calculate_dimensions": lambda area, ratio: (32, 32)}
-    ),
-    "QwenImageLayeredPipeline": Animal(
         patches={"calculate_dimensions": lambda area, ratio: (32, 32)}
     ),
     "QwenImageControlNetInpaintPipeline": Animal({"controlnet": {"extra_condition_channels": 4}}),
@@ -106,8 +132,28 @@ ANIMALS: dict[str, Animal] = {
         )
         for task in ("", "Img2Img", "Inpaint")
     },
-    "StableDiffusionXLAdapterPipeline": Animal({"adapter": {"downscale_factor": 2}}),
-    "StableDiffusionAdapterPipeline": Animal({"adapter": {"downscale_factor": 2}}),
+    "StableDiffusionXLAdapterPipeline": _ADAPTER,
+    "StableDiffusionAdapterPipeline": _ADAPTER,
+    "StableDiffusionDepth2ImgPipeline": Animal(
+        {"unet": {"in_channels": 5}, "depth_estimator": None},
+        call={"depth_map": torch.linspace(0, 1, 256).reshape(1, 16, 16)},
+    ),
+    "StableUnCLIPImg2ImgPipeline": Animal(
+        {
+            "image_encoder": "CLIPVisionModelWithProjection",
+            "feature_extractor": "CLIPImageProcessor",
+            "unet": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64},
+        }
+    ),
+    "StableUnCLIPPipeline": Animal(
+        {"unet": {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 64}}
+    ),
+    "QwenImageLayeredPipeline": Animal(
+        {"vae": {"input_channels": 4}},
+        call={"image": picture(0, 32)},
+        patches={"calculate_dimensions": lambda area, ratio: (32, 32)},
+    ),
+    "ZImageControlNetInpaintPipeline": Animal({"controlnet": {"control_in_dim": 9}}),
     "StableDiffusionUpscalePipeline": Animal(
         {"unet": {"in_channels": 7, "num_class_embeds": 1000}}
     ),

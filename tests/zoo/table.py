@@ -2,22 +2,22 @@
 
 import re
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from steering import steer
 from zoo.accounts import ANIMALS, bare, exported, reason, refusal
 from zoo.building import Animal, call_of, pipeline_of
-from zoo.checks import CHECKS
-
-from steering import steer
+from zoo.checks import CHECKS, Subject
 
 __all__ = ["PAGE", "Row", "read", "row", "write"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 _HEAD = """# Which pipelines run
 
-Every pipeline class that diffusers {version} exports, tried on a tiny instance with random weights
-(`tests/zoo`). This page is written by `PYTHONPATH=tests python -m zoo`, and `pytest -m slow
+Every pipeline class that diffusers {version} exports, tried on a tiny instance with random
+weights (`tests/zoo`). This page is written by `PYTHONPATH=tests python -m zoo`, and `pytest -m slow
 tests/test_zoo.py` finds each cell again.
 
 - **parity**: with `reward_scale=0` the latents and the images are those of the pipeline's own call
@@ -50,10 +50,10 @@ def row(name: str) -> Row:
     if refusal(name) is not None:
         return Row(name, note=f"refused: {_sentence(name)}")
     animal = ANIMALS.get(name, Animal())
-    pipe, call = pipeline_of(name, animal), call_of(name, animal)
+    it = Subject(pipeline_of(name, animal), call_of(name, animal), animal.prompts, animal.steer)
     cells, notes = {}, []
     for check, function in CHECKS.items():
-        cells[check], note = _outcome(function, pipe, call, animal.prompts)
+        cells[check], note = _outcome(function, it)
         notes += [note] if note and note not in notes else []
     return Row(name, cells, " ".join(notes))
 
@@ -68,9 +68,9 @@ def _sentence(name: str) -> str:
     raise AssertionError(f"{name} is not refused")
 
 
-def _outcome(function, pipe, call, prompts) -> tuple[str, str]:
+def _outcome(function: Callable[[Subject], None], it: Subject) -> tuple[str, str]:
     try:
-        function(pipe, call, prompts)
+        function(it)
     except ValueError as error:
         ours = "/steering/" in traceback.extract_tb(error.__traceback__)[-1].filename
         return ("refused", str(error)) if ours else ("no", "")
