@@ -184,6 +184,16 @@ class PipelineCall:
             call[count] = 1 if written_out else k
         return call | {"generator": generators, "return_dict": False}
 
+    def resized(self, num: int, to: int) -> PipelineCall:
+        """The call with one picture listed `to` times wherever it is listed once a row of `num`."""
+        keywords = {
+            name: [value[0]] * to
+            if isinstance(value, list) and len(value) == num and all(v is value[0] for v in value)
+            else value
+            for name, value in self.keywords.items()
+        }
+        return dataclasses.replace(self, keywords=keywords)
+
     def changed(self, index: int) -> PipelineCall:
         """A call of two prompts that differ in nothing but their text: prompt `index`, and less."""
         text = self.prompts[index]

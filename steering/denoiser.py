@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steering.axes import joined, picked, rows_in, take
-from steering.following import followed
+from steering.following import Following
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -58,7 +58,7 @@ class Rows:
     source: Tensor | None = None
     guidance: tuple[float, float] = (0.0, 1.0)
     progress: float = 0.0  # share of the steps that are done
-    chain: Any = None  # the scheduler's, where what a network is given follows the lineage
+    following: Following | None = None  # where what a network is given follows the lineage
 
     def keep(self, live: Tensor, num: int) -> None:
         """Evaluate the rows `live` of `num`; dead rows show the output of a live one."""
@@ -127,9 +127,9 @@ class Denoiser:
             return self._module(*args, **kwargs)
         sample = _sample(args, kwargs)
         as_list = isinstance(sample, list)
-        if rows.chain is not None:
+        if rows.following is not None:
             key = next(key for key, value in call.items() if value is sample)
-            call = followed(name, call, axes, rows.chain, key)
+            call = rows.following.followed(name, call, axes, key)
         live, source = rows.indices(n, self._batch.conditional.get(name))
         if live is not None:
             call = take(call, axes, (name,), live)

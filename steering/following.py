@@ -15,47 +15,91 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steering.axes import Axes, Unclear, rows_in, take
+from steering.axes import Axes, Unclear, leaves, rows_in, take
 
 if TYPE_CHECKING:
     from steering.schedulers import Chain
 
-__all__ = ["follow_momentum", "followed"]
+__all__ = ["Following", "follow_momentum"]
 
 
-def followed(
-    name: str, call: dict[str | int, Any], axes: Axes, chain: Chain, sample: str | int
-) -> dict[str | int, Any]:
-    """The call of a network with all that is not latents in the order of the lineage.
+class Following:
+    """Reorders what a network is handed at every step as at the first: it is kept from the head.
 
-    `sample` is the argument that holds the latents, perhaps with more beside them.
+    What changes between steps is computed from the present rows, and is left as it is.
     """
-    lineage, rows = chain.lineage, rows_in(name, call, axes)
-    if lineage is None or rows is None:
-        return call
-    n = len(lineage)
-    order = torch.cat([lineage.cpu() + i * n for i in range(rows // n)])
-    moved = take(call, axes, (name,), order)
-    moved[sample] = _beside(name, call[sample], moved[sample], chain.last, axes.get((name, sample)))
-    return moved
+
+    def __init__(self, chain: Chain):
+        self._chain = chain
+        self._kept: dict[tuple[Any, ...], Any] = {}  # of the first step
+        self._beside: dict[str, tuple[int, int, int]] = {}  # axis, start and size of the latents
+
+    def followed(
+        self, name: str, call: dict[str | int, Any], axes: Axes, sample: str | int
+    ) -> dict[str | int, Any]:
+        """The call in the order of the lineage; `sample` is the argument that holds the latents."""
+        lineage, rows = self._chain.lineage, rows_in(name, call, axes)
+        if rows is None:
+            return call
+        if self._chain.step == 0:
+            self._kept |= dict(leaves(call, axes, (name,)))
+            return call
+        for path, value in leaves(call, axes, (name,)):
+            if path != (name, sample) and not _same(self._kept.get(path), value):
+                self._kept.pop(path, None)
+        if lineage is None:
+            return call
+        order = torch.cat([lineage.cpu() + i * len(lineage) for i in range(rows // len(lineage))])
+        still = {path: axes[path] if path in self._kept else None for path in axes}
+        moved = take(call, still, (name,), order)
+        copies = rows // len(lineage)
+        moved[sample] = self._latents_kept(name, call[sample], moved[sample], copies)
+        return moved
+
+    def settle(self, latents: Tensor) -> None:
+        """Find the latents that the first move is given in what the networks were asked with."""
+        for path, x in self._kept.items():
+            where = _within(x, latents) if isinstance(x, Tensor) else None
+            if where is not None:
+                self._beside[str(path[0])] = where
+
+    def _latents_kept(self, name: str, x: Any, moved: Any, copies: int) -> Any:
+        """The network's first argument, of which what stands beside the latents has moved."""
+        last = self._chain.last
+        if not isinstance(x, Tensor) or last is None or x.numel() == copies * last.numel():
+            return x
+        if name not in self._beside:
+            raise Unclear(name, "what stands beside the latents in its first argument is not clear")
+        along, start, size = self._beside[name]
+        moved = moved.clone()
+        moved.narrow(along, start, size).copy_(x.narrow(along, start, size))
+        return moved
 
 
-def _beside(name: str, x: Any, moved: Any, latents: Tensor | None, axis: Any) -> Any:
-    """x, of which what stands beside the latents is taken from `moved`."""
-    if not isinstance(x, Tensor) or latents is None or axis != 0 or x.ndim != latents.ndim:
-        return x
+def _same(first: Any, now: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(now, Tensor):
+        return first is now or (first.shape == now.shape and torch.equal(first, now))
+    return first is now or (
+        isinstance(first, list | tuple)
+        and isinstance(now, list | tuple)
+        and len(first) == len(now)
+        and all(_same(a, b) for a, b in zip(first, now, strict=True))
+    )
+
+
+def _within(x: Tensor, latents: Tensor) -> tuple[int, int, int] | None:
+    """Along which axis, from where and how far x holds the latents; None where it does not."""
+    if x.ndim != latents.ndim or len(x) % len(latents):
+        return None
     longer = [d for d in range(1, x.ndim) if x.shape[d] != latents.shape[d]]
-    if not longer:
-        return x
-    (along, *others), size = longer, latents.shape[longer[0]]
-    if not others and size < x.shape[along]:
-        ours = latents.repeat(len(x) // len(latents), *[1] * (x.ndim - 1)).to(x.dtype)
-        for start in (0, x.shape[along] - size):
-            if torch.equal(x.narrow(along, start, size), ours):
-                moved = moved.clone()
-                moved.narrow(along, start, size).copy_(ours)
-                return moved
-    raise Unclear(name, "what stands beside the latents in its first argument cannot be told apart")
+    if len(longer) != 1 or latents.shape[longer[0]] > x.shape[longer[0]]:
+        return None
+    along, size = longer[0], latents.shape[longer[0]]
+    ours = latents.repeat(len(x) // len(latents), *[1] * (x.ndim - 1)).to(x.dtype)
+    starts = (0, x.shape[along] - size)
+    return next(
+        ((along, s, size) for s in starts if torch.equal(x.narrow(along, s, size), ours)), None
+    )
 
 
 def follow_momentum(guider: Any, rows: Tensor, exchange: Callable[[Tensor], Tensor]) -> None:

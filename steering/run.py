@@ -34,7 +34,7 @@ from steering.denoiser import (
     undisturbed,
 )
 from steering.filter import final_log_z
-from steering.following import follow_momentum
+from steering.following import Following, follow_momentum
 from steering.lineage import Moment
 from steering.manifest import describe, select
 from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
@@ -215,12 +215,14 @@ class Run:
 
         scheduler.chain.exchange = self.spread.whole
         if self.call.pictures() and needs_scores(self.settings, self.k):
-            rows.chain = scheduler.chain
+            rows.following = Following(scheduler.chain)
         view = self._view(scheduler, indices, rows)
         guiders = [part for part in vars(view).values() if isinstance(part, BaseGuidance)]
 
         def observer(look: Look) -> Tensor | None:
             self._begin(look, decoder)
+            if look.step == 0 and rows.following is not None:
+                rows.following.settle(scheduler.chain.sample)
             survivors = particles(look)
             for guider in guiders if survivors is not None else ():
                 follow_momentum(guider, survivors, self.spread.whole)
@@ -238,21 +240,22 @@ class Run:
             "_progress_bar_config": {"disable": True},
             "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
         }
-        if self._cuts() or rows.chain is not None:
-            self._look_beside(indices, rows.num)
+        if self._cuts() or rows.following is not None:
+            self._look_beside(indices, rows)
             replaced |= denoisers(self.pipe, rows, self.learned.batch)
         if len(indices) > 1:
             replaced |= distinct(self.pipe)
         return view_of(self.pipe, **replaced)
 
-    def _look_beside(self, indices: Sequence[int], num: int) -> None:
+    def _look_beside(self, indices: Sequence[int], rows: Rows) -> None:
         """Have the same call ready with another number of rows, for whatever is cut first."""
+        num, singly = rows.num, self._thins() or rows.following is not None
         each = 4 if num == 3 * len(indices) else 3
         call, way = self.call, self.learned.way
 
         def again(call: PipelineCall, indices: Sequence[int], each: int, seeds: list[int]) -> Again:
             noise = [Generator().manual_seed(seed) for seed in seeds]
-            asked = call.for_prompts(indices, each, noise, way)
+            asked = call.resized(num, len(noise)).for_prompts(indices, each, noise, way)
             fresh = lambda: stochastic(self.pipe.scheduler, self.settings.noise, noise)  # noqa: E731
             return Again(self.pipe, fresh, asked, len(indices), each)
 
@@ -260,7 +263,7 @@ class Run:
         if self.rows.guidance != (0.0, 1.0):
             changed = again(call.changed(indices[0]), (0, 1), 1, [0, 0])
         seeds = [int(i % each == 0) for i in range(each * len(indices))]
-        self.learned.batch.start(again(call, indices, each, seeds), changed, self._thins())
+        self.learned.batch.start(again(call, indices, each, seeds), changed, singly)
 
     def _begin(self, look: Look, decoder: Decoder) -> None:
         """Before the first move of a call: what is not spent yet can be saved."""

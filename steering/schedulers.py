@@ -76,6 +76,7 @@ class Chain:
     timesteps: tuple[int, ...] = ()  # DDIM: those of the executed steps
     step: int = 0
     lineage: Tensor | None = None
+    sample: Any = None  # what the present move is given
     last: Tensor | None = None  # what the last move gave
 
     def restart(self) -> None:
@@ -89,7 +90,7 @@ class Chain:
             raise WrongRows(
                 f"The pipeline made {len(sample)} rows for {len(self.generators)} generators."
             )
-        rows = None
+        rows, self.sample = None, sample
         if self.observer is not None:
             rows = self.observer(Look(self.step, self.stds, predict))
         self.step += 1

@@ -11,7 +11,7 @@ from zoo.building import Animal, call_of, pipeline_of
 from zoo.checks import Subject, fingerprint, lineage, run
 
 from steering import steer
-from steering.following import follow_momentum, followed
+from steering.following import Following, follow_momentum
 from steering.schedulers import Chain
 
 APG = Animal(
@@ -47,24 +47,44 @@ def test_momentum_is_taken_from_the_rows_that_survive():
     assert guider.momentum_buffer.running_average[:, 0].tolist() == [4.0, 4.0, 0.0]
 
 
-def test_what_stands_beside_the_latents_is_moved_and_the_latents_are_not():
-    latents = torch.tensor([[1.0], [2.0], [3.0]])[:, :, None]
-    beside = torch.tensor([[10.0], [20.0], [30.0]])[:, :, None]
-    chain = Chain(noise=1.0, lineage=torch.tensor([2, 0, 0]), last=latents)
-    call = {
-        "hidden_states": torch.cat([latents, beside], 1).repeat(2, 1, 1),
-        "image": beside.repeat(2, 1, 1),
-        "shift": torch.ones(5),
-    }
-    axes = {("N", "hidden_states"): 0, ("N", "image"): 0, ("N", "shift"): None}
-    moved = followed("N", call, axes, chain, "hidden_states")
-    assert moved["hidden_states"][:, 0, 0].tolist() == [1.0, 2.0, 3.0] * 2
-    assert moved["hidden_states"][:, 1, 0].tolist() == [30.0, 10.0, 10.0] * 2
-    assert moved["image"][:, 0, 0].tolist() == [30.0, 10.0, 10.0] * 2
-    assert torch.equal(moved["shift"], call["shift"])
-    call["hidden_states"] = torch.cat([latents * 2, beside], 1).repeat(2, 1, 1)
+def test_what_is_kept_from_the_head_moves_and_what_is_computed_on_the_way_does_not():
+    """The latents stand beside a row's picture; a ControlNet's output is already of these rows."""
+    latents, beside = (torch.tensor([[1.0], [2.0], [3.0]])[:, :, None] * scale for scale in (1, 10))
+    chain = Chain(noise=1.0)
+    following = Following(chain)
+    axes = {("N", name): 0 for name in ("hidden_states", "image", "residual")}
+    axes[("N", "shift")] = None
+
+    def called(latents, residual):
+        call = {
+            "hidden_states": torch.cat([latents, beside], 1).repeat(2, 1, 1),
+            "image": beside.repeat(2, 1, 1),
+            "residual": residual.repeat(2, 1, 1),
+            "shift": torch.ones(5),
+        }
+        moved = following.followed("N", call, axes, "hidden_states")
+        return {
+            key: value[..., 0].tolist() if value.ndim > 1 else [] for key, value in moved.items()
+        }
+
+    assert called(latents, latents)["image"] == [[10.0], [20.0], [30.0]] * 2
+    following.settle(latents)
+    chain.step, chain.lineage, chain.last = 1, torch.tensor([2, 0, 0]), latents + 5
+    moved = called(latents + 5, latents + 7)
+    assert moved["hidden_states"] == [[6.0, 30.0], [7.0, 10.0], [8.0, 10.0]] * 2
+    assert moved["image"] == [[30.0], [10.0], [10.0]] * 2
+    assert moved["residual"] == [[8.0], [9.0], [10.0]] * 2
+
+
+def test_what_stands_beside_the_latents_is_refused_where_it_cannot_be_told_apart():
+    latents, chain = torch.ones(2, 1, 1), Chain(noise=1.0)
+    following, axes = Following(chain), {("N", "x"): 0}
+    call = {"x": torch.rand(2, 3, 1)}
+    following.followed("N", call, axes, "x")
+    following.settle(latents)
+    chain.step, chain.lineage, chain.last = 1, torch.tensor([1, 1]), latents
     with pytest.raises(ValueError, match="what stands beside the latents"):
-        followed("N", call, axes, chain, "hidden_states")
+        following.followed("N", call, axes, "x")
 
 
 @pytest.mark.parametrize(

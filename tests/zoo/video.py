@@ -31,7 +31,7 @@ ANIMALS: dict[str, Animal] = {
         _SAFE | _KARRAS | {"transformer": {"in_channels": 17, "out_channels": 16}}
     ),
     "CosmosTextToWorldPipeline": Animal(_SAFE),
-    "CosmosVideoToWorldPipeline": Animal(_SAFE | _KARRAS | {"transformer": {"in_channels": 5}}),
+    "CosmosVideoToWorldPipeline": Animal(_SAFE | {"transformer": {"in_channels": 5}}),
     "HunyuanSkyreelsImageToVideoPipeline": Animal({"transformer": {"in_channels": 8}}),
     "LTXConditionPipeline": _LTX,
     "LTXImageToVideoPipeline": _LTX,
@@ -67,6 +67,7 @@ ANIMALS: dict[str, Animal] = {
             "transformer": {"in_channels": 36, "image_dim": 32},
         }
     ),
+    "Kandinsky5I2VPipeline": Animal(call={"num_frames": 5}, steer=_DECODE),
     "LucyEditPipeline": Animal({"transformer": {"in_channels": 32}}, call={"image": None}),
     "EasyAnimateControlPipeline": Animal({"transformer": {"in_channels": 8}}),
 }
