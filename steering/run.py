@@ -224,8 +224,9 @@ class Run:
             if look.step == 0 and rows.following is not None:
                 rows.following.settle(scheduler.chain.sample)
             survivors = particles(look)
-            for guider in guiders if survivors is not None else ():
-                follow_momentum(guider, survivors, self.spread.whole)
+            if survivors is not None:
+                for guider in guiders:
+                    follow_momentum(guider, survivors, self.spread.whole)
             return survivors
 
         scheduler.chain.observer = observer

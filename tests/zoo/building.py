@@ -39,7 +39,8 @@ class Animal:
 
     `parts`: slot -> class name, or changes to the config, or both as (name, changes), or None;
     `more`: other arguments of its constructor; `call`: keywords of its call, None leaves one out;
-    `steer`: arguments of steer(); `attributes`: set on the made pipeline; `patches`: names in its module that are replaced.
+    `steer`: arguments of steer(); `attributes`: set on the made pipeline; `patches`: names in its
+    module that are replaced.
     """
 
     parts: dict[str, Any] = field(default_factory=dict)

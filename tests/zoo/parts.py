@@ -66,10 +66,10 @@ _INSTEAD = {
 }
 
 
-def build(name: str, changes: dict[str, Any], cls: Any = None) -> Any:
+def build(name: str, changes: dict[str, Any], given: Any = None) -> Any:
     """A small component of the class `name`, with `changes` to its config.
 
-    `cls` is the class itself, for those that neither library exports.
+    `given` is the class itself, for those that neither library exports.
     """
     if name in TOKENIZERS:
         return TOKENIZERS[name]()
@@ -77,7 +77,7 @@ def build(name: str, changes: dict[str, Any], cls: Any = None) -> Any:
         return Harmless()
     name = _INSTEAD.get(name, name)
     source = transformers if hasattr(transformers, name) else diffusers
-    cls = getattr(source, name, cls)
+    cls: Any = getattr(source, name, given)
     config = _CONFIGS.get(name, {}) | changes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(map(ord, name)))

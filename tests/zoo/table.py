@@ -35,7 +35,7 @@ tests/test_zoo.py` finds each cell again.
 
 @dataclass(frozen=True)
 class Row:
-    """`cells` has an outcome for each check, or is empty where `note` says why nothing was tried."""
+    """`cells` has an outcome for each check, none where `note` says why nothing was tried."""
 
     name: str
     cells: dict[str, str] = field(default_factory=dict)
