@@ -14,6 +14,9 @@ from steering import steer
 from steering.following import Following, follow_momentum
 from steering.schedulers import Chain
 
+# of diffusers itself, about its own modules
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 APG = Animal(
     {"guider": ("AdaptiveProjectedGuidance", {"adaptive_projected_guidance_momentum": -0.5})}
 )
