@@ -106,6 +106,11 @@ def _check_flags(known: Any, given: Any, prefix: str = "") -> None:
         default = OmegaConf.select(known, key) if isinstance(key, str) else None
         if inner and OmegaConf.is_dict(default):
             _check_flags(default, value, f"{prefix}{key}.")
+        elif OmegaConf.is_dict(default) and not OmegaConf.is_dict(value):
+            raise ValueError(
+                f"the setting {prefix}{key} is {value!s:.60} but holds settings of its own; write "
+                f"{prefix}{key}.NAME=VALUE"
+            )
         elif isinstance(default, bool) and not isinstance(value, bool):
             raise ValueError(f"{prefix}{key} is {value!r:.80} but must be true or false")
 

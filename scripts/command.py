@@ -74,7 +74,7 @@ def finish(name: str, kept: str, work: Callable[[], None]) -> int:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"{name}: {error}; {kept}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}; {kept}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as cut:
         died = isinstance(cut, Stopped)

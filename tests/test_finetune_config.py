@@ -119,3 +119,12 @@ def test_a_flag_is_true_or_false():
     assert config.read(Flags, None, ["on=yes"]).on
     with pytest.raises(ValueError, match="on is 3 but must be true or false"):
         config.read(Flags, None, ["on=3"])
+
+
+@pytest.mark.parametrize("word", ["call=[1]", "call=5", "check.call=[1]"])
+def test_a_group_that_is_given_a_value_is_named(word):
+    from scripts.rollout import Rollout
+    from scripts.train_gdro import Train
+
+    with pytest.raises(ValueError, match=r"call is .* but holds settings of its own"):
+        config.read(Train if "check" in word else Rollout, None, [word])

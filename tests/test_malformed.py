@@ -32,6 +32,10 @@ from scripts import train_gdro as gdro
 from steering import FeynmanKac, Steered, generators, loading, particle_filter, pipeline
 from steering.schedulers import stochastic
 
+SHARED = [True]  # whether a model is loaded once; trainers change it
+# Settings whose values are only looked at beside others: checks, a critic, a folder to be made.
+ASIDE = {"out"} | {f"check.{name}" for name in ("prompts", "reward", "quality", "best")}
+CRITIC = {"references", "tower", "critic_from"}
 EVERY = 17  # of the calls one in so many runs by default
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
 
@@ -48,7 +52,7 @@ def place(tmp_path_factory):
     whole = functools.cache(loading.load_pipeline)
 
     def load(name, dtype, lora=None, **parts):
-        parts_of_its_own = parts or lora is not None
+        parts_of_its_own = parts or lora is not None or not SHARED
         return (whole.__wrapped__ if parts_of_its_own else whole)(name, dtype, lora, **parts)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -70,22 +74,22 @@ SCRIPTS = {  # a command that works, and what any text may be given to
     "steer": (steer.main, [*STEER, "--out", "steered"], {"negative_prompt"}),
     "score": (score.main, ["pictures", "--prompt", "a", "--reward", "jpeg"], {"prompt"}),
     "app": (app.main, [], {"lora", "reward", "host"}),  # those are for the page to refuse
-    "rollout": (rollout.main, ["prompts=prompts.txt", "out=rolled", "images=2", *CALL], set()),
+    "rollout": (rollout.main, ["prompts=prompts.txt", "out=rolled", "images=2", *CALL], ASIDE),
     "evaluate": (
         evaluate.main,
         ["prompts=prompts.txt", "out=eval", "reward=jpeg", "images=1", *CALL],
-        set(),
+        ASIDE,
     ),
-    "train_gdro": (gdro.main, ["rollouts=run", "out=gdro", "gdro.steps=1", "gdro.k=2"], set()),
+    "train_gdro": (gdro.main, ["rollouts=run", "out=gdro", "gdro.steps=1", "gdro.k=2"], ASIDE),
     "train_adversarial": (
         online.main,
         ["prompts=prompts.txt", "out=online", "reward=jpeg", "grpo.steps=1", "model=tiny-sd3"],
-        {"negative_prompt"},
+        {"negative_prompt"} | ASIDE | CRITIC,
     ),
     "train_critic": (
         critic.main,
         ["rollouts=run", "out=critic", "references=pictures", "steps=1"],
-        set(),
+        CRITIC | {"out"},
     ),
 }
 PARSERS = {"steer": steer_options.parser, "score": score.parser, "app": app.parser}
@@ -138,6 +142,7 @@ def clean() -> None:
 def refused(script: str, option: str, value: str) -> None:
     main, base, _ = SCRIPTS[script]
     clean()
+    SHARED[:] = [True] * (not script.startswith("train"))
     status, lines = said(
         main, [*base, *([option + value] if "=" in option else [f"{option}={value}"])]
     )
@@ -154,6 +159,7 @@ def refused(script: str, option: str, value: str) -> None:
 def test_the_commands_themselves_work(scored, script):
     main, base, _ = SCRIPTS[script]
     clean()
+    SHARED[:] = [True] * (not script.startswith("train"))
     assert said(main, base)[0] == 0
 
 
