@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from .groups import Group, make_groups, normalised
 from .shards import Rollouts
 
-__all__ = ["Ahead", "Data", "Rows", "load_data"]
+__all__ = ["Ahead", "Data", "Rows", "check_fits", "load_data"]
 
 T = TypeVar("T")
 
@@ -91,6 +91,34 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
     latents = rows.pop("latents")
     given = {name.removeprefix("given."): found for name, found in rows.items()}
     return Data(latents, given, normalised(groups, norm), dropped, unscored)
+
+
+def check_fits(data: Data, network: Any, made_by: str, kind: str) -> None:
+    """ValueError for rollouts that the network cannot have drawn.
+
+    made_by, kind: the classes of the pipeline that made them, and of the network's.
+    """
+    if made_by != kind:
+        raise ValueError(
+            f"the rollouts were made by {made_by}, but the model is a {kind}; set model="
+        )
+    config, shape = network.config, data.latents.shape
+    text = getattr(config, "cross_attention_dim", None) or getattr(
+        config, "joint_attention_dim", None
+    )
+    needed = {
+        "latents": (
+            shape[1] if len(shape) == 4 else shape[-1],
+            getattr(config, "in_channels", None),
+        ),
+        "embeds": (data.given["embeds"].shape[-1], text),
+    }
+    for name, (found, wanted) in needed.items():
+        if isinstance(wanted, int) and found != wanted:
+            raise ValueError(
+                f"the rollouts' {name} have {found} channels, but the model takes {wanted}: it is "
+                "not the one that they were made with; set model="
+            )
 
 
 class Ahead(Generic[T]):

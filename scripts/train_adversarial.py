@@ -175,6 +175,8 @@ def run(settings: Train) -> None:
     fixed = rewards.load(settings.reward, accelerator.device, True) if settings.reward else None
     if fixed:
         fixed.check(prompts)
+        if not (settings.references and settings.critic_weight):
+            training.check_weights(fixed)
     dtype = loading.pick_dtype(settings.dtype, accelerator.device)
     load = partial(loading.load_pipeline, name, dtype)
     watch = training.watch_of(
@@ -188,6 +190,7 @@ def run(settings: Train) -> None:
         negative = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
         watch = replace(watch, call=stated | guided | negative)
     call = stated | guided | {"num_inference_steps": tuned.num_inference_steps}
+    training.check_keywords(pipe, watch, prompts, call)
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
     training.begin(trainer, settings, tuned, made_of)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), made_of)

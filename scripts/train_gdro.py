@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from finetune.data import load_data
+from finetune.data import check_fits, load_data
 from finetune.gdro import Gdro, Trainer
 from finetune.models import family_of, noising_of
 from finetune.outlook import of_rollouts
@@ -99,6 +99,8 @@ def run(settings: Train) -> None:
     pipe = load()
     family = family_of(pipe)
     network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
+    check_fits(data, network, made.manifest["pipeline"], kind.__name__)
+    training.check_keywords(pipe, watch, plan["prompts"], plan["call"])
     del pipe  # neither decoder nor text encoder stays in memory
     trainer = Trainer(network, family, noising, data, gdro, accelerator)
     training.begin(trainer, settings, gdro, made_of)

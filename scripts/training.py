@@ -28,6 +28,7 @@ from rewards.names import OutsideError
 from scripts import command
 from scripts.launched import is_main
 from scripts.sharding import shard
+from steering.call import PipelineCall
 from steering.loading import DTYPES
 from steering.prompts import read
 
@@ -35,6 +36,8 @@ __all__ = [
     "Run",
     "accelerator_of",
     "begin",
+    "check_keywords",
+    "check_weights",
     "critic_of",
     "export",
     "finish",
@@ -170,8 +173,22 @@ def watch_of(
     if check.quality:
         found["quality"] = rewards.load(check.quality, accelerator.device, imports=True)
     for reward in found.values():
+        check_weights(reward)
         reward.check([*seen, *unseen])
     return Watch(check, seen, unseen, found, check.call or call, load)
+
+
+def check_weights(reward: Any) -> None:
+    """ValueError for a sum whose weights are all 0: every picture would score alike."""
+    if not any(part.weight for part in reward.parts):
+        raise ValueError(f"every weight of {reward.spec} is 0; give one of them another weight")
+
+
+def check_keywords(pipe: Any, watch: Watch | None, prompts: Sequence[str], call: Any) -> None:
+    """ValueError for keywords of checks, or of samples, that the pipeline's call does not take."""
+    PipelineCall.check(pipe, prompts, call)
+    if watch:
+        PipelineCall.check(pipe, [*watch.seen, *watch.unseen], watch.call)
 
 
 def critic_of(

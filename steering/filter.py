@@ -273,6 +273,11 @@ def _check_shape(move: Transition, x: Tensor, step: int) -> None:
             f"the kernel's mean and x0 have shapes {tuple(move.mean.shape)} and "
             f"{tuple(move.x0.shape)} at step {step}: return the shape of x, {tuple(x.shape)}"
         )
+    # on a CPU, where a look waits for nothing
+    if move.std.device.type == "cpu" and not ((move.std >= 0) & move.std.isfinite()).all():
+        raise ValueError(
+            f"the kernel's std at step {step} is negative or not finite: return standard deviations"
+        )
 
 
 def _noise_like(mean: Tensor, generator: Generator) -> Tensor:

@@ -19,7 +19,7 @@ MOST_CHARACTERS = 100_000  # of a prompt
 class Prompt:
     """What to draw. seed: None for that of the run; references: paths of pictures to compare with.
 
-    Raises ValueError for text that cannot be written as UTF-8.
+    Raises ValueError for text that is empty or cannot be written as UTF-8.
     """
 
     text: str
@@ -27,6 +27,8 @@ class Prompt:
     references: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError("a prompt is empty: write what to draw")
         if "\0" in self.text:  # as of UTF-16, and of what is no text at all
             raise ValueError(f"the prompt {self.text!r:.80} holds a NUL: write it as UTF-8 text")
         if len(self.text) > MOST_CHARACTERS:
@@ -59,7 +61,7 @@ def read(path: Path) -> list[Prompt]:
     numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f"{path} is empty: write one prompt a line")
-    if path.suffix != ".jsonl":
+    if path.suffix.lower() != ".jsonl":
         return [_prompt(f"{path} line {i}", line) for i, line in numbered]
     return [_from_json(line, f"{path} line {i}", path.parent) for i, line in numbered]
 

@@ -41,6 +41,12 @@ class Judge:
                 f"references= has {len(references)} entries for {len(prompts)} prompts; "
                 "give one a prompt."
             )
+        weights = [getattr(part, "weight", 1.0) for part in getattr(reward, "parts", None) or ()]
+        if weights and not any(weights):
+            raise ValueError(
+                f"every weight of the reward {getattr(reward, 'spec', reward)} is 0, so that all "
+                "pictures would score alike: give one of them another weight"
+            )
         check = getattr(reward, "check", None)
         if check is not None:
             check(list(prompts))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.data import Ahead, Rows, load_data
+from finetune.data import Ahead, Data, Rows, check_fits, load_data
 from finetune.shards import Shard, add_rewards
 
 
@@ -96,3 +96,21 @@ def test_what_goes_wrong_ahead_is_told_when_its_step_comes():
     assert ahead(0) == 0
     with pytest.raises(OSError, match="the disk is gone"):
         ahead(1)
+
+
+def test_rollouts_of_another_model_are_refused():
+    from types import SimpleNamespace
+
+    latents, given = torch.zeros(2, 4, 8, 8), {"embeds": torch.zeros(1, 3, 16)}
+    data = Data(latents, given, [], 0)
+    fits = SimpleNamespace(config=SimpleNamespace(in_channels=4, cross_attention_dim=16))
+    check_fits(data, fits, "A", "A")
+    with pytest.raises(ValueError, match="were made by A, but the model is a B"):
+        check_fits(data, fits, "A", "B")
+    for changed, said in (
+        ({"in_channels": 16}, "latents have 4"),
+        ({"cross_attention_dim": 8}, "16"),
+    ):
+        other = SimpleNamespace(config=SimpleNamespace(**vars(fits.config) | changed))
+        with pytest.raises(ValueError, match=said):
+            check_fits(data, other, "A", "A")

@@ -13,6 +13,7 @@ import pytest
 import finetune
 from finetune import config, critics, grpo, ranges, rollouts, variants
 from finetune.ranges import Range, number, whole
+from steering import FeynmanKac
 
 SCRIPTS = ("evaluate", "rollout", "train_adversarial", "train_critic", "train_gdro", "training")
 MODULES = [f"finetune.{found.name}" for found in pkgutil.iter_modules(finetune.__path__)]
@@ -129,3 +130,15 @@ def test_a_field_without_a_range_is_noticed():
 
     with pytest.raises(KeyError, match="size"):
         ranges.check(Settings(), {"other": Range("any", bool)})
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(FeynmanKac), ids=lambda field: field.name)
+def test_the_filters_settings_likewise(field):
+    fine = {"reward_scale": (-1, -0.5, 10**30), "noise": (None,), "num_scores": (10**30,)}
+    kind: Any = FeynmanKac
+    for value in WRONG:
+        if value in fine.get(field.name, ()) or (field.name == "funnel" and value == ()):
+            kind(**{field.name: value})
+            continue
+        with pytest.raises(ValueError, match=rf"^{field.name}\b"):
+            kind(**{field.name: value})
