@@ -102,7 +102,7 @@ class Decoder:
         first.keep(torch.zeros(1, dtype=torch.int64, device=x0.device), self._num)
         ways = [self.finals, self.images] if scored else [self.finals]
         for way in ways:
-            if x0.ndim == 4 and min(x0.shape[2:]) >= 32:
+            if x0.ndim == 4 and min(x0.shape[2:]) >= 8:
                 with contextlib.suppress(Exception):
                     way(_smaller(x0[:1], 0.25), first)
                     continue

@@ -113,11 +113,17 @@ class Batch:
         self._again: Again | None = None
         self._changed: Again | None = None
         self._answers: list[Answer] = []
-        self._thins = False
+        self._thins = self._counted = False
 
-    def start(self, again: Again, changed: Again | None, thins: bool) -> None:
-        """Of a new call; `thins`: whether single rows of its batches will be left out."""
-        self._again, self._changed, self._thins, self._answers = again, changed, thins, []
+    def start(
+        self, again: Again, changed: Again | None, thins: bool, counted: bool = False
+    ) -> None:
+        """Of a new call; `thins`: whether single rows of its batches will be left out.
+
+        counted: whether its rows were asked for by a count, which may not have reached all of it.
+        """
+        self._again, self._changed, self._answers = again, changed, []
+        self._thins, self._counted = thins, counted
 
     def step(self) -> None:
         """A step is over: its answers are not asked for again."""
@@ -137,7 +143,11 @@ class Batch:
         self.axes |= compared(name, call, beside, n, self._again.num)
         check_rows(name, call, self.axes, n)
         rows = rows_in(name, call, self.axes)
-        if rows is None or not self._thins or rows == n:
+        if rows is None or rows == n:
+            return
+        if self._counted:
+            _check_shared(name, call, self.axes, rows // n)
+        if not self._thins:
             return
         if not _blocks(name, beside, self.axes, self._again):
             raise Unclear(name, f"where each particle is among its {rows} rows cannot be told")
@@ -153,6 +163,17 @@ def _apart(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     size = max(a.norm().item(), b.norm().item())
     return (a - b).norm().item() / size if size > 0 else 0.0
+
+
+def _check_shared(name: str, call: dict[str | int, Any], axes: Axes, copies: int) -> None:
+    """Raise ValueError where an argument seems to hold one row a copy, for all its particles.
+
+    The network would not take it with all rows, but might with as many as there are copies.
+    """
+    for path, value in leaves(call, axes, (name,)):
+        if axes[path] is None and value.ndim > 1 and len(value) == copies:
+            why = f"its argument {list(path[1:])} has a row for each of {copies} copies"
+            raise ValueError(str(Unclear(name, why)))
 
 
 def _blocks(name: str, call: dict[str | int, Any], axes: Axes, again: Again) -> bool:

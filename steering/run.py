@@ -167,13 +167,13 @@ class Run:
                 if self.learned.began or ours or len(indices) * self.k == 1:
                     raise
                 met = met or error
-                if self.learned.way + 1 == len(WAYS):
-                    self.learned.way = 0
+                self.learned.batch = Batch()  # rows asked for otherwise may lie otherwise
+                self.learned.way = (self.learned.way + 1) % len(WAYS)
+                if self.learned.way == 0:
                     if isinstance(met, ValueError):  # the pipeline's own refusal
                         rows = f"{type(self.pipe).__name__} makes no {len(indices) * self.k} rows"
                         raise ValueError(f"{rows} in one call: {met}") from met
                     raise met from None
-                self.learned.way += 1
 
     def _steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
         self.learned.rng = torch.get_rng_state()
@@ -264,12 +264,18 @@ class Run:
         if self.rows.guidance != (0.0, 1.0):
             changed = again(call.changed(indices[0]), (0, 1), 1, [0, 0])
         seeds = [int(i % each == 0) for i in range(each * len(indices))]
-        self.learned.batch.start(again(call, indices, each, seeds), changed, singly)
+        beside = again(call, indices, each, seeds)
+        self.learned.batch.start(beside, changed, singly, counted=way == 0)
 
     def _begin(self, look: Look, decoder: Decoder) -> None:
         """Before the first move of a call: what is not spent yet can be saved."""
         if look.step > 0:
             return
+        if self.learned.began:
+            raise ValueError(
+                f"{type(self.pipe).__name__} denoises more than once a call, which the filter "
+                "cannot follow; use a pipeline, or a length, that takes one run of the scheduler."
+            )
         if not torch.equal(torch.get_rng_state(), self.learned.rng):
             raise ValueError(
                 f"{type(self.pipe).__name__} draws noise from PyTorch's global generator, which no "
@@ -291,6 +297,11 @@ class Run:
         last: Tensor | None,
     ) -> Steered:
         """The result. Where something fails now, the exception's `finished` has the latents."""
+        if last is None:
+            raise ValueError(
+                f"{type(self.pipe).__name__} made no step of its scheduler, so nothing was "
+                "steered; use the pipeline whose own call denoises."
+            )
         shown = particles.living(returned)
         b, num = len(indices), particles.num
         kept = Steered(

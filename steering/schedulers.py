@@ -31,7 +31,7 @@ from torch import Generator, Tensor
 
 from steering.transitions import flow_transition
 
-__all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "WrongRows", "stochastic"]
+__all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "stochastic"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,6 @@ class Look:
     step: int
     stds: tuple[float, ...]
     predict: Callable[[], Tensor]
-
-
-class WrongRows(ValueError):
-    """Where a pipeline makes another number of rows than it was asked for."""
 
 
 @dataclass
@@ -86,10 +82,8 @@ class Chain:
         self, sample: Tensor, model_output: Tensor, predict: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The sample and the network's output of the rows that the observer lets survive."""
-        if self.generators is not None and len(self.generators) != len(sample):
-            raise WrongRows(
-                f"The pipeline made {len(sample)} rows for {len(self.generators)} generators."
-            )
+        if self.generators is not None and len(sample) != (asked := len(self.generators)):
+            raise ValueError(f"The pipeline made {len(sample)} rows where {asked} were asked for.")
         rows, self.sample = None, sample
         if self.observer is not None:
             rows = self.observer(Look(self.step, self.stds, predict))

@@ -114,11 +114,12 @@ class OddPipeline(DiffusionPipeline):
             raise IndexError("a picture a row")
         if isinstance(negative_prompt, list):
             negative_prompt = negative_prompt[0]
-        embeds, negative = self.encode_prompt(texts, negative_prompt, num_images_per_prompt)
+        count = 1 if "ignores count late" in odd else num_images_per_prompt
+        embeds, negative = self.encode_prompt(texts, negative_prompt, count)
         halves = [embeds, negative] if "prompt first" in odd else [negative, embeds]
         latents, scale = self.prepare_latents(rows, generator), self.prepare_scale(rows)
-        self.scheduler.set_timesteps(num_inference_steps)
-        for t in self.scheduler.timesteps:
+        runs = 2 if "twice" in odd else int("no steps" not in odd)
+        for t in self._timesteps(num_inference_steps, runs):
             both = torch.cat(halves)
             if "interleaved" in odd:
                 both = torch.stack(halves, 1).flatten(0, 1)
@@ -144,6 +145,11 @@ class OddPipeline(DiffusionPipeline):
                 return (images,)
             return ([self._pil(video) for video in images],)
         return (images if output_type == "pt" else self._pil(images),)
+
+    def _timesteps(self, steps, runs):
+        for _ in range(runs):
+            self.scheduler.set_timesteps(steps)
+            yield from self.scheduler.timesteps
 
     def _pil(self, images):
         return VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).detach().numpy())

@@ -245,3 +245,23 @@ def test_what_fails_after_the_steps_keeps_their_latents():
     assert torch.equal(kept.rewards[0], whole.rewards[0])
     assert kept.rewards[1].isnan().all()
     assert np.isnan(kept.log_z[1].item())
+
+
+# --- one chain a call
+
+
+def test_a_call_without_a_step_is_no_steered_run():
+    pipe = odd_pipeline("no steps")
+    with pytest.raises(ValueError, match="made no step of its scheduler, so nothing was steered"):
+        latents(pipe)
+
+
+def test_a_call_that_denoises_twice_is_refused():
+    with pytest.raises(ValueError, match="denoises more than once a call"):
+        latents(odd_pipeline("twice"))
+
+
+def test_rows_asked_for_in_another_way_are_found_anew():
+    """What a count left to all rows has a row each where the prompts are written out (Wan I2V)."""
+    pipe = odd_pipeline("ignores count late")
+    torch.testing.assert_close(latents(pipe, max_batch=2), latents(odd_pipeline()))
