@@ -240,9 +240,8 @@ class StochasticFlow(FlowMatchEulerDiscreteScheduler):
                 model_output, sample, sigma, sigma_next, self.chain.noise * sigma_next
             )
             generator = self.chain.generators if generator is None else generator
-            x = move.mean + move.std * _draw(move.mean, generator)
+            x = (move.mean + move.std * _draw(move.mean, generator)).to(model_output.dtype)
             self._step_index = self.step_index + 1
-            x = x.to(model_output.dtype)
         self.chain.last = x
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
