@@ -95,6 +95,34 @@ REFUSED: dict[str, str] = {
 # class -> why it is neither built nor refused here
 REASONS: dict[str, str] = {
     "ChromaInpaintPipeline": "its own call fails: it asks for a field that Chroma's config lacks",
+    **dict.fromkeys(
+        (
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+            "EasyAnimateInpaintPipeline",
+            "GlmImagePipeline",
+            "HunyuanImageRefinerPipeline",
+            "HunyuanVideo15ImageToVideoPipeline",
+            "HunyuanVideo15Pipeline",
+            "HunyuanVideoImageToVideoPipeline",
+            "Ideogram4Pipeline",
+            "Kandinsky5I2IPipeline",
+            "KandinskyImg2ImgPipeline",
+            "KandinskyInpaintPipeline",
+            "KandinskyPipeline",
+            "OmniGenPipeline",
+            "PRXPixelPipeline",
+            "QwenImage21Pipeline",
+            "QwenImageLayeredPipeline",
+            "SanaSprintPipeline",
+            "SanaSprintImg2ImgPipeline",
+            "SanaWMPipeline",
+            "WanAnimatePipeline",
+        ),
+        "no tiny instance of it is right yet",
+    ),
+    "JoyImageEditPipeline": "it makes every picture 1024 pixels wide, which takes too long here",
     "EasyAnimateControlPipeline": "its own call fails: encode_prompt() takes no text_encoder_index",
 }
 _MEDIA = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from zoo.building import Animal, picture
+from zoo.building import Animal, picture, squashed
 
 __all__ = ["ANIMALS"]
 
@@ -10,6 +10,7 @@ _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_sh
 _SANA = Animal(
     {"scheduler": ("DPMSolverMultistepScheduler", _FLOW)}, call={"height": 32, "width": 32}
 )
+_DECODE = Animal(steer={"decode": squashed})
 _ADAPTER = Animal(
     {
         "adapter": {"downscale_factor": 2},
@@ -26,7 +27,7 @@ _EIGHT = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-_KLEIN = Animal(call={"text_encoder_out_layers": (1,)})
+_KLEIN = Animal(call={"text_encoder_out_layers": (1,)}, steer={"decode": squashed})
 _CONTROL = Animal(call={"image": picture(1)})
 
 ANIMALS: dict[str, Animal] = {
@@ -115,6 +116,7 @@ ANIMALS: dict[str, Animal] = {
             )
         }
     ),
+    "ErnieImagePipeline": _DECODE,
     "SanaPipeline": _SANA,
     "SanaPAGPipeline": _SANA,
     "SanaControlNetPipeline": _SANA,

@@ -51,7 +51,7 @@ def row(name: str) -> Row:
         return Row(name, note=f"refused: {_sentence(name)}")
     animal = ANIMALS.get(name, Animal())
     it = Subject(pipeline_of(name, animal), call_of(name, animal), animal.prompts, animal.steer)
-    cells, notes = {}, []
+    cells, notes = {}, ["With `decode=`."] if "decode" in animal.steer else []
     for check, function in CHECKS.items():
         cells[check], note = _outcome(function, it)
         notes += [note] if note and note not in notes else []

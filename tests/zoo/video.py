@@ -34,7 +34,10 @@ ANIMALS: dict[str, Animal] = {
     "CosmosVideoToWorldPipeline": Animal(_SAFE | {"transformer": {"in_channels": 5}}),
     "HunyuanSkyreelsImageToVideoPipeline": Animal({"transformer": {"in_channels": 8}}),
     "LTXConditionPipeline": _LTX,
-    "LTXImageToVideoPipeline": _LTX,
+    "LTXImageToVideoPipeline": Animal(
+        call={"height": 32, "width": 32, "num_frames": 9}, steer=_DECODE
+    ),
+    "LTXI2VLongMultiPromptPipeline": _LTX,
     "LTXPipeline": _LTX,
     "Cosmos2_5_TransferPipeline": Animal(
         _SAFE | _KARRAS | {"transformer": {"in_channels": 17, "out_channels": 16}}
