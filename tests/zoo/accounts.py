@@ -122,6 +122,7 @@ REASONS: dict[str, str] = {
         ),
         "no tiny instance of it is right yet",
     ),
+    "LongCatImagePipeline": "its texts of 512 tokens take too long here",
     "JoyImageEditPipeline": "it makes every picture 1024 pixels wide, which takes too long here",
     "EasyAnimateControlPipeline": "its own call fails: encode_prompt() takes no text_encoder_index",
 }

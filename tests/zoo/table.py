@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from steering import steer
-from zoo.accounts import ANIMALS, bare, exported, reason, refusal
+from zoo.accounts import ANIMALS, bare, reason, refusal
 from zoo.building import Animal, call_of, pipeline_of
 from zoo.checks import CHECKS, Subject
 
@@ -105,16 +105,16 @@ def write(rows: dict[str, Row]) -> None:
 
 
 def _count(tried: list[Row]) -> str:
-    held = {check: sum(r.cells[check] == "yes" for r in tried) for check in CHECKS}
+    runs = [r for r in tried if r.cells["reward"] == "yes"]
+    held = {check: sum(r.cells[check] == "yes" for r in runs) for check in CHECKS}
     said = ", ".join(f"{check} {number}" for check, number in held.items())
-    whole = sum(set(r.cells.values()) == {"yes"} for r in tried)
-    return f"{len(tried)} classes were tried; everything holds of {whole}. By check: {said}.\n"
+    faults = sum("no" in r.cells.values() for r in tried)
+    return (
+        f"{len(tried)} classes were tried and {len(runs)} run; of these hold: {said}. "
+        f"{faults} classes have a *no*.\n"
+    )
 
 
 def _lines(heads: list[str], rows: list[list[str]]) -> str:
     table = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n"
-
-
-def names() -> list[str]:
-    return exported()
