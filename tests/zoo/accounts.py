@@ -111,6 +111,7 @@ REASONS: dict[str, str] = {
             "KandinskyImg2ImgPipeline",
             "KandinskyInpaintPipeline",
             "KandinskyPipeline",
+            "LDMTextToImagePipeline",
             "OmniGenPipeline",
             "PRXPixelPipeline",
             "QwenImage21Pipeline",
