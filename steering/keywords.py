@@ -1,7 +1,8 @@
 """Whether a keyword of a pipeline's call is of the kind that the call's own annotation names.
 
 Only what can be told is refused: where an annotation is missing, or says nothing that a value can
-be held against, any value fits.
+be held against, any value fits. Annotations in diffusers are narrower than what its calls take in
+three ways, which are let pass: no list at all, several texts for one, and whole numbers in lists.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ def _fits(value: Any, wanted: Any) -> bool:
         return any(_fits(value, one) for one in args)
     if origin in _NONE:
         return value is None
+    if origin is str:
+        texts = value if isinstance(value, list | tuple) else [value]
+        return all(isinstance(text, str) for text in texts)
     if origin is bool:
         return isinstance(value, bool | np.bool_)
     if origin in (int, float):
@@ -45,7 +49,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     if origin is Callable:
         return callable(value)
     if origin in _LISTS:
-        return _is_list_of(value, args)
+        return value is None or _is_list_of(value, [float if one is int else one for one in args])
     if origin is Any or getattr(origin, "_is_protocol", False):
         return True
     if isinstance(origin, type):
@@ -54,7 +58,7 @@ def _fits(value: Any, wanted: Any) -> bool:
     return True  # a type variable, a tensor type of old, a Literal
 
 
-def _is_list_of(values: Any, kinds: tuple[Any, ...]) -> bool:
+def _is_list_of(values: Any, kinds: Sequence[Any]) -> bool:
     if not _is_plain(values):  # arrays are as good as lists of numbers
         return True
     if not isinstance(values, list | tuple):

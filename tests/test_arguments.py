@@ -158,7 +158,7 @@ def test_stochastic_refuses(arguments):
         ("callback_on_step_end", [5, "f", [1]], [print, None]),
         ("cross_attention_kwargs", [5, "x", ["x"]], [{"scale": 0.5}, None]),
         ("sigmas", [0.5, "x", ["x"]], [[1.0, 0.5], torch.ones(2).numpy(), None]),
-        ("timesteps", [3, [3.5]], [[3, 2], None]),
+        ("timesteps", [3, ["x"], [math.nan]], [[3, 2], [3.5], None]),
         ("prompt_embeds", ["x", 5, {}], [torch.zeros(1, 2, 3).bfloat16(), None]),
         ("ip_adapter_image", [5, "x.png"], [torch.zeros(1), None]),
         ("clip_skip", ["1", 1.0], [1, None]),
@@ -172,6 +172,19 @@ def test_keywords_are_held_against_the_calls_annotation(name, bad, good):
     for value in bad:
         with pytest.raises(ValueError, match=f"^{name}=.*: It takes "):
             check_keywords(call, {name: value}, "It")
+
+
+def test_what_calls_take_beyond_their_annotations_is_let_pass():
+    """No list (Sana's instruction), and a text for each prompt where one is annotated."""
+
+    def call(many: list[str] = ["x"], one: str = "", timesteps: list[int] | None = None):  # noqa: B006
+        pass
+
+    for values in ({"many": None}, {"one": ["a", "b"]}, {"timesteps": [999.5]}):
+        check_keywords(call, values, "It")
+    for values in ({"many": 5}, {"many": [5]}, {"one": 5}, {"one": ["a", 5]}, {"one": None}):
+        with pytest.raises(ValueError, match="It takes"):
+            check_keywords(call, values, "It")
 
 
 def test_an_annotation_that_says_nothing_takes_anything():

@@ -64,9 +64,8 @@ def test_cost_runs_both_sides_of_a_pair():
 @pytest.mark.parametrize("method", training.METHODS)
 def test_networks_of_published_size_are_trained_without_their_encoders(name, method, monkeypatch):
     """On pictures of 64 pixels, with fewer layers: what is tried is how they are put together."""
-    small = dataclasses.replace(
-        networks.MODELS[name], config=networks.MODELS[name].config | LESS[name], side=64
-    )
+    published = networks.MODELS[name]
+    small = dataclasses.replace(published, config={**published.config, **LESS[name]}, side=64)
     monkeypatch.setitem(networks.MODELS, name, small)
     learns, bare, decoder = training.trainer_of(name, method)
     seen = learns.train_step()

@@ -458,7 +458,7 @@ FAMILIES = {
             "height": 32,
             "width": 32,
             "use_resolution_binning": False,
-            "complex_human_instruction": [],
+            "complex_human_instruction": None,
             "max_sequence_length": 16,
         },
     ),

@@ -56,11 +56,11 @@ def _wrong_manifest(manifest: dict[str, Any]) -> str:
         return "results"
     if not isinstance(manifest.get("pipeline_keywords", {}), dict):
         return "pipeline_keywords"
-    prompts = results.get("prompts")
+    prompts: Any = results.get("prompts")
     if not _is_list_of(prompts, str) or not prompts:
         return "prompts"
     b, components = len(prompts), results.get("components")
-    files = results.get("files")
+    files: Any = results.get("files")
     if not _is_list_of(files, list, b) or not all(_is_list_of(row, str) and row for row in files):
         return "files"
     for name in ("rewards", "log_weights"):

@@ -79,7 +79,7 @@ _CALL: dict[str, Any] = {
     "max_sequence_length": 16,
     "use_resolution_binning": False,
     "clean_caption": False,
-    "complex_human_instruction": [],
+    "complex_human_instruction": None,
     "num_frames": 1,
     "video_length": 1,
     "frames": 1,

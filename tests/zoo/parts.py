@@ -82,7 +82,8 @@ def build(name: str, changes: dict[str, Any], given: Any = None) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sum(map(ord, name)))
         if issubclass(cls, transformers.PreTrainedModel):
-            made = cls(cls.config_class(**config))
+            kind: Any = cls.config_class
+            made = cls(kind(**config))
         else:
             known = inspect.signature(cls.__init__).parameters
             sizes = {key: value for key, value in SIZES.items() if key in known}
