@@ -66,10 +66,11 @@ def schedule_of(
     """
     scheduler: Any = stochastic(pipe.scheduler, 0.0)
     scheduler.chain.finished = True
-    view = view_of(pipe, scheduler=scheduler)
+    replaced: dict[str, Any] = {"scheduler": scheduler}
     if encoded is not None:  # neither prompt nor guidance makes another schedule
-        view = view_of(view, encode_prompt=lambda *_, **__: encoded)
+        replaced["encode_prompt"] = lambda *_, **__: encoded
         call["guidance_scale"] = 1.0
+    view = view_of(pipe, **replaced)
     with torch.no_grad():
         latents = view(prompt, **call | {"output_type": "latent", "return_dict": False})[0]
     shape = tuple(latents.shape[1:])

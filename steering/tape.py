@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,19 +34,21 @@ def view_of(pipe: DiffusionPipeline, **replaced: Any) -> Any:
     Nor does it see what the copy's call does to its guidance and its schedulers.
     """
     view = copy.copy(pipe)
-    for name, value in (_stateful(pipe) | replaced).items():
+    for name, value in (_stateful(pipe, replaced.keys()) | replaced).items():
         vars(view)[name] = value  # not setattr, which would re-register the pipeline's config
     return view
 
 
-def _stateful(pipe: DiffusionPipeline) -> dict[str, Any]:
+def _stateful(pipe: DiffusionPipeline, without: Collection[str]) -> dict[str, Any]:
     """Copies of the parts that keep a state while a call runs: guidance, other schedulers."""
     from diffusers.configuration_utils import ConfigMixin
 
     return {
         name: copy.deepcopy(part)
         for name, part in pipe.components.items()
-        if isinstance(part, ConfigMixin) and not isinstance(part, torch.nn.Module)
+        if name not in without
+        and isinstance(part, ConfigMixin)
+        and not isinstance(part, torch.nn.Module)
     }
 
 

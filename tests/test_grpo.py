@@ -12,7 +12,7 @@ from tiny_pipelines import family
 from finetune import lora
 from finetune.chains import Policy, sample, schedule_of
 from finetune.grpo import Grpo, Trainer, advantages_of, mean_log_prob
-from finetune.models import decode, encode, encode_negative, family_of, noising_of
+from finetune.models import decode, encode, encode_negative, encoded, family_of, noising_of
 from finetune.online import Task
 from finetune.state import load_state, save_state
 from steering.transitions import Transition
@@ -57,6 +57,19 @@ def test_without_noise_the_samples_are_the_pipelines_own(name, guidance):
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
     assert [move.step for move in moves] == [0]
     assert torch.equal(moves[0].x, start)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schedule_is_the_same_where_the_encoders_are_gone(name):
+    pipe, call = family(name)
+    noising = noising_of(pipe)
+    with torch.no_grad():
+        told = encoded(pipe, PROMPTS[:1], call)
+    whole, later = (schedule_of(pipe, noising, PROMPTS[0], e, **call) for e in (None, told))
+    assert len(later) == call["num_inference_steps"]
+    for part in ("t", "now", "after"):
+        assert torch.equal(getattr(later, part), getattr(whole, part))
+    assert later.shape == whole.shape
 
 
 @pytest.mark.parametrize("name", NAMES)
