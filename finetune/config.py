@@ -35,6 +35,9 @@ def read(kind: type[T], file: Path | None = None, words: Sequence[str] = ()) -> 
         for word in words:
             if "=" not in word:
                 raise ValueError(f"{word!r:.80} is no setting; write key=value, as in steps=200")
+            key, _, value = word.partition("=")
+            if not value.strip():  # to YAML null, to a shell perhaps a variable that is not set
+                raise ValueError(f"{key:.80}= has no value; write {key:.80}=null for none")
             with _read_as(f"{word!r:.80}"):
                 given = OmegaConf.from_dotlist([word])
             merged = _merge(merged, given, kind, "the command line")

@@ -6,6 +6,7 @@ Hu et al. 2021. The adapter's name is "default", its weights are float32 whateve
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,13 +191,15 @@ def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> 
     weights: those of the adapter to fill. ValueError where the two are not alike, and for a number
     that is not finite.
     """
-    file = Path(folder) / FILE if Path(folder).is_dir() else Path(folder)
+    folder = Path(os.path.expanduser(folder))
     try:
+        file = folder / FILE if folder.is_dir() else folder
         with safe_open(file, "pt") as stored:
             about = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds no LoRA that can be read ({error})") from None
+        said = getattr(error, "strerror", None) or error
+        raise ValueError(f"{folder} holds no LoRA that can be read ({said})") from None
     names = {f"{part}.{name.replace('.default.', '.')}": name for name in weights}
     fits = [k for k, n in names.items() if k in tensors and tensors[k].shape == weights[n].shape]
     rest = sorted((names.keys() | tensors.keys()) - set(fits))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,13 @@ def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) 
     columns are `image` and, to be paired, `prompt`. Paths in a file are relative to it. ValueError
     for anything else.
     """
-    source = Path(source).expanduser()
+    source = Path(os.path.expanduser(source))
+    unknown = (
+        f"the references {str(source)!r:.80} are neither a folder, a .json nor a .parquet file "
+        "that exists; give one"
+    )
+    if not os.path.exists(source):  # nor could a file have every name
+        raise ValueError(unknown)
     if source.suffix == ".json" and source.is_file():
         pictures = _of_json(source)
     elif tables := _tables(source):
@@ -100,10 +107,7 @@ def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) 
         files = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
         pictures = {"": files}
     else:
-        raise ValueError(
-            f"the references {str(source)!r} are neither a folder, a .json nor a .parquet file "
-            "that exists; give one"
-        )
+        raise ValueError(unknown)
     try:
         return References(pictures, size, paired=paired)
     except ValueError as error:

@@ -104,7 +104,7 @@ def save(path: str | Path, measured: Mapping[str, Tensor | Sequence[float]]) -> 
                 f"{max(values, default='none')}"
             )
         components[spec] = values
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps({"components": components}, indent=1), encoding="utf-8")
     os.replace(part, path)
@@ -112,12 +112,13 @@ def save(path: str | Path, measured: Mapping[str, Tensor | Sequence[float]]) -> 
 
 def read(path: str | Path, reward: WeightedSum) -> Tensor:
     """The reference scores of `reward`, float64 (N,) in rising order; ValueError if it has none."""
-    if not isinstance(path, str | Path) or not Path(path).expanduser().is_file():
+    if not isinstance(path, str | Path) or not os.path.isfile(os.path.expanduser(path)):
         raise ValueError(
             f"there is no calibration file {path!r}; write it with rewards.calibrate.save(...)"
         )
     try:
-        components = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["components"]
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8")
+        components = json.loads(text)["components"]
         found = {spec: torch.tensor(v, dtype=torch.float64) for spec, v in components.items()}
         if any(v.ndim != 1 or len(v) < 2 or not v.isfinite().all() for v in found.values()):
             raise ValueError

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +28,7 @@ from .images import normalize, resize
 from .sources import randomise, seed_of
 from .towers import OPENAI_MEAN, OPENAI_STD
 from .vit import MEAN, STD
-from .weights import built, fetch, hub, moved, read_state, untouched
+from .weights import built, fetch, hub, local, moved, read_state, untouched
 
 __all__ = ["Detector", "GroundingDino", "Owlv2", "at_most", "padded"]
 
@@ -226,7 +225,7 @@ def _trained(cls: Any, source: str, kind: str) -> Any:
 def _tokenizer(source: str, kind: str) -> Tokenize:
     from transformers import AutoTokenizer
 
-    folder = Path(source).expanduser()
+    folder = local(source)
     with nullcontext() if folder.is_dir() else hub(source):
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else source, trust_remote_code=False

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -260,8 +261,8 @@ def read_metadata(path: str | Path) -> dict[str, Entry]:
 
     ValueError names the line that is not one, or that contradicts an earlier one of its prompt.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
         raise ValueError(
             f"there is no metadata file {str(path)!r}; give GenEval's evaluation_metadata.jsonl, "
             "or one like it"

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,7 +28,7 @@ from .sharing import shared
 from .sources import randomise, seed_of
 from .spec import written
 from .towers import OPENAI_MEAN, OPENAI_STD, check_batch_size, check_scale, prepare
-from .weights import fetch, fit, moved, read_state, untouched
+from .weights import fetch, fit, local, moved, read_state, untouched
 
 __all__ = ["SCALES", "ImageRewardReward", "Network", "Sizes", "WordPieces", "renamed"]
 
@@ -269,7 +268,7 @@ _LOADING = threading.Lock()
 def _scorer(source: str, device: torch.device | str | None) -> Scorer:
     """The scorer of a source, loaded once for all rewards that use it."""
     seed = seed_of(source)
-    path = Path(source).expanduser()
+    path = local(source)
     key = (str(path.resolve()) if path.exists() else source, str(device))
     with _LOADING:
         found = _SCORERS.get(key)
@@ -294,7 +293,7 @@ def _published(source: str) -> Scorer:
 
 def _vocabulary(source: str) -> list[str]:
     """The lines of vocab.txt beside the weights, else of bert-base-uncased on the hub."""
-    path = Path(source).expanduser()
+    path = local(source)
     folder = path.parent if path.is_file() else path
     beside = folder / "vocab.txt"
     try:

@@ -18,7 +18,7 @@ from .sources import seed_of, towers
 from .spec import written
 from .towers import Towers, check_batch_size, check_scale, kept
 from .transformers_clip import POSITION_IDS, check_hidden_act, load_tokenizer, transformers_towers
-from .weights import fetch, fit, read_state
+from .weights import fetch, fit, local, read_state
 
 __all__ = ["CONFIG", "SCALES", "PickScoreReward", "build"]
 
@@ -132,7 +132,7 @@ def _open(source: str) -> Towers:
 
 def _tokenizer(source: str, folder: Path) -> Any:
     """CLIP's vocabulary: the one beside local weights, else the one the authors score with."""
-    if Path(source).expanduser().exists():
+    if local(source).exists():
         beside = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
         return load_tokenizer(str(folder) if beside else TOKENIZER)
     try:

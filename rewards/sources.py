@@ -24,7 +24,7 @@ from torch import nn
 from . import openclip, transformers_clip
 from .openclip import bpe_tokenizer, build, open_clip_towers
 from .towers import Towers, kept
-from .weights import find
+from .weights import find, local
 
 __all__ = ["RANDOM_CONFIG", "TINY", "open_source", "randomise", "seed_of", "towers"]
 
@@ -57,7 +57,7 @@ def open_source(source: str) -> Towers:
     seed = seed_of(source)
     if seed is not None:
         return _open_random(seed)
-    folder = TINY if source == "tiny" else Path(source).expanduser()
+    folder = TINY if source == "tiny" else local(source)
     if folder.is_dir():
         return _open_place(str(folder))
     if source == "tiny":

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from .images import normalize, resize, resize_matrix
 from .sharing import shared
-from .weights import moved, untouched
+from .weights import local, moved, untouched
 
 __all__ = ["Towers", "check_batch_size", "check_scale", "kept", "prepare"]
 
@@ -186,7 +185,7 @@ def kept(
     kind: str, source: str, device: torch.device | str | None, make: Callable[[], Towers]
 ) -> Towers:
     """`make()`, or the towers that were made before of that kind, source and device."""
-    folder = Path(source).expanduser()
+    folder = local(source)
     place = str(folder.resolve()) if folder.exists() else source
     key = (kind, place, str(device))
     with _TOWERS_LOCK:

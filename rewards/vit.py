@@ -31,7 +31,7 @@ from .images import normalize
 from .sharing import shared
 from .sources import randomise, seed_of
 from .towers import prepare
-from .weights import built, fetch, looks_like, moved, read_state, untouched
+from .weights import built, fetch, local, looks_like, moved, read_state, untouched
 
 __all__ = ["MEAN", "STD", "Backbone", "Tokens", "View", "from_timm", "view"]
 
@@ -155,7 +155,7 @@ def view(source: str, size: int | None = None, device: torch.device | str | None
     a source that is not there, that is no DINO, or a size that is no multiple of its patch.
     """
     seed_of(source)  # refuses what is no text
-    folder = TINY if source == "tiny" else Path(source).expanduser()
+    folder = TINY if source == "tiny" else local(source)
     key = (str(folder.resolve()) if folder.exists() else source, str(device))
     with _LOADING:
         backbone = _BACKBONES.get(key)
@@ -185,7 +185,7 @@ def _open(source: str) -> Backbone:
     seed = seed_of(source)
     if seed is not None:
         return _open_random(seed)
-    path = Path(source).expanduser()
+    path = local(source)
     beside = path.parent / "config.json"
     if path.is_file():
         config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}

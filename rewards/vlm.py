@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .weights import hub, moved, untouched
+from .weights import hub, local, moved, untouched
 
 __all__ = ["Local"]
 
@@ -31,7 +30,7 @@ class Local:
 
     @untouched()
     def __init__(self, source: str, max_tokens: int = 512) -> None:
-        folder = Path(source).expanduser()
+        folder = local(source)
         if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
             raise ValueError(
                 f"the judge's source {source!r} is neither a folder that exists nor a hub id "

@@ -6,6 +6,7 @@ safetensors, or torch files read with `weights_only=True`; nothing here unpickle
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-__all__ = ["built", "fetch", "find", "fit", "hub", "looks_like", "moved", "read_state", "untouched"]
+__all__ = [
+    "built",
+    "fetch",
+    "find",
+    "fit",
+    "hub",
+    "local",
+    "looks_like",
+    "moved",
+    "read_state",
+    "untouched",
+]
 
 # what the keys of well-known checkpoints start with; the first that occurs names the file
 LAYOUTS = {
@@ -50,6 +62,19 @@ def looks_like(keys: Iterable[str]) -> str:
     return ""
 
 
+def local(source: str | Path) -> Path:
+    """The file or folder that a source names, if it is one; ValueError where none could be."""
+    path = Path(os.path.expanduser(source))
+    try:
+        path.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ValueError(
+            f"weights {str(source)!r:.80} cannot be looked for ({error.strerror}); give a file, a "
+            "folder that exists or a hub id ORGANISATION/NAME"
+        ) from None
+    return path
+
+
 def fetch(source: str | Path, *names: str) -> Path:
     """The file of a source: itself, the first of `names` in its folder, or that file of the hub.
 
@@ -58,14 +83,14 @@ def fetch(source: str | Path, *names: str) -> Path:
     found = find(source, *names)
     if found is not None:
         return found
-    if Path(source).expanduser().is_dir():
+    if local(source).is_dir():
         raise ValueError(f"the folder {source} holds none of {list(names)}; give one that does")
     raise ValueError(f"the hub repository {source} holds none of {list(names)}; give another")
 
 
 def find(source: str | Path, *names: str) -> Path | None:
     """As `fetch`, with None where the folder or the hub's repository holds none of `names`."""
-    path = Path(source).expanduser()
+    path = local(source)
     if path.is_file():
         return path
     if path.is_dir():

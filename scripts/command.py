@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from finetune import config
 from scripts.launched import Stopped
-from scripts.options import one_line
+from scripts.options import check_words, one_line
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 
@@ -21,12 +22,35 @@ __all__ = ["call_of", "digest", "filter_of", "finish", "settings_of"]
 
 
 def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
-    """Settings from [FILE.yaml] and key=value words; prints help and leaves for --help."""
+    """Settings from [FILE.yaml] and key=value words; prints help and leaves for --help.
+
+    ValueError for what is wrong with them, and where the folder `out` could not be made.
+    """
+    check_words(words)
     if any(word in ("-h", "--help") for word in words):
         print(about, "settings:", config.explain(kind, notes), sep="\n")
         raise SystemExit(0)
     file = Path(words[0]) if words and words[0].endswith((".yaml", ".yml")) else None
-    return config.read(kind, file, list(words[file is not None :]))
+    settings = config.read(kind, file, list(words[file is not None :]))
+    _check_folder(settings.out)
+    return settings
+
+
+def _check_folder(out: str) -> None:
+    """ValueError for a folder that cannot be made; "" is for the script to refuse."""
+    if out and not out.strip():
+        raise ValueError(f"out is {out!r}; name a folder")
+    folder = Path(out)
+    for place in (folder, *folder.absolute().parents):
+        try:
+            place.stat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ValueError(f"out={out!r:.80} cannot be made: {error.strerror}") from None
+        if place != folder and not os.access(place, os.W_OK | os.X_OK):
+            raise ValueError(f"out={out!r:.80} cannot be made: {place} takes no new folders")
+        return
 
 
 def filter_of(fields: dict[str, Any]) -> FeynmanKac:
@@ -49,8 +73,9 @@ def call_of(given: dict[str, Any], defaults: dict[str, Any], name: str = "call")
 
 def digest(lora: str | None) -> str | None:
     """What tells the weights of a LoRA, a file or a folder, from others; a hub id as it is."""
-    if lora is None or not (path := Path(lora).expanduser()).exists():
+    if lora is None or not os.path.exists(os.path.expanduser(lora)):
         return lora
+    path = Path(os.path.expanduser(lora))
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     found = hashlib.sha256()
     for file in files:
@@ -68,7 +93,7 @@ def finish(name: str, kept: str, work: Callable[[], None]) -> int:
     try:
         work()
     except SafetensorError as error:  # no OSError, though it is that of a full disk
-        print(f"{name}: {' '.join(str(error).split())}; {kept}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}; {kept}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)

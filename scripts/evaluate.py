@@ -169,7 +169,7 @@ def judge(spec: str, plan: Plan, device: torch.device) -> rewards.WeightedSum:
 
 def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Variant]:
     """base; tuned, where there is a LoRA; and both of them steered, where there is a reward."""
-    k, plain = settings.particles, [Variant("base")]
+    k, plain, fk = settings.particles, [Variant("base")], command.filter_of(settings.filter)
     if bool(settings.steer) != bool(k) or k < 0 or k == 1:
         raise ValueError(
             f"steer is {settings.steer!r} and particles {k}, which belong together; set both, "
@@ -179,7 +179,7 @@ def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Va
         plain.append(Variant("tuned", adapted=True))
     if not settings.steer:
         return plain
-    reward, fk = judge(settings.steer, plan, device), command.filter_of(settings.filter)
+    reward = judge(settings.steer, plan, device)
     names = {"base": "steered", "tuned": "both"}
     steered = [
         replace(v, name=names[v.name], reward=reward, particles=k, settings=fk) for v in plain
@@ -209,6 +209,11 @@ def _applies(reward: rewards.WeightedSum, prompt: str) -> bool:
 
 def tower_of(settings: Evaluate, device: torch.device) -> Any:
     """What embeds pictures to tell their diversity, or None."""
+    if settings.embed and settings.images < 2:
+        raise ValueError(
+            f"embed is {settings.embed!r:.80} but images 1: diversity is told from two pictures of "
+            "a prompt or more; set images=2, or leave embed out"
+        )
     spec = settings.embed or ("dino(tiny)" if settings.model in tiny.NAMES else "")
     if not spec or settings.images < 2:
         return None

@@ -11,6 +11,7 @@ from scripts import started
 # isort: split
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.source is None or args.reward is None:
         raise ValueError("give a folder or a .jsonl file, and --reward (--list shows them)")
     if args.calibrate:
-        ensure_writable(args.calibrate.expanduser())
+        ensure_writable(Path(os.path.expanduser(args.calibrate)))
     if (args.source / "00000" / "tensors.safetensors").is_file():
         return score_rollouts(args, pick_device(args.device))
     return score_pictures(args, pick_device(args.device))

@@ -23,6 +23,7 @@ from finetune.checks import Check, Watch
 from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
 from finetune.state import load_state, save_state
+from rewards.combine import component_names
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
 from scripts import command
@@ -43,6 +44,7 @@ __all__ = [
     "finish",
     "finished",
     "loop",
+    "metrics",
     "notes",
     "show",
     "watch_of",
@@ -175,7 +177,21 @@ def watch_of(
     for reward in found.values():
         check_weights(reward)
         reward.check([*seen, *unseen])
-    return Watch(check, seen, unseen, found, check.call or call, load)
+    watch = Watch(check, seen, unseen, found, check.call or call, load)
+    if check.best not in metrics(watch):
+        raise ValueError(
+            f"check.best is {check.best!r:.80}, which no check tells; there are {metrics(watch)}"
+        )
+    return watch
+
+
+def metrics(watch: Watch) -> list[str]:
+    """What every check will tell, as "held_out/reward"."""
+    parts = component_names(watch.rewards["reward"].parts)
+    names = [*(parts if len(parts) > 1 else []), *watch.rewards]
+    splits = [split for split, of in (("held_out", watch.unseen), ("train", watch.seen)) if of]
+    found = [f"{split}/{name}" for split in splits for name in names]
+    return found + ["held_out/corrected"] * ("quality" in watch.rewards)
 
 
 def check_weights(reward: Any) -> None:

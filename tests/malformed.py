@@ -26,9 +26,10 @@ from scripts import options
 LONG = "x" * 5000
 NUMBERS = ["x", "", "1,5", "[1]", "0x1f", "١.٥.١"]
 # What cannot be a name of anything that is to be found or made.
-NAMES = ["", " ", "~nobody/at/all", "no/such/thing/here", LONG, "\udcff", "/dev/null/x", "a\tb"]
+NAMES = ["", " ", "~no-such-user/x", "no/such/thing/here", LONG, "\udcff", "/dev/null/x", "a\tb"]
+PLACES = [" ", "/dev/null/x", LONG, "\udcff"]  # no folder of such a name can be made
 OTHERS = {  # by the name of the function that is an option's type
-    "path": ["", "/dev/null/x", LONG, "\udcff"],
+    "path": ["", *PLACES],
     "_rows": ["0", "-1", "1.5", "all", ""],
     "_interval": ["0.5", "a,b", "0.9,0.1", "0,2", "nan,1", "0,0.5,1", ""],
     "_populations": ["a", "8,4.5", "0,0", "-1", "2,4"],
@@ -101,7 +102,8 @@ def of_settings(kind: type, free: set[str], prefix: str = "") -> list[tuple[str,
             calls += of_settings(typing.cast(type, inner), free, f"{name}.")
             calls += [(name, value) for value in ("5", "x", "[1]", "{no_such_setting: 1}")]
         elif name not in free:
-            calls += [(name, value) for value in _of_hint(inner)]
+            bad = PLACES if field.name == "out" else _of_hint(inner)
+            calls += [(name, value) for value in ["", *bad]]
     return calls
 
 
@@ -114,7 +116,7 @@ def _of_hint(hint: Any) -> list[str]:
     if hint is bool:
         return ["maybe", "3", "[]", "{a: 1}", "null"]
     if kinds <= {str, types.NoneType}:
-        return ["[1]", "{a: 1}", *NAMES[1:5], "no:such"]
+        return ["[1]", "{a: 1}", *NAMES[1:], "no:such"]
     if typing.get_origin(hint) is dict:
         return ["5", "x", "[1]", "{no_such_key: 1}"]
     if typing.get_origin(hint) in (list, tuple):

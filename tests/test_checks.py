@@ -10,6 +10,7 @@ from pictures import assert_same_pictures
 import rewards
 from finetune import checks
 from finetune.checks import Check, Sheet, Watch
+from scripts.training import metrics
 from steering import tiny
 
 CALL = tiny.call_defaults("tiny-sd3") | {"num_inference_steps": 2, "guidance_scale": 1.0}
@@ -38,6 +39,15 @@ def test_a_prompts_pictures_do_not_depend_on_which_others_are_drawn(pipe):
         assert_same_pictures(other.images[0][1], alone.images[0][1])
 
 
+@pytest.mark.parametrize("spec", ["jpeg", "min(clip(tiny), jpeg)", "jpeg + 0*clip(tiny)"])
+def test_the_metrics_are_known_before_any_check(pipe, spec):
+    scorers = {"reward": rewards.load(spec)}
+    sheet = checks.draw(pipe, PROMPTS, [0], scorers, Check(images=1), CALL)
+    watch = Watch(Check(), PROMPTS[:1], PROMPTS[1:], scorers, CALL, tiny.load)
+    splits = ("held_out", "train")
+    assert set(metrics(watch)) == {f"{split}/{name}" for split in splits for name in sheet.scores}
+
+
 def test_the_check_sees_the_network_in_training_and_nothing_else_stays(pipe):
     with torch.no_grad():
         for parameter in pipe.transformer.parameters():
@@ -57,6 +67,7 @@ def test_the_check_sees_the_network_in_training_and_nothing_else_stays(pipe):
         load,
     )
     row, grid = watch.look("transformer", pipe.transformer, Accelerator(cpu=True))
+    assert row.keys() == set(metrics(watch))
     assert loaded[0].transformer is pipe.transformer
     mine = checks.draw(pipe, PROMPTS[1:], range(2), watch.rewards, watch.check, CALL)
     assert row["held_out/reward"] == pytest.approx(checks.means([mine])["reward"])

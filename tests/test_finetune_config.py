@@ -59,6 +59,13 @@ def test_mistakes_are_refused_in_one_sentence(words, message):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("word", ["steps=", "folder= ", "inner.rate=\t"])
+def test_a_word_without_a_value_is_refused(word):
+    """What a shell makes of a variable that is not set must not read as null."""
+    with pytest.raises(ValueError, match=r"= has no value; write .*=null for none"):
+        config.read(Settings, None, [word])
+
+
 def test_files_that_are_not_settings(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
         config.read(Settings, Path("nowhere.yaml"))

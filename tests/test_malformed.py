@@ -33,10 +33,9 @@ from steering import FeynmanKac, Steered, generators, loading, particle_filter, 
 from steering.schedulers import stochastic
 
 SHARED = [True]  # whether a model is loaded once; trainers change it
-# Settings whose values are only looked at beside others: checks, a critic, a folder to be made.
-ASIDE = {"out"} | {f"check.{name}" for name in ("prompts", "reward", "quality", "best")}
-CRITIC = {"references", "tower", "critic_from"}
 EVERY = 17  # of the calls one in so many runs by default
+ALONE = ["held_out=0", "paired=false"]  # one prompt, and references without any
+SHORT = ["grpo.steps=1", "grpo.groups=1", "grpo.k=2", "grpo.num_inference_steps=4"]
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
 
 
@@ -74,22 +73,22 @@ SCRIPTS = {  # a command that works, and what any text may be given to
     "steer": (steer.main, [*STEER, "--out", "steered"], {"negative_prompt"}),
     "score": (score.main, ["pictures", "--prompt", "a", "--reward", "jpeg"], {"prompt"}),
     "app": (app.main, [], {"lora", "reward", "host"}),  # those are for the page to refuse
-    "rollout": (rollout.main, ["prompts=prompts.txt", "out=rolled", "images=2", *CALL], ASIDE),
+    "rollout": (rollout.main, ["prompts=prompts.txt", "out=rolled", "images=2", *CALL], set()),
     "evaluate": (
         evaluate.main,
         ["prompts=prompts.txt", "out=eval", "reward=jpeg", "images=1", *CALL],
-        ASIDE,
+        set(),
     ),
-    "train_gdro": (gdro.main, ["rollouts=run", "out=gdro", "gdro.steps=1", "gdro.k=2"], ASIDE),
+    "train_gdro": (gdro.main, ["rollouts=run", "out=gdro", "gdro.steps=1", "gdro.k=2"], set()),
     "train_adversarial": (
         online.main,
-        ["prompts=prompts.txt", "out=online", "reward=jpeg", "grpo.steps=1", "model=tiny-sd3"],
-        {"negative_prompt"} | ASIDE | CRITIC,
+        ["prompts=prompts.txt", "out=online", "reward=jpeg", "model=tiny-sd3", *SHORT],
+        {"negative_prompt"},
     ),
     "train_critic": (
         critic.main,
-        ["rollouts=run", "out=critic", "references=pictures", "steps=1"],
-        CRITIC | {"out"},
+        ["rollouts=run", "out=critic", "references=pictures", "steps=1", *ALONE],
+        set(),
     ),
 }
 PARSERS = {"steer": steer_options.parser, "score": score.parser, "app": app.parser}
@@ -99,6 +98,21 @@ SETTINGS = {
     "train_gdro": gdro.Train,
     "train_adversarial": online.Train,
     "train_critic": critic.Train,
+}
+# Settings that only serve beside others, by how their names begin: what is set with them.
+BESIDE = {
+    "train_gdro check.": ["check.every=1", "check.prompts=other.txt", "check.images=1"],
+    "train_adversarial check.": ["check.every=1", "check.prompts=other.txt", "check.images=1"],
+    "train_adversarial nft.": ["method=nft", *(word.replace("grpo", "nft") for word in SHORT)],
+    "train_adversarial references": ["references=pictures", "paired=false"],
+    "train_adversarial tower": ["references=pictures", "paired=false"],
+    "train_adversarial critic": ["references=pictures", "paired=false"],
+    "evaluate embed": ["images=2"],
+    "evaluate steer": ["particles=2"],
+    "evaluate particles": ["steer=jpeg"],
+    "evaluate filter": ["steer=jpeg", "particles=2"],
+    "rollout filter": ["reward=jpeg", "steered=2"],
+    "rollout reward": ["steered=2"],
 }
 
 
@@ -143,9 +157,10 @@ def refused(script: str, option: str, value: str) -> None:
     main, base, _ = SCRIPTS[script]
     clean()
     SHARED[:] = [True] * (not script.startswith("train"))
-    status, lines = said(
-        main, [*base, *([option + value] if "=" in option else [f"{option}={value}"])]
-    )
+    word = option + value if "=" in option else f"{option}={value}"
+    for begins, words in BESIDE.items():
+        base = [*base, *words] if f"{script} {option}".startswith(begins) else base
+    status, lines = said(main, [*base, word])
     assert status == 2, (status, lines)
     (line,) = lines
     assert line.startswith(f"{script}.py: ")
@@ -295,6 +310,7 @@ def test_a_damaged_table_is_refused_by_name(place, name, part):
         ["rollout", "prompts=prompts.txt", "out=r", "dtype=float64"],
         ["rollout", "prompts=prompts.txt", "out=r", "call.guidance_scale=high"],
         ["train_gdro", "rollouts=nowhere", "out=t"],
+        ["score", "a.png", "--prompt", "a", "--reward", "jpeg", "--calibrate", "~no-such-user/c"],
     ],
     ids=" ".join,
 )

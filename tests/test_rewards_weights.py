@@ -11,6 +11,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rewards.aesthetic import AestheticReward
+from rewards.critic import CriticReward, FeatureModel
+from rewards.imagereward import ImageRewardReward
+from rewards.vlm import Local
 from rewards.weights import fetch, find, fit, hub, looks_like, read_state
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1.0, 2.0])}
@@ -233,3 +236,10 @@ def test_checkpoints_are_known_by_their_keys(key, kind):
 def test_a_lone_linear_layer_is_known():
     assert "version 1" in looks_like(["weight", "bias"])
     assert looks_like([]) == ""
+
+
+@pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 5000])
+@pytest.mark.parametrize("make", [fetch, CriticReward, FeatureModel, ImageRewardReward, Local])
+def test_what_no_file_can_be_called_is_refused(make, name):
+    with pytest.raises(ValueError, match=r"cannot be looked for|neither a f"):
+        make(name)
