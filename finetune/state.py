@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import config
 
-__all__ = ["check_out", "load_state", "save_state"]
+__all__ = ["FILE", "check_out", "load_state", "save_state"]
 
 FILE, RECORD = "state.pt", "settings.yaml"
 # What may differ between a run and its continuation: how far it goes, what is told of it, and what
@@ -104,11 +104,16 @@ def save_state(
         ) from error
 
 
-def load_state(trainer: Any, folder: Path, made_of: Mapping[str, str] | None = None) -> bool:
+def load_state(
+    trainer: Any,
+    folder: Path,
+    made_of: Mapping[str, str] | None = None,
+    steps: int | None = None,
+) -> bool:
     """Carry on from a state if there is one; read without unpickling: tensors and plain data.
 
-    Raises ValueError for a file that is damaged or of something else, and where the run was begun
-    on other data than `made_of` says.
+    Raises ValueError for a file that is damaged or of something else, where the run was begun on
+    other data than `made_of` says, and for one that has gone beyond `steps`.
     """
     file = folder / FILE
     if not file.exists():
@@ -133,6 +138,11 @@ def load_state(trainer: Any, folder: Path, made_of: Mapping[str, str] | None = N
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit this run ({said:.200}); {unfit}") from None
+    if steps is not None and trainer.step > steps:
+        raise ValueError(
+            f"{folder} has taken {trainer.step} steps already, more than steps={steps}; set steps "
+            "to that or more, or give another out="
+        )
     return True
 
 

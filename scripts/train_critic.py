@@ -139,7 +139,7 @@ def run(settings: Train) -> None:
     references = load_references(settings.references, size, paired=settings.paired)
     references.check([prompt for prompt, _ in samples])
     if settings.resume:
-        load_state(critic, out, {"samples": digest(samples)})
+        load_state(critic, out, {"samples": digest(samples)}, settings.steps)
     config.write(settings, out / "settings.yaml")
     checks.rewind(out / "log.csv", critic.step)
     loop(critic, references, seen, unseen, settings)

@@ -22,7 +22,7 @@ from finetune import card, checks, config, lora, page, ranges
 from finetune.checks import Check, Watch
 from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
-from finetune.state import load_state, save_state
+from finetune.state import FILE, load_state, save_state
 from rewards.combine import component_names
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
@@ -236,7 +236,7 @@ def begin(trainer: Any, settings: Run, method: Any, made_of: Mapping[str, str]) 
         part, alpha = learner.family.network, learner.settings.alpha
         learner.start_from(lora.read(Path(settings.lora), part, learner.weights, alpha))
     if settings.resume:
-        load_state(trainer, out, made_of)
+        load_state(trainer, out, made_of, method.steps)
     if main:
         config.write(settings, out / "settings.yaml")
         for table in ("log.csv", "checks.csv"):
@@ -317,10 +317,10 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
 def finished(settings: Run, steps: int, made_of: Mapping[str, str]) -> bool:
     """Whether the LoRA of so many steps of this very run is there, told without its model.
 
-    made_of: as in `begin`.
+    made_of: as in `begin`. Without a state nothing says that it was made with these settings.
     """
-    folder = Path(settings.out) / "lora"
-    if not settings.resume or not any(folder.glob("*.safetensors")):
+    folder, state = Path(settings.out) / "lora", Path(settings.out) / FILE
+    if not (settings.resume and state.exists() and any(folder.glob("*.safetensors"))):
         return False
     try:
         was = json.loads((folder / FINISHED).read_text(encoding="utf-8"))

@@ -91,6 +91,12 @@ def test_training_resumes_where_it_stopped_and_its_lora_loads(
     with pytest.raises(AssertionError, match="was loaded"):
         train_gdro.main([*common, f"out={parts}", "gdro.steps=3", "resume=true"])
     monkeypatch.undo()
+    capsys.readouterr()
+    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=1", "resume=true"]) == 2
+    assert "has taken 2 steps already, more than steps=1" in capsys.readouterr().err
+    (parts / "state.pt").unlink()  # as it is advised, to begin anew
+    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=2", "resume=true"]) == 0
+    assert (parts / "state.pt").exists()
     one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)

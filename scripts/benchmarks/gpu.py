@@ -52,12 +52,12 @@ MICRO_BATCHES = (
 WORDS = 'the word "CRAB"\nthe word "HIVE"\nthe word "SOAP"\n'
 # a user's own words, one after another in one folder; dtype=auto is bfloat16 on CUDA
 COMMANDS = (
-    "accelerate launch --num_processes 1 scripts/rollout.py prompts=words.txt out=words images=8"
+    "python scripts/rollout.py prompts=words.txt out=words images=8"
     " dtype={dtype} call.guidance_scale=1.0",
     "python scripts/score.py words --reward ocr",
-    "accelerate launch --num_processes 1 scripts/train_gdro.py scripts/configs/gdro_tiny.yaml"
+    "python scripts/train_gdro.py scripts/configs/gdro_tiny.yaml"
     " rollouts=words out=tuned dtype={dtype} gdro.steps=4",
-    "accelerate launch --num_processes 1 scripts/train_adversarial.py"
+    "python scripts/train_adversarial.py"
     " scripts/configs/grpo_tiny.yaml prompts=words.txt reward=ocr out=online dtype={dtype}"
     " grpo.steps=2",
     "python scripts/evaluate.py prompts=words.txt out=judged lora=tuned/lora reward=ocr images=2"
