@@ -36,7 +36,10 @@ __all__ = [
     "undisturbed",
 ]
 
-_NETWORKS = ("unet", "transformer", "transformer_2", "controlnet", "prior")
+_NETWORKS = (
+    "unet", "transformer", "transformer_2", "unconditional_transformer", "controlnet", "prior",
+    "decoder", "image_unet",
+)  # fmt: skip
 _CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
 
 
@@ -72,15 +75,15 @@ class Rows:
         conditional: which of two copies carries the prompts, where that is known.
         """
         guided = self.guidance[0] <= self.progress < self.guidance[1]
-        if guided and self.live is None:
-            return None, None
         copies = n // self.num
-        if not guided and conditional is None:
+        if self.guidance != (0.0, 1.0) and conditional is None:  # at the first step already
             raise ValueError(
                 f"guidance_interval={self.guidance}: this pipeline's network sees each particle "
                 f"{copies} times a step, not once without and once with its prompt, so there is "
                 "nothing to leave out; leave guidance_interval= out."
             )
+        if guided and self.live is None:
+            return None, None
         device = None if self.live is None else self.live.device
         every = torch.arange(self.num, device=device)
         live, source = (every if part is None else part for part in (self.live, self.source))

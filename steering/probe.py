@@ -25,7 +25,7 @@ from steering.tape import Tape, view_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["Again", "Batch"]
+__all__ = ["Again", "Batch", "apart"]
 
 
 _ALIKE = 0.02  # of their norm: rows that differ by less hold the same
@@ -113,25 +113,35 @@ class Batch:
         self._again: Again | None = None
         self._changed: Again | None = None
         self._answers: list[Answer] = []
-        self._thins = self._counted = False
+        self.asked = self._thins = self._ordered = self._counted = False
 
     def start(
-        self, again: Again, changed: Again | None, thins: bool, counted: bool = False
+        self,
+        again: Again,
+        changed: Again | None,
+        thins: bool,
+        ordered: bool = False,
+        counted: bool = False,
     ) -> None:
         """Of a new call; `thins`: whether single rows of its batches will be left out.
 
-        counted: whether its rows were asked for by a count, which may not have reached all of it.
+        ordered: whether, beside that, it has to be known which rows are a particle's; counted:
+        whether rows were asked for by a count, which may not have reached all of the call.
         """
         self._again, self._changed, self._answers = again, changed, []
-        self._thins, self._counted = thins, counted
+        self._thins, self._ordered, self._counted = thins, thins or ordered, counted
 
     def step(self) -> None:
         """A step is over: its answers are not asked for again."""
         self._answers, self._again, self._changed = [], None, None
 
     def keep(self, name: str, out: Any, as_list: bool) -> None:
-        if self._again is not None:
-            self._answers.append(Answer(name, out, as_list))
+        if self._again is None:
+            return
+        self.asked = True
+        if self._thins:  # what else holds rows (a cache) would not fit once some are left out
+            picked(name, out, torch.zeros(0, dtype=torch.int64), as_list)
+        self._answers.append(Answer(name, out, as_list))
 
     def learn(self, name: str, call: dict[str | int, Any], n: int) -> None:
         """Find the batch axes of a call of the network `name` that holds n particles."""
@@ -147,7 +157,7 @@ class Batch:
             return
         if self._counted:
             _check_shared(name, call, self.axes, rows // n)
-        if not self._thins:
+        if not self._ordered:
             return
         if not _blocks(name, beside, self.axes, self._again):
             raise Unclear(name, f"where each particle is among its {rows} rows cannot be told")
@@ -156,7 +166,7 @@ class Batch:
             self.conditional[name] = _conditional(name, changed, self.axes)
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def apart(a: Tensor, b: Tensor) -> float:
     """How far two rows are from one another, as a share of the larger's norm."""
     if a.shape != b.shape:
         return 1.0
@@ -193,8 +203,8 @@ def _blocks(name: str, call: dict[str | int, Any], axes: Axes, again: Again) -> 
 
 
 def _as_drawn(rows: list[Tensor]) -> bool:
-    alike = all(_apart(rows[1], row) < _ALIKE for row in rows[2:])
-    return alike and _apart(rows[0], rows[1]) > _ALIKE
+    alike = all(apart(rows[1], row) < _ALIKE for row in rows[2:])
+    return alike and apart(rows[0], rows[1]) > _ALIKE
 
 
 def _conditional(name: str, call: dict[str | int, Any], axes: Axes) -> int:
@@ -215,4 +225,4 @@ def _conditional(name: str, call: dict[str | int, Any], axes: Axes) -> int:
 
 
 def _change(rows: list[Tensor]) -> float:
-    return max(_apart(rows[0], row) for row in rows[1:])
+    return max(apart(rows[0], row) for row in rows[1:])

@@ -6,7 +6,7 @@ b prompts, k particles a prompt, rows prompt-major.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from steering.following import Following, follow_momentum
 from steering.lineage import Moment
 from steering.manifest import describe, select
 from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
+from steering.packing import check_alone, no_rows
 from steering.probe import Again, Batch
 from steering.result import Steered
 from steering.schedulers import Look, stochastic
@@ -60,6 +61,7 @@ class Learned:
     began: bool = False  # whether the present call has come to its first step
     rng: Tensor = field(default_factory=torch.get_rng_state)  # global, as the call began
     decodes: bool = False  # whether its tail has been tried
+    packs: bool = False  # whether prompts have been found not to see one another
     batch: Batch = field(default_factory=Batch)
 
 
@@ -170,10 +172,11 @@ class Run:
                 self.learned.batch = Batch()  # rows asked for otherwise may lie otherwise
                 self.learned.way = (self.learned.way + 1) % len(WAYS)
                 if self.learned.way == 0:
-                    if isinstance(met, ValueError):  # the pipeline's own refusal
-                        rows = f"{type(self.pipe).__name__} makes no {len(indices) * self.k} rows"
-                        raise ValueError(f"{rows} in one call: {met}") from met
-                    raise met from None
+                    told = no_rows(self.pipe, self._chain, self.call, indices, self.k, met)
+                    raise told from (None if told is met else met)
+
+    def _chain(self, noise: Sequence[Generator]) -> Any:
+        return stochastic(self.pipe.scheduler, self.settings.noise, noise)
 
     def _steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
         self.learned.rng = torch.get_rng_state()
@@ -182,7 +185,7 @@ class Run:
         noise = [generator(self.seed, text, i) for text in texts for i in own]
         rows = replace(self.rows, live=None, source=None, num=len(noise))
         call = self.call.for_prompts(indices, len(own), noise, self.learned.way)
-        scheduler = stochastic(self.pipe.scheduler, self.settings.noise, noise)
+        scheduler = self._chain(noise)
         tape = Tape()
         decoder = Decoder(
             self.pipe,
@@ -220,7 +223,7 @@ class Run:
         guiders = [part for part in vars(view).values() if isinstance(part, BaseGuidance)]
 
         def observer(look: Look) -> Tensor | None:
-            self._begin(look, decoder)
+            self._begin(look, decoder, packed=len(indices) > 1)
             if look.step == 0 and rows.following is not None:
                 rows.following.settle(scheduler.chain.sample)
             survivors = particles(look)
@@ -250,24 +253,24 @@ class Run:
 
     def _look_beside(self, indices: Sequence[int], rows: Rows) -> None:
         """Have the same call ready with another number of rows, for whatever is cut first."""
-        num, singly = rows.num, self._thins() or rows.following is not None
+        num = rows.num
         each = 4 if num == 3 * len(indices) else 3
         call, way = self.call, self.learned.way
 
         def again(call: PipelineCall, indices: Sequence[int], each: int, seeds: list[int]) -> Again:
             noise = [Generator().manual_seed(seed) for seed in seeds]
             asked = call.resized(num, len(noise)).for_prompts(indices, each, noise, way)
-            fresh = lambda: stochastic(self.pipe.scheduler, self.settings.noise, noise)  # noqa: E731
-            return Again(self.pipe, fresh, asked, len(indices), each)
+            return Again(self.pipe, partial(self._chain, noise), asked, len(indices), each)
 
         changed = None
         if self.rows.guidance != (0.0, 1.0):
             changed = again(call.changed(indices[0]), (0, 1), 1, [0, 0])
         seeds = [int(i % each == 0) for i in range(each * len(indices))]
         beside = again(call, indices, each, seeds)
-        self.learned.batch.start(beside, changed, singly, counted=way == 0)
+        follows = rows.following is not None
+        self.learned.batch.start(beside, changed, self._thins(), follows, counted=way == 0)
 
-    def _begin(self, look: Look, decoder: Decoder) -> None:
+    def _begin(self, look: Look, decoder: Decoder, packed: bool) -> None:
         """Before the first move of a call: what is not spent yet can be saved."""
         if look.step > 0:
             return
@@ -283,7 +286,12 @@ class Run:
                 "pipeline that draws from generator= alone."
             )
         self.learned.began = True
+        if self._cuts() and not self.learned.batch.asked:
+            raise Unclear(type(self.pipe).__name__, "none of its networks is known")
         self.learned.batch.step()
+        if packed and not self.learned.packs:
+            check_alone(self.pipe, self._chain, self.call, self.k, self.learned.way)
+            self.learned.packs = True
         if not self.learned.decodes:
             decoder.check(look.predict(), needs_scores(self.settings, self.k))
             self.learned.decodes = True

@@ -73,6 +73,7 @@ class Chain:
     step: int = 0
     lineage: Tensor | None = None
     sample: Any = None  # what the present move is given
+    output: Any = None  # of the network, after guidance
     last: Tensor | None = None  # what the last move gave
 
     def restart(self) -> None:
@@ -84,7 +85,7 @@ class Chain:
         """The sample and the network's output of the rows that the observer lets survive."""
         if self.generators is not None and len(sample) != (asked := len(self.generators)):
             raise ValueError(f"The pipeline made {len(sample)} rows where {asked} were asked for.")
-        rows, self.sample = None, sample
+        rows, self.sample, self.output = None, sample, model_output
         if self.observer is not None:
             rows = self.observer(Look(self.step, self.stds, predict))
         self.step += 1
@@ -173,8 +174,7 @@ class StochasticDDIM(DDIMScheduler):
         stds, clamped = [], []
         for timestep in timesteps:
             previous = timestep - self.config.num_train_timesteps // self.num_inference_steps
-            last = previous < 0
-            alpha_bar = self.final_alpha_cumprod if last else self.alphas_cumprod[previous]
+            alpha_bar = self.final_alpha_cumprod if previous < 0 else self.alphas_cumprod[previous]
             std = self.chain.noise * self._get_variance(timestep, previous) ** 0.5
             stds.append(float(std))
             clamped.append(bool(1 - alpha_bar - std**2 < 0))
@@ -312,8 +312,7 @@ def _check_stochastic(scheduler: Any, noise: Any, generators: Any) -> None:
         raise ValueError(
             f"noise={noise!r:.80} is outside [0, 1]: 0 is deterministic, 1 renoises fully."
         )
-    several = isinstance(generators, list | tuple) and len(generators) > 0
-    each = generators if several else [generators]
+    each = generators if isinstance(generators, list | tuple) and generators else [generators]
     if generators is not None and not all(isinstance(one, Generator) for one in each):
         raise ValueError(
             f"generators={generators!r:.80}: pass a list of torch.Generator, one a row, or None."
@@ -386,9 +385,7 @@ def _ddim_from(scheduler: Any) -> StochasticDDIM:
 
 def _warn_distilled(scheduler: Any) -> None:
     name = type(scheduler).__name__
-    turbo = name == "EulerAncestralDiscreteScheduler" and (
-        scheduler.config.get("timestep_spacing") == "trailing"
-    )
+    turbo = "EulerAncestral" in name and scheduler.config.get("timestep_spacing") == "trailing"
     if "LCM" in name or name == "TCDScheduler" or turbo:
         _log_once(
             f"{name} belongs to a model distilled to a few steps; its chain here is DDIM or Euler "

@@ -21,6 +21,10 @@ def embedding(text: str, width: int = 4) -> Tensor:
     return torch.stack(noises)
 
 
+class Cache:
+    """What a network keeps of its rows between steps."""
+
+
 class Mixer(torch.nn.Module):
     """Adds to each row what belongs to it; `forms` names the arguments that it takes."""
 
@@ -29,7 +33,7 @@ class Mixer(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.full((), 0.3))
-        self.rows, self.seen = [], []
+        self.rows, self.seen, self.caches = [], [], False
 
     def forward(self, x, t, embeds, **odd):
         if isinstance(x, list):
@@ -54,7 +58,8 @@ class Mixer(torch.nn.Module):
             added = added + odd["total"]
         if "packed" in odd:  # (1, rows * tokens, width)
             added = added + odd["packed"].unflatten(1, (len(x), -1)).mean((0, 2, 3))
-        return (x * self.weight + added[:, None, None, None],)
+        out = x * self.weight + added[:, None, None, None].to(x.dtype)
+        return (out, Cache()) if self.caches else (out,)
 
 
 class Plain(torch.nn.Module):
@@ -81,12 +86,18 @@ class OddPipeline(DiffusionPipeline):
         self.odd: frozenset[str] = frozenset()
 
     def encode_prompt(self, texts, negative, count):
+        if "one text" in self.odd and len(set(texts)) > 1:
+            raise RuntimeError("texts of several lengths")
         embeds = torch.stack([embedding(text) for text in texts]).repeat_interleave(count, 0)
+        if "sees the longest" in self.odd:
+            embeds = embeds + max(len(text.split()) for text in texts)
         return embeds, torch.stack([embedding(negative)] * len(embeds))
 
     def prepare_latents(self, rows, generator):
         if isinstance(generator, list) and len(generator) != rows:
             raise ValueError(f"{len(generator)} generators for a batch of {rows}")
+        if "one row" in self.odd and rows > 1:
+            raise RuntimeError("rows of several sizes")
         each = generator if isinstance(generator, list) else [generator] * rows
         return torch.stack([torch.randn(4, 8, 8, generator=one) for one in each])
 
@@ -156,6 +167,8 @@ class OddPipeline(DiffusionPipeline):
 
     def _asked(self, latents, t, both):
         odd, n = self.odd, len(latents)
+        if "unguided" in odd:
+            return (self.unet(latents, t, both[n:])[0],) * 2
         x = torch.cat([latents] * 2)
         if "interleaved" in odd:
             x = latents.repeat_interleave(2, 0)
@@ -163,7 +176,7 @@ class OddPipeline(DiffusionPipeline):
             (out,) = self.unet(list(x), t, list(both))
             out = torch.stack(out)
         else:
-            (out,) = self.unet(x, t, both, **self._arguments(both, n))
+            out = self.unet(x, t, both, **self._arguments(both, n))[0]
         return (out[0::2], out[1::2]) if "interleaved" in odd else out.chunk(2)
 
     def _arguments(self, both, n):
@@ -182,5 +195,6 @@ class OddPipeline(DiffusionPipeline):
 def odd_pipeline(*odd: str) -> OddPipeline:
     pipe = OddPipeline(Mixer().eval(), Plain().eval(), FlowMatchEulerDiscreteScheduler(shift=3.0))
     pipe.odd = frozenset(odd)
+    pipe.unet.caches = "cache" in odd
     pipe.set_progress_bar_config(disable=True)
     return pipe

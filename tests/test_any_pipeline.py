@@ -117,6 +117,35 @@ def test_an_order_of_rows_that_cannot_be_told_is_refused(change):
     assert pipe.unet.rows == []
 
 
+@pytest.mark.parametrize(
+    "change", [{"settings": FUNNEL}, {"guidance_interval": (0.0, 0.5)}, {"max_batch": 2}]
+)
+def test_what_else_a_network_may_keep_of_its_rows_is_refused_at_the_first_step(change):
+    pipe = odd_pipeline("cache")
+    with pytest.raises(ValueError, match="it gives a Cache, which may hold rows as well"):
+        latents(pipe, **change)
+    assert sum(pipe.unet.rows) <= 6
+    assert latents(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change", [{"settings": FUNNEL}, {"guidance_interval": (0.0, 0.5)}, {"max_batch": 2}]
+)
+def test_a_network_that_is_not_known_is_not_passed_over(monkeypatch, change):
+    monkeypatch.setattr("steering.denoiser._NETWORKS", ("transformer",))
+    pipe = odd_pipeline()
+    with pytest.raises(ValueError, match="batch of OddPipeline cannot be cut: none of its network"):
+        latents(pipe, **change)
+    assert len(pipe.unet.rows) == 1
+
+
+def test_an_interval_of_guidance_that_nothing_shows_is_refused_at_the_first_step():
+    pipe = odd_pipeline("unguided")
+    with pytest.raises(ValueError, match=r"network sees each particle 1 times a step"):
+        latents(pipe, guidance_interval=(0.0, 0.9))
+    assert pipe.unet.rows == []
+
+
 # --- which half carries the prompt
 
 
@@ -165,6 +194,43 @@ def test_where_no_way_works_the_first_error_is_raised():
     pipe = odd_pipeline("wants pictures")
     with pytest.raises(IndexError, match="a picture a row"):
         latents(pipe, image=[picture()] * 4)
+
+
+def test_a_pipeline_that_fails_on_more_rows_than_one_is_refused():
+    why = r"makes no 3 rows in one call.* with one alone it comes to a step.*\(rows of several"
+    with pytest.raises(ValueError, match=why) as caught:
+        latents(odd_pipeline("one row"))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+# --- several prompts a call
+
+
+def packed(pipe, prompts, **change):
+    call = {"progress": False, "prompts_per_call": 2} | change
+    return steer(pipe, prompts, brightness, 2, PLAIN, **call).latents
+
+
+def test_prompts_that_see_how_long_the_others_of_their_call_are_are_refused():
+    pipe, prompts = odd_pipeline("sees the longest"), ["a red cube", "dots", "two small dots here"]
+    with pytest.raises(ValueError, match=r"first step of 'dots' is .*% another beside 'two small"):
+        packed(pipe, prompts)
+    assert pipe.unet.rows == [8, 4, 8]  # the call's first step, and that of the one and of both
+    assert packed(pipe, prompts, prompts_per_call=1).isfinite().all()
+
+
+def test_prompts_that_a_mask_keeps_apart_are_packed_and_tried_once():
+    pipe, prompts = odd_pipeline(), ["a red cube", "dots", "two small dots here", "x"]
+    alone = packed(pipe, prompts, prompts_per_call=1)
+    pipe.unet.rows.clear()
+    torch.testing.assert_close(packed(pipe, prompts), alone, rtol=1e-5, atol=1e-5)
+    assert pipe.unet.rows == [8, 4, 8] + [8] * 11
+
+
+def test_a_pipeline_that_fails_on_several_prompts_is_refused():
+    with pytest.raises(ValueError, match=r"no 4 rows of 2 prompts in one call: .*\(texts of"):
+        packed(odd_pipeline("one text"), ["a red cube", "dots"])
+    assert packed(odd_pipeline("one text"), ["a", "b"], prompts_per_call=1).isfinite().all()
 
 
 # --- the tail

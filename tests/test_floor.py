@@ -210,7 +210,7 @@ def test_guidance_and_a_funnel_together_evaluate_what_is_alive(monkeypatch):
         pipe, PROMPTS[:2], brightness, 4, settings, progress=False, prompts_per_call=2,
         guidance_interval=(0.25, 0.75), **keywords,
     )  # fmt: skip
-    assert rows == [8, 8, 16, 16, 16, 16, 4, 4]
+    assert rows == [8, 4, 8, 8, 16, 16, 16, 16, 4, 4]  # once one prompt alone, and both
     assert out.rewards.shape == (2, 2)
     assert out.manifest["guidance_interval"] == [0.25, 0.75]
 

@@ -70,7 +70,7 @@ ANIMALS: dict[str, Animal] = {
             "transformer": {"in_channels": 36, "image_dim": 32},
         }
     ),
-    "Kandinsky5I2VPipeline": Animal(call={"num_frames": 5}, steer=_DECODE),
+    "Kandinsky5I2VPipeline": Animal(call={"num_frames": 21}, steer=_DECODE),
     "LucyEditPipeline": Animal({"transformer": {"in_channels": 32}}, call={"image": None}),
     "EasyAnimateControlPipeline": Animal({"transformer": {"in_channels": 8}}),
 }

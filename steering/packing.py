@@ -1,0 +1,111 @@
+"""Whether a call may hold several rows, and whether its prompts see one another.
+
+A pipeline may pad or cut the texts of a call to its longest one and let its network see it. Nothing
+is read off shapes, since a mask may hide it: the first step is made once for the shortest prompt of
+the run alone and once beside its longest, and what the networks say of the shortest is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+
+from steering.call import PipelineCall
+from steering.denoiser import distinct
+from steering.probe import apart
+from steering.tape import SHARED, view_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["check_alone", "no_rows"]
+
+_ALIKE = 2e-3  # of their norm; another number of rows is rounded otherwise, more so in half
+_ROUNDINGS = 8  # of the dtype, as guidance enlarges them
+
+
+class _Stepped(BaseException):
+    """Ends a call at its first step; no pipeline catches it."""
+
+
+def check_alone(
+    pipe: DiffusionPipeline,
+    scheduler: Callable[[Sequence[Generator]], Any],
+    call: PipelineCall,
+    k: int,
+    way: int,
+) -> None:
+    """Raise ValueError where a prompt's first step differs beside a longer one.
+
+    scheduler: makes the chain of a call from its generators; k: rows of a prompt; way: of
+    call.WAYS, to ask for them.
+    """
+    order = sorted(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
+    few, many = [order[0]], [order[0], order[-1]]
+    each = min(k, 2)  # some treat a batch of one in another way
+    alone, beside = (_first(pipe, scheduler, call, rows, each, way) for rows in (few, many))
+    change = apart(alone, beside[:each])
+    if change > max(_ALIKE, _ROUNDINGS * torch.finfo(alone.dtype).eps):
+        raise ValueError(
+            f"{type(pipe).__name__} lets a prompt see how long the other texts of its call are: "
+            f"its first step of {call.prompts[order[0]]!r:.60} is {change:.1%} another beside "
+            f"{call.prompts[order[-1]]!r:.60}; leave prompts_per_call at 1."
+        )
+
+
+def no_rows(
+    pipe: DiffusionPipeline,
+    scheduler: Callable[[Sequence[Generator]], Any],
+    call: PipelineCall,
+    indices: Sequence[int],
+    k: int,
+    met: Exception,
+) -> Exception:
+    """What `met` comes to, where a call with k rows for each of `indices` makes no step in any way.
+
+    A fault that one row alone meets as well has nothing to do with their number.
+    """
+    said = str(met)
+    if not isinstance(met, ValueError):  # else the pipeline's own refusal
+        try:
+            _first(pipe, scheduler, call, indices[:1], 1, 0)
+        except Exception:
+            return met
+        said = f"with one alone it comes to a step, and now fails ({said})"
+    rows, b = f"{type(pipe).__name__} makes no {len(indices) * k} rows", len(indices)
+    if b > 1:
+        return ValueError(
+            f"{rows} of {b} prompts in one call: {said}; leave prompts_per_call at 1."
+        )
+    return ValueError(f"{rows} in one call, which resampling needs: {said}")
+
+
+def _first(
+    pipe: DiffusionPipeline,
+    scheduler: Callable[[Sequence[Generator]], Any],
+    call: PipelineCall,
+    indices: Sequence[int],
+    each: int,
+    way: int,
+) -> Tensor:
+    """What the networks give the first step of `each` rows for each of these prompts."""
+    noise = [Generator().manual_seed(seed) for seed in range(len(indices) * each)]
+    made = scheduler(noise)
+
+    def stop(look: Any) -> None:
+        raise _Stepped
+
+    made.chain.observer = stop
+    view = view_of(pipe, scheduler=made, _progress_bar_config={"disable": True}, **distinct(pipe))
+    asked = call.for_prompts(indices, each, noise, way)
+    with SHARED:
+        try:
+            view(**asked, output_type="latent")
+        except _Stepped:
+            return made.chain.output
+    raise ValueError(
+        f"{type(pipe).__name__} made no step of its scheduler; leave prompts_per_call at 1."
+    )
