@@ -112,7 +112,7 @@ def run(settings: Train) -> None:
     about = [
         f"{len(plan['prompts'])} prompts, {plan['images']} plain and {plan['steered']} steered "
         f"images each, seed {plan['seed']}, call {json.dumps(plan['call'])}",
-        f"the base's weights have the fingerprint {made.manifest['weights']}",
+        f"the network that drew them has the fingerprint {made.manifest['weights']}",
         f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
     ]
     about += [unscored] if data.unscored else []

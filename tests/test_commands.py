@@ -62,6 +62,7 @@ ELSEWHERE = {
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
     r"^\.venv/bin/python -m pytest ": ("Makefile", r"-m pytest -q$"),
+    r"^PYTHONPATH=tests python -m zoo$": ("tests/test_zoo.py", r"assert row\(name\) == TABLE"),
     r"^accelerate launch --config_file .*/(fsdp|deepspeed|gpus)\.yaml": (
         "tests/test_configs.py",
         "{}",
