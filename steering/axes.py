@@ -44,6 +44,14 @@ class Unclear(ValueError):
             f"The batch of {name} cannot be cut: {why}. Leave max_batch=, guidance_interval= "
             "and funnel out; where memory runs out, steer fewer particles at once."
         )
+        self.name, self.why = name, why
+
+    def of_following(self) -> ValueError:
+        """What to say where nothing is cut, but a row's pictures have to follow it."""
+        return ValueError(
+            f"What {self.name} is given of a picture cannot follow the rows that are resampled: "
+            f"{self.why}; set FeynmanKac(min_ess=0), which is best-of-k, or leave the picture out."
+        )
 
 
 def compared(name: str, ours: Any, theirs: Any, n: int, m: int) -> Axes:

@@ -132,11 +132,11 @@ class PipelineCall:
         return [
             name
             for name, value in self.keywords.items()
-            if _PICTURES.search(name) and not isinstance(value, str | int | float | type(None))
+            if _PICTURES.search(name) and "prompt" not in name and not _is_plain(value)
         ]
 
     def check_packing(self, prompts_per_call: int) -> None:
-        images = [name for name in self.keywords if "image" in name]
+        images = self.pictures()
         if prompts_per_call > 1 and images:
             raise ValueError(
                 f"prompts_per_call={prompts_per_call} with {images[0]}=: pipelines pair several "
@@ -144,7 +144,7 @@ class PipelineCall:
             )
 
     def check_spread(self) -> None:
-        images = [name for name in self.keywords if "image" in name]
+        images = self.pictures()
         if images:
             raise ValueError(
                 f"spread= with {images[0]}=: pipelines encode it with noise of the first particle, "
@@ -188,7 +188,10 @@ class PipelineCall:
         """The call with one picture listed `to` times wherever it is listed once a row of `num`."""
         keywords = {
             name: [value[0]] * to
-            if isinstance(value, list) and len(value) == num and all(v is value[0] for v in value)
+            if isinstance(value, list)
+            and len(value) == num
+            and not _is_plain(value)
+            and all(v is value[0] for v in value)
             else value
             for name, value in self.keywords.items()
         }
@@ -197,13 +200,16 @@ class PipelineCall:
     def changed(self, index: int) -> PipelineCall:
         """A call of two prompts that differ in nothing but their text: prompt `index`, and less."""
         text = self.prompts[index]
-        shorter = " ".join(text.split()[:-1])  # no more tokens, so nothing is padded further
+        # no more tokens, so nothing is padded further, and not the last, which may be cut off
+        shorter = " ".join(text.split()[1:]) if text.strip() else "a"
         keywords = dict(self.keywords)
         for name in self._per_prompt():
             keywords[name] = self._deal(keywords[name], [index, index])
         embeds = keywords.get("prompt_embeds")
         if isinstance(embeds, Tensor):
             keywords["prompt_embeds"] = torch.stack([embeds[0], embeds[1] * 0.5])
+        elif isinstance(embeds, list) and isinstance(embeds[1], Tensor):
+            keywords["prompt_embeds"] = [embeds[0], embeds[1] * 0.5]
         return dataclasses.replace(self, keywords=keywords, prompts=(text, shorter))
 
     def _per_prompt(self) -> list[str]:
@@ -230,6 +236,12 @@ class PipelineCall:
         dealt = [value[i if len(value) > 1 else 0] for i in rows]
         # a pipeline wants its prompts to be of one type, all str or all lists
         return dealt[0] if len(dealt) == 1 and isinstance(dealt[0], str) else dealt
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, names and switches, or a list of them."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(one, str | int | float | type(None)) for one in values)
 
 
 def _a_row(name: str, value: Any, rows: int) -> Any:

@@ -244,6 +244,7 @@ def in_float32(pipe: DiffusionPipeline) -> Any:
 
 
 def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the host, has no memory left."""
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in said for words in ("not enough memory", "can't allocate memory", "out of memory")

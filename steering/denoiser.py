@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steering.axes import joined, picked, rows_in, take
 from steering.following import Following
+from steering.tape import SHARED
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -61,6 +62,7 @@ class Rows:
     source: Tensor | None = None
     guidance: tuple[float, float] = (0.0, 1.0)
     progress: float = 0.0  # share of the steps that are done
+    device: torch.device | None = None  # of the networks' batch, where indices into it belong
     following: Following | None = None  # where what a network is given follows the lineage
 
     def keep(self, live: Tensor, num: int) -> None:
@@ -75,6 +77,8 @@ class Rows:
         conditional: which of two copies carries the prompts, where that is known.
         """
         guided = self.guidance[0] <= self.progress < self.guidance[1]
+        # once more with the prompt alone (skip-layer guidance): nothing to leave out there
+        guided = guided or (n == self.num and conditional is not None)
         copies = n // self.num
         if self.guidance != (0.0, 1.0) and conditional is None:  # at the first step already
             raise ValueError(
@@ -84,7 +88,7 @@ class Rows:
             )
         if guided and self.live is None:
             return None, None
-        device = None if self.live is None else self.live.device
+        device = self.device if self.live is None else self.live.device
         every = torch.arange(self.num, device=device)
         live, source = (every if part is None else part for part in (self.live, self.source))
         if not guided:
@@ -130,6 +134,7 @@ class Denoiser:
             return self._module(*args, **kwargs)
         sample = _sample(args, kwargs)
         as_list = isinstance(sample, list)
+        rows.device = getattr(sample[0] if as_list else sample, "device", None)
         if rows.following is not None:
             key = next(key for key, value in call.items() if value is sample)
             call = rows.following.followed(name, call, axes, key)
@@ -218,7 +223,8 @@ def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
     its pipeline raises while it works (SDXL in float16).
     """
     vae: Any = getattr(pipe, "vae", None)
-    dtype = getattr(vae, "dtype", None)
+    with SHARED:  # another thread's head may have raised it for a moment
+        dtype = getattr(vae, "dtype", None)
     processors = {
         name: dict(net.attn_processors)  # type: ignore[arg-type]
         for name, net in networks(pipe).items()
@@ -229,8 +235,9 @@ def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
     finally:  # some calls (SDXL-PAG's inpainting) leave them when they end well, too
         for name, before in processors.items():
             getattr(pipe, name).set_attn_processor(before)
-        if dtype is not None and vae.dtype != dtype:
-            vae.to(dtype)
+        with SHARED:
+            if dtype is not None and vae.dtype != dtype:
+                vae.to(dtype)
 
 
 def refuse_step_caches(pipe: DiffusionPipeline) -> None:

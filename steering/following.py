@@ -32,6 +32,7 @@ class Following:
     def __init__(self, chain: Chain):
         self._chain = chain
         self._kept: dict[tuple[Any, ...], Any] = {}  # of the first step
+        self._samples: dict[str, tuple[Any, int]] = {}  # of it: the latents' argument and its rows
         self._beside: dict[str, tuple[int, int, int]] = {}  # axis, start and size of the latents
 
     def followed(
@@ -43,13 +44,14 @@ class Following:
             return call
         if self._chain.step == 0:
             self._kept |= dict(leaves(call, axes, (name,)))
+            self._samples[name] = call[sample], rows
             return call
         for path, value in leaves(call, axes, (name,)):
             if path != (name, sample) and not _same(self._kept.get(path), value):
                 self._kept.pop(path, None)
         if lineage is None:
             return call
-        order = torch.cat([lineage.cpu() + i * len(lineage) for i in range(rows // len(lineage))])
+        order = torch.cat([lineage + i * len(lineage) for i in range(rows // len(lineage))])
         still = {path: axes[path] if path in self._kept else None for path in axes}
         moved = take(call, still, (name,), order)
         copies = rows // len(lineage)
@@ -57,11 +59,20 @@ class Following:
         return moved
 
     def settle(self, latents: Tensor) -> None:
-        """Find the latents that the first move is given in what the networks were asked with."""
-        for path, x in self._kept.items():
-            where = _within(x, latents) if isinstance(x, Tensor) else None
-            if where is not None:
-                self._beside[str(path[0])] = where
+        """Find the latents that the first move is given in what the networks were asked with.
+
+        Raises Unclear, before anything is spent, where more stands beside them than can be told.
+        """
+        for name, (x, rows) in self._samples.items():
+            if not isinstance(x, Tensor) or x.numel() == rows // len(latents) * latents.numel():
+                continue
+            where = _within(x, latents)
+            if where is None:
+                raise Unclear(
+                    name, "what stands beside the latents in its first argument is not clear"
+                )
+            self._beside[name] = where
+        self._samples.clear()
 
     def _latents_kept(self, name: str, x: Any, moved: Any, copies: int) -> Any:
         """The network's first argument, of which what stands beside the latents has moved."""
@@ -69,7 +80,7 @@ class Following:
         if not isinstance(x, Tensor) or last is None or x.numel() == copies * last.numel():
             return x
         if name not in self._beside:
-            raise Unclear(name, "what stands beside the latents in its first argument is not clear")
+            raise Unclear(name, "its first argument holds more than at the first step")
         along, start, size = self._beside[name]
         moved = moved.clone()
         moved.narrow(along, start, size).copy_(x.narrow(along, start, size))

@@ -171,6 +171,10 @@ class Filter:
 
 
 def refuse_overflow(log_weights: Tensor, settings: FeynmanKac) -> None:
+    """Raise ValueError where λ times finite rewards has made a log-weight that is not finite.
+
+    log_weights: (b, k), on the CPU or else it is read back.
+    """
     if not torch.isfinite(log_weights).all():
         raise ValueError(
             f"reward_scale={settings.reward_scale:g} times these rewards is more than a "

@@ -21,7 +21,7 @@ from steering.tape import SHARED, view_of
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["check_alone", "no_rows"]
+__all__ = ["check_alone", "first_step", "no_rows"]
 
 _ALIKE = 2e-3  # of their norm; another number of rows is rounded otherwise, more so in half
 _ROUNDINGS = 8  # of the dtype, as guidance enlarges them
@@ -45,8 +45,9 @@ def check_alone(
     """
     order = sorted(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
     few, many = [order[0]], [order[0], order[-1]]
+    way = max(way, 1)  # one prompt written out as several are
     each = min(k, 2)  # some treat a batch of one in another way
-    alone, beside = (_first(pipe, scheduler, call, rows, each, way) for rows in (few, many))
+    alone, beside = (first_step(pipe, scheduler, call, rows, each, way) for rows in (few, many))
     change = apart(alone, beside[:each])
     if change > max(_ALIKE, _ROUNDINGS * torch.finfo(alone.dtype).eps):
         raise ValueError(
@@ -71,7 +72,7 @@ def no_rows(
     said = str(met)
     if not isinstance(met, ValueError):  # else the pipeline's own refusal
         try:
-            _first(pipe, scheduler, call, indices[:1], 1, 0)
+            first_step(pipe, scheduler, call, indices[:1], 1, 0)
         except Exception:
             return met
         said = f"with one alone it comes to a step, and now fails ({said})"
@@ -83,7 +84,7 @@ def no_rows(
     return ValueError(f"{rows} in one call, which resampling needs: {said}")
 
 
-def _first(
+def first_step(
     pipe: DiffusionPipeline,
     scheduler: Callable[[Sequence[Generator]], Any],
     call: PipelineCall,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from steering.axes import Axes, Unclear, check_rows, compared, copies_of, leaves, picked, rows_in
+from steering.decoding import out_of_memory
 from steering.denoiser import StandIn, networks
 from steering.tape import Tape, view_of
 
@@ -93,6 +94,8 @@ class Again:
                 return reached.call
             raise Unclear(name, f"with {self.num} rows {reached.name} is asked first") from None
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise Unclear(name, f"the same call with {self.num} rows fails ({error})") from error
         raise Unclear(name, f"the same call with {self.num} rows asks no network")
 

@@ -37,8 +37,9 @@ from steering.filter import final_log_z
 from steering.following import Following, follow_momentum
 from steering.lineage import Moment
 from steering.manifest import describe, select
+from steering.noise import global_states, refuse_global_noise
 from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
-from steering.packing import check_alone, no_rows
+from steering.packing import check_alone, first_step, no_rows
 from steering.probe import Again, Batch
 from steering.result import Steered
 from steering.schedulers import Look, stochastic
@@ -59,7 +60,8 @@ class Learned:
 
     way: int = 0  # of call.WAYS, to ask for its rows
     began: bool = False  # whether the present call has come to its first step
-    rng: Tensor = field(default_factory=torch.get_rng_state)  # global, as the call began
+    rng: list[Tensor] = field(default_factory=global_states)  # as the call began
+    packed: bool = False  # whether the batch is known of calls of several prompts
     decodes: bool = False  # whether its tail has been tried
     packs: bool = False  # whether prompts have been found not to see one another
     batch: Batch = field(default_factory=Batch)
@@ -165,6 +167,8 @@ class Run:
                         f"{type(self.pipe).__name__} reads scheduler.{error.name}, which the chain "
                         "here does not have; use a pipeline that works with other schedulers."
                     ) from error
+                if isinstance(error, Unclear) and not self._cuts():
+                    raise error.of_following() from None
                 ours = isinstance(error, Unclear | Undecodable) or out_of_memory(error)
                 if self.learned.began or ours or len(indices) * self.k == 1:
                     raise
@@ -179,7 +183,7 @@ class Run:
         return stochastic(self.pipe.scheduler, self.settings.noise, noise)
 
     def _steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
-        self.learned.rng = torch.get_rng_state()
+        self.learned.rng = global_states()
         texts = [keys(self.prompts)[i] for i in indices]
         own = range(self.spread.rank, self.k, self.spread.size)  # of the particles
         noise = [generator(self.seed, text, i) for text in texts for i in own]
@@ -223,7 +227,7 @@ class Run:
         guiders = [part for part in vars(view).values() if isinstance(part, BaseGuidance)]
 
         def observer(look: Look) -> Tensor | None:
-            self._begin(look, decoder, packed=len(indices) > 1)
+            self._begin(look, decoder, indices)
             if look.step == 0 and rows.following is not None:
                 rows.following.settle(scheduler.chain.sample)
             survivors = particles(look)
@@ -245,6 +249,8 @@ class Run:
             "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
         }
         if self._cuts() or rows.following is not None:
+            if self.learned.packed != (len(indices) > 1):  # asked for in another way
+                self.learned.batch, self.learned.packed = Batch(), len(indices) > 1
             self._look_beside(indices, rows)
             replaced |= denoisers(self.pipe, rows, self.learned.batch)
         if len(indices) > 1:
@@ -270,7 +276,7 @@ class Run:
         follows = rows.following is not None
         self.learned.batch.start(beside, changed, self._thins(), follows, counted=way == 0)
 
-    def _begin(self, look: Look, decoder: Decoder, packed: bool) -> None:
+    def _begin(self, look: Look, decoder: Decoder, indices: Sequence[int]) -> None:
         """Before the first move of a call: what is not spent yet can be saved."""
         if look.step > 0:
             return
@@ -279,18 +285,16 @@ class Run:
                 f"{type(self.pipe).__name__} denoises more than once a call, which the filter "
                 "cannot follow; use a pipeline, or a length, that takes one run of the scheduler."
             )
-        if not torch.equal(torch.get_rng_state(), self.learned.rng):
-            raise ValueError(
-                f"{type(self.pipe).__name__} draws noise from PyTorch's global generator, which no "
-                "seed here sets, so a run could not be repeated nor its rows be told apart; use a "
-                "pipeline that draws from generator= alone."
-            )
         self.learned.began = True
+        call, way = self.call, self.learned.way
+        one = call.resized(len(indices) * self.k, 1)
+        first = partial(first_step, self.pipe, self._chain, one, indices[:1], 1, way)
+        refuse_global_noise(self.pipe, self.learned.rng, first)
         if self._cuts() and not self.learned.batch.asked:
             raise Unclear(type(self.pipe).__name__, "none of its networks is known")
         self.learned.batch.step()
-        if packed and not self.learned.packs:
-            check_alone(self.pipe, self._chain, self.call, self.k, self.learned.way)
+        if len(indices) > 1 and not self.learned.packs:
+            check_alone(self.pipe, self._chain, call, self.k, way)
             self.learned.packs = True
         if not self.learned.decodes:
             decoder.check(look.predict(), needs_scores(self.settings, self.k))
