@@ -79,9 +79,10 @@ def test_no_step_reads_more_than_the_pipelines_own_and_a_scored_one_reads_once(n
     more = [own - stock for own, stock in zip(ours, theirs, strict=True)]
     scored = [step - 1 for step in (2, 4, 5)]  # a step's reads lie between its mark and the last
     assert [more[i] for i in range(7) if i not in scored] == [0] * 4
-    # One copy to the host holds all about a score. Three numbers are read of that copy, which is
-    # there already: whether the rewards are finite, and the bar's ess and best reward.
-    assert [more[i] for i in scored] == [4] * 3
+    # One copy to the host holds all about a score. Four numbers are read of that copy, which is
+    # there already: whether the rewards and the weights are finite, and the bar's ess and best
+    # reward.
+    assert [more[i] for i in scored] == [5] * 3
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart", "sana", "wan"])
