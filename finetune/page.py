@@ -45,6 +45,8 @@ _MEANS = {  # column of log.csv -> what it is
     "ratio": "How much likelier a step is than when it was drawn: 1 if nothing has changed.",
     "clipped": "The share of steps whose ratio went out of bounds and teaches no more.",
     "kl": "How far the model has moved from the one it began as.",
+    "moved": "How far a prediction is from that of the policy that drew the images, squared.",
+    "dropped": "How many of an epoch's images had no score and were left out.",
     "flat_groups": "The share of groups whose images have one reward and teach nothing.",
     "grad_norm": "The length of the gradient, before long ones are cut.",
     "seconds": "Of an update.",
@@ -124,7 +126,7 @@ def alarms(checks: Sequence[Row], patience: int = PATIENCE) -> dict[str, list[in
 def _best(checks: Sequence[Row], settings: dict[str, Any]) -> tuple[str, int] | None:
     """The metric that chose the weights, and the step of its best check."""
     metric = settings.get("check", {}).get("best") or "held_out/reward"
-    if not checks or metric not in checks[0]:
+    if not any(math.isfinite(row.get(metric, math.nan)) for row in checks):
         return None
     return metric, int(best_row(checks, metric)["step"])
 

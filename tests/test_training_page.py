@@ -10,6 +10,7 @@ import torch
 from saved_runs import NASTY, Page, noise, read
 
 from finetune import checks, page
+from finetune.gdro import _watched
 from rewards.compare import hacked
 
 STEPS = [0, 50, 100, 150, 200, 250]
@@ -185,3 +186,16 @@ def test_many_large_grids_are_thinned_out_and_stay_small(tmp_path):
     assert len(shown) <= 24
     assert {0, 170, 590} <= set(shown)
     assert shown == sorted(shown)
+
+
+def test_checks_without_any_score_have_no_best(tmp_path):
+    for step in (0, 5):
+        checks.append(tmp_path / "checks.csv", {"step": step, "held_out/reward": math.nan})
+    assert "(best)" not in page.write(tmp_path).read_text(encoding="utf-8")
+
+
+def test_what_trainers_log_is_explained():
+    scores, pred = torch.rand(1, 2), torch.rand(1, 2, 3)
+    own = {"loss", "best_image", *_watched(scores, scores, pred, pred, pred, 0.1)}  # of GDRO
+    own |= {"moved", "kl", "clipped", "ratio", "flat_groups", "dropped", "grad_norm", "seconds"}
+    assert own - page._MEANS.keys() == set()
