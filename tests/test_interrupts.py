@@ -1,5 +1,6 @@
 """Ctrl-C at any time of any script: one line, exit status 130, no traceback."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,16 @@ import pytest
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if "__main__" in p.read_text("utf-8"))
+CRITIC = ["paired=false", "held_out=0", "steps=9999", "save_every=1"]
 # What keeps each of them busy for a while after its imports.
 BUSY = {
     "steer": ["a red star", "--model", "tiny-sd", "--reward", "jpeg", "--steps", "400"],
-    "score": ["pictures", "--prompt", "a", "--reward", "jpeg", "--batch-size", "1"],
+    "score": ["pictures", "--prompt", 'the word "CAT"', "--reward", "ocr", "--batch-size", "1"],
     "rollout": ["prompts=prompts.txt", "out=runs", "model=tiny-sd", "images=64"],
     "evaluate": ["prompts=prompts.txt", "out=eval", "model=tiny-sd", "reward=jpeg", "images=32"],
+    "train_gdro": ["rollouts=rolled", "out=gdro", "gdro.steps=1000", "gdro.k=2", "save_every=1"],
+    "train_adversarial": ["prompts=prompts.txt", "out=online", "reward=jpeg", "model=tiny-sd3"],
+    "train_critic": ["rollouts=rolled", "out=critic", "references=pictures", *CRITIC],
     "app": ["--port", "17863"],
     "bench": ["soak"],
 }
@@ -32,6 +37,19 @@ def interrupted(folder: Path, name: str, seconds: float) -> tuple[int, str]:
     finally:
         process.kill()
     return process.returncode, said
+
+
+@pytest.fixture(scope="module")
+def rolled(tmp_path_factory) -> Path:
+    """Scored rollouts, for the trainers."""
+    from scripts import rollout, score
+
+    folder = tmp_path_factory.mktemp("rollouts")
+    (folder / "one.txt").write_text("a red star\n", encoding="utf-8")
+    words = [f"prompts={folder / 'one.txt'}", f"out={folder / 'rolled'}", "images=2"]
+    assert rollout.main([*words, "call.num_inference_steps=4"]) == 0
+    assert score.main([str(folder / "rolled"), "--reward", "jpeg", "--device", "cpu"]) == 0
+    return folder / "rolled"
 
 
 def files(folder: Path) -> None:
@@ -64,6 +82,7 @@ def test_an_interrupt_in_the_middle_of_the_imports(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seconds", [0.3, 1, 2, 4, 7, 12, 20])
-def test_an_interrupt_at_any_time(name, seconds, tmp_path):
+def test_an_interrupt_at_any_time(name, seconds, rolled, tmp_path):
     files(tmp_path)
+    shutil.copytree(rolled, tmp_path / "rolled")
     check(*interrupted(tmp_path, name, seconds), name, may_end=True)
