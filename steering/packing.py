@@ -2,7 +2,7 @@
 
 A pipeline may pad or cut the texts of a call to its longest one and let its network see it. Nothing
 is read off shapes, since a mask may hide it: the first step is made once for the shortest prompt of
-the run alone and once beside its longest, and what the networks say of the shortest is compared.
+the run beside itself and once beside its longest, and what the networks say of it is compared.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from steering.call import PipelineCall
-from steering.denoiser import distinct
+from steering.call import WAYS, PipelineCall
 from steering.probe import apart
 from steering.tape import SHARED, view_of
 
@@ -35,20 +34,22 @@ def check_alone(
     pipe: DiffusionPipeline,
     scheduler: Callable[[Sequence[Generator]], Any],
     call: PipelineCall,
-    k: int,
     way: int,
+    stand_ins: dict[str, Any],
 ) -> None:
     """Raise ValueError where a prompt's first step differs beside a longer one.
 
-    scheduler: makes the chain of a call from its generators; k: rows of a prompt; way: of
-    call.WAYS, to ask for them.
+    scheduler: makes the chain of a call from its generators; way: of call.WAYS, to ask for rows;
+    stand_ins: for the networks of a call of two rows, where its batch has to be cut.
     """
     order = sorted(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
-    few, many = [order[0]], [order[0], order[-1]]
-    way = max(way, 1)  # one prompt written out as several are
-    each = min(k, 2)  # some treat a batch of one in another way
-    alone, beside = (first_step(pipe, scheduler, call, rows, each, way) for rows in (few, many))
-    change = apart(alone, beside[:each])
+    # as many rows in both calls: other numbers of rows are rounded otherwise
+    same, many = [order[0]] * 2, [order[0], order[-1]]
+    way = max(way, WAYS.index("texts"))  # as several prompts are written out
+    alone, beside = (
+        first_step(pipe, scheduler, call, rows, 1, way, stand_ins) for rows in (same, many)
+    )
+    change = apart(alone[:1], beside[:1])
     if change > max(_ALIKE, _ROUNDINGS * torch.finfo(alone.dtype).eps):
         raise ValueError(
             f"{type(pipe).__name__} lets a prompt see how long the other texts of its call are: "
@@ -91,6 +92,7 @@ def first_step(
     indices: Sequence[int],
     each: int,
     way: int,
+    stand_ins: dict[str, Any] | None = None,
 ) -> Tensor:
     """What the networks give the first step of `each` rows for each of these prompts."""
     noise = [Generator().manual_seed(seed) for seed in range(len(indices) * each)]
@@ -100,7 +102,9 @@ def first_step(
         raise _Stepped
 
     made.chain.observer = stop
-    view = view_of(pipe, scheduler=made, _progress_bar_config={"disable": True}, **distinct(pipe))
+    view = view_of(
+        pipe, scheduler=made, _progress_bar_config={"disable": True}, **(stand_ins or {})
+    )
     asked = call.for_prompts(indices, each, noise, way)
     with SHARED:
         try:

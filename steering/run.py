@@ -294,7 +294,9 @@ class Run:
             raise Unclear(type(self.pipe).__name__, "none of its networks is known")
         self.learned.batch.step()
         if len(indices) > 1 and not self.learned.packs:
-            check_alone(self.pipe, self._chain, call, self.k, way)
+            two = replace(self.rows, num=2, live=None, source=None)
+            cut = denoisers(self.pipe, two, self.learned.batch) if self._cuts() else {}
+            check_alone(self.pipe, self._chain, call, way, cut)
             self.learned.packs = True
         if not self.learned.decodes:
             decoder.check(look.predict(), needs_scores(self.settings, self.k))

@@ -215,7 +215,7 @@ def test_prompts_that_see_how_long_the_others_of_their_call_are_are_refused():
     pipe, prompts = odd_pipeline("sees the longest"), ["a red cube", "dots", "two small dots here"]
     with pytest.raises(ValueError, match=r"first step of 'dots' is .*% another beside 'two small"):
         packed(pipe, prompts)
-    assert pipe.unet.rows == [8, 4, 8]  # the call's first step, and that of the one and of both
+    assert pipe.unet.rows == [8, 4, 4]  # the call's first step, and that of the two pairs
     assert packed(pipe, prompts, prompts_per_call=1).isfinite().all()
 
 
@@ -224,7 +224,7 @@ def test_prompts_that_a_mask_keeps_apart_are_packed_and_tried_once():
     alone = packed(pipe, prompts, prompts_per_call=1)
     pipe.unet.rows.clear()
     torch.testing.assert_close(packed(pipe, prompts), alone, rtol=1e-5, atol=1e-5)
-    assert pipe.unet.rows == [8, 4, 8] + [8] * 11
+    assert pipe.unet.rows == [8, 4, 4] + [8] * 11
 
 
 def test_a_pipeline_that_fails_on_several_prompts_is_refused():

@@ -168,6 +168,20 @@ def test_the_last_call_may_have_fewer_prompts_than_the_one_that_was_learned_from
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
 
 
+def test_what_a_number_of_rows_is_rounded_to_is_not_taken_for_what_a_prompt_sees():
+    """In half precision guidance enlarges it to some per cent."""
+    pipe = odd_pipeline()
+    asked = pipe._asked
+    pipe._asked = lambda x, t, both: tuple(v * (1 + 0.05 * len(x)) for v in asked(x, t, both))
+    assert latents(pipe, ["a red cube", "x"], k=2, prompts_per_call=2).isfinite().all()
+
+
+def test_looking_for_what_prompts_see_evaluates_no_more_rows_than_fit():
+    pipe = odd_pipeline()
+    latents(pipe, ["a red cube", "two dots"], k=4, max_batch=2, prompts_per_call=2)
+    assert max(pipe.unet.rows) == 2
+
+
 # --- other threads
 
 
