@@ -135,3 +135,12 @@ def test_a_group_that_is_given_a_value_is_named(word):
 
     with pytest.raises(ValueError, match=r"call is .* but holds settings of its own"):
         config.read(Train if "check" in word else Rollout, None, [word])
+
+
+@pytest.mark.parametrize("out", ["/dev/null/x", "x" * 5000, "'  '"], ids=["file", "long", "blank"])
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(out):
+    from scripts import command
+    from scripts.rollout import Rollout
+
+    with pytest.raises(ValueError, match=r"out.*(cannot be made|name a folder)"):
+        command.settings_of([f"out={out}"], Rollout, {}, "")
