@@ -99,6 +99,7 @@ CALL += ("original_size", "target_size", "crops_coords_top_left")
 METHODS = {"grpo": (grpo.Trainer, "Flow-GRPO"), "nft": (nft.Trainer, "DiffusionNFT")}
 
 NOTES = training.notes("grpo") | {
+    "model": "hub id, folder, tiny-sd3 or tiny-sd; by default tiny-sd3",
     "method": "grpo (policy gradients, Flow-GRPO) or nft (regression, DiffusionNFT)",
     "prompts": "a file, one prompt a line, or .jsonl",
     "reward": "what samples are scored by, as in 'ocr + 0*clip'",

@@ -109,7 +109,7 @@ class Train:
         check(self, self.RANGES)
 
 
-SHARED = ("out", "paired", "tower", "critic_from", "save_every", "log_every", "resume")
+SHARED = ("out", "paired", "tower", "critic_from", "save_every", "log_every")
 THEIRS = train_adversarial.NOTES
 NOTES = {k: note for k, note in THEIRS.items() if k in SHARED or k.startswith("critic.")} | {
     "rollouts": "a run of scripts/rollout.py, or several, [a,b], that older samples stay in",
@@ -119,6 +119,8 @@ NOTES = {k: note for k, note in THEIRS.items() if k in SHARED or k.startswith("c
     "steps": "updates",
     "batch": "samples of a step, with a reference each",
     "seed": "of everything",
+    "resume": "carry on from the last checkpoint, further if steps= is higher; save_every and "
+    "log_every may differ, too",
 }
 
 

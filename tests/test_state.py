@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import resource
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +137,16 @@ def test_a_folder_under_another_name_is_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = begun(train_gdro.Train(out="run", rollouts="made"))
     check_out(replace(first, resume=True, rollouts=str(tmp_path / "run" / ".." / "made")))
+
+
+@pytest.mark.parametrize("script", [train_gdro, train_adversarial, train_critic])
+def test_what_may_differ_is_said_by_help(script):
+    own = config.explain(script.Train, script.NOTES).split()
+    may = {name for name in MAY_CHANGE if name in own and name not in ("out", "resume")}
+    for name in ("steps", "micro_groups", "compile", "gradient_checkpointing"):
+        may |= {name} if any(word.endswith(f".{name}") for word in own) else set()
+    said = script.NOTES["resume"]
+    assert {n for n in MAY_CHANGE if re.search(rf"(?<![.\w]){re.escape(n)}\b", said)} == may
 
 
 def test_an_out_that_holds_something_else_is_refused(tmp_path):
