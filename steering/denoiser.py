@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ _NETWORKS = (
     "unet", "transformer", "transformer_2", "unconditional_transformer", "controlnet", "prior",
     "decoder", "image_unet",
 )  # fmt: skip
+_PERTURBED = threading.RLock()  # a call with perturbed attention sets processors for all threads
 _CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
 
 
@@ -222,22 +224,24 @@ def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
     That is the attention processors of perturbed attention, and the precision of a decoder that
     its pipeline raises while it works (SDXL in float16).
     """
-    vae: Any = getattr(pipe, "vae", None)
-    with SHARED:  # another thread's head may have raised it for a moment
-        dtype = getattr(vae, "dtype", None)
-    processors = {
-        name: dict(net.attn_processors)  # type: ignore[arg-type]
-        for name, net in networks(pipe).items()
-        if hasattr(pipe, "pag_attn_processors") and hasattr(net, "attn_processors")
-    }
-    try:
-        yield
-    finally:  # some calls (SDXL-PAG's inpainting) leave them when they end well, too
-        for name, before in processors.items():
-            getattr(pipe, name).set_attn_processor(before)
-        with SHARED:
-            if dtype is not None and vae.dtype != dtype:
-                vae.to(dtype)
+    perturbs = hasattr(pipe, "pag_attn_processors")
+    with _PERTURBED if perturbs else contextlib.nullcontext():
+        vae: Any = getattr(pipe, "vae", None)
+        with SHARED:  # another thread's head may have raised it for a moment
+            dtype = getattr(vae, "dtype", None)
+        processors = {
+            name: dict(net.attn_processors)  # type: ignore[arg-type]
+            for name, net in networks(pipe).items()
+            if perturbs and hasattr(net, "attn_processors")
+        }
+        try:
+            yield
+        finally:  # some calls (SDXL-PAG's inpainting) leave them when they end well, too
+            for name, before in processors.items():
+                getattr(pipe, name).set_attn_processor(before)
+            with SHARED:
+                if dtype is not None and vae.dtype != dtype:
+                    vae.to(dtype)
 
 
 def refuse_step_caches(pipe: DiffusionPipeline) -> None:

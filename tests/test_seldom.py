@@ -199,6 +199,23 @@ def test_the_precision_of_a_decoder_is_not_read_while_another_thread_has_raised_
     assert waited
 
 
+def passes_through(context):
+    with context:
+        pass
+
+
+def test_calls_with_perturbed_attention_take_turns():
+    """Each puts back the processors that it met, which may not be those of another's run."""
+    pipe = SimpleNamespace(pag_attn_processors={})
+    with undisturbed(pipe):
+        other = threading.Thread(target=lambda: passes_through(undisturbed(pipe)))
+        other.start()
+        other.join(0.1)
+        assert other.is_alive()
+    other.join(10)
+    assert not other.is_alive()
+
+
 def test_noise_that_another_thread_draws_is_none_of_the_pipelines():
     pipe = odd_pipeline()
     prepare = pipe.prepare_latents
