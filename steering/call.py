@@ -85,7 +85,8 @@ class PipelineCall:
         check_keywords(type(pipe).__call__, keywords, kind)
         for name in call._per_prompt():
             call._check_length(name)
-        if not hasattr(getattr(pipe, "controlnet", None), "nets"):  # else one for each of them
+        several = (("controlnet", "nets"), ("adapter", "adapters"))  # with a picture for each
+        if not any(hasattr(getattr(pipe, part, None), inner) for part, inner in several):
             call._check_pictures()
         return call
 

@@ -133,6 +133,8 @@ class Decoder:
             parts = latents.split(self._at_once(latents))
             return torch.cat([_decoded(self._decode, part) for part in parts])
         images = self._tail(_smaller(latents, self._size), self._preview, "pt", rows)
+        if isinstance(images, np.ndarray) and images.ndim == 4:  # T2I-Adapter: (n, h, w, 3)
+            images = torch.from_numpy(images).permute(0, 3, 1, 2).to(latents.device)
         if not isinstance(images, Tensor) or len(images) != self._num:
             raise self._refused('its output_type="pt" gives no tensor with an image a row')
         if images.ndim == 5:  # (n, frames, 3, h, w)
@@ -206,20 +208,26 @@ class Decoder:
             if not isinstance(z, Tensor) or len(z) != self._num or more:
                 return decode(z, *args, **kwargs)
             alive = z if rows is None or rows.live is None else z[rows.live.to(z.device)]
-            at_once = self._at_once(z)
-            split = alive.split(at_once)
-            parts, sizes = (
-                [decode(few, *args, **kwargs) for few in split],
-                [len(few) for few in split],
-            )
-            out = joined("the decoder", parts, sizes) if len(parts) > 1 else parts[0]
-            return (
-                out
-                if rows is None or rows.source is None
-                else picked("the decoder", out, rows.source)
-            )
+            some = lambda few: decode(few, *args, **kwargs)  # noqa: E731
+            try:
+                out = _split(some, alive, self._at_once(z))
+            except Exception as error:
+                if len(alive) == 1 or self._chunk == 1 or out_of_memory(error):
+                    raise
+                out = _split(some, alive, 1)  # HunyuanVideo 1.5 decodes one row a call alone
+                self._chunk = 1
+            if rows is None or rows.source is None:
+                return out
+            return picked("the decoder", out, rows.source)
 
         return by_parts
+
+
+def _split(decode: Callable[[Tensor], Any], z: Tensor, at_once: int) -> Any:
+    """What `decode` gives of z, a few rows at a time."""
+    few = z.split(at_once)
+    parts = [decode(one) for one in few]
+    return joined("the decoder", parts, [len(one) for one in few]) if len(few) > 1 else parts[0]
 
 
 def _passing(checker: Any) -> Any:

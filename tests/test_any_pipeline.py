@@ -290,6 +290,22 @@ def test_a_tail_that_needs_all_rows_gets_them_and_decodes_those_that_count(
     torch.testing.assert_close(shown, expected, rtol=0, atol=0.6 / 255)
 
 
+@pytest.mark.parametrize("settings", [PLAIN, FUNNEL])
+def test_a_decoder_of_one_row_a_call_is_given_one(settings):
+    whole = steer(odd_pipeline(), PROMPT, brightness, 3, settings, progress=False)
+    pipe = odd_pipeline()
+    pipe.vae.one_a_call = True
+    out = steer(pipe, PROMPT, brightness, 3, settings, progress=False)
+    torch.testing.assert_close(out.rewards, whole.rewards, rtol=1e-5, atol=1e-5)
+    assert set(pipe.vae.rows) == {1}
+
+
+def test_arrays_for_tensors_are_scored_alike():
+    whole = steer(odd_pipeline(), PROMPT, brightness, 3, PLAIN, progress=False)
+    out = steer(odd_pipeline("arrays"), PROMPT, brightness, 3, PLAIN, progress=False)
+    assert torch.equal(out.rewards, whole.rewards)
+
+
 # --- what is kept
 
 
