@@ -53,7 +53,7 @@ def check_alone(
     if change > max(_ALIKE, _ROUNDINGS * torch.finfo(alone.dtype).eps):
         raise ValueError(
             f"{type(pipe).__name__} lets a prompt see how long the other texts of its call are: "
-            f"its first step of {call.prompts[order[0]]!r:.60} is {change:.1%} another beside "
+            f"its first step of {call.prompts[order[0]]!r:.60} is another beside "
             f"{call.prompts[order[-1]]!r:.60}; leave prompts_per_call at 1."
         )
 

@@ -40,7 +40,10 @@ def view_of(pipe: DiffusionPipeline, **replaced: Any) -> Any:
 
 
 def _stateful(pipe: DiffusionPipeline, without: Collection[str]) -> dict[str, Any]:
-    """Copies of the parts that keep a state while a call runs: guidance, other schedulers."""
+    """Copies of the parts that keep a state while a call runs: guidance, other schedulers.
+
+    And of modules with a `to` of their own, which unCLIP's normalizer takes new weights by.
+    """
     from diffusers.configuration_utils import ConfigMixin
 
     return {
@@ -48,7 +51,7 @@ def _stateful(pipe: DiffusionPipeline, without: Collection[str]) -> dict[str, An
         for name, part in pipe.components.items()
         if name not in without
         and isinstance(part, ConfigMixin)
-        and not isinstance(part, torch.nn.Module)
+        and (not isinstance(part, torch.nn.Module) or "to" in vars(type(part)))
     }
 
 

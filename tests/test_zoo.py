@@ -1,7 +1,10 @@
 """Every pipeline that diffusers exports is accounted for, as docs/pipelines.md says."""
 
 import pytest
-from zoo.accounts import exported, reason, refusal
+from diffusers import MultiAdapter
+from zoo.accounts import ANIMALS, exported, reason, refusal
+from zoo.building import call_of, picture, pipeline_of
+from zoo.checks import CHECKS, Subject
 from zoo.table import read, row
 
 # of diffusers itself, about its own modules
@@ -14,6 +17,23 @@ def test_every_pipeline_that_diffusers_exports_is_in_the_table():
     assert sorted(TABLE) == exported()
     for name, line in TABLE.items():
         assert bool(line.cells) == (reason(name) is None and refusal(name) is None), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionAdapterPipeline",
+        pytest.param("StableDiffusionXLAdapterPipeline", marks=pytest.mark.slow),
+    ],
+)
+def test_several_adapters_have_a_picture_each(name):
+    animal = ANIMALS[name]
+    pipe, other = pipeline_of(name, animal), pipeline_of(name, animal)
+    pipe.register_modules(adapter=MultiAdapter([pipe.adapter, other.adapter]).eval())
+    several = {"image": [picture(0), picture(5)], "adapter_conditioning_scale": [1.0, 0.5]}
+    it = Subject(pipe, call_of(name, animal) | several)
+    for check in ("reward", "chunks"):
+        CHECKS[check](it)
 
 
 @pytest.mark.slow
