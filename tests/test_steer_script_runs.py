@@ -135,8 +135,8 @@ def test_resume_of_a_finished_run_loads_and_draws_nothing(finished, capsys, monk
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--particles", "4"], "particles=3, not 4"),
-        (["--reward-scale", "3"], "reward_scale=100.0, not 3.0"),
+        (["--particles", "4"], "--particles 3, not 4"),
+        (["--reward-scale", "3"], "--reward-scale 100.0, not 3.0"),
         (["another prompt"], "other prompts"),
     ],
 )
@@ -172,8 +172,12 @@ def test_interrupted_run_keeps_what_is_finished_and_resumes_to_the_same(
             assert one.tobytes() == other.tobytes()
 
 
-def test_interrupt_while_drawing_says_that_all_is_kept(finished, capsys, monkeypatch):
-    out, arguments = finished
+def test_interrupt_while_drawing_says_that_all_is_kept(finished, tmp_path, capsys, monkeypatch):
+    before, arguments = finished
+    out = tmp_path / "out"
+    shutil.copytree(before, out)
+    shutil.rmtree(next(out.glob("0001-*")))  # else there is nothing to do
+    arguments = [str(out) if word == str(before) else word for word in arguments]
 
     def interrupt(*args):
         raise KeyboardInterrupt
@@ -316,7 +320,7 @@ def test_references_reach_the_reward(model, tmp_path, monkeypatch):
             return images.mean(dim=(1, 2, 3))
 
     reward = rewards.load(Compare())
-    monkeypatch.setattr(rewards, "load", lambda spec, device=None: reward)
+    monkeypatch.setattr(rewards, "load", lambda spec, device=None, imports=False: reward)
     arguments = ["--prompt-file", str(file), "--model", model, *SMALL, "--out", str(tmp_path / "o")]
     assert script.main(arguments) == 0
     assert all(pictures == [] for prompt, pictures in seen if prompt == "a")

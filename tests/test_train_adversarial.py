@@ -62,7 +62,7 @@ def test_a_distilled_network_is_told_the_guidance_of_its_pipeline_or_that_asked_
     """FLUX.1-dev's; its call has 3.5 where nothing is said."""
     seen = []
 
-    def look(trainer, steps, settings, watch, shown):
+    def look(trainer, steps, settings, watch, shown, *rest):
         seen.append(trainer.samples.task.given["guidance"])
         seen.append(watch.call)
         trainer.train_step()

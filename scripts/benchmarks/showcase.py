@@ -69,7 +69,7 @@ def measure(
     prompts: list[str], seeds: list[int], spec: str, k: int, pipe: Any, call: dict[str, Any]
 ) -> Iterator[Example]:
     """Each prompt at each seed, one at a time, as their noise depends on nothing else."""
-    reward = rewards.load(spec)
+    reward = rewards.load(spec, imports=True)
     call = call | {"particles": k, "preview": tiny.preview(), "progress": False}
     for seed in seeds:
         for prompt in prompts:
