@@ -8,7 +8,9 @@ from zoo.checks import CHECKS, Subject
 from zoo.table import read, row
 
 # of diffusers itself, about its own modules
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:__array_wrap__:DeprecationWarning"
+)
 
 TABLE = read()
 
