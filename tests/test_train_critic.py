@@ -148,7 +148,7 @@ def test_a_prompt_is_on_one_side_and_stays_there():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["rollouts="], "rollouts is None but must be a folder, or a list of folders"),
+        (["rollouts=null"], "rollouts is None but must be a folder, or a list of folders"),
         (["rollouts={tmp}"], "holds no rollouts; make some with scripts/rollout.py"),
         (["references={tmp}"], "at least two reference pictures but got 0"),
         (["paired=true"], "holds pictures but not their prompts"),
