@@ -191,7 +191,7 @@ def test_a_closed_tab_stops_its_run(app):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("prompt", "", "The prompt is empty"),
+        ("prompt", "", "A prompt is empty"),
         ("particles", 10_000, "Particles is 10000: give a whole number from 1 to 64"),
         ("model", "tiny-sd33", "did you mean tiny-sd3"),
         ("model", "nobody/has-this", "give a folder that holds it"),
