@@ -76,7 +76,7 @@ def score(score: Score, num_steps: int, before: Score | None = None) -> str:
     children = torch.bincount(score.ancestors[0], minlength=num).tolist()
     parents = range(num) if before is None else before.ancestors[0].tolist()
     dead = children.count(0)
-    fate = f"{dead} of {num} replaced" if dead and bool(score.resampled[0]) else "all kept"
+    fate = f"{dead} of {num} replaced" if dead and bool(score.replaced[0]) else "all kept"
     tiles = []
     for i, (weight, reward) in enumerate(
         zip(weights.tolist(), score.rewards[0].tolist(), strict=True)

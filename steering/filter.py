@@ -33,6 +33,7 @@ __all__ = [
     "FeynmanKac",
     "FilterState",
     "Population",
+    "Resampled",
     "Transition",
     "check_rewards",
     "close",
@@ -53,6 +54,15 @@ class FilterState(NamedTuple):
     history: History  # the rewards on each line of descent
     scale: Tensor  # (b,) λ_t
     anchor: Tensor  # (b, k) λ S when log_weights were last 0, so log_weights = λ_t S_t - anchor
+
+
+class Resampled(NamedTuple):
+    """What `resample` decided for b prompts, and the particles after it."""
+
+    state: FilterState
+    ancestors: Tensor  # (b, num) int64
+    ess: Tensor  # (b,) before
+    chosen: Tensor  # (b,) bool: the weights were folded into log_z and set to 0
 
 
 @dataclass(frozen=True)
@@ -140,21 +150,21 @@ def resample(
     generators: Generator | Sequence[Generator],
     num: int | None = None,
     stochastic: bool | Tensor = True,
-) -> tuple[FilterState, Tensor, Tensor]:
+) -> Resampled:
     """Resample the prompts whose ess is low, to `num` <= k particles; the others keep weights.
 
-    Returns the state, the ancestors (b, num) int64 and the ess (b,) from before. The decision is
-    taken on the device. `stochastic` says whether the coming move draws noise; where it does not,
-    children would be copies and the weights are carried instead. Where nothing is resampled the
-    ancestors are 0..k-1. num < k (a funnel) always resamples, whatever the rest says, but for a
-    reward_scale of 0, which never does: the first `num` particles stay.
+    The decision is taken on the device, and returned as `chosen`. `stochastic` says whether the
+    coming move draws noise; where it does not, children would be copies and the weights are carried
+    instead. Where nothing is resampled the ancestors are 0..k-1. num < k (a funnel) always
+    resamples, whatever the rest says, but for a reward_scale of 0, which never does: the first
+    `num` particles stay.
     """
     b, k = state.log_weights.shape
     num = k if num is None else num
     before = ess(state.log_weights)
     identity = torch.arange(num, device=before.device).expand(b, num)
     if settings.reward_scale == 0:
-        return _descend(state, identity), identity, before
+        return Resampled(_descend(state, identity), identity, before, before < 0)
 
     drawn = RESAMPLERS[settings.resampler](normalize(state.log_weights), num, generators)
     if num < k:
@@ -172,7 +182,7 @@ def resample(
         log_z=torch.where(chosen, folded, state.log_z),
         anchor=torch.where(chosen[:, None], applied, state.anchor),
     )
-    return state, ancestors, before
+    return Resampled(state, ancestors, before, chosen)
 
 
 def close(state: FilterState, rewards: Tensor, settings: FeynmanKac) -> FilterState:
@@ -246,7 +256,7 @@ def _run(
             scores_done += 1
             state = weigh(state, rewards, settings, scores_done / (len(sizes) + 1))
             noisy = (move.std > 0).any()
-            state, ancestors, before = resample(state, settings, generators, sizes[step], noisy)
+            state, ancestors, before, _ = resample(state, settings, generators, sizes[step], noisy)
             move = _children(move, ancestors)
             rewards, x0 = take(rewards, ancestors), move.x0
         x = move.mean + move.std * _noise_like(move.mean, generator)

@@ -24,10 +24,11 @@ class Score:
     log_weights: Tensor  # (b, k), with this score's potential
     ess: Tensor  # (b,), 1 to k, before resampling
     ancestors: Tensor  # (b, num) int64
+    resampled: Tensor  # (b,) bool: the weights were folded into log_z and set to 0
     previews: Tensor | None = None  # (b, k, 3, h, w) uint8, small pictures of x̂0
 
     @property
-    def resampled(self) -> Tensor:
+    def replaced(self) -> Tensor:
         """(b,) bool: whether any particle was replaced, or dropped by a funnel."""
         if self.ancestors.shape != self.rewards.shape:
             return torch.ones(len(self.ancestors), dtype=torch.bool)
@@ -41,7 +42,7 @@ def why_nothing_moved(scores: Sequence[Score], settings: FeynmanKac) -> str:
     Best-of-k, min_ess=0 or reward_scale=0, is meant not to.
     """
     meant = settings.min_ess == 0 or settings.reward_scale == 0
-    if meant or not scores or any(score.resampled.any() for score in scores):
+    if meant or not scores or any(score.replaced.any() for score in scores):
         return ""
     if all((score.rewards == score.rewards[:, :1]).all() for score in scores):
         return (
@@ -50,10 +51,10 @@ def why_nothing_moved(scores: Sequence[Score], settings: FeynmanKac) -> str:
         )
     least, k = min(score.ess.min().item() for score in scores), scores[0].rewards.shape[1]
     weighed = f"The effective sample size was never below {least:.3g} of {k}"
-    if settings.min_ess == 1:
+    if any(score.resampled.any() for score in scores):
         return f"{weighed}, and no particle was replaced: the run is best-of-k; raise reward_scale."
     asked = settings.min_ess * k
-    if least < asked:
+    if least < asked or settings.min_ess == 1:
         return (
             "No score resampled though weights were uneven, as those steps draw no noise: the run "
             "is best-of-k; score others by score_from and score_to, or raise noise."
@@ -106,6 +107,7 @@ class Lineage:
                     "log_weights": score.log_weights.tolist(),
                     "ess": score.ess.tolist(),
                     "ancestors": score.ancestors.tolist(),
+                    "resampled": score.resampled.tolist(),
                 }
                 for score in self.scores
             ],
@@ -122,7 +124,8 @@ class Lineage:
 
 
 def _parts(score: Score) -> tuple[Any, ...]:
-    return score.rewards, score.log_weights, score.ess, score.ancestors, score.previews
+    own = score.rewards, score.log_weights, score.ess, score.ancestors
+    return *own, score.resampled, score.previews
 
 
 def _of(part: Tensor | None, rows: slice) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from steering.denoiser import Rows
-from steering.filter import FilterState, close, resample, start, weigh
+from steering.filter import FilterState, Resampled, close, resample, start, weigh
 from steering.lineage import Lineage, Moment, Score
 from steering.potentials import History
 from steering.schedulers import Look
@@ -72,9 +72,10 @@ class Filter:
         log_weights, size = state.log_weights, self._sizes[look.step]
         moving = look.stds[look.step] > 0
         found = resample(state, self._settings, self._generators, size, moving)
-        self.state, ancestors, ess = self._agreed(*found)
-        self._keep(look.step, rewards, log_weights, ess, ancestors, previews)
-        return self._descend(ancestors)
+        found = self._agreed(found)
+        self.state = found.state
+        self._keep(look.step, rewards, log_weights, found, previews)
+        return self._descend(found.ancestors)
 
     def _begin(self, look: Look) -> None:
         self._num_steps = len(look.stds)
@@ -96,20 +97,19 @@ class Filter:
                 )
         self._sizes = dict(zip(steps, sizes, strict=True))
 
-    def _agreed(
-        self, state: FilterState, ancestors: Tensor, ess: Tensor
-    ) -> tuple[FilterState, Tensor, Tensor]:
-        """As the first process has them, or devices that round differently might disagree."""
+    def _agreed(self, found: Resampled) -> Resampled:
+        """As the first process has it, or devices that round differently might disagree."""
         if self._spread.size == 1:
-            return state, ancestors, ess
-        one_each = torch.stack([state.log_z, state.scale, ess], 1)
+            return found
+        state, ancestors, ess, chosen = found
+        one_each = torch.stack([state.log_z, state.scale, ess, chosen.to(ess.dtype)], 1)
         parts = (state.log_weights, *state.history, state.anchor, ancestors)
         packed = torch.cat([one_each, *(part.to(one_each.dtype) for part in parts)], 1)
-        one_each, *rest = self._spread.first(packed).split([3, *[ancestors.shape[1]] * 6], 1)
+        one_each, *rest = self._spread.first(packed).split([4, *[ancestors.shape[1]] * 6], 1)
         log_weights, *history, anchor, ancestors = rest
-        log_z, scale, ess = one_each.unbind(1)
+        log_z, scale, ess, chosen = one_each.unbind(1)
         state = FilterState(log_weights, log_z, History(*history), scale, anchor)
-        return state, ancestors.long(), ess
+        return Resampled(state, ancestors.long(), ess, chosen.bool())
 
     def _previews(self, images: Tensor) -> Tensor:
         """(b, num, 3, h, w) uint8 of all particles, on the way to the host: no one waits for it."""
@@ -125,17 +125,18 @@ class Filter:
         step: int,
         rewards: Tensor,
         log_weights: Tensor,
-        ess: Tensor,
-        ancestors: Tensor,
+        found: Resampled,
         previews: Tensor,
     ) -> None:
         """Read everything about this score in one copy, and refuse a reward that is not finite."""
-        parts = (rewards, log_weights, ess[:, None], ancestors.to(rewards.dtype))
+        one_each = torch.stack([found.ess, found.chosen.to(rewards.dtype)], 1)
+        parts = (rewards, log_weights, one_each, found.ancestors.to(rewards.dtype))
         read = torch.cat(parts, dim=1).cpu().split([part.shape[1] for part in parts], dim=1)
-        rewards, log_weights, ess, ancestors = read
+        rewards, log_weights, one_each, ancestors = read
+        ess, resampled = one_each[:, 0], one_each[:, 1].bool()
         refuse_not_finite(rewards, self.describe, f"step {step} of {self._num_steps}")
         refuse_overflow(log_weights, self._settings)
-        score = Score(step, rewards, log_weights, ess[:, 0], ancestors.long(), previews)
+        score = Score(step, rewards, log_weights, ess, ancestors.long(), resampled, previews)
         self._scores.append(score)
         self._on_step(Moment(step, self._num_steps, score))
 

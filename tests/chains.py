@@ -91,14 +91,12 @@ def steered_means(final: Population) -> Tensor:
 right_resample = fk.resample
 
 
-def resample_and_drop(
-    state: FilterState, settings: FeynmanKac, *rest
-) -> tuple[FilterState, Tensor, Tensor]:
+def resample_and_drop(state: FilterState, settings: FeynmanKac, *rest) -> fk.Resampled:
     """Planted bug: where the ess is high the weights are dropped, as in the published code."""
-    state, ancestors, sizes = right_resample(state, settings, *rest)
+    state, ancestors, sizes, chosen = right_resample(state, settings, *rest)
     applied = state.scale[:, None] * state.history.total
     dropped = state._replace(log_weights=torch.zeros_like(state.log_weights), anchor=applied)
-    return dropped, ancestors, sizes
+    return fk.Resampled(dropped, ancestors, sizes, chosen)
 
 
 def close_with_maximum(state: FilterState, rewards: Tensor, settings: FeynmanKac) -> FilterState:
@@ -112,7 +110,7 @@ def move_first(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
     draw = fk._noise_like
 
-    def resample(*arguments) -> tuple[FilterState, Tensor, Tensor]:
+    def resample(*arguments) -> fk.Resampled:
         result = right_resample(*arguments)
         chosen.append(result[1])
         return result

@@ -89,8 +89,8 @@ def save(
         rewards = torch.rand(b, k, generator=g)
         state = weigh(state, rewards, settings, (i + 1) / len(sizes))
         before = state.log_weights
-        state, ancestors, ess = resample(state, settings, g, num)
-        scores.append(Score(i + 1, rewards, before, ess, ancestors))
+        state, ancestors, ess, chosen = resample(state, settings, g, num)
+        scores.append(Score(i + 1, rewards, before, ess, ancestors, chosen))
     final = torch.rand(b, sizes[-1], generator=g)
     state = close(state, final, settings)
     files = [[f"{i:04d}-{j:02d}.png" for j in range(sizes[-1])] for i in range(b)]

@@ -316,8 +316,8 @@ def scored(ancestors, previews=True):
     k = 3
     pictures = torch.zeros(1, k, 3, 8, 8, dtype=torch.uint8) if previews else None
     weights = torch.tensor([[0.7, 0.3, 0.0]]).log()
-    rewards = torch.tensor([[0.25, 0.5, 0.75]])
-    return Score(4, rewards, weights, torch.tensor([1.7]), torch.tensor([ancestors]), pictures)
+    rewards, yes = torch.tensor([[0.25, 0.5, 0.75]]), torch.tensor([True])
+    return Score(4, rewards, weights, torch.tensor([1.7]), torch.tensor([ancestors]), yes, pictures)
 
 
 def test_a_score_shows_weights_parents_and_the_dead():

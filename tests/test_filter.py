@@ -93,7 +93,7 @@ def test_min_ess_of_one_resamples_at_every_score() -> None:
             assert (population.log_weights == 0).all()
     weighed = fk.weigh(fk.start(2, 4), torch.ones(2, 4), settings, 0.5)
     generators = [seeded(0), seeded(1)]
-    state, _, sizes = fk.resample(weighed, settings, generators)
+    state, _, sizes, _ = fk.resample(weighed, settings, generators)
     assert sizes.tolist() == [4, 4]  # not less than k, and resampled all the same
     assert state.log_z.tolist() == [10.0, 10.0]
 
@@ -102,7 +102,7 @@ def test_weights_are_kept_where_the_ess_is_high_and_folded_where_it_is_low() -> 
     settings = Settings(reward_scale=1.0, min_ess=0.5)
     rewards = torch.tensor([[0.0, 0.1, 0.2, 0.3], [0.0, 0.0, 0.0, 9.0]])
     weighed = fk.weigh(fk.start(2, 4), rewards, settings, 0.5)
-    state, ancestors, _ = fk.resample(weighed, settings, [seeded(0), seeded(1)])
+    state, ancestors, _, _ = fk.resample(weighed, settings, [seeded(0), seeded(1)])
     assert torch.equal(state.log_weights[0], rewards[0])
     assert ancestors[0].tolist() == [0, 1, 2, 3]
     assert state.log_z[0] == 0
@@ -115,7 +115,7 @@ def test_weights_are_kept_where_the_ess_is_high_and_folded_where_it_is_low() -> 
 def test_no_resampling_before_a_noiseless_move(stochastic: bool | Tensor) -> None:
     settings = Settings(min_ess=1.0)
     weighed = fk.weigh(fk.start(1, 3), torch.tensor([[0.0, 1.0, 5.0]]), settings, 0.5)
-    state, ancestors, sizes = fk.resample(weighed, settings, seeded(), stochastic=stochastic)
+    state, ancestors, sizes, _ = fk.resample(weighed, settings, seeded(), stochastic=stochastic)
     assert torch.equal(state.log_weights, weighed.log_weights)
     assert ancestors.tolist() == [[0, 1, 2]]
     assert sizes[0] < 3
@@ -142,7 +142,7 @@ def test_a_prompt_is_resampled_alike_alone_and_among_others() -> None:
         state, lineage = fk.start(len(generators), 8), []
         for score in rewards:
             state = fk.weigh(state, score[prompts], settings, 0.5)
-            state, ancestors, _ = fk.resample(state, settings, generators)
+            state, ancestors, _, _ = fk.resample(state, settings, generators)
             lineage.append(ancestors)
         return fk.close(state, rewards[0][prompts], settings), lineage
 
@@ -168,7 +168,7 @@ def test_a_score_never_waits_for_the_gpu(resampler: str, tempering: str) -> None
         state = fk.start(3, 8, "cuda")
         for i in range(2):
             state = fk.weigh(state, rewards[i], settings, (i + 1) / 3)
-            state, _, _ = fk.resample(state, settings, generators, None, noisy)
+            state, _, _, _ = fk.resample(state, settings, generators, None, noisy)
         state = fk.close(state, rewards[0], settings)
         log_z = fk.final_log_z(state)
     finally:

@@ -53,7 +53,7 @@ def test_steering_by_differences_that_float32_does_not_see(load, tmp_path):
         out.log_weights - out.log_weights[:, :1], wanted.log_weights - wanted.log_weights[:, :1]
     )
     assert len(out.lineage.scores) == 3
-    assert any(score.resampled.any() for score in out.lineage.scores)
+    assert any(score.replaced.any() for score in out.lineage.scores)
     for mine, other in zip(out.lineage.scores, wanted.lineage.scores, strict=True):
         assert torch.equal(mine.ancestors, other.ancestors)
         assert torch.equal(mine.ess, other.ess)

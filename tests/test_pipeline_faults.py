@@ -186,7 +186,7 @@ def test_weights_and_log_z_follow_from_the_scores_on_record(potential, tempering
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(steering.filter.RESAMPLERS, settings.resampler, recorded)
-            state, _, _ = resample(state, settings, [], num)
+            state, _, _, _ = resample(state, settings, [], num)
         resampled += int(score.resampled.any())
     state = close(state, out.rewards, settings)
     torch.testing.assert_close(out.log_weights, state.log_weights)

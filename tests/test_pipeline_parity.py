@@ -112,7 +112,7 @@ def test_steering_raises_the_reward_of_the_chain_it_steers(name):
     scale = 3.0 / chain.rewards.std().item()
     settings = dataclasses.replace(SHARP, reward_scale=scale)
     out = steer(pipe, prompts, brightness, 6, settings, progress=False, **keywords)
-    assert any(score.resampled.any() for score in out.lineage.scores)
+    assert any(score.replaced.any() for score in out.lineage.scores)
     assert out.rewards.mean() > chain.rewards.mean()
     assert out.latents.isfinite().all()
 

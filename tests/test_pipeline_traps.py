@@ -29,10 +29,12 @@ from tiny_pipelines import family, picture, sd, sd3
 from steering import Steered, steer
 from steering.call import PipelineCall
 from steering.denoiser import Rows, perturbed
-from steering.lineage import Score, why_nothing_moved
+from steering.lineage import Lineage, Score, why_nothing_moved
 from steering.observer import Filter
 from steering.pipeline import steer_each
+from steering.report import genealogy
 from steering.schedulers import Chain, Look
+from steering.weights import log_mean_exp
 
 PROMPT = "a red cube"
 SHARP = Settings(reward_scale=300.0, min_ess=1.0)
@@ -183,6 +185,17 @@ def test_nobody_is_resampled_before_a_move_without_noise_and_the_weights_are_car
     assert second.resampled.all()
 
 
+def test_a_report_folds_the_weights_where_the_filter_did_and_nowhere_else():
+    _, scores = observed((1.0, 1.0, 0.0, 0.5, 0.5, 0.0))
+    final = torch.zeros(1, 3)
+    results = {"rewards": final.tolist(), "log_weights": final.tolist(), "log_z": [0.0]}
+    found = genealogy.read({"results": results}, Lineage(6, scores).to_json(), 0)
+    assert found.resampled == [False, True]
+    # both scores weigh the same three particles, the second by nothing more
+    expected = log_mean_exp(scores[0].log_weights).item()
+    assert found.log_z[:2] == pytest.approx([expected, expected])
+
+
 def test_a_run_without_noise_after_the_first_score_is_refused():
     with pytest.raises(ValueError, match=r"No step from 2 on draws noise.*noise=.*min_ess=0"):
         observed((1.0, 1.0, 0.0, 0.0, 0.0, 0.0))
@@ -304,18 +317,28 @@ def test_a_reward_that_tells_nothing_apart_is_said_to(caplog):
 )
 def test_what_is_said_of_a_run_where_nothing_moved_is_what_was_seen(rewards, ess, given, said):
     stay = torch.arange(2).expand(len(rewards), 2)
-    score = Score(0, torch.tensor(rewards), torch.zeros(len(rewards), 2), torch.tensor(ess), stay)
+    seen = torch.tensor(rewards), torch.zeros(len(rewards), 2), torch.tensor(ess)
+    chosen = torch.full((len(rewards),), given.get("min_ess") == 1.0)
+    score = Score(0, *seen, stay, chosen)
     assert re.search(said, why_nothing_moved([score], Settings(**given)))
     moved = dataclasses.replace(score, ancestors=torch.zeros_like(stay))
     assert why_nothing_moved([score, moved], Settings(**given)) == ""
 
 
-def test_a_funnel_that_keeps_the_first_particles_has_resampled():
-    rewards, ess = torch.zeros(2, 4), torch.ones(2)
-    kept = Score(0, rewards, rewards, ess, torch.arange(4).expand(2, 4))
-    cut = Score(0, rewards, rewards, ess, torch.arange(2).expand(2, 2))
-    assert kept.resampled.tolist() == [False, False]
-    assert cut.resampled.tolist() == [True, True]
+def test_a_funnel_that_keeps_the_first_particles_has_replaced_the_others():
+    rewards, ess, chosen = torch.zeros(2, 4), torch.ones(2), torch.ones(2) > 0
+    kept = Score(0, rewards, rewards, ess, torch.arange(4).expand(2, 4), chosen)
+    cut = Score(0, rewards, rewards, ess, torch.arange(2).expand(2, 2), chosen)
+    assert kept.replaced.tolist() == [False, False]
+    assert cut.replaced.tolist() == [True, True]
+
+
+def test_scores_that_resampled_everyone_to_one_child_are_not_said_to_have_kept_their_weights():
+    even, stay = torch.tensor([[2.0, 2.5]]), torch.arange(2)[None]
+    score = Score(0, even, even, torch.tensor([2.0]), stay, torch.tensor([True]))
+    said = why_nothing_moved([score], Settings(min_ess=1.0))
+    assert "no particle was replaced" in said
+    assert "No score resampled" not in said
 
 
 # --- rewards

@@ -61,7 +61,7 @@ def test_without_resampling_the_closed_weights_are_exactly_the_target(
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     for i in range(4):
         state = fk.weigh(state, random_rewards(3, 5, i).float(), settings, (i + 1) / 5)
-        state, _, _ = fk.resample(state, settings, generators)
+        state, _, _, _ = fk.resample(state, settings, generators)
     final = random_rewards(3, 5, 9).float()
     assert torch.equal(fk.close(state, final, settings).log_weights, 7.3 * final)
 
@@ -83,7 +83,7 @@ def test_the_product_along_every_line_of_descent_is_the_target(
         before = state.log_weights
         state = fk.weigh(state, random_rewards(40, 6, i), settings, (i + 1) / 5)
         product = product + state.log_weights - before
-        state, ancestors, _ = fk.resample(state, settings, generators)
+        state, ancestors, _, _ = fk.resample(state, settings, generators)
         product = fk.take(product, ancestors)
         resampled |= not torch.equal(ancestors, torch.arange(6).expand(40, 6))
     final = random_rewards(40, 6, 9)
@@ -142,7 +142,7 @@ def test_a_constant_reward_leaves_equal_weights_and_its_own_log_z(
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     for i in range(3):
         state = fk.weigh(state, torch.full((2, 6), -1.7), settings, (i + 1) / 4)
-        state, ancestors, sizes = fk.resample(state, settings, generators)
+        state, ancestors, sizes, _ = fk.resample(state, settings, generators)
         assert sizes.tolist() == [6, 6]
         assert torch.equal(ancestors, torch.arange(6).expand(2, 6))
     state = fk.close(state, torch.full((2, 6), -1.7), settings)
@@ -159,7 +159,7 @@ def test_nothing_is_read_from_the_device(potential: str, tempering: str) -> None
     rewards = torch.empty(3, 4, device="meta")
     state = fk.weigh(state, rewards, settings, 0.2)
     noisy = torch.empty((), device="meta") > 0
-    state, ancestors, sizes = fk.resample(state, settings, generators, 2, noisy)
+    state, ancestors, sizes, _ = fk.resample(state, settings, generators, 2, noisy)
     state = fk.close(state, rewards[:, :2], settings)
     assert fk.final_log_z(state).shape == sizes.shape == (3,)
     assert ancestors.shape == (3, 2)

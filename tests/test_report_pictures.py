@@ -174,6 +174,7 @@ def test_rows_and_traces_are_what_was_saved(tmp_path):
             "log_z": [0.0],
         }
         score = {"step": 3, "rewards": [[0.1, 0.4]], "ess": [1.5], "ancestors": [[0, 1]]}
+        score["resampled"] = [False]
         scores = [score | {"log_weights": [[0.0, 0.0]]}]
         manifest = {"settings": {"reward_scale": 1.0, "min_ess": 1.0}, "results": results}
         (folder / "manifest.json").write_text(json.dumps(manifest))

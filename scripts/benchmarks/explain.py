@@ -43,7 +43,7 @@ class Row:
     rewards: Sequence[float]
     weights: Sequence[float]  # they sum to 1
     origins: Sequence[int]  # the starting particle, 0 to k - 1
-    resampled: int  # scores that replaced or dropped a particle
+    replaced: int  # scores that replaced or dropped a particle
     scores: int  # on the way
     least_ess: float  # before resampling, over the scores; k where there are none
     log_z: float
@@ -58,7 +58,7 @@ def row_of(name: str, out: Steered) -> Row:
         rewards=out.rewards[0].tolist(),
         weights=normalize(out.log_weights)[0].tolist(),
         origins=out.lineage.origins(PARTICLES).expand(1, -1)[0].tolist(),
-        resampled=sum(bool(score.resampled[0]) for score in scores),
+        replaced=sum(bool(score.replaced[0]) for score in scores),
         scores=len(scores),
         least_ess=min((score.ess[0].item() for score in scores), default=float(PARTICLES)),
         log_z=out.log_z[0].item(),
@@ -114,7 +114,7 @@ def table(rows: Sequence[Row]) -> str:
         mean = sum(r * w for r, w in zip(row.rewards, row.weights, strict=True))
         cells = (
             row.name.replace("\n", " "),
-            f"{row.resampled} of {row.scores}" if row.scores else "none was taken",
+            f"{row.replaced} of {row.scores}" if row.scores else "none was taken",
             f"{row.least_ess:.1f} of {PARTICLES}" if row.scores else "",
             str(len(set(row.origins))),
             f"{mean:.3f}",

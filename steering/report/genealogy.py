@@ -35,7 +35,7 @@ class Genealogy:
     ess: list[float]
     log_z: list[float]  # of the estimate so far
     parents: list[list[int]]
-    resampled: list[bool]  # after each score
+    resampled: list[bool]  # after each score: the weights were folded into log_z and set to 0
 
     @property
     def best(self) -> int:
@@ -62,7 +62,7 @@ def read(manifest: dict[str, Any], lineage: dict[str, Any], index: int) -> Genea
             )
     tensors = [torch.tensor(each, dtype=torch.float64) for each in log_weights]
     sizes = [*(s["ess"][index] for s in scores), ess(tensors[-1]).item()]
-    folded = _resampled(parents, sizes, [len(row) for row in rewards], manifest["settings"])
+    folded = [s["resampled"][index] for s in scores]
     log_z, so_far = [], 0.0
     for values, fold in zip(tensors, [*folded, False], strict=True):
         log_z.append(so_far + log_mean_exp(values).item())
@@ -76,21 +76,6 @@ def read(manifest: dict[str, Any], lineage: dict[str, Any], index: int) -> Genea
         parents=parents,
         resampled=folded,
     )
-
-
-def _resampled(
-    parents: list[list[int]], sizes: list[float], counts: list[int], settings: dict[str, Any]
-) -> list[bool]:
-    """After which scores the weights were folded into log_z and set to 0.
-
-    Ancestors alone do not tell: equal weights may be resampled to one child each.
-    """
-    found = []
-    threshold = settings["min_ess"]
-    for line, size, k in zip(parents, sizes, counts, strict=False):
-        low = threshold >= 1 or size < threshold * k
-        found.append(settings["reward_scale"] != 0 and (low or line != list(range(k))))
-    return found
 
 
 def fates(genealogy: Genealogy) -> list[list[str]]:

@@ -80,8 +80,11 @@ def _wrong_lineage(lineage: dict[str, Any], b: int) -> str:
     if not _is_list_of(lineage["scores"], dict):
         return "scores"
     for score in lineage["scores"]:
+        if "resampled" not in score:
+            return "account of which scores resampled, which older versions did not write,"
         tables = (score.get(name) for name in ("rewards", "log_weights", "ancestors"))
         whole = _is_number(score.get("step")) and _are_numbers(score.get("ess"), b)
+        whole = whole and _is_list_of(score["resampled"], bool, b)
         if not whole or not all(_is_table(table, b) for table in tables):
             return "scores"
     previews = lineage.get("previews")

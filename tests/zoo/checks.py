@@ -105,7 +105,7 @@ def reward(it: Subject) -> None:
     before = fingerprint(it.pipe)
     out = run(it)
     assert out.latents.isfinite().all()
-    assert any(score.resampled.any() for score in out.lineage.scores), "nothing was resampled"
+    assert any(score.replaced.any() for score in out.lineage.scores), "nothing was resampled"
     after = fingerprint(it.pipe)
     changed = [key for key in before | after if before.get(key) != after.get(key)]
     assert not changed, f"modified: {changed}"
