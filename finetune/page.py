@@ -1,7 +1,7 @@
 """The report of a training run as one page, written from its folder alone.
 
 Curves of the rewards and where they went apart, the same noise drawn again at every check, and the
-evaluation where there is one. The look is that of a steered run's report, `steering.report.page`.
+evaluation where there is one. The look is that of a steered run's report, `tilt.report.page`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from rewards.compare import hacked
-from steering.report import markup
-from steering.report.charts import Line, chart
-from steering.report.markup import escape, link, number, short
-from steering.report.thumbnails import Budget
+from tilt.report import markup
+from tilt.report.charts import Line, chart
+from tilt.report.markup import escape, link, number, short
+from tilt.report.thumbnails import Budget
 
 from .checks import GRID_ROWS, best_row, read
 

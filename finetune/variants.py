@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steering import FeynmanKac
 from steering.pipeline import steer_each
-from steering.report import lettering
+from tilt.report import lettering
 
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
 from .rollouts import PLAIN, nothing

@@ -20,8 +20,9 @@ from typing import Any
 
 from scripts.app_run import Desk, Studio
 from scripts.options import PORT, Parser, Whole, check_words, one_line
-from steering import loading, tiny
+from steering import tiny
 from steering.arguments import MOST_PARTICLES
+from tilt import loading
 
 EXAMPLES = """\
 examples:

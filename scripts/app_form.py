@@ -9,10 +9,11 @@ from typing import Any
 
 from rewards.names import OutsideError, read
 from rewards.spec import Call, Term, format_terms
-from steering import FeynmanKac, loading, tiny
+from steering import FeynmanKac, tiny
 from steering.observer import needs_scores
-from steering.prompts import Prompt
 from steering.settings import scored_steps
+from tilt import loading
+from tilt.prompts import Prompt
 
 __all__ = ["Wish", "default_reward", "parse", "spec_of"]
 

@@ -20,9 +20,9 @@ import torch
 
 import rewards
 from scripts.app_form import Wish
-from steering import loading
 from steering.lineage import Moment
 from steering.weights import normalize
+from tilt import loading
 
 __all__ = ["Desk", "Done", "Ended", "Loading", "Picture", "Stopped", "Studio", "Waiting"]
 

@@ -55,9 +55,10 @@ from rewards.table import Table
 from scripts import command
 from scripts.launched import is_main, join
 from scripts.score import load, needs_references, score, texts
-from steering import loading, tiny
+from steering import tiny
 from steering.manifest import fingerprint, versions
-from steering.prompts import read
+from tilt import loading
+from tilt.prompts import read
 
 # two detector sizes of the reader, which errs at each in its own way
 READERS = {"": "", "_160": ", detector at 160 px"}

@@ -28,8 +28,9 @@ from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, Range, one_of, opt
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from scripts import command
 from scripts.launched import is_main, join
-from steering import loading, tiny
-from steering.prompts import read
+from steering import tiny
+from tilt import loading
+from tilt.prompts import read
 
 
 @dataclass

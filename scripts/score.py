@@ -28,7 +28,7 @@ from rewards.names import factory_of
 from rewards.samples import Sample, batches, load_batch, read_samples
 from rewards.table import TEXTS, Table, draw, ensure_writable, read_table, summary
 from scripts.options import COUNT, Parser, check_words, one_line, path
-from steering.loading import pick_device
+from tilt.loading import pick_device
 
 if TYPE_CHECKING:
     from finetune.shards import Shard

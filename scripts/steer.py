@@ -26,11 +26,12 @@ import rewards
 from scripts.launched import Processes, Stopped, is_main, join
 from scripts.options import in_words, one_line
 from scripts.steer_options import ARGUMENTS, FIELD_HELP, MACHINE, SAID_ELSEWHERE, parse
-from steering import FeynmanKac, loading, runs, tiny
+from steering import FeynmanKac, tiny
 from steering.manifest import versions
-from steering.prompts import Prompt, read
 from steering.settings import population_sizes, scored_steps
 from steering.spread import Spread
+from tilt import loading, runs
+from tilt.prompts import Prompt, read
 
 if TYPE_CHECKING:
     from steering import Steered

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import rewards
 from scripts.options import COUNT, NUMBER, SEED, Parser, Whole, check_words, path
-from steering import FeynmanKac, loading, tiny
+from steering import FeynmanKac, tiny
 from steering.arguments import MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
+from tilt import loading
 
 __all__ = ["ARGUMENTS", "FIELD_HELP", "MACHINE", "SAID_ELSEWHERE", "parse", "parser"]
 

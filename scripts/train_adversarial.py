@@ -45,8 +45,9 @@ from finetune.references import load_references
 from finetune.state import check_out
 from rewards.critic import KINDS
 from scripts import command, training
-from steering import loading, tiny
-from steering.prompts import read
+from steering import tiny
+from tilt import loading
+from tilt.prompts import read
 
 
 @dataclass

@@ -58,7 +58,7 @@ from finetune.state import check_out, load_state, save_state
 from rewards.critic import KINDS
 from rewards.images import to_images
 from scripts import command, train_adversarial, training
-from steering.loading import pick_device
+from tilt.loading import pick_device
 
 Sample = tuple[str, bytes]  # a prompt and a PNG
 

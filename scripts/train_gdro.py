@@ -35,7 +35,7 @@ from finetune.shards import Rollouts
 from finetune.state import check_out
 from scripts import command, training
 from scripts.launched import is_main
-from steering import loading
+from tilt import loading
 
 
 @dataclass

@@ -30,8 +30,8 @@ from scripts import command
 from scripts.launched import is_main
 from scripts.sharding import shard
 from steering.call import PipelineCall
-from steering.loading import DTYPES
-from steering.prompts import read
+from tilt.loading import DTYPES
+from tilt.prompts import read
 
 __all__ = [
     "Run",

@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 
 from steering.lineage import Lineage
 from steering.manifest import PER_PROMPT, join, select
-from steering.report import page
 from steering.resampling import multinomial
 from steering.weights import normalize
+from tilt.report import page
 
 __all__ = ["Steered"]
 

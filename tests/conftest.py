@@ -28,4 +28,4 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         pytest.fail("the model was loaded")
 
-    monkeypatch.setattr("steering.loading.load_pipeline", load)
+    monkeypatch.setattr("tilt.loading.load_pipeline", load)

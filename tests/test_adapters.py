@@ -10,8 +10,9 @@ from torch import nn
 
 from finetune import lora
 from finetune.models import family_of
-from steering import loading, tiny
+from steering import tiny
 from steering.adapters import _loaded, check_lora, load_lora
+from tilt import loading
 
 RANK = 2
 

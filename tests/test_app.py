@@ -15,8 +15,9 @@ from PIL import Image
 
 from scripts import app, app_form, app_run, app_view
 from scripts.app_run import Desk, Done, Ended, Picture, Studio, Waiting
-from steering import loading, steer
+from steering import steer
 from steering.lineage import Moment, Score
+from tilt import loading
 
 FORM = {
     "prompt": " a cat ",
@@ -266,7 +267,7 @@ def test_a_run_gives_what_steer_gives_and_keeps_the_model(model, tmp_path, monke
     assert "a cat" in done.report.read_text(encoding="utf-8")
     assert sum(picture.weight for picture in done.pictures) == pytest.approx(1)
 
-    monkeypatch.setattr("steering.loading.load_pipeline", None)  # not needed again
+    monkeypatch.setattr("tilt.loading.load_pipeline", None)  # not needed again
     again = rest(desk.run("a", asked))[-1]
     assert [picture.reward for picture in again.pictures] == by_reward.values.tolist()
     assert again.pictures[0].file.parent != done.pictures[0].file.parent

@@ -14,10 +14,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from steering import FeynmanKac, generators, particle_filter
 from steering.arguments import check_steer
 from steering.keywords import check_keywords
-from steering.loading import pick_device, pick_dtype
 from steering.observer import refuse_overflow
 from steering.schedulers import stochastic
 from steering.scoring import Judge
+from tilt.loading import pick_device, pick_dtype
 
 STEER = {
     "num_prompts": 2, "particles": 2, "settings": FeynmanKac(), "seed": 0, "decode": None,

@@ -278,7 +278,8 @@ def test_steering_imports_without_a_word(ops, tmp_path):
         torch.cuda.is_available = lambda: True
         import steering
         assert "xformers" not in sys.modules
-        from steering import loading, steer
+        from steering import steer
+        from tilt import loading
         pipe = loading.load_pipeline("tiny-sd", torch.float32)
         loading.set_attention(pipe, "auto")
         """

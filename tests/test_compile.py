@@ -11,9 +11,10 @@ import pytest
 import tiny_pipelines
 import torch
 
-from steering import FeynmanKac, loading, steer
+from steering import FeynmanKac, steer
 from steering.denoiser import networks
 from steering.manifest import fingerprint
+from tilt import loading
 
 PROMPTS = ("a cat", "two dogs", "x")
 

@@ -31,7 +31,8 @@ from finetune.models import family_of
 from rewards.geneval import TASKS, overall
 from rewards.ocr import MODES, distance
 from scripts import evaluate as script
-from steering import generators, loading, tiny
+from steering import generators, tiny
+from tilt import loading
 
 PROMPTS = ('the word "CAT"', "three stars", "a red circle")
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]

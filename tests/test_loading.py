@@ -1,4 +1,4 @@
-"""steering.loading: what is no pipeline, or does not fit one, is refused in a sentence."""
+"""tilt.loading: what is no pipeline, or does not fit one, is refused in a sentence."""
 
 import json
 from typing import Any
@@ -16,9 +16,10 @@ from diffusers import (
 )
 
 from scripts import steer as script
-from steering import FeynmanKac, loading, steer, tiny
-from steering.loading import PREVIEWS, load_pipeline, load_preview, pick_preview
+from steering import FeynmanKac, steer, tiny
 from steering.manifest import fingerprint
+from tilt import loading
+from tilt.loading import PREVIEWS, load_pipeline, load_preview, pick_preview
 
 
 @pytest.mark.parametrize("kind", ["NoSuchPipeline", "UNet2DConditionModel"])

@@ -32,9 +32,9 @@ from steering.denoiser import Rows, perturbed
 from steering.lineage import Lineage, Score, why_nothing_moved
 from steering.observer import Filter
 from steering.pipeline import steer_each
-from steering.report import genealogy
 from steering.schedulers import Chain, Look
 from steering.weights import log_mean_exp
+from tilt.report import genealogy
 
 PROMPT = "a red cube"
 SHARP = Settings(reward_scale=300.0, min_ess=1.0)

@@ -10,7 +10,7 @@ import rewards
 from scripts import training
 from steering import FeynmanKac, steer
 from steering.filter import Transition, particle_filter
-from steering.prompts import Prompt, read
+from tilt.prompts import Prompt, read
 
 
 def test_a_reward_whose_weights_are_all_0_is_refused():

@@ -11,7 +11,7 @@ from PIL import Image
 from saved_runs import noise, read, save
 
 from steering import FeynmanKac
-from steering.report import genealogy, markup, page, thumbnails
+from tilt.report import genealogy, markup, page, thumbnails
 
 
 def test_every_particle_of_every_score_is_in_the_genealogy(tmp_path):

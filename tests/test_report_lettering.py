@@ -11,7 +11,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 from saved_runs import NASTY
 
-from steering.report import lettering, pictures
+from tilt.report import lettering, pictures
 
 CAT, DOG, ART = "猫", "狗", "🎨"
 

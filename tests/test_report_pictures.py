@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from steering.report import pictures
-from steering.report.pictures import Row, Trace
+from tilt.report import pictures
+from tilt.report.pictures import Row, Trace
 
 RED = (214, 39, 40)  # the outline of the best
 

@@ -1,4 +1,4 @@
-"""steering.runs: the folder of a run, whose results are whole or not there, and never mixed."""
+"""tilt.runs: the folder of a run, whose results are whole or not there, and never mixed."""
 
 import contextlib
 import json
@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from saved_runs import save, save_run
 
-from steering import FeynmanKac, runs
+from steering import FeynmanKac
 from steering.manifest import fingerprint
-from steering.prompts import Prompt
-from steering.report import page
+from tilt import runs
+from tilt.prompts import Prompt
+from tilt.report import page
 
 ASKED = {"settings": {"particles": 3}, "prompts": [{"text": "a"}]}
 ASKED |= {"command": ["steer.py"], "machine": {}, "versions": {}}

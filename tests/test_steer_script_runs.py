@@ -79,8 +79,8 @@ def test_saved_pictures_score_what_is_reported_and_carry_their_parameters(finish
 def test_repeated_prompts_differ_and_the_first_plain_particle_is_the_plain_sample(finished, model):
     """Against the pipeline's own call with the generators and the scheduler that steer() names."""
     from steering import generators
-    from steering.loading import load_pipeline
     from steering.schedulers import stochastic
+    from tilt.loading import load_pipeline
 
     out, _ = finished
     pipe = load_pipeline(model, torch.float32)

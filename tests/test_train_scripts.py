@@ -17,7 +17,8 @@ import rewards
 from finetune import checks, zero
 from finetune.shards import Rollouts, Shard
 from scripts import rollout, score, train_gdro, training
-from steering import loading, tiny
+from steering import tiny
+from tilt import loading
 
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
 

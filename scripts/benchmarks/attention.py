@@ -29,7 +29,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steering import attention, loading, tiny
+from steering import attention, tiny
+from tilt import loading
 
 from . import networks
 from .machine import about

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 import rewards
-from steering import FeynmanKac, generators, loading, steer, tiny
+from steering import FeynmanKac, generators, steer, tiny
 from steering.schedulers import stochastic
+from tilt import loading
 
 from .machine import about, peak
 from .networks import MODELS

@@ -35,7 +35,8 @@ import torch
 import rewards
 from finetune import lora
 from finetune.models import FAMILIES
-from steering import FeynmanKac, loading, steer, tiny
+from steering import FeynmanKac, steer, tiny
+from tilt import loading
 
 from . import attention, cost, memory, networks, training
 from .machine import about, peak

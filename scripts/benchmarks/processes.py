@@ -36,8 +36,9 @@ from accelerate.utils import gather_object
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import rewards
-from steering import FeynmanKac, runs, tiny
-from steering.prompts import Prompt
+from steering import FeynmanKac, tiny
+from tilt import runs
+from tilt.prompts import Prompt
 
 from .machine import about
 

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 import rewards
-from steering import FeynmanKac, loading, steer, tiny
+from steering import FeynmanKac, steer, tiny
+from tilt import loading
 
 from ..tiny.world import UNSEEN_WORDS
 from .lift import prompts_of

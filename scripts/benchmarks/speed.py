@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 import rewards
-from steering import FeynmanKac, loading, steer
+from steering import FeynmanKac, steer
+from tilt import loading
 
 from . import processes, training
 from .cost import PROMPT, measure, ratios, subject

@@ -33,7 +33,8 @@ from finetune.data import Data
 from finetune.groups import Group
 from finetune.models import encode, family_of, noising_of, predict
 from finetune.online import Task
-from steering import loading, tiny
+from steering import tiny
+from tilt import loading
 
 from .cost import seconds, wait
 from .machine import about, resident

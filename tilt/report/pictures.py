@@ -14,9 +14,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from steering.report import lettering, markup
-from steering.report.saved import read
 from steering.weights import ess
+from tilt.report import lettering, markup
+from tilt.report.saved import read
 
 __all__ = ["Row", "Trace", "comparison", "history", "rows", "traces"]
 

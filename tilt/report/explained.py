@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from steering.report.markup import escape, short
+from tilt.report.markup import escape, short
 
 __all__ = ["CHARTS", "GENEALOGY", "table", "what"]
 

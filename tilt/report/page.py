@@ -16,10 +16,10 @@ from typing import Any
 
 from PIL import Image
 
-from steering.report import explained, genealogy, markup, recipe
-from steering.report.markup import escape, link, number, text
-from steering.report.saved import read, read_json
-from steering.report.thumbnails import Budget, sprite
+from tilt.report import explained, genealogy, markup, recipe
+from tilt.report.markup import escape, link, number, text
+from tilt.report.saved import read, read_json
+from tilt.report.thumbnails import Budget, sprite
 
 __all__ = ["write", "write_run"]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steering.report.markup import escape, short
+from tilt.report.markup import escape, short
 
 __all__ = ["Line", "chart", "ticks"]
 

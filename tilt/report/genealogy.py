@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from steering.report.charts import Line, chart
-from steering.report.explained import CHARTS
-from steering.report.markup import escape, short
-from steering.report.thumbnails import Sprite
 from steering.weights import ess, log_mean_exp, normalize
+from tilt.report.charts import Line, chart
+from tilt.report.explained import CHARTS
+from tilt.report.markup import escape, short
+from tilt.report.thumbnails import Sprite
 
 __all__ = ["ALIVE", "BEST", "DEAD", "Genealogy", "charts", "fates", "picture", "read"]
 

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 from steering.manifest import fingerprint
-from steering.prompts import Prompt
-from steering.report import page, pictures
-from steering.report.saved import read_json
+from tilt.prompts import Prompt
+from tilt.report import page, pictures
+from tilt.report.saved import read_json
 
 if TYPE_CHECKING:
     from steering.result import Steered

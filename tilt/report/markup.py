@@ -59,7 +59,7 @@ def document(title: str, body: str) -> str:
 
 @cache
 def _style() -> str:
-    return resources.files("steering.report").joinpath("page.css").read_text(encoding="utf-8")
+    return resources.files("tilt.report").joinpath("page.css").read_text(encoding="utf-8")
 
 
 def keep(path: Path, page: str) -> Path:

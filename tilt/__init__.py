@@ -1,0 +1,1 @@
+"""The application on top of the libraries: what a person runs and reads."""
