@@ -22,7 +22,7 @@ import rewards
 from scripts.app_form import Wish
 from steering.lineage import Moment
 from steering.weights import normalize
-from tilt import loading
+from tilt import loading, report
 
 __all__ = ["Desk", "Done", "Ended", "Loading", "Picture", "Stopped", "Studio", "Waiting"]
 
@@ -113,7 +113,7 @@ class Studio:
         scores, weights = out.rewards[0].tolist(), normalize(out.log_weights)[0].tolist()
         pictures = list(map(Picture, range(len(files)), files, scores, weights))
         pictures.sort(key=lambda picture: -picture.reward)
-        emit(Done(tuple(pictures), out.log_z[0].item(), folder / "report.html"))
+        emit(Done(tuple(pictures), out.log_z[0].item(), report.write(folder)))
 
     def _rewarded(self, spec: str, own: bool) -> Any:
         if self._reward is None or self._reward[0] != spec:

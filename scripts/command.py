@@ -12,11 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune import config
 from scripts.launched import Stopped
 from scripts.options import check_words, one_line
 from steering import FeynmanKac
 from steering.pipeline import steer_each
+from tilt import config
 
 __all__ = ["call_of", "digest", "filter_of", "finish", "settings_of"]
 

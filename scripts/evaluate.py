@@ -28,22 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import rewards
-from finetune import evaluate, page, ranges
-from finetune.evaluate import Measure
+from finetune import ranges
 from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, Range, one_of, optional, whole
-from finetune.variants import (
-    Plan,
-    Variant,
-    draw,
-    grid,
-    is_finished,
-    open_folder,
-    pending,
-    picture,
-    pictures,
-    start,
-    write,
-)
 from rewards.combine import component_names
 from rewards.geneval import TASKS
 from rewards.images import to_images
@@ -57,8 +43,23 @@ from scripts.launched import is_main, join
 from scripts.score import load, needs_references, score, texts
 from steering import tiny
 from steering.manifest import fingerprint, versions
-from tilt import loading
+from tilt import loading, measures
+from tilt.measures import Measure
 from tilt.prompts import read
+from tilt.report import training as page
+from tilt.variants import (
+    Plan,
+    Variant,
+    draw,
+    grid,
+    is_finished,
+    open_folder,
+    pending,
+    picture,
+    pictures,
+    start,
+    write,
+)
 
 # two detector sizes of the reader, which errs at each in its own way
 READERS = {"": "", "_160": ", detector at 160 px"}
@@ -303,11 +304,11 @@ def measures_of(
     columns = {n: {variant: scores[n] for variant, scores in found.items()} for n in names}
     if job.name == "text":
         letters = [len("".join("".join(quoted_text(prompt)).split())) for prompt in own]
-        return evaluate.of_text(columns, READERS, job.rows, letters)
+        return measures.of_text(columns, READERS, job.rows, letters)
     if job.name == "tasks":
         (detector,) = job.reward.parts
         tags = [detector.reward.entry(prompt).tag for prompt in own]
-        return evaluate.of_tasks(columns[detector.name], job.rows, tags, TASKS)
+        return measures.of_tasks(columns[detector.name], job.rows, tags, TASKS)
     # of one component, the total says nothing more
     alone = [part.weight for part in job.reward.parts if part.weight] == [1]
     return [Measure(name, columns[name], job.rows) for name in names[alone:]]
@@ -322,7 +323,7 @@ def diversity(
     for name in names:
         sets = (pictures(out / name, i, plan.images) for i in range(len(plan.prompts)))
         x = torch.stack([tower.image_features(to_images(each, device)).cpu() for each in sets])
-        distances[name] = evaluate.spread(x)[:, None]
+        distances[name] = measures.spread(x)[:, None]
         vendis[name] = torch.stack([vendi(features) for features in x])[:, None]
     rows = list(range(len(plan.prompts)))
     return [Measure("cosine distance", distances, rows), Measure("Vendi score", vendis, rows)]
@@ -331,7 +332,7 @@ def diversity(
 def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], line: str) -> None:
     """Write the tables as evaluation.md and all numbers as evaluation.json."""
     out, seed = Path(settings.out), settings.seed
-    tables = [f"## {t}\n\n{evaluate.markdown(ms, seed)}" for t, ms in sections.items()]
+    tables = [f"## {t}\n\n{measures.markdown(ms, seed)}" for t, ms in sections.items()]
     used = {k: v for k, v in asdict(settings).items() if k != "resume" and v not in ("", None, {})}
     about = [
         f"# Evaluation of {settings.model}{f' with {settings.lora}' if settings.lora else ''}",
@@ -354,7 +355,7 @@ def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], l
         "lora": command.digest(settings.lora),
         "versions": versions(),
         "prompts": plan.prompts,
-        "sections": {t: [evaluate.numbers(m, seed) for m in ms] for t, ms in sections.items()},
+        "sections": {t: [measures.numbers(m, seed) for m in ms] for t, ms in sections.items()},
     }
     write(out / "evaluation.json", json.dumps(every, indent=1, ensure_ascii=False))
     show(out)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards
-from finetune import card, checks, config, lora, page, ranges
+from finetune import checks, lora, ranges
 from finetune.checks import Check, Watch
 from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
@@ -30,8 +30,10 @@ from scripts import command
 from scripts.launched import is_main
 from scripts.sharding import shard
 from steering.call import PipelineCall
+from tilt import config, model_card
 from tilt.loading import DTYPES
 from tilt.prompts import read
+from tilt.report import training as page
 
 __all__ = [
     "Run",
@@ -380,4 +382,6 @@ def _best(file: Path) -> dict[str, Tensor]:
 
 def _card(out: Path, kind: Any, base: str, method: str, about: Sequence[str], step: int) -> None:
     text = (out / "settings.yaml").read_text(encoding="utf-8")
-    card.write(out / "lora", card.About(base, kind.__name__, method, text, about, step), out)
+    model_card.write(
+        out / "lora", model_card.About(base, kind.__name__, method, text, about, step), out
+    )

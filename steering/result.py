@@ -15,7 +15,6 @@ from steering.lineage import Lineage
 from steering.manifest import PER_PROMPT, join, select
 from steering.resampling import multinomial
 from steering.weights import normalize
-from tilt.report import page
 
 __all__ = ["Steered"]
 
@@ -48,13 +47,13 @@ class Steered:
         drawn = multinomial(normalize(self.log_weights), 1, generator).flatten().tolist()
         return [row[i] for row, i in zip(self.images, drawn, strict=True)]
 
-    def save(self, folder: str | Path, report: bool = True) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write every image as PNG, `manifest.json`, `lineage.json` and what each score looked at.
 
         The manifest repeats the run, and lists the files. Each PNG carries its parameters as text,
         with what its noise depends on: the seed, the prompt's text and how often that came before
         (its occurrence), and the particle's index. previews-0000.webp, ... hold small pictures of
-        a prompt's particles, a column a score. report.html shows all of it as one page.
+        a prompt's particles, a column a score. `tilt.report.write` makes a page of all of it.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,8 +73,6 @@ class Steered:
         }
         _write_json(folder / "manifest.json", self.manifest | {"results": results})
         _write_json(folder / "lineage.json", self.lineage.to_json() | self._save_previews(folder))
-        if report:
-            page.write(folder)
         return folder
 
     def _save_previews(self, folder: Path) -> dict[str, Any]:

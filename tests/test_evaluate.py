@@ -16,7 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from finetune import checks, lora
-from finetune.evaluate import (
+from finetune.models import family_of
+from rewards.geneval import TASKS, overall
+from rewards.ocr import MODES, distance
+from scripts import evaluate as script
+from steering import generators, tiny
+from tilt import loading
+from tilt.measures import (
     Measure,
     compared,
     interval,
@@ -27,12 +33,6 @@ from finetune.evaluate import (
     spread,
     wins,
 )
-from finetune.models import family_of
-from rewards.geneval import TASKS, overall
-from rewards.ocr import MODES, distance
-from scripts import evaluate as script
-from steering import generators, tiny
-from tilt import loading
 
 PROMPTS = ('the word "CAT"', "three stars", "a red circle")
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]

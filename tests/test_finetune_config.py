@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune import config
+from tilt import config
 
 
 @dataclass

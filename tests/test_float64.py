@@ -62,7 +62,7 @@ def test_steering_by_differences_that_float32_does_not_see(load, tmp_path):
     assert [row.tobytes() for row in out.best] == [row.tobytes() for row in wanted.best]
     torch.testing.assert_close(out.log_z - SCALE, wanted.log_z, atol=0.5, rtol=0)
 
-    folder = out.save(tmp_path / "run", report=False)
+    folder = out.save(tmp_path / "run")
     kept = json.loads((folder / "manifest.json").read_text())["results"]
     assert kept["rewards"] == out.rewards.tolist()
     assert kept["log_weights"] == out.log_weights.tolist()

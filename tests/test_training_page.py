@@ -9,9 +9,10 @@ import pytest
 import torch
 from saved_runs import NASTY, Page, noise, read
 
-from finetune import checks, page
+from finetune import checks
 from finetune.gdro import _watched
 from rewards.compare import hacked
+from tilt.report import training as page
 
 STEPS = [0, 50, 100, 150, 200, 250]
 TRAIN = [0.30, 0.42, 0.55, 0.66, 0.74, 0.80]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("steering", "finetune", "rewards")
+PACKAGES = ("steering", "finetune", "rewards", "tilt")
 
 
 @pytest.mark.slow

@@ -287,7 +287,7 @@ def keep(folder: Path, results: Mapping[str, Steered]) -> None:
     try:
         with _carrying_on(folder.parent):
             for name, result in results.items():
-                result.save(part / name, report=False)  # draw() writes one for all
+                result.save(part / name)
             os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

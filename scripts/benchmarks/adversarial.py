@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.variants import pictures
 from rewards.compare import alarm
 from rewards.images import to_images
 from rewards.sets import frechet
 from rewards.vit import view
+from tilt.variants import pictures
 
 from ..tiny.styles import STYLES, scenes
 from ..tiny.world import BACKGROUNDS, TASKS, render, scene

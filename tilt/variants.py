@@ -17,12 +17,11 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from finetune.ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
+from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 from tilt.report import lettering
-
-from .ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
-from .rollouts import PLAIN, nothing
 
 __all__ = [
     "Plan",

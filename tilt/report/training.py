@@ -16,13 +16,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from finetune.checks import GRID_ROWS, best_row, read
 from rewards.compare import hacked
 from tilt.report import markup
 from tilt.report.charts import Line, chart
 from tilt.report.markup import escape, link, number, short
 from tilt.report.thumbnails import Budget
-
-from .checks import GRID_ROWS, best_row, read
 
 __all__ = ["alarms", "write"]
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.checks import read
 from steering import tiny
-
-from .checks import read
 
 __all__ = ["About", "curves", "write"]
 
