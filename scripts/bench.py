@@ -25,7 +25,7 @@
 
 from __future__ import annotations
 
-from scripts import started
+from tilt import started
 
 # isort: split
 import argparse

@@ -12,11 +12,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from scripts.launched import Stopped
-from scripts.options import check_words, one_line
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 from tilt import config
+from tilt.options import check_words, one_line
+from tilt.processes import Stopped
 
 __all__ = ["call_of", "digest", "filter_of", "finish", "settings_of"]
 

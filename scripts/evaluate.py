@@ -11,7 +11,7 @@ was cut off goes on when the command is repeated with resume=true.
 
 from __future__ import annotations
 
-from scripts import started
+from tilt import started
 
 # isort: split
 import json
@@ -39,12 +39,12 @@ from rewards.samples import Sample
 from rewards.sets import vendi
 from rewards.table import Table
 from scripts import command
-from scripts.launched import is_main, join
 from scripts.score import load, needs_references, score, texts
 from steering import tiny
 from steering.manifest import fingerprint, versions
 from tilt import loading, measures
 from tilt.measures import Measure
+from tilt.processes import is_main, join
 from tilt.prompts import read
 from tilt.report import training as page
 from tilt.variants import (

@@ -9,7 +9,7 @@ share the shards; a run that was cut off goes on when the command is repeated wi
 
 from __future__ import annotations
 
-from scripts import started
+from tilt import started
 
 # isort: split
 import sys
@@ -27,9 +27,9 @@ from finetune import ranges
 from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, Range, one_of, optional, whole
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from scripts import command
-from scripts.launched import is_main, join
 from steering import tiny
 from tilt import loading
+from tilt.processes import is_main, join
 from tilt.prompts import read
 
 

@@ -6,7 +6,7 @@ shards get a column for each reward.
 
 from __future__ import annotations
 
-from scripts import started
+from tilt import started
 
 # isort: split
 import argparse
@@ -24,11 +24,11 @@ import rewards
 from rewards import calibrate
 from rewards.combine import Aggregate, Function, Part, component_names, names_in
 from rewards.images import to_images
-from rewards.names import factory_of
 from rewards.samples import Sample, batches, load_batch, read_samples
 from rewards.table import TEXTS, Table, draw, ensure_writable, read_table, summary
-from scripts.options import COUNT, Parser, check_words, one_line, path
+from tilt.commands.rewards import listing
 from tilt.loading import pick_device
+from tilt.options import COUNT, Parser, check_words, one_line, path
 
 if TYPE_CHECKING:
     from finetune.shards import Shard
@@ -77,33 +77,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--calibrate", type=path, metavar="FILE", help=scale)
     p.add_argument("--list", action="store_true", help="print the rewards, and stop")
     return p
-
-
-def listing() -> str:
-    """The built-in rewards: what each is, its weights, size, licence, range and gradient."""
-    width = max(map(len, [*rewards.available(), *rewards.aggregators()])) + 2
-    lines = []
-    for name, line in rewards.available().items():
-        about = _about(factory_of(name)).items()
-        lines += [f"{name:{width}}{line}", *(f"{'':{width}}{key:10}{text}" for key, text in about)]
-    lines += ["", "of other rewards, as in 'min(clip, 0.5*ocr)':"]
-    lines += [f"{name:{width}}{line}" for name, line in rewards.aggregators().items()]
-    return "\n".join(lines)
-
-
-def _about(factory: Any) -> dict[str, str]:
-    """The lines under a reward's name; a reward that is being written may have no card yet."""
-    gradient = "yes" if getattr(factory, "differentiable", False) else "no"
-    card = getattr(factory, "card", None)
-    if card is None:
-        return {"gradient": gradient, "card": "none yet, so that weights and licence are unknown"}
-    return {
-        "weights": (card.weights or "none") + (f" ({card.size})" if card.size else ""),
-        "licence": card.licence,
-        "range": card.range,
-        "gradient": gradient,
-        "source": card.citation,
-    }
 
 
 def run(args: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ out= is what train_gdro.py makes.
 
 from __future__ import annotations
 
-from scripts import started
+from tilt import started
 
 # isort: split
 import hashlib

@@ -20,7 +20,7 @@ settings.yaml, state.pt (for resume=true).
 
 from __future__ import annotations
 
-from scripts import started
+from tilt import started
 
 # isort: split
 import hashlib

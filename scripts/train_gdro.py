@@ -15,7 +15,7 @@ grids/, tensorboard/, settings.yaml, state.pt (for resume=true).
 
 from __future__ import annotations
 
-from scripts import started
+from tilt import started
 
 # isort: split
 import json
@@ -34,8 +34,8 @@ from finetune.ranges import TEXT, Range, group
 from finetune.shards import Rollouts
 from finetune.state import check_out
 from scripts import command, training
-from scripts.launched import is_main
 from tilt import loading
+from tilt.processes import is_main
 
 
 @dataclass

@@ -22,16 +22,16 @@ from finetune import checks, lora, ranges
 from finetune.checks import Check, Watch
 from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
+from finetune.sharding import shard
 from finetune.state import FILE, load_state, save_state
 from rewards.combine import component_names
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
 from scripts import command
-from scripts.launched import is_main
-from scripts.sharding import shard
 from steering.call import PipelineCall
 from tilt import config, model_card
 from tilt.loading import DTYPES
+from tilt.processes import is_main
 from tilt.prompts import read
 from tilt.report import training as page
 

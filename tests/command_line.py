@@ -15,6 +15,6 @@ def refused(capsys, *argv: str) -> str:
     out, err = capsys.readouterr()
     err = re.sub(r"^\S+\.py: loading .*\n", "", err, flags=re.M)  # what goes on before
     assert out == ""
-    assert err.startswith("steer.py: ")
+    assert err.startswith("tilt steer: ")
     assert err.count("\n") == 1
     return err

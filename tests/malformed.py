@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from scripts import options
+from tilt import options
 
 LONG = "x" * 5000
 NUMBERS = ["x", "", "1,5", "[1]", "0x1f", "١.٥.١"]

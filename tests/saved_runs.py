@@ -147,7 +147,7 @@ def save_run(out: Path, prompts: list[str], sizes: list[int], compare: bool = Tr
         "settings": {"reward": "ocr", "particles": sizes[0]},
         "machine": {"device": "cpu"},
         "prompts": [{"text": prompt, "seed": 0, "references": []} for prompt in prompts],
-        "command": ["steer.py", *prompts, "--reward", "ocr", "--out", "x y"],
+        "command": ["tilt", "steer", *prompts, "--reward", "ocr", "--out", "x y"],
         "versions": {"torch": "2.14.1"},
     }
     (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

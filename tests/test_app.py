@@ -13,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import app, app_form, app_run, app_view
-from scripts.app_run import Desk, Done, Ended, Picture, Studio, Waiting
 from steering import steer
 from steering.lineage import Moment, Score
 from tilt import loading
+from tilt.app import inputs as app_form
+from tilt.app import run as app_run
+from tilt.app import view as app_view
+from tilt.app.run import Desk, Done, Ended, Picture, Studio, Waiting
+from tilt.commands import app
 
 FORM = {
     "prompt": " a cat ",
@@ -363,13 +366,13 @@ def test_text_is_escaped(tmp_path):
 def test_the_command_line_is_refused_in_one_sentence(arguments, said, capsys):
     assert app.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("app.py: ")
+    assert error.startswith("tilt app: ")
     assert said in error
     assert error.count("\n") == 1
 
 
 def test_without_gradio_the_app_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "scripts.app_page", raising=False)
+    monkeypatch.delitem(sys.modules, "tilt.app.page", raising=False)
     assert app.main([]) == 2
     assert "pip install 'tilt-diffusion[app]'" in capsys.readouterr().err

@@ -138,7 +138,9 @@ def test_a_taken_port_is_refused_in_one_sentence(app):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 2
-    assert re.search(f"app.py: cannot listen at .* port {port} .* try another --port", done.stderr)
+    assert re.search(
+        f"tilt app: cannot listen at .* port {port} .* try another --port", done.stderr
+    )
 
 
 def test_only_its_own_folder_is_served(app):

@@ -114,7 +114,7 @@ def test_a_run_that_lost_a_process_keeps_what_is_finished_and_is_resumed(one, tm
     kept = results(out)
     assert 0 < len(kept) < len(PROMPTS)
     assert all(files == results(alone)[name] for name, files in kept.items())
-    (said,) = [line for line in err.splitlines() if "steer.py: " in line]
+    (said,) = [line for line in err.splitlines() if "tilt steer: " in line]
     why = "interrupted" if who == "launcher" else "another process died"
     assert why in said
     assert f"of 8 are finished and kept: repeat the command with --out {out} --resume" in said
@@ -129,7 +129,7 @@ def test_what_is_refused_is_said_once(one):
     process = started(2, *words, "--out", str(alone))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1  # the launcher's
-    (said,) = [line for line in err.splitlines() if line.startswith("steer.py: ")]
+    (said,) = [line for line in err.splitlines() if line.startswith("tilt steer: ")]
     assert "holds a run: --resume carries it on" in said
 
 
@@ -154,7 +154,7 @@ def test_a_spread_population_that_lost_a_process_says_what_is_kept(one, tmp_path
     words, _ = one
     out = tmp_path / "out"
     err = ended(started(2, *words, "--particles", "4", "--spread", "--out", str(out)), "1", out)
-    (said,) = [line for line in err.splitlines() if "steer.py: " in line]
+    (said,) = [line for line in err.splitlines() if "tilt steer: " in line]
     assert "another process died" in said
     assert f"repeat the command with --out {out} --resume" in said
     assert "rank      : 1" in err.partition("Root Cause")[2]
@@ -173,7 +173,7 @@ def test_a_spread_that_cannot_be_is_refused_before_a_folder_is_made(
     process = started(processes, *words)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
-    (said,) = [line for line in err.splitlines() if line.startswith("steer.py: ")]
+    (said,) = [line for line in err.splitlines() if line.startswith("tilt steer: ")]
     assert why in said
     assert not out.exists()
 

@@ -25,13 +25,14 @@ from PIL import Image
 from tiny_pipelines import family
 
 import rewards
-from scripts import app, evaluate, rollout, score, steer, steer_options
+from scripts import evaluate, rollout, score
 from scripts import train_adversarial as online
 from scripts import train_critic as critic
 from scripts import train_gdro as gdro
 from steering import FeynmanKac, Steered, generators, particle_filter, pipeline
 from steering.schedulers import stochastic
 from tilt import loading
+from tilt.commands import app, steer, steer_options
 
 SHARED = [True]  # whether a model is loaded once; trainers change it
 EVERY = 17  # of the calls one in so many runs by default

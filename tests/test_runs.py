@@ -21,7 +21,7 @@ from tilt.prompts import Prompt
 from tilt.report import page
 
 ASKED = {"settings": {"particles": 3}, "prompts": [{"text": "a"}]}
-ASKED |= {"command": ["steer.py"], "machine": {}, "versions": {}}
+ASKED |= {"command": ["tilt", "steer"], "machine": {}, "versions": {}}
 
 
 class Result:

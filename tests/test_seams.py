@@ -94,7 +94,7 @@ def test_imports_follow_the_table(path: Path) -> None:
         ("finetune.losses", "from steering.weights import ess"),
         ("finetune.gdro", "from rewards.clip import ClipReward"),
         ("finetune.gdro", "from rewards.compare import hacked"),
-        ("finetune.gdro", "import scripts.steer"),
+        ("finetune.gdro", "import tilt.commands.steer"),
         ("tilt.loading", "from scripts import started"),
         ("steering.result", "from tilt.report import page"),
         ("finetune.gdro", "import tilt"),

@@ -59,7 +59,7 @@ def test_it_speaks_before_anything_heavy_is_imported_and_takes_an_interrupt_ther
 
 
 def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
-    from scripts import started
+    from tilt import started
 
     started.say("nothing")  # to who calls a script's functions
     assert not capsys.readouterr().err

@@ -9,9 +9,9 @@ import torch
 from command_line import EMBEDDED, SMALL, refused
 from PIL import Image
 
-from scripts import steer as script
-from scripts import steer_options
 from steering import FeynmanKac
+from tilt.commands import steer as script
+from tilt.commands import steer_options
 
 
 @pytest.mark.usefixtures("no_model")
@@ -186,7 +186,7 @@ def test_unknown_attention_is_refused_with_the_nearest_name(model, tmp_path, cap
 def examples() -> list[list[str]]:
     """The commands of --help, with lines that end in a backslash joined."""
     text = steer_options.parser().format_help().replace("\\\n", " ")
-    found = re.findall(r"^ +python scripts/steer.py (.*)$", text, flags=re.M)
+    found = re.findall(r"^ +tilt steer (.*)$", text, flags=re.M)
     return [shlex.split(command) for command in found]
 
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 import rewards
 from rewards.images import to_images
-from scripts import steer as script
 from steering import FeynmanKac
+from tilt.commands import steer as script
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +105,7 @@ def test_manifest_repeats_the_run(finished):
     assert {"model", "reward", "particles", "steps", "dtype"} <= manifest["settings"].keys()
     assert manifest["machine"].keys() == {"device", "attention", "compile", "max_batch", "spread"}
     assert manifest["machine"]["device"] != "auto"
-    assert manifest["command"] == ["steer.py", *arguments]
+    assert manifest["command"] == ["tilt", "steer", *arguments]
     assert {"python", "torch", "diffusers"} <= manifest["versions"].keys()
 
 
@@ -260,7 +260,7 @@ def test_full_disk_keeps_what_is_finished(finished, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(Steered, "save", full)
     assert script.main([*arguments, "--out", str(out)]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
-    assert err.startswith("steer.py: ")
+    assert err.startswith("tilt steer: ")
     assert "No space left on device): what is finished is kept" in err
     assert f"--out {out} --resume" in err
     assert folders(out) == [first]

@@ -150,7 +150,8 @@ def draw(
 ) -> Iterator[int]:
     """Draw and write the pictures of the prompts `which`; yields each prompt when it is done.
 
-    A picture is written under another name and renamed, and says its prompt as steer.py's do.
+    A picture is written under another name and renamed, and says its prompt as those of
+    `tilt steer` do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = start(pipe, variant, plan, which, preview)

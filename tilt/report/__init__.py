@@ -8,7 +8,7 @@ __all__ = ["write"]
 def write(folder: str | Path) -> Path:
     """Write report.html into a folder and return its path.
 
-    The folder is one that `Steered.save` wrote, that of a whole run of steer.py, or that of a
+    The folder is one that `Steered.save` wrote, that of a whole run of `tilt steer`, or that of a
     training. Raises ValueError for another one, and for files that are damaged.
     """
     from tilt.report import page, training

@@ -95,7 +95,7 @@ def write(folder: Path, plain: Path | None = None) -> Path:
 
 
 def write_run(out: Path) -> Path:
-    """Write report.html into the folder of a run of steer.py; returns its path.
+    """Write report.html into the folder of a run of `tilt steer`; returns its path.
 
     What is finished is in it. Raises ValueError where nothing is.
     """
@@ -105,7 +105,9 @@ def write_run(out: Path) -> Path:
         manifest = read_json(out / "manifest.json", *known)
     folders = sorted(path.parent for path in out.glob("[0-9]*-*/steered/manifest.json"))
     if not folders:
-        raise ValueError(f"{out} holds no finished prompt: pass the folder of a run of steer.py")
+        raise ValueError(
+            f"{out} holds no finished prompt: pass the folder of a run of `tilt steer`"
+        )
     entries = [e for folder in folders for e in _entries(out, folder, folder.with_name("plain"))]
     head = [_about(entries[0].saved, len(entries)), explained.what(entries[0].saved.settings)]
     missing = len(manifest["prompts"]) - len(entries)

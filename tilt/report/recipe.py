@@ -10,8 +10,9 @@ __all__ = ["call", "command"]
 
 
 def command(manifest: dict[str, Any]) -> str:
-    """The line for a shell that made a run of scripts/steer.py."""
-    return shlex.join(["python", "scripts/steer.py", *manifest["command"][1:]])
+    """The line for a shell that made a run of `tilt steer`."""
+    words = manifest["command"]  # older versions wrote steer.py
+    return shlex.join(["tilt", "steer", *words[words[0] == "tilt" :][1:]])
 
 
 def call(manifest: dict[str, Any]) -> str:

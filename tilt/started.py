@@ -1,6 +1,6 @@
-"""How a script begins and ends: it says that it has started, and Ctrl-C ends it with one line.
+"""How a command begins and ends: it says that it has started, and Ctrl-C ends it with one line.
 
-Imported first, and it imports nothing heavy: what a script imports next takes seconds.
+It imports nothing heavy, as what a command imports next takes seconds.
 """
 
 from __future__ import annotations
@@ -12,19 +12,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run", "say"]
+__all__ = ["begin", "run", "say"]
 
-_script = Path(sys.argv[0])
-_is_one = _script.resolve().parent == Path(__file__).resolve().parent  # and no test
+_name = ""  # of the command of this process, "tilt steer"; "" where a program calls its functions
+
+
+def begin(name: str) -> None:
+    """Say that the command `name` has begun, and listen for an interrupt while modules load."""
+    global _name
+    if _name:
+        return
+    _name = name
+    _listen(_leave)
+    say("loading PyTorch and what else is needed")
 
 
 def say(what: str) -> None:
-    """What the script does now, to stderr; of several processes the first one says it.
+    """What the command does now, to stderr; of several processes the first one says it.
 
-    Nothing where another program calls the script's functions.
+    Nothing where another program calls the command's functions.
     """
-    if _is_one and os.environ.get("RANK", "0") == "0":
-        print(f"{_script.name}: {what}", file=sys.stderr, flush=True)
+    if _name and os.environ.get("RANK", "0") == "0":
+        print(f"{_name}: {what}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None]) -> int | None:
@@ -53,7 +62,7 @@ def _listen(handler: Any) -> None:
 def _leave(*_: Any) -> None:
     """End at once: nothing is at stake yet, and an exception in mid-import ends as anything."""
     if os.environ.get("RANK", "0") == "0":  # print() might be in the middle of something
-        os.write(2, f"{_script.name}: interrupted before it began\n".encode())
+        os.write(2, f"{_name}: interrupted before it began\n".encode())
     os._exit(130)
 
 
@@ -66,6 +75,6 @@ def _unraisable(what: Any) -> None:
     os._exit(130)
 
 
-if _is_one:
-    _listen(_leave)
-    say("loading PyTorch and what else is needed")
+_script = Path(sys.argv[0])
+if _script.resolve().parent == Path(__file__).resolve().parents[1] / "scripts":
+    begin(_script.name)  # one that is no command yet

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "Parser",
     "Whole",
     "check_words",
+    "ended",
     "in_words",
     "one_line",
     "path",
@@ -105,3 +107,13 @@ def in_words(message: str, options: Mapping[str, str]) -> str:
 
     pattern = rf"(?<![\w.-])(?P<name>{names})\b(?:(?P<equals>=)(?P<value>(?=[^\s,;:.)]))?)?"
     return re.sub(pattern, option, message)
+
+
+def ended(name: str, work: Callable[[], None]) -> int:
+    """Run a command that keeps nothing; exit status 0, or 2 for what it refused."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0

@@ -13,11 +13,11 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
 import rewards
-from scripts import app_form, app_view
-from scripts.app_run import Desk, Done, Ended, Event, Loading, Waiting
 from steering import FeynmanKac, tiny
 from steering.lineage import Moment
 from steering.potentials import POTENTIALS
+from tilt.app import inputs, view
+from tilt.app.run import Desk, Done, Ended, Event, Loading, Waiting
 
 __all__ = ["THEME", "build"]
 
@@ -47,12 +47,12 @@ def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: in
 
     def on_run(request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
         try:
-            wish = app_form.parse(dict(zip(names, values, strict=True)), most, trusted=reward)
+            wish = inputs.parse(dict(zip(names, values, strict=True)), most, trusted=reward)
         except ValueError as error:
-            yield {status: app_view.message(str(error), "refused")}
+            yield {status: view.message(str(error), "refused")}
             return
         yield {
-            status: app_view.progress("Starting"), pictures: "", scores: "",
+            status: view.progress("Starting"), pictures: "", scores: "",
             run: gr.update(interactive=False), stop: gr.update(interactive=True),
         }  # fmt: skip
         with contextlib.closing(desk.run(_session(request), wish)) as events:
@@ -100,36 +100,36 @@ def _shown(events: Iterator[Event | None]) -> Iterator[dict[str, str]]:
         elif isinstance(event, Waiting):
             began = time.monotonic()
             others = "one run comes" if event.ahead == 1 else f"{event.ahead} runs come"
-            yield {"status": app_view.progress(f"Waiting: {others} first")}
+            yield {"status": view.progress(f"Waiting: {others} first")}
         elif isinstance(event, Loading):
-            yield {"status": app_view.progress(event.what)}
+            yield {"status": view.progress(event.what)}
         elif isinstance(event, Moment):
             shown = {"status": _progress(event)}
             if event.score is not None:
                 # only ever longer: Gradio then sends what is new
-                scores = scores or app_view.LEGEND
-                scores += app_view.score(event.score, event.num_steps, before)
+                scores = scores or view.LEGEND
+                scores += view.score(event.score, event.num_steps, before)
                 before, shown["scores"] = event.score, scores
             yield shown
         elif isinstance(event, Ended):
             kind = "stopped" if event.stopped else "refused"
-            yield {"status": app_view.message(event.sentence, kind)}
+            yield {"status": view.message(event.sentence, kind)}
         elif isinstance(event, Done):
             seconds = time.monotonic() - began
             yield {
-                "status": app_view.message("Finished.", "note"),
-                "pictures": app_view.pictures(event, app_view.file_link, seconds),
+                "status": view.message("Finished.", "note"),
+                "pictures": view.pictures(event, view.file_link, seconds),
             }
 
 
 def _progress(moment: Moment) -> str:
     done, total = moment.step + 1, moment.num_steps
     what = f"Step {done} of {total}" if done < total else "Decoding and scoring the pictures"
-    return app_view.progress(what, done, total)
+    return view.progress(what, done, total)
 
 
 def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[Any, ...]:
-    """The inputs by their names in `app_form.parse`, the two buttons, and the line of progress."""
+    """The inputs by their names in `inputs.parse`, the two buttons, and the line of progress."""
     form: dict[str, Any] = {
         "prompt": gr.Textbox(
             FIRST_PROMPT,
@@ -144,7 +144,7 @@ def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[
         run = gr.Button("Run", variant="primary", elem_id="run", min_width=120)
         stop = gr.Button("Stop", interactive=False, elem_id="stop", min_width=120)
     status = gr.HTML(elem_classes="tilt-status", elem_id="status")
-    first = reward or app_form.default_reward(model)
+    first = reward or inputs.default_reward(model)
     form["reward"] = gr.Textbox(
         first, label="Reward", elem_id="reward", info="a sum such as clip + 0.5*ocr(mode=strict)"
     )
@@ -213,7 +213,7 @@ def _join(reward: Any, model: Any, chosen: Any, weights: dict[str, Any]) -> None
     def write(picked: list[str], model: str, *numbers: float | None) -> Any:
         given = dict(zip(names, numbers, strict=True))
         try:
-            return app_form.spec_of({name: given[name] for name in picked}, model)
+            return inputs.spec_of({name: given[name] for name in picked}, model)
         except ValueError:  # a weight that is being typed
             return gr.skip()
 
@@ -228,4 +228,4 @@ def _join(reward: Any, model: Any, chosen: Any, weights: dict[str, Any]) -> None
     chosen.change(show, chosen, [*weights.values()], **quiet)
     parts = [chosen, model, *weights.values()]
     gr.on([part.input for part in [chosen, *weights.values()]], write, parts, reward, **quiet)
-    model.change(app_form.default_reward, model, reward, **quiet)
+    model.change(inputs.default_reward, model, reward, **quiet)

@@ -1,4 +1,4 @@
-"""The options of steer.py."""
+"""The options of `tilt steer`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 import rewards
-from scripts.options import COUNT, NUMBER, SEED, Parser, Whole, check_words, path
 from steering import FeynmanKac, tiny
 from steering.arguments import MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
 from tilt import loading
+from tilt.options import COUNT, NUMBER, SEED, Parser, Whole, check_words, path
 
 __all__ = ["ARGUMENTS", "FIELD_HELP", "MACHINE", "SAID_ELSEWHERE", "parse", "parser"]
 
@@ -25,24 +25,24 @@ are split over the processes.
 EXAMPLES = """\
 examples:
   # the embedded model: no GPU, no network
-  python scripts/steer.py 'the word "ANTS"' --model tiny-sd3 --guidance-scale 1 \\
+  tilt steer 'the word "ANTS"' --model tiny-sd3 --guidance-scale 1 \\
     --reward ocr --compare
 
   # several prompts from a file, two rewards
-  python scripts/steer.py --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"
+  tilt steer --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"
 
   # carry on where an interrupted run stopped
-  python scripts/steer.py --prompt-file prompts.txt --out out/many --resume
+  tilt steer --prompt-file prompts.txt --out out/many --resume
 
   # the same on every GPU of the machine: each process takes its share of the prompts
   accelerate launch --config_file scripts/configs/gpus.yaml --num_processes 8 \\
     scripts/steer.py --prompt-file prompts.txt --out out/many
 
   # halve the population twice on the way, k = 8, 4, 2
-  python scripts/steer.py "two red stars" --model tiny-sd --num-scores 2 --funnel 4,2
+  tilt steer "two red stars" --model tiny-sd --num-scores 2 --funnel 4,2
 
   # a model from the hub or from a folder that pipe.save_pretrained() wrote
-  python scripts/steer.py "a corgi" --model stabilityai/stable-diffusion-3.5-medium \\
+  tilt steer "a corgi" --model stabilityai/stable-diffusion-3.5-medium \\
     --max-batch 4
 
 a prompt file is text, one prompt a line, or .jsonl, one object a line:
@@ -85,7 +85,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 def parser() -> argparse.ArgumentParser:
     """Every option, grouped; the filter's come from the fields of FeynmanKac."""
     p = Parser(
-        prog="steer.py",
+        prog="tilt steer",
         description=ABOUT,
         epilog=EXAMPLES,
         formatter_class=_Help,

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scripts.app_run import Done, Picture
 from steering.lineage import Score
 from steering.weights import normalize
+from tilt.app.run import Done, Picture
 
 __all__ = ["CSS", "LEGEND", "file_link", "message", "pictures", "progress", "score"]
 

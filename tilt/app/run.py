@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import rewards
-from scripts.app_form import Wish
 from steering.lineage import Moment
 from steering.weights import normalize
 from tilt import loading, report
+from tilt.app.inputs import Wish
 
 __all__ = ["Desk", "Done", "Ended", "Loading", "Picture", "Stopped", "Studio", "Waiting"]
 

@@ -1,0 +1,302 @@
+"""Steer a diffusion model towards a reward and keep the pictures.
+
+The samples come from p(x0 | prompt) exp(λ r(x0, prompt)): a Feynman-Kac particle filter runs inside
+the pipeline's own call, one population of particles a prompt. Under `accelerate launch` the prompts
+are split over the processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import rewards
+from steering import FeynmanKac, tiny
+from steering.manifest import versions
+from steering.settings import population_sizes, scored_steps
+from steering.spread import Spread
+from tilt import loading, runs, started
+from tilt.commands.steer_options import ARGUMENTS, FIELD_HELP, MACHINE, SAID_ELSEWHERE, parse
+from tilt.options import in_words, one_line
+from tilt.processes import Processes, Stopped, is_main, join
+from tilt.prompts import Prompt, read
+
+if TYPE_CHECKING:
+    from steering import Steered
+
+
+def open_folder(
+    args: argparse.Namespace, prompts: Sequence[Prompt], command: Sequence[str]
+) -> Path:
+    """Make --out, with all that it takes to repeat the run; or check it, where it is resumed."""
+    if args.resume and args.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to carry on")
+    options = {name: value for name, value in vars(args).items() if name not in SAID_ELSEWHERE}
+    manifest = {
+        "settings": {name: options[name] for name in options if name not in MACHINE},
+        "machine": {name: options[name] for name in options if name in MACHINE},
+        "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
+        "command": ["tilt", "steer", *command],
+        "versions": versions(),
+    }
+    out = args.out or runs.new_folder(Path("out"))
+    runs.open_run(out, manifest, resume=args.resume)
+    return out
+
+
+def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """Those of the command line, then those of the file, each with its seed."""
+    prompts = [Prompt(text) for text in args.prompts]
+    prompts += read(args.prompt_file) if args.prompt_file else []
+    if not prompts:
+        raise ValueError("there is no prompt: write one or more, or name a --prompt-file")
+    return [p if p.seed is not None else dataclasses.replace(p, seed=args.seed) for p in prompts]
+
+
+def call_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of the pipeline's own call; an embedded model has defaults of its own."""
+    if (args.height is None) != (args.width is None):
+        raise ValueError("--height and --width go together: some pipelines ignore one alone")
+    given = {
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "negative_prompt": args.negative_prompt,
+        "height": args.height,
+        "width": args.width,
+    }
+    defaults = tiny.call_defaults(args.model) if args.model in tiny.NAMES else {}
+    return defaults | {name: value for name, value in given.items() if value is not None}
+
+
+def check_window(settings: FeynmanKac, args: argparse.Namespace, call: dict[str, Any]) -> None:
+    """Refuse a window without steps, or a funnel that does not fit, before a model is loaded."""
+    from steering.observer import needs_scores
+
+    if "num_inference_steps" in call and needs_scores(settings, args.particles):
+        scored = scored_steps(call["num_inference_steps"], settings)
+        population_sizes(args.particles, len(scored), settings)
+
+
+def check_spread(settings: FeynmanKac, args: argparse.Namespace, count: int) -> None:
+    """Refuse a population that `count` processes cannot share, before a model is loaded."""
+    if count == 1:
+        raise ValueError(
+            "--spread needs processes to spread the particles over and there is one: start more "
+            "with accelerate launch --num_processes, or leave it out"
+        )
+    spread = Spread(True)
+    spread.check("--particles", (args.particles,))
+    spread.check("--funnel", settings.funnel)
+
+
+def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+    """Refuse what cannot work, the cheapest check first; then steer what is not finished yet."""
+    processes = join(args.device)
+    prompts, settings, reward = processes.agree(lambda: prepare(args, processes))
+
+    def begin() -> tuple[Path, list[Path]]:
+        out = open_folder(args, prompts, command)
+        return out, runs.pending(runs.divide(out, prompts, args.prompts_per_call))
+
+    out, pending = processes.told(begin)
+    shares = runs.divide(out, prompts, args.prompts_per_call)
+    mine = pending if args.spread else pending[processes.index :: processes.count]
+    folders = sorted(folder for share in shares for folder in share.batches)
+    try:
+        work = processes.agree(lambda: ready(args, settings, reward, shares, mine, processes))
+        with processes.together() if args.spread else contextlib.nullcontext():
+            keep_all(work, len(mine), processes, args.spread)
+        processes.finish()
+        drawn = []
+        if processes.is_main:
+            drawn = ([] if pending else runs.drawn(out, folders)) or runs.draw(out, folders)
+    except KeyboardInterrupt as cut:
+        return interrupted(cut, out, folders, processes)
+    for path in drawn:
+        print(path)
+    return 0
+
+
+def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt], FeynmanKac, Any]:
+    """What takes no model to check; args.device, dtype and reward become those of the run."""
+    prompts = read_prompts(args)
+    settings = FeynmanKac(**{name: getattr(args, name) for name in FIELD_HELP})
+    check_window(settings, args, call_keywords(args))
+    if args.spread:
+        check_spread(settings, args, processes.count)
+    loading.check_name(args.model)
+    device = processes.device if args.device == "auto" else None
+    device = device or loading.pick_device(args.device)
+    # by their names, so that a continuation on another machine cannot mix what auto stands for
+    args.device = str(device)
+    args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
+    if args.reward is None:
+        args.reward = "clip(tiny)" if args.model in tiny.NAMES else "clip"
+    reward = None
+    if not is_finished(args, prompts):
+        started.say(f"loading {args.reward}")
+        reward = rewards.load(args.reward, device, imports=True)
+        reward.check([prompt.text for prompt in prompts])
+    args.preview = loading.pick_preview(args.preview, args.model)
+    return prompts, settings, reward
+
+
+def is_finished(args: argparse.Namespace, prompts: Sequence[Prompt]) -> bool:
+    """Whether a run is resumed that has nothing left to draw; what it was is checked later."""
+    if not (args.resume and args.out and (args.out / "manifest.json").is_file()):
+        return False
+    return not runs.pending(runs.divide(args.out, prompts, args.prompts_per_call))
+
+
+def interrupted(
+    cut: KeyboardInterrupt, out: Path, folders: Sequence[Path], processes: Processes
+) -> int:
+    """Say how to carry on, and give the exit status: 130 after Ctrl-C, 1 where a process died."""
+    died = isinstance(cut, Stopped)
+    # One says it for all; a second one, too, where the first may be the one that died.
+    if processes.index < (2 if died else 1):
+        done = sum(folder.exists() for folder in folders)
+        what = "stopped by the launcher, as when another process died" if died else "interrupted"
+        print(
+            f"tilt steer: {what}; {done} of {len(folders)} are finished and kept: "
+            f"repeat the command with --out {out} --resume to carry on",
+            file=sys.stderr,
+        )
+    return 1 if died else 130
+
+
+Work = Generator[tuple[Path, "dict[str, Steered]"], None, None]
+
+
+def ready(
+    args: argparse.Namespace,
+    settings: FeynmanKac,
+    reward: Any,
+    shares: Sequence[runs.Share],
+    mine: Sequence[Path],
+    processes: Processes,
+) -> Work | None:
+    """Load the model, check that it is the one that drew what is there; the rest, to be drawn."""
+    if not mine and args.model not in tiny.NAMES:  # those are there in a second
+        return None
+    started.say(f"loading {args.model}")
+    pipe, preview = load(args)
+    done = [folder for share in shares for folder in share.batches if folder.exists()]
+    runs.check_weights(done, pipe, preview)
+    if not mine:
+        return None
+    pending = runs.among(shares, mine)
+    kinds = kinds_of_call(args, settings, preview)
+    kinds["steered"]["progress"] = processes.is_main
+    runs.check_calls(pipe, reward, pending, kinds)
+    return runs.steer_pending(pipe, reward, pending, kinds)
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The pipeline and its preview decoder (or None), on the device."""
+    dtype = loading.DTYPES[args.dtype]
+    pipe = loading.load_pipeline(args.model, dtype, args.lora).to(args.device)
+    preview = loading.load_preview(args.preview, args.model, dtype)
+    preview = None if preview is None else preview.to(args.device)
+    loading.set_attention(pipe, args.attention)
+    loading.tune(pipe, args.compile, preview)
+    pipe.set_progress_bar_config(disable=True)  # steer_each() has a bar over all prompts
+    return pipe, preview
+
+
+def kinds_of_call(
+    args: argparse.Namespace, settings: FeynmanKac, preview: Any
+) -> dict[str, dict[str, Any]]:
+    """The keywords of steer_each() for "steered", and with --compare for "plain"."""
+    call = {
+        "particles": args.particles,
+        "preview": preview,
+        "preview_size": args.preview_size,
+        "max_batch": args.max_batch,
+        "guidance_interval": args.guidance_interval,
+        "prompts_per_call": args.prompts_per_call,
+        "spread": args.spread,
+        **call_keywords(args),
+    }
+    kinds = {"steered": call | {"settings": settings}}
+    if args.compare:
+        # Without resampling the chain is the plain one: particle 0 is the plain sample, and the
+        # one of highest reward the best of k.
+        plain = dataclasses.replace(settings, min_ess=0.0, funnel=())
+        kinds["plain"] = call | {"settings": plain, "progress": False}
+    return kinds
+
+
+def keep_all(work: Work | None, total: int, processes: Processes, spread: bool) -> None:
+    """Save each result when it is there and say how it went and how long the rest will take."""
+    if work is None:
+        return
+    began = time.monotonic()
+    who = f"process {processes.index}: " if processes.count > 1 and not spread else ""
+    # closing: the bar ends before anything is said about what went wrong
+    with contextlib.closing(work), logging_redirect_tqdm():
+        for done, (folder, results) in enumerate(work, 1):
+            if spread and not processes.is_main:  # it has the same
+                continue
+            runs.keep(folder, results)
+            left = (time.monotonic() - began) / done * (total - done)
+            said = f"{who}{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}"
+            tqdm.write(said + "\n", end="")  # in one piece, or those of two processes mix
+
+
+def _summary(results: dict[str, Steered]) -> str:
+    """Rewards, each a mean over the batch's prompts."""
+    best = results["steered"].rewards.amax(1).mean().item()
+    if "plain" not in results:
+        return f"best reward {best:.3g}"
+    plain = results["plain"].rewards
+    k, first = plain.shape[1], plain[:, 0].mean().item()
+    return f"plain {first:.3g}, best of {k} {plain.amax(1).mean().item():.3g}, steered {best:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return (
+        f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C.
+
+    1 where another process of the run died, or memory ran out.
+    """
+    command = sys.argv[1:] if argv is None else argv
+    args = None
+    try:
+        args = parse(command)
+        return run(args, command)
+    except ValueError as error:
+        if args or is_main():  # all processes have the same command line
+            said = in_words(one_line(error), ARGUMENTS)
+            print(f"tilt steer: {said}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        print(
+            "tilt steer: memory ran out; what is finished is kept: lower --particles, --max-batch, "
+            "--prompts-per-call or the size, or repeat the command with --out and --resume",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt as cut:
+        died = isinstance(cut, Stopped)
+        if is_main():
+            why = "another process ended" if died else "interrupted"
+            print(f"tilt steer: {why} before it began", file=sys.stderr)
+        return 1 if died else 130

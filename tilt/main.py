@@ -1,0 +1,53 @@
+"""The command `tilt`: which commands there are, and how one is run."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from tilt import started
+
+__all__ = ["COMMANDS", "main", "run"]
+
+# name -> what it does; the module is tilt.commands and the name, blanks as underscores
+COMMANDS = {
+    "steer": "draw pictures steered toward a reward",
+    "report": "write report.html of a run that is there",
+    "rewards": "list the rewards",
+    "app": "open a page to play in",
+}
+
+USAGE = """usage: tilt COMMAND [OPTIONS]
+
+{commands}
+
+`tilt COMMAND --help` lists the options of a command.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run the command that the first words name; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{about}" for name, about in COMMANDS.items()]
+    usage = USAGE.format(commands="\n".join(lines))
+    if not words or words[0] in ("-h", "--help"):
+        print(usage, end="", file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return run(name, words[length:])
+    near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    print(f"tilt: there is no command {words[0]!r:.80}: {hint}", file=sys.stderr)
+    return 2
+
+
+def run(name: str, argv: Sequence[str] | None = None) -> int | None:
+    """Run one command, by default with the words of this process's command line."""
+    started.begin(f"tilt {name}")
+    module = importlib.import_module(f"tilt.commands.{name.replace(' ', '_')}")
+    return started.run(lambda: module.main(sys.argv[1:] if argv is None else argv))
