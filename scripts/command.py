@@ -12,9 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from finetune import config
 from steering import FeynmanKac
 from steering.pipeline import steer_each
-from tilt import config
 from tilt.options import check_words, one_line
 from tilt.processes import Stopped
 

@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from finetune import checks
+from finetune import checks, config
 from finetune.critics import Critic, CriticSettings, accuracy
 from finetune.learner import draws
 from finetune.ranges import (
@@ -58,7 +58,6 @@ from finetune.state import check_out, load_state, save_state
 from rewards.critic import KINDS
 from rewards.images import to_images
 from scripts import command, train_adversarial, training
-from tilt import config
 from tilt.loading import pick_device
 
 Sample = tuple[str, bytes]  # a prompt and a PNG

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards
-from finetune import checks, lora, ranges
+from finetune import checks, config, lora, ranges
 from finetune.checks import Check, Watch
 from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
@@ -29,7 +29,7 @@ from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
 from scripts import command
 from steering.call import PipelineCall
-from tilt import config, model_card
+from tilt import model_card
 from tilt.loading import DTYPES
 from tilt.processes import is_main
 from tilt.prompts import read

@@ -1,9 +1,9 @@
-"""scripts/steer.py called as from a command line."""
+"""`tilt steer` called as from a command line."""
 
 import re
 
-from scripts import steer as script
 from steering import tiny
+from tilt.commands import steer as script
 
 EMBEDDED = (tiny.FOLDER / "tiny-sd3" / "model_index.json").exists()
 SMALL = ["--steps", "5", "--particles", "3", "--num-scores", "2", "--reward", "jpeg"]
@@ -13,7 +13,7 @@ def refused(capsys, *argv: str) -> str:
     """The one sentence that these arguments are refused with."""
     assert script.main([*argv]) == 2
     out, err = capsys.readouterr()
-    err = re.sub(r"^\S+\.py: loading .*\n", "", err, flags=re.M)  # what goes on before
+    err = re.sub(r"^tilt steer: loading .*\n", "", err, flags=re.M)  # what goes on before
     assert out == ""
     assert err.startswith("tilt steer: ")
     assert err.count("\n") == 1

@@ -13,17 +13,16 @@ from pages import PAGES, ROOT, SPAN, blocks, code, prose, words
 
 from rewards.spec import parse as parse_spec
 from scripts import (
-    app,
     bench,
     command,
     evaluate,
     rollout,
     score,
-    steer_options,
     train_adversarial,
     train_critic,
     train_gdro,
 )
+from tilt.commands import app, steer_options
 
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)")
 FILE = re.compile(

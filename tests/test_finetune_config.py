@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tilt import config
+from finetune import config
 
 
 @dataclass

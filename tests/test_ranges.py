@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import finetune
-from finetune import critics, grpo, ranges, rollouts
+from finetune import config, critics, grpo, ranges, rollouts
 from finetune.ranges import Range, number, whole
 from steering import FeynmanKac
-from tilt import config, variants
+from tilt import variants
 
 SCRIPTS = ("evaluate", "rollout", "train_adversarial", "train_critic", "train_gdro", "training")
 MODULES = [f"finetune.{found.name}" for found in pkgutil.iter_modules(finetune.__path__)]

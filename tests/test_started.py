@@ -31,13 +31,13 @@ runpy.run_path({file!r}, run_name="__main__")
 
 
 def test_there_are_scripts():
-    assert {"steer", "rollout", "score", "train_gdro", "evaluate"} <= {f.stem for f in SCRIPTS}
+    assert {"rollout", "score", "train_gdro", "evaluate"} <= {f.stem for f in SCRIPTS}
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
 def test_a_script_imports_first_what_says_that_it_has_started(file):
     imports = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.ImportFrom)]
-    assert [node.module for node in imports[:2]] == ["__future__", "scripts"]
+    assert [node.module for node in imports[:2]] == ["__future__", "tilt"]
     assert [alias.name for alias in imports[1].names] == ["started"]
     assert file.read_text().endswith("    sys.exit(started.run(main))\n")
 
@@ -49,12 +49,12 @@ def ran(file: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", ["steer", "rollout"])
-def test_it_speaks_before_anything_heavy_is_imported_and_takes_an_interrupt_there(name):
-    done = ran(ROOT / "scripts" / f"{name}.py")
+@pytest.mark.parametrize(("file", "name"), [("steer", "tilt steer"), ("rollout", "rollout.py")])
+def test_it_speaks_before_anything_heavy_is_imported_and_takes_an_interrupt_there(file, name):
+    done = ran(ROOT / "scripts" / f"{file}.py")
     first, last = done.stderr.splitlines()
-    assert first == f"{name}.py: loading PyTorch and what else is needed"
-    assert last == f"{name}.py: interrupted before it began"
+    assert first == f"{name}: loading PyTorch and what else is needed"
+    assert last == f"{name}: interrupted before it began"
     assert done.returncode == 130
 
 
@@ -63,7 +63,7 @@ def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
 
     started.say("nothing")  # to who calls a script's functions
     assert not capsys.readouterr().err
-    monkeypatch.setattr(started, "_is_one", True)
+    monkeypatch.setattr(started, "_name", "tilt steer")
     monkeypatch.setenv("RANK", "1")
     started.say("nothing")
     assert not capsys.readouterr().err

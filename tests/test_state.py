@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from finetune import checks, lora
+from finetune import checks, config, lora
 from finetune.nft import Nft
 from finetune.shards import Rollouts, Shard, add_rewards
 from finetune.state import MAY_CHANGE, check_out, load_state, save_state
 from scripts import command, train_adversarial, train_critic, train_gdro
-from tilt import config
 
 
 class Trainer:

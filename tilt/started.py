@@ -75,6 +75,7 @@ def _unraisable(what: Any) -> None:
     os._exit(130)
 
 
-_script = Path(sys.argv[0])
-if _script.resolve().parent == Path(__file__).resolve().parents[1] / "scripts":
+_script = Path(sys.argv[0]).resolve()
+_is_one = _script.parent == Path(__file__).resolve().parents[1] / "scripts"
+if _is_one and _script.name not in ("steer.py", "app.py"):
     begin(_script.name)  # one that is no command yet

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from finetune.ranges import Range
+from .ranges import Range
 
 __all__ = ["explain", "read", "write"]
 
