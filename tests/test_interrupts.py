@@ -68,7 +68,7 @@ def check(status: int, said: str, name: str, may_end: bool) -> None:
     if status == 130:
         lines = [line for line in said.splitlines() if "interrupted" in line]
         assert len(lines) == 1, said
-        assert f"{name}.py: " in lines[0]
+        assert f"{name}.py: " in lines[0] or f"tilt {name}: " in lines[0]
     else:  # it was over before
         assert may_end, said
         assert status in (0, 2), (status, said)

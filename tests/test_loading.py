@@ -15,10 +15,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from scripts import steer as script
 from steering import FeynmanKac, steer, tiny
 from steering.manifest import fingerprint
 from tilt import loading
+from tilt.commands import steer as script
 from tilt.loading import PREVIEWS, load_pipeline, load_preview, pick_preview
 
 

@@ -165,7 +165,7 @@ def refused(script: str, option: str, value: str) -> None:
     status, lines = said(main, [*base, word])
     assert status == 2, (status, lines)
     (line,) = lines
-    assert line.startswith(f"{script}.py: ")
+    assert line.startswith((f"{script}.py: ", f"tilt {script}: "))
     assert len(line) < 2000
     name, shown = option.rstrip("=").rpartition(".")[2], " ".join(value.strip("[]{} ").split())[:12]
     assert name in line or (shown and shown in line) or repr(value)[1:9] in line, line
@@ -324,7 +324,7 @@ def test_a_process_says_one_line(place, words):
     lines = [line for line in done.stderr.splitlines() if ": loading" not in line]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith(f"{words[0]}.py: ")
+    assert lines[0].startswith((f"{words[0]}.py: ", f"tilt {words[0]}: "))
 
 
 def test_the_campaign_notices(monkeypatch):
