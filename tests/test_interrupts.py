@@ -62,7 +62,7 @@ def files(folder: Path) -> None:
 
 
 def check(status: int, said: str, name: str, may_end: bool) -> None:
-    if status == -signal.SIGINT and "scripts" not in said:
+    if status == -signal.SIGINT and "tilt" not in said:
         return  # Python itself had not started yet, or had begun to end
     assert "Traceback" not in said, said
     if status == 130:

@@ -318,7 +318,7 @@ def test_a_damaged_table_is_refused_by_name(place, name, part):
 )
 def test_a_process_says_one_line(place, words):
     (place / "broken.py").write_text("def reward(:\n", encoding="utf-8")
-    script = Path(steer.__file__).parent / f"{words[0]}.py"
+    script = Path(__file__).parents[1] / "scripts" / f"{words[0]}.py"
     command = [sys.executable, script, *words[1:]]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stderr.splitlines() if ": loading" not in line]
