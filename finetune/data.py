@@ -80,13 +80,15 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
         shards.append(shard.tensors())
         prompts += [row["group"] for row in shard.table(["group"])]
         rewards += columns[reward]
-    specs = sorted({shard.scored_by(reward) for shard in run.shards})
-    if len(specs) > 1:
+    made = {(shard.scored_by(reward), shard.versions().get(reward, "")) for shard in run.shards}
+    if len(made) > 1:
+        specs = sorted({spec for spec, _ in made})
+        what = f"specs, {specs}" if specs[1:] else f"versions of {specs[0]}"
         raise ValueError(
-            f"the shards' rewards {reward!r} are of different specs, {specs}; finish scoring with "
+            f"the shards' rewards {reward!r} are of different {what}; finish scoring with "
             "scripts/score.py --resume"
         )
-    groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards), k)
+    groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards, dtype=torch.float64), k)
     rows = {name: Rows([tensors[name] for tensors in shards]) for name in shards[0]}
     latents = rows.pop("latents")
     given = {name.removeprefix("given."): found for name, found in rows.items()}

@@ -66,9 +66,9 @@ class Gdro(Tuning):
 
 @dataclass(frozen=True)
 class Inputs:
-    """Groups that are evaluated at once: x0 (g, k, ...), rewards (g, k), t (g,), noise (g, k or 1,
-    ...), given (g, ...) by name; and of each a seed for its ties, and how many images it has: the
-    places behind these are not learned from."""
+    """Groups that are evaluated at once: x0 (g, k, ...), rewards (g, k) less the group's best, t
+    (g,), noise (g, k or 1, ...), given (g, ...) by name; and of each a seed for its ties, and how
+    many images it has: the places behind these are not learned from."""
 
     x0: Tensor
     rewards: Tensor
@@ -144,7 +144,10 @@ class Trainer:
         found = []
         for prompts, rows, rewards, t, noise, ties in self._micro_batches(step):
             given = {name: value[prompts] for name, value in self.data.given.items()}
-            tensors = {"x0": self.data.latents[rows], "rewards": rewards, "t": t, "noise": noise}
+            # only differences count, and float32 tells small ones apart, on every device
+            best = rewards.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
+            under = (rewards - best).float()
+            tensors = {"x0": self.data.latents[rows], "rewards": under, "t": t, "noise": noise}
             if self.learner.accelerator.device.type == "cuda":
                 given = {name: value.pin_memory() for name, value in given.items()}
                 tensors = {name: value.pin_memory() for name, value in tensors.items()}

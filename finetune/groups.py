@@ -54,7 +54,7 @@ def make_groups(prompts: Sequence[int], rewards: Tensor, k: int) -> tuple[list[G
         own = ids == prompt
         rows = (own & scored).nonzero().flatten()
         sizes.append(int(own.sum()))
-        groups.append(Group(prompt, rows, rewards[rows].float()))
+        groups.append(Group(prompt, rows, rewards[rows]))
     small = [size for size in sizes if size < k]
     if small:
         raise ValueError(
@@ -84,7 +84,7 @@ def normalised(groups: Sequence[Group], how: str) -> list[Group]:
         if how == "minmax":
             return (r - every.min()) / (every.max() - every.min())
         if how == "rank":
-            below = (r[:, None] > r).float() + 0.5 * (r[:, None] == r).float()
+            below = (r[:, None] > r).to(r) + 0.5 * (r[:, None] == r).to(r)
             return (below.sum(1) - 0.5) / max(len(r) - 1, 1)
         if how == "group_std":
             return r / r.std(correction=0)

@@ -95,7 +95,10 @@ def warm_up(step: int) -> float:
 
 
 class Average:
-    """An exponential moving average of the adapter, decay min(decay, bound(step))."""
+    """An exponential moving average of the adapter, decay min(decay, bound(step)).
+
+    A state says which bound it was made with, by its name: another law would be another average.
+    """
 
     def __init__(
         self,
@@ -117,9 +120,16 @@ class Average:
         torch._foreach_lerp_(list(self.weights.values()), present, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "weights": whole(self.weights)}
+        law = self.bound.__name__
+        return {"step": self.step, "weights": whole(self.weights), "law": law}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        law = state.get("law")
+        if self.decay and law != self.bound.__name__:
+            raise ValueError(
+                f"its average was begun by {law or 'an earlier'} law of the decay, not "
+                f"{self.bound.__name__}, as by an earlier version"
+            )
         self.step = int(state["step"])
         fill(self.weights, state["weights"])
 

@@ -79,6 +79,11 @@ def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) 
     return (shift * t / (1 + (shift - 1) * t)).clamp(1e-3, 1 - 1e-3)
 
 
+def slowly(step: int) -> float:
+    """The paper's bound on the old policy's decay at its `step`-th move: step / 1000."""
+    return step / 1000
+
+
 class Trainer:
     """A network that learns from the samples of its slow copy, an epoch at a time."""
 
@@ -88,7 +93,7 @@ class Trainer:
         check_shares(settings.groups, accelerator.num_processes, equal=True)
         self.settings, self.noising, self.empty = settings, task.schedule.noising, task.empty
         self.learner = Learner(network, family, settings, accelerator)
-        self.old = lora.Average(self.learner.weights, settings.old_decay, lambda i: i / 1000)
+        self.old = lora.Average(self.learner.weights, settings.old_decay, slowly)
         self.samples = Samples(self.learner, task, settings)
 
     @property

@@ -52,6 +52,7 @@ class Settings(Protocol):
     spread: str
     each_reward: bool
     kl: float
+    guidance_scale: float | None
 
 
 # what both ways of training have among their settings; a group of one image has no advantage
@@ -149,9 +150,18 @@ class Task:
 
 
 class Samples:
-    """The samples of a run's epochs."""
+    """The samples of a run's epochs.
+
+    ValueError for a guidance_scale below 1, unless it is an input of the network.
+    """
 
     def __init__(self, learner: Learner, task: Task, settings: Settings) -> None:
+        scale = settings.guidance_scale
+        if scale is not None and scale < 1 and "guidance" not in task.given:
+            raise ValueError(
+                f"guidance_scale is {scale}, but pipelines take any below 1 for none, as 1 is; set "
+                "1, or more"
+            )
         self.learner, self.task, self.settings = learner, task, settings
         self.schedule, self.score = task.schedule, cast(Any, task.score)
         self.drawn = self.dropped = 0  # images of all epochs, and those of them without a score

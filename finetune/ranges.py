@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "number",
     "one_of",
     "optional",
+    "refuse_idle",
     "whole",
 ]
 
@@ -49,6 +51,33 @@ def check(settings: Any, ranges: Mapping[str, Range]) -> None:
     """Raise ValueError for the first field whose value is not in its range, by name."""
     for field in dataclasses.fields(settings):
         ranges[field.name].check(field.name, getattr(settings, field.name))
+
+
+def refuse_idle(settings: Any, names: Sequence[str], why: str) -> None:
+    """Raise ValueError for the first of these settings that is not at its default.
+
+    names: of settings which do nothing beside the others, "group" for all of a group's and
+    "group.name" for one of them; why: the other setting that is the reason, as a clause.
+    """
+    plain = type(settings)()
+    for name in names:
+        values = (reduce(getattr, name.split("."), one) for one in (settings, plain))
+        for full, value in _set(name, *values):
+            raise ValueError(
+                f"{full} is {value!r:.80} but does nothing, as {why}; change that, or leave "
+                f"{full} out"
+            )
+
+
+def _set(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((f"{name}.{key}", inner) for key, inner in value.items())
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            inner = getattr(value, field.name), getattr(default, field.name)
+            yield from _set(f"{name}.{field.name}", *inner)
+    elif value != default:
+        yield name, value
 
 
 def number(low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> Range:

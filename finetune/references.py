@@ -6,6 +6,7 @@ does not tell them apart. Pictures from JPEG files still carry its traces, which
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["References", "load_references"]
+__all__ = ["References", "digest", "load_references"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 Source = Path | bytes  # a file, or its content
@@ -87,7 +88,35 @@ def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) 
     columns are `image` and, to be paired, `prompt`. Paths in a file are relative to it. ValueError
     for anything else.
     """
-    source = Path(os.path.expanduser(source))
+    pictures = _pictures(Path(os.path.expanduser(source)), paired)
+    try:
+        return References(pictures, size, paired=paired)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def digest(source: str | Path, *, paired: bool) -> str:
+    """What tells these pictures, their order and prompts from others, whatever their files' names.
+
+    No picture is decoded; one that cannot be read counts as empty. Raises as `load_references`.
+    """
+    found = hashlib.sha256()
+    for prompt, pictures in _pictures(Path(os.path.expanduser(source)), paired).items():
+        for picture in pictures:
+            content = picture if isinstance(picture, bytes) else _content(picture)
+            found.update(f"{prompt}\n{hashlib.sha256(content).hexdigest()}\n".encode())
+    return found.hexdigest()
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except (OSError, ValueError):
+        return b""
+
+
+def _pictures(source: Path, paired: bool) -> dict[str, list[Source]]:
+    """By prompt, all under "" where they have none; ValueError for what holds no pictures."""
     unknown = (
         f"the references {str(source)!r:.80} are neither a folder, a .json nor a .parquet file "
         "that exists; give one"
@@ -95,42 +124,46 @@ def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) 
     if not os.path.exists(source):  # nor could a file have every name
         raise ValueError(unknown)
     if source.suffix == ".json" and source.is_file():
-        pictures = _of_json(source)
-    elif tables := _tables(source):
-        pictures = _of_tables(source, tables, paired)
-    elif source.is_dir():
-        if paired:
-            raise ValueError(
-                f"{source} holds pictures but not their prompts; give a .json of "
-                '{"prompt": ["file", ...]}, or take the references unpaired'
-            )
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)
-        pictures = {"": files}
-    else:
+        return _of_json(source)
+    if tables := _tables(source):
+        return _of_tables(source, tables, paired)
+    if not source.is_dir():
         raise ValueError(unknown)
-    try:
-        return References(pictures, size, paired=paired)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    if paired:
+        raise ValueError(
+            f"{source} holds pictures but not their prompts; give a .json of "
+            '{"prompt": ["file", ...]}, or take the references unpaired'
+        )
+    return {"": sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)}
 
 
 def _of_json(file: Path) -> dict[str, list[Source]]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON ({error}); mend it") from None
+    found = _json(file)
     rows = found.values() if isinstance(found, dict) else [None]
     if not all(isinstance(row, list) and all(isinstance(x, str) for x in row) for row in rows):
         raise ValueError(f'{file} must hold {{"prompt": ["file", ...], ...}} and nothing else')
     return {prompt: [file.parent / name for name in names] for prompt, names in found.items()}
 
 
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); mend it") from None
+
+
 def _tables(source: Path) -> list[Path]:
     if source.suffix == ".parquet" and source.is_file():
         return [source]
     if (source / "state.json").is_file():  # datasets.Dataset.save_to_disk
-        state = json.loads((source / "state.json").read_text(encoding="utf-8"))
-        return [source / row["filename"] for row in state["_data_files"]]
+        state = _json(source / "state.json")
+        try:
+            return [source / row["filename"] for row in state["_data_files"]]
+        except (LookupError, TypeError):
+            raise ValueError(
+                f"{source / 'state.json'} names no tables, as datasets' save_to_disk does; give "
+                "the folder that it wrote"
+            ) from None
     return sorted(source.glob("*.parquet"))
 
 
@@ -138,11 +171,7 @@ def _of_tables(source: Path, files: Sequence[Path], paired: bool) -> dict[str, l
     wanted = ["image", "prompt"] if paired else ["image"]
     pictures: dict[str, list[Source]] = {}
     for file in files:
-        if file.suffix == ".arrow":
-            with pa.memory_map(str(file)) as stored:
-                table = pa.ipc.open_stream(stored).read_all()
-        else:
-            table = pq.read_table(file)
+        table = _table(file)
         missing = [name for name in wanted if name not in table.column_names]
         if missing:
             raise ValueError(
@@ -151,6 +180,17 @@ def _of_tables(source: Path, files: Sequence[Path], paired: bool) -> dict[str, l
         for row in table.select(wanted).to_pylist():
             pictures.setdefault(row.get("prompt", ""), []).append(_source(row["image"], file))
     return pictures
+
+
+def _table(file: Path) -> Any:
+    try:
+        if file.suffix != ".arrow":
+            return pq.read_table(file)
+        with pa.memory_map(str(file)) as stored:
+            return pa.ipc.open_stream(stored).read_all()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{file} is no table that can be read ({said:.120}); mend it") from None
 
 
 def _source(image: Any, file: Path) -> Source:

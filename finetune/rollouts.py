@@ -124,11 +124,12 @@ def open_run(
     model: the name to load the pipeline by again; by default the one it was loaded by. lora: what
     tells the LoRA's weights from others, for `is_complete`.
     """
-    family = family_of(pipe)
+    network = getattr(pipe, family_of(pipe).network)
     about = {
         "pipeline": type(pipe).__name__,
         "model": model or pipe.config.get("_name_or_path") or None,
-        "weights": fingerprint(getattr(pipe, family.network)),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "weights": fingerprint(network),
         "reward": reward,
         "plan": _plain(plan),
     }
@@ -138,7 +139,7 @@ def open_run(
         if not resume:
             raise ValueError(f"{folder} holds a run; add resume=true, or give another out=")
         for key, value in about.items():
-            if was.get(key) != value:
+            if was.get(key, value if key == "dtype" else None) != value:  # once it was not told
                 raise ValueError(
                     f"{folder} was made with another {key}; give another out=, or the same {key}"
                 )

@@ -70,6 +70,10 @@ class Shard:
         """The specs that the columns were scored by, where it is known: {column: spec}."""
         return self._about("specs")
 
+    def versions(self) -> dict[str, str]:
+        """`rewards.identity` of the specs when the columns were scored, where it is known."""
+        return self._about("versions")
+
     def bounds(self) -> dict[str, list[float | None]]:
         """The least and the most that a column's reward can be, where it is known."""
         return self._about("bounds")
@@ -138,16 +142,18 @@ def add_rewards(
     columns: Mapping[str, Sequence[float]],
     spec: str = "",
     bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
+    version: str = "",
 ) -> None:
     """Add or replace columns of rewards, whole or not at all; spec: what these were scored by.
 
-    bounds: the range of the rewards of a column. Columns of other names stay as they are, with
-    what they were scored by.
+    bounds: the range of the rewards of a column; version: `rewards.identity(spec)`. Columns of
+    other names stay as they are, with what they were scored by.
     """
     merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
     kept = {name: ends for name, ends in shard.bounds().items() if name not in columns}
     about = {
         "specs": json.dumps(shard.specs() | dict.fromkeys(columns, spec)),
+        "versions": json.dumps(shard.versions() | dict.fromkeys(columns, version)),
         "bounds": json.dumps(kept | dict(bounds or {})),
     }
     scratch = shard.folder / ".rewards.new"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from . import config
 
-__all__ = ["FILE", "check_out", "load_state", "save_state"]
+__all__ = ["FILE", "FINISHED", "check_out", "finish", "is_finished", "load_state", "save_state"]
 
-FILE, RECORD = "state.pt", "settings.yaml"
+FILE, RECORD, FINISHED = "state.pt", "settings.yaml", "finished.json"
 # What may differ between a run and its continuation: how far it goes, what is told of it, and what
 # changes memory and speed alone.
 MAY_CHANGE = {
@@ -58,6 +59,8 @@ def _check_same(settings: Any, out: Path, ignore: Collection[str]) -> None:
             or (unseen and head == "check")
         ):
             continue
+        if name == "dtype" and before[name] == "auto":  # of a run that did not say which it was
+            continue
         if not _alike(before.get(name), now.get(name)):
             raise ValueError(
                 f"{out} was begun with {name}={before.get(name)!r:.80}, not {now.get(name)!r:.80}; "
@@ -98,9 +101,10 @@ def save_state(
         scratch.replace(folder / FILE)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         scratch.unlink(missing_ok=True)
+        said = getattr(error, "strerror", None) or "the disk may be full"
+        kept = "; the one written before it is kept" if (folder / FILE).exists() else ""
         raise ValueError(
-            f"the state of step {trainer.step} cannot be written to {folder} ({error}); the one "
-            "written before it is kept"
+            f"the state of step {trainer.step} cannot be written to {folder} ({said}){kept}"
         ) from error
 
 
@@ -130,8 +134,8 @@ def load_state(
     for name, digest in (made_of or {}).items():
         if was.get(name, digest) != digest:
             raise ValueError(
-                f"{folder} was begun with other {name} than there are now under that name; bring "
-                "them back, or give another out="
+                f"{folder} was begun when {name} held something else under the same name; bring "
+                "that back, or give another out="
             )
     try:
         trainer.load_state_dict(state)
@@ -144,6 +148,24 @@ def load_state(
             "to that or more, or give another out="
         )
     return True
+
+
+def is_finished(folder: Path, steps: int, made_of: Mapping[str, str]) -> bool:
+    """Whether the weights in `folder` are those that `finish` spoke of, told without any model.
+
+    steps, made_of: as there.
+    """
+    try:
+        was = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return was == {"steps": steps, "made_of": dict(made_of)} and any(folder.glob("*.safetensors"))
+
+
+def finish(folder: Path, steps: int, made_of: Mapping[str, str]) -> None:
+    """Write down that the weights in `folder` are whole: of so many steps, on these data."""
+    text = json.dumps({"steps": steps, "made_of": dict(made_of)}, indent=1)
+    (folder / FINISHED).write_text(text + "\n", encoding="utf-8")
 
 
 def _is_finite(value: Any) -> bool:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .combine import Function, Part, WeightedSum, call_of, default_name
-from .names import REWARDS, factory_of, read
+from .names import REWARDS, factory_of, identity, read
 from .spec import AGGREGATORS, Call, Term, aggregator, format_terms
 
-__all__ = ["Reward", "WeightedSum", "aggregators", "available", "load", "spelled"]
+__all__ = ["Reward", "WeightedSum", "aggregators", "available", "identity", "load", "spelled"]
 
 
 @runtime_checkable

@@ -14,17 +14,22 @@ length, and set HF_HUB_OFFLINE=1 where it must not download the usual weights.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
+import importlib.util
 import inspect
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from .spec import AGGREGATORS, Call, Term, Value, aggregator, parse
 
-__all__ = ["CHOICES", "REWARDS", "WEIGHTS", "OutsideError", "factory_of", "read"]
+__all__ = ["CHOICES", "REWARDS", "WEIGHTS", "OutsideError", "factory_of", "identity", "read"]
 
 # name -> (module, class, description); the modules import their models only when constructed
 REWARDS = {
@@ -53,6 +58,7 @@ REWARDS = {
 CHOICES = {
     "detector", "engine", "invalid", "method", "mode", "pool", "preset", "scale", "version",
 }  # fmt: skip
+MEGABYTE = 2**20
 WEIGHTS = {"clip", "colours", "source"}  # arguments that name weights
 # names that other software gives to what is here, where the nearest name would be another's
 ELSEWHERE = {
@@ -83,6 +89,60 @@ def read(text: str, imports: bool = False) -> tuple[Term, ...]:
     OutsideError for what is not in the list above.
     """
     return tuple(_term(term, imports) for term in parse(text))
+
+
+def identity(text: str) -> str:
+    """12 hex digits that tell the reward of a spec from what the same spec once meant.
+
+    They differ where the code or the embedded weights of this package do, or a file, a folder or a
+    module (MODULE:NAME) that the spec names; of a file above two megabytes its size, first and last
+    megabyte are looked at. Weights from a hub, and what a module imports, are not.
+    """
+    found = hashlib.sha256(_own())
+    for value in _texts(read(text, imports=True)):
+        path = os.path.expanduser(value)
+        if "\0" not in value and os.path.exists(path):
+            found.update(_content(Path(path)))
+    return found.hexdigest()[:12]
+
+
+def _module(name: str) -> str:
+    """The file of MODULE:NAME, "" where there is none to be found without importing it."""
+    try:
+        found = importlib.util.find_spec(re.split("[.:]", name)[0])
+    except (ImportError, ValueError):
+        return ""
+    return (found and found.origin) or ""
+
+
+@functools.cache
+def _own() -> bytes:
+    return _content(Path(__file__).parent)
+
+
+def _content(path: Path) -> bytes:
+    """What tells a file, or the files of a folder, from others."""
+    found, folder = hashlib.sha256(), path.is_dir()
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if folder else [path]
+    for file in files:
+        if "__pycache__" in file.parts:
+            continue
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+        with file.open("rb") as source:
+            found.update(source.read(MEGABYTE))
+            source.seek(max(source.tell(), size - MEGABYTE))
+            found.update(source.read())
+    return found.digest()
+
+
+def _texts(terms: Sequence[Term]) -> Iterator[str]:
+    """Every argument that is text, those of rewards within others too, and files of modules."""
+    for call in (term.call for term in terms):
+        yield from [_module(call.name)] if ":" in call.name else []
+        yield from (v for v in (*call.args, *dict(call.kwargs).values()) if isinstance(v, str))
+        for inner in call.sums:
+            yield from _texts(inner)
 
 
 def factory_of(name: str) -> Callable[..., Any]:

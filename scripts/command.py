@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from safetensors import SafetensorError
 from finetune import config
 from steering import FeynmanKac
 from steering.pipeline import steer_each
+from tilt.loading import pick_device, pick_dtype
 from tilt.options import check_words, one_line
 from tilt.processes import Stopped
 
-__all__ = ["call_of", "digest", "filter_of", "finish", "settings_of"]
+__all__ = ["call_of", "digest", "digest_of", "filter_of", "finish", "resolved", "settings_of"]
 
 
 def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
@@ -53,6 +55,15 @@ def _check_folder(out: str) -> None:
         return
 
 
+def resolved(settings: Any) -> Any:
+    """The settings with the dtype that "auto" is on this machine, for what is written down."""
+    from accelerate.utils import parse_flag_from_env
+
+    device = pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else "auto")
+    dtype = pick_dtype(settings.dtype, device)
+    return replace(settings, dtype=str(dtype).removeprefix("torch."))
+
+
 def filter_of(fields: dict[str, Any]) -> FeynmanKac:
     """The filter's settings by name; ValueError for a name or a value that it does not have."""
     if isinstance(fields.get("funnel"), list):  # YAML has no tuples
@@ -83,27 +94,40 @@ def digest(lora: str | None) -> str | None:
     return found.hexdigest()
 
 
-def finish(name: str, kept: str, work: Callable[[], None]) -> int:
-    """Run a script; exit status 0, 2 for what was refused, 1 if it broke, 130 on Ctrl-C.
+def digest_of(texts: Sequence[str]) -> str:
+    """What tells these lines, and their order, from others."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
-    1 as well where another process of the run has ended.
 
-    kept: what is not lost, for the message.
+def finish(
+    name: str, read: Callable[[], Any], run: Callable[[Any], None], kept: str, pattern: str
+) -> int:
+    """Read a script's settings and run it; exit status 0, 2 for what was refused, 1 if it broke,
+    130 on Ctrl-C. 1 as well where another process of the run has ended.
+
+    kept: what is not lost, for the message, where `pattern` finds a file in the folder `out`.
     """
+    settings = None
+
+    def left() -> str:
+        there = settings is not None and any(Path(settings.out).glob(pattern))
+        return kept if there else "nothing is kept yet"
+
     try:
-        work()
+        settings = read()
+        run(settings)
     except SafetensorError as error:  # no OSError, though it is that of a full disk
-        print(f"{name}: {one_line(error)}; {kept}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}; {left()}", file=sys.stderr)
         return 1
     except ValueError as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"{name}: {one_line(error)}; {kept}", file=sys.stderr)
+        print(f"{name}: {one_line(error)}; {left()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as cut:
         died = isinstance(cut, Stopped)
         why = "another process ended" if died else "interrupted"
-        print(f"{name}: {why}; {kept}: repeat with resume=true", file=sys.stderr)
+        print(f"{name}: {why}; {left()}: repeat with resume=true", file=sys.stderr)
         return 1 if died else 130
     return 0

@@ -39,7 +39,7 @@ from rewards.samples import Sample
 from rewards.sets import vendi
 from rewards.table import Table
 from scripts import command
-from scripts.score import load, needs_references, score, texts
+from scripts.score import load, needs_references, score, texts, versioned
 from steering import tiny
 from steering.manifest import fingerprint, versions
 from tilt import loading, measures
@@ -177,6 +177,8 @@ def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Va
             f"steer is {settings.steer!r} and particles {k}, which belong together; set both, "
             "with two particles or more, or neither"
         )
+    if not settings.steer:
+        ranges.refuse_idle(settings, ["filter"], "steer= is not set")
     if settings.lora:
         plain.append(Variant("tuned", adapted=True))
     if not settings.steer:
@@ -228,7 +230,8 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
 
 def run(settings: Evaluate, line: str) -> None:
     """Check everything; draw this process's pictures; the main process judges them all."""
-    plan, out, lora = plan_of(settings), Path(settings.out).resolve(), command.digest(settings.lora)
+    plan, settings = plan_of(settings), command.resolved(settings)
+    out, lora = Path(settings.out).resolve(), command.digest(settings.lora)
     if settings.resume and is_finished(out, plan, asdict(settings), lora):
         if is_main():
             show(Path(settings.out))
@@ -242,7 +245,9 @@ def run(settings: Evaluate, line: str) -> None:
         "weights": {name: fingerprint(part) for name, part in networks.items()},
         "variants": [asdict(replace(v, reward=v.reward and v.reward.spec)) for v in variants],
     }
-    scorers = {"folder": str(out)} | {job.name: job.reward.spec for job in jobs}
+    if settings.steer:
+        about["steer"] = versioned(settings.steer)
+    scorers = {"folder": str(out)} | {job.name: versioned(job.reward.spec) for job in jobs}
     processes.told(lambda: open_folder(out, about, scorers, settings.resume))
     for variant in variants:
         if settings.lora:
@@ -269,7 +274,7 @@ def ready(settings: Evaluate, plan: Plan, device: torch.device) -> tuple[Any, ..
     """Variants, jobs, what embeds pictures, the pipeline and the preview decoder, all checked."""
     variants = variants_of(settings, plan, device)
     jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)
-    dtype = loading.pick_dtype(settings.dtype, device)
+    dtype = loading.DTYPES[settings.dtype]
     started.say(f"loading {settings.model}")
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
     pipe.set_progress_bar_config(disable=True)
@@ -287,12 +292,12 @@ def scored(job: Job, folder: Path, plan: Plan, device: torch.device) -> dict[str
         for i in job.rows
         for j in range(plan.images)
     ]
-    table = Table(folder / f"{job.name}.csv", job.reward.spec, resume=True)
+    table = Table(folder / f"{job.name}.csv", versioned(job.reward.spec), resume=True)
     rows = [texts(sample, job.reward.wants_references) for sample in samples]
     score(job.reward, [samples[i] for i in table.missing(rows)], table, BATCH, device)
     table.finish(rows)
     names = ["reward", *component_names(job.reward.parts)]
-    columns = {n: torch.tensor([row[n] for row in table.rows]).double() for n in names}
+    columns = {n: torch.tensor([row[n] for row in table.rows], dtype=torch.float64) for n in names}
     return {name: column.view(len(job.rows), plan.images) for name, column in columns.items()}
 
 
@@ -373,8 +378,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else list(argv)
     line = shlex.join(["python", "scripts/evaluate.py", *words])
-    work = partial(command.settings_of, words, Evaluate, NOTES, __doc__)
-    return command.finish("evaluate.py", "what is drawn is kept", lambda: run(work(), line))
+    settings = partial(command.settings_of, words, Evaluate, NOTES, __doc__)
+    work = partial(run, line=line)
+    return command.finish("evaluate.py", settings, work, "what is drawn is kept", "*/*.png")
 
 
 if __name__ == "__main__":

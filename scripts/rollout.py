@@ -97,6 +97,8 @@ def plan_of(settings: Rollout) -> Plan:
         raise ValueError("set prompts=FILE and out=FOLDER")
     if bool(settings.steered) != bool(settings.reward):
         raise ValueError("steered= and reward= belong together; set both or neither")
+    if not settings.steered:
+        ranges.refuse_idle(settings, ["filter"], "steered is 0")
     prompts = [prompt.text for prompt in read(Path(settings.prompts))]
     defaults = tiny.call_defaults(settings.model) if settings.model in tiny.NAMES else {}
     return Plan(
@@ -113,7 +115,7 @@ def plan_of(settings: Rollout) -> Plan:
 
 def run(settings: Rollout) -> None:
     """Check everything, then make this process's shards."""
-    plan = plan_of(settings)
+    plan, settings = plan_of(settings), command.resolved(settings)
     out, lora = Path(settings.out), command.digest(settings.lora)
     if settings.resume and is_complete(out, plan, settings.reward, settings.model, lora):
         started.say("all of it is there already")
@@ -145,7 +147,7 @@ def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[A
     reward = rewards.load(settings.reward, device, True) if settings.reward else None
     if reward:
         reward.check(plan.prompts)
-    dtype = loading.pick_dtype(settings.dtype, device)
+    dtype = loading.DTYPES[settings.dtype]
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
     pipe.set_progress_bar_config(disable=True)
     preview = loading.load_preview("auto", settings.model, dtype)
@@ -157,8 +159,8 @@ def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[A
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else argv
-    work = partial(command.settings_of, words, Rollout, NOTES, __doc__)
-    return command.finish("rollout.py", "finished shards are kept", lambda: run(work()))
+    settings = partial(command.settings_of, words, Rollout, NOTES, __doc__)
+    return command.finish("rollout.py", settings, run, "finished shards are kept", "*/shard.json")
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def score_pictures(args: argparse.Namespace, device: torch.device) -> int:
             f"{reward} compares with reference pictures but {without[0]} has none; write "
             '"references": [...] in its line of a .jsonl file'
         )
-    table = Table(out, reward.spec, args.resume)
+    table = Table(out, versioned(reward.spec), args.resume)
     rows = [texts(sample, reward.wants_references) for sample in samples]
     left = table.missing(rows)
     try:
@@ -155,10 +155,15 @@ def is_complete(out: Path, spec: str, samples: Sequence[Sample]) -> bool:
     """Whether the table is there with all these rows, of this very reward, which is not loaded."""
     if not out.is_file() or out.with_name(out.name + ".part").exists():
         return False
-    table = Table(out, rewards.spelled(spec, imports=True), resume=True)
+    table = Table(out, versioned(rewards.spelled(spec, imports=True)), resume=True)
     references = bool(table.rows) and "references" in table.rows[0]
     rows = [texts(sample, references) for sample in samples]
     return not table.missing(rows) and not table.finish(rows)
+
+
+def versioned(spec: str) -> str:
+    """A spec with what tells its reward from that of another version, or from other files."""
+    return f"{spec} [version {rewards.identity(spec)}]"
 
 
 def texts(sample: Sample, references: bool) -> dict[str, str]:
@@ -217,7 +222,7 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
     """Add the columns "reward" and each component to every shard of scripts/rollout.py.
 
     A column that is there already is replaced. --resume skips shards where all of them are of
-    this very spec.
+    this very spec, scored by this very version of the reward.
     """
     from finetune.outlook import of_rollouts
     from finetune.shards import Rollouts, add_rewards
@@ -230,11 +235,13 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
             )
     run, reward = Rollouts(args.source), None
     spec = rewards.spelled(args.reward, imports=True)
-    names = ["reward", *names_in(spec)]
+    names, version = ["reward", *names_in(spec)], rewards.identity(spec)
     left = [
         shard
         for shard in run.shards
-        if not args.resume or {shard.scored_by(name) for name in names} != {spec}
+        if not args.resume
+        or {(shard.scored_by(name), shard.versions().get(name)) for name in names}
+        != {(spec, version)}
     ]
     if left or args.calibrate:
         reward = load(args.reward, device, run.manifest["plan"]["prompts"])
@@ -243,7 +250,7 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
         try:
             for shard in tqdm(left, unit="shard"):
                 found = score_shard(reward, shard, args.batch_size, device)
-                add_rewards(shard, found, spec, {"reward": reward.range})
+                add_rewards(shard, found, spec, {"reward": reward.range}, version)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished shards are kept") from None
     rows = [row for shard in run.shards for row in scored(shard, names)]

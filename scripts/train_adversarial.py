@@ -20,7 +20,6 @@ from __future__ import annotations
 from tilt import started
 
 # isort: split
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from typing import Any, ClassVar
 import torch
 
 import rewards
-from finetune import grpo, models, nft
+from finetune import grpo, models, nft, references
 from finetune.adversarial import Adversary, likened
 from finetune.chains import schedule_of
 from finetune.critics import Critic, CriticSettings
@@ -41,13 +40,12 @@ from finetune.models import encode, encode_negative, family_of, noising_of
 from finetune.nft import Nft
 from finetune.online import Task
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, Range, group, number, one_of, whole
-from finetune.references import load_references
-from finetune.state import check_out
+from finetune.state import check_out, finish
 from rewards.critic import KINDS
-from scripts import command, training
+from scripts import command, idle, training
 from steering import tiny
+from steering.manifest import fingerprint
 from tilt import loading
-from tilt.prompts import read
 
 
 @dataclass
@@ -162,12 +160,13 @@ def run(settings: Train) -> None:
     """Check everything, then train."""
     if not (settings.prompts and settings.out and (settings.reward or settings.references)):
         raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC, or references=, or both")
+    idle.of_adversarial(settings)
+    settings = command.resolved(settings)
     name, out, tuned = settings.model or "tiny-sd3", Path(settings.out), settings.tuned
     check_out(settings, ignore=METHODS.keys() - {settings.method})
     check_call(settings)
-    prompts = list(dict.fromkeys(prompt.text for prompt in read(Path(settings.prompts))))
-    texts = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-    made_of = {"prompts": texts, "lora": command.digest(settings.lora) or ""}
+    prompts = training.prompts_of(settings.prompts)
+    made_of = training.made_of(settings, settings.reward, **contents(settings, prompts))
     if training.finished(settings, tuned.steps, made_of):
         training.show(settings)
         return
@@ -179,8 +178,7 @@ def run(settings: Train) -> None:
         fixed.check(prompts)
         if not (settings.references and settings.critic_weight):
             training.check_weights(fixed)
-    dtype = loading.pick_dtype(settings.dtype, accelerator.device)
-    load = partial(loading.load_pipeline, name, dtype)
+    load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
     watch = training.watch_of(
         settings, prompts, settings.reward, stated, load, accelerator, own=True
     )
@@ -193,9 +191,10 @@ def run(settings: Train) -> None:
         watch = replace(watch, call=stated | guided | negative)
     call = stated | guided | {"num_inference_steps": tuned.num_inference_steps}
     training.check_keywords(pipe, watch, prompts, call)
+    weighed = made_of | {"model": fingerprint(getattr(pipe, family_of(pipe).network))}
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
-    training.begin(trainer, settings, tuned, made_of)
-    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), made_of)
+    training.begin(trainer, settings, tuned, weighed)
+    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), weighed)
     about = [
         f"{len(prompts)} prompts, {tuned.k} images of {tuned.groups} of them an epoch, "
         f"call {json.dumps(call)}",
@@ -216,8 +215,20 @@ def run(settings: Train) -> None:
     file = training.export(trainer, type(pipe), settings, about, name, title)
     accelerator.end_training()
     if accelerator.is_main_process:
-        training.finish(settings, tuned.steps, made_of)
+        finish(out / "lora", tuned.steps, made_of)
         print(file)
+
+
+def contents(settings: Train, prompts: list[str]) -> dict[str, str]:
+    """Digests of the files that are this script's own, by setting."""
+    found = {"prompts": command.digest_of(prompts)}
+    if settings.reward:
+        found["reward"] = rewards.identity(settings.reward)
+    if settings.references:
+        found["references"] = references.digest(settings.references, paired=settings.paired)
+    if settings.critic_from:
+        found["critic_from"] = command.digest(settings.critic_from) or ""
+    return found
 
 
 def trainer_of(
@@ -305,8 +316,6 @@ def check_references(settings: Train, fixed: Any, watch: Any) -> None:
             "wants_references = False in a reward of your own"
         )
     learns = bool(settings.references and settings.critic_weight)
-    if (settings.critic_from or settings.critic_kind != "features") and not learns:
-        raise ValueError("a critic needs references=, and a critic_weight above 0")
     if settings.references and not (compares or learns):
         raise ValueError(
             f"references={settings.references} serve nothing: critic_weight is 0, and reward= "
@@ -338,18 +347,18 @@ def reward_of(
             device,
             s.critic_layers,
         )
-    references = load_references(settings.references, size, paired=settings.paired)
-    references.check(prompts)
+    likes = references.load_references(settings.references, size, paired=settings.paired)
+    likes.check(prompts)
     rank, seed = accelerator.process_index, settings.tuned.seed
     judge = fixed.evaluate if fixed else None
     if fixed and fixed.wants_references:
-        judge = likened(fixed, references, seed)
+        judge = likened(fixed, likes, seed)
     if model is None:
         return judge, weights
     if "critic" in weights:
         raise ValueError("reward= has a 'critic' beside the one that learns; name it, old=critic()")
     critic = Critic(model, settings.critic, accelerator)
-    found = Adversary(critic, references, settings.critic_weight, judge, seed, rank)
+    found = Adversary(critic, likes, settings.critic_weight, judge, seed, rank)
     return found, weights | {"critic": settings.critic_weight}
 
 
@@ -361,9 +370,10 @@ def _eight_bits(images: torch.Tensor) -> torch.Tensor:
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else argv
-    work = partial(command.settings_of, words, Train, NOTES, __doc__)
-    kept = "the last checkpoint is kept"
-    return command.finish("train_adversarial.py", kept, lambda: run(work()))
+    settings = partial(command.settings_of, words, Train, NOTES, __doc__)
+    return command.finish(
+        "train_adversarial.py", settings, run, "the last checkpoint is kept", "state.pt"
+    )
 
 
 if __name__ == "__main__":

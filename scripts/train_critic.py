@@ -26,7 +26,7 @@ from tilt import started
 import hashlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from finetune import checks, config
+from finetune import checks, config, references
 from finetune.critics import Critic, CriticSettings, accuracy
 from finetune.learner import draws
 from finetune.ranges import (
@@ -52,12 +52,20 @@ from finetune.ranges import (
     one_of,
     whole,
 )
-from finetune.references import References, load_references
+from finetune.references import References
 from finetune.shards import Rollouts
-from finetune.state import check_out, load_state, save_state
+from finetune.state import (
+    FILE,
+    FINISHED,
+    check_out,
+    finish,
+    is_finished,
+    load_state,
+    save_state,
+)
 from rewards.critic import KINDS
 from rewards.images import to_images
-from scripts import command, train_adversarial, training
+from scripts import command, idle, train_adversarial, training
 from tilt.loading import pick_device
 
 Sample = tuple[str, bytes]  # a prompt and a PNG
@@ -128,25 +136,40 @@ def run(settings: Train) -> None:
     """Check everything, then train."""
     if not (settings.rollouts and settings.references and settings.out):
         raise ValueError("set rollouts=FOLDER, references=PICTURES and out=FOLDER")
+    idle.of_critic(settings, "kind")
     out = Path(settings.out)
     check_out(settings)
     given = settings.rollouts if isinstance(settings.rollouts, list) else [settings.rollouts]
     samples, size = read_samples([str(folder) for folder in given])
     seen, unseen = split(samples, settings.held_out, settings.seed)
-    source = settings.out if (out / "state.pt").exists() else settings.critic_from
-    s, device = settings, pick_device("auto")
+    made_of = {
+        "rollouts": digest(samples),
+        "references": references.digest(settings.references, paired=settings.paired),
+    }
+    s, begun = settings, (out / FILE).exists()
+    if s.resume and begun and is_finished(out, s.steps, made_of):
+        show(out, bool(unseen))
+        return
+    source, device = s.out if begun else s.critic_from, pick_device("auto")
     started.say(f"loading the critic, with its tower {s.tower}")
     model = training.critic_of(source, s.kind, s.tower, s.paired, s.seed, device)
     critic = Critic(model, settings.critic)
-    references = load_references(settings.references, size, paired=settings.paired)
-    references.check([prompt for prompt, _ in samples])
-    if settings.resume:
-        load_state(critic, out, {"samples": digest(samples)}, settings.steps)
-    config.write(settings, out / "settings.yaml")
+    likes = references.load_references(s.references, size, paired=s.paired)
+    likes.check([prompt for prompt, _ in samples])
+    if s.resume:
+        load_state(critic, out, made_of, s.steps)
+    config.write(s, out / "settings.yaml")
     checks.rewind(out / "log.csv", critic.step)
-    loop(critic, references, seen, unseen, settings)
+    (out / FINISHED).unlink(missing_ok=True)  # of fewer steps
+    loop(critic, likes, seen, unseen, s, made_of)
+    finish(out, s.steps, made_of)
+    show(out, bool(unseen))
+
+
+def show(out: Path, held_out: bool) -> None:
+    """Print how right the critic was in the end."""
     for row in checks.read(out / "log.csv")[-1:]:
-        told = f"held-out accuracy {row['held_out_accuracy']:.3f}, " if unseen else ""
+        told = f"held-out accuracy {row['held_out_accuracy']:.3f}, " if held_out else ""
         print(f"{told}training accuracy {row['accuracy']:.3f}: {out}")
 
 
@@ -189,10 +212,15 @@ def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Samp
 
 
 def loop(
-    critic: Critic, references: References, seen: list[Sample], unseen: list[Sample], s: Train
+    critic: Critic,
+    references: References,
+    seen: list[Sample],
+    unseen: list[Sample],
+    s: Train,
+    made_of: Mapping[str, str],
 ) -> None:
     """Take the remaining steps, logging and saving on the way."""
-    out, made_of = Path(s.out), {"samples": digest(seen + unseen)}
+    out = Path(s.out)
     recent: list[dict[str, float]] = []
     for step in tqdm(range(critic.step, s.steps), initial=critic.step, total=s.steps):
         generator = draws(s.seed, step, "samples")
@@ -234,9 +262,10 @@ def look(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else argv
-    work = partial(command.settings_of, words, Train, NOTES, __doc__)
-    kept = "the last checkpoint is kept"
-    return command.finish("train_critic.py", kept, lambda: run(work()))
+    settings = partial(command.settings_of, words, Train, NOTES, __doc__)
+    return command.finish(
+        "train_critic.py", settings, run, "the last checkpoint is kept", "state.pt"
+    )
 
 
 if __name__ == "__main__":

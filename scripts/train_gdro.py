@@ -32,8 +32,9 @@ from finetune.models import family_of, noising_of
 from finetune.outlook import of_rollouts
 from finetune.ranges import TEXT, Range, group
 from finetune.shards import Rollouts
-from finetune.state import check_out
-from scripts import command, training
+from finetune.state import check_out, finish
+from scripts import command, idle, training
+from steering.manifest import fingerprint
 from tilt import loading
 from tilt.processes import is_main
 
@@ -76,9 +77,12 @@ def run(settings: Train) -> None:
     """Check everything, then train."""
     if not settings.rollouts or not settings.out:
         raise ValueError("set rollouts=FOLDER and out=FOLDER")
+    idle.of_gdro(settings)
+    settings = command.resolved(settings)
     check_out(settings)
     made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
-    made_of = {"rollouts": made.digest(gdro.reward), "lora": command.digest(settings.lora) or ""}
+    plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
+    made_of = training.made_of(settings, spec, rollouts=made.digest(gdro.reward))
     if training.finished(settings, gdro.steps, made_of):
         training.show(settings)
         return
@@ -89,11 +93,8 @@ def run(settings: Train) -> None:
     name = settings.model or made.manifest["model"]
     if not name:
         raise ValueError("the rollouts do not say their model; set model=")
-    load = partial(
-        loading.load_pipeline, name, loading.pick_dtype(settings.dtype, accelerator.device)
-    )
+    load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
     unscored = f"{data.unscored} images left out, whose reward is not a finite number"
-    plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
     watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
     started.say(f"loading {name}")
     pipe = load()
@@ -102,13 +103,15 @@ def run(settings: Train) -> None:
     check_fits(data, network, made.manifest["pipeline"], kind.__name__)
     training.check_keywords(pipe, watch, plan["prompts"], plan["call"])
     del pipe  # neither decoder nor text encoder stays in memory
+    weighed = made_of | {"model": fingerprint(network)}
     trainer = Trainer(network, family, noising, data, gdro, accelerator)
-    training.begin(trainer, settings, gdro, made_of)
+    training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
-        print(f"{len(data.groups)} prompts; {data.dropped} left out, whose rewards are all equal")
+        count, left = len(data.groups), data.dropped
+        print(f"{count} prompt{'s' * (count > 1)}; {left} left out, whose rewards are all equal")
         if data.unscored:
             print(f"{unscored}")
-    training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), made_of)
+    training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), weighed)
     about = [
         f"{len(plan['prompts'])} prompts, {plan['images']} plain and {plan['steered']} steered "
         f"images each, seed {plan['seed']}, call {json.dumps(plan['call'])}",
@@ -119,16 +122,15 @@ def run(settings: Train) -> None:
     file = training.export(trainer, kind, settings, about, name, "offline GDRO")
     accelerator.end_training()
     if accelerator.is_main_process:
-        training.finish(settings, gdro.steps, made_of)
+        finish(Path(settings.out) / "lora", gdro.steps, made_of)
         print(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status as `command.finish`."""
     words = sys.argv[1:] if argv is None else argv
-    work = partial(command.settings_of, words, Train, NOTES, __doc__)
-    kept = "the last checkpoint is kept"
-    return command.finish("train_gdro.py", kept, lambda: run(work()))
+    settings = partial(command.settings_of, words, Train, NOTES, __doc__)
+    return command.finish("train_gdro.py", settings, run, "the last checkpoint is kept", "state.pt")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from finetune.checks import Check, Watch
 from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
 from finetune.sharding import shard
-from finetune.state import FILE, load_state, save_state
+from finetune.state import FILE, FINISHED, is_finished, load_state, save_state
 from rewards.combine import component_names
 from rewards.critic import CriticReward, FeatureModel, PreferenceModel
 from rewards.names import OutsideError
@@ -43,16 +43,15 @@ __all__ = [
     "check_weights",
     "critic_of",
     "export",
-    "finish",
     "finished",
     "loop",
+    "made_of",
     "metrics",
     "notes",
+    "prompts_of",
     "show",
     "watch_of",
 ]
-
-FINISHED = "finished.json"
 
 
 @dataclass
@@ -138,6 +137,26 @@ def accelerator_of(settings: Run) -> Accelerator:
     return accelerator
 
 
+def prompts_of(file: str) -> list[str]:
+    """The prompts of a file, each once."""
+    return list(dict.fromkeys(prompt.text for prompt in read(Path(file))))
+
+
+def made_of(settings: Run, spec: str, **more: str) -> dict[str, str]:
+    """Digests of what the run is made of, by the setting that names it; more: the script's own.
+
+    spec: of the reward that is trained on, "" if it is not known.
+
+    A run is not carried on where a file or a folder holds something else under the same name.
+    """
+    found = {"lora": command.digest(settings.lora) or ""} | more
+    if settings.check.prompts:
+        found["check.prompts"] = command.digest_of(prompts_of(settings.check.prompts))
+    if settings.check.every and (checked := settings.check.reward or spec):
+        found["check.reward"] = rewards.identity(checked)
+    return found
+
+
 def watch_of(
     settings: Run,
     trained_on: Sequence[str],
@@ -160,7 +179,7 @@ def watch_of(
     if not check.prompts:
         raise ValueError("check.every needs check.prompts=FILE, prompts to look at")
     seen = list(trained_on[: check.train_prompts])
-    unseen = list(dict.fromkeys(prompt.text for prompt in read(Path(check.prompts))))
+    unseen = prompts_of(check.prompts)
     both = sorted(set(unseen) & set(trained_on))
     if both:
         raise ValueError(f"{check.prompts} has prompts that are trained on, as {both[0]!r}")
@@ -219,6 +238,17 @@ def critic_of(
     elif not source:
         found = FeatureModel(tower, seed=seed)
     critic = CriticReward(found, device=device)
+    own = critic.model.settings | {"kind": critic.model.kind}
+    for name, asked, default in (
+        ("kind", kind, "features"),
+        ("tower", tower, "tiny"),
+        ("layers", layers, 2),
+    ):
+        if source and asked not in (default, own.get(name)):
+            raise ValueError(
+                f"the critic {source} keeps its own kind, tower and layers, of which {name} is "
+                f"{own.get(name, 'none')}, not {asked}; leave that out, or begin with another"
+            )
     if critic.paired and not paired:
         raise ValueError(
             "a preference critic compares pictures of one prompt; set paired=true, with a .json or "
@@ -230,7 +260,7 @@ def critic_of(
 def begin(trainer: Any, settings: Run, method: Any, made_of: Mapping[str, str]) -> None:
     """Go on from a checkpoint or a LoRA, save the settings, start the loggers.
 
-    made_of: digests of what is trained on, by name.
+    made_of: digests of what is trained, and on what, by name.
     """
     learner: Learner = trainer.learner
     out, main = Path(settings.out), learner.accelerator.is_main_process
@@ -321,26 +351,14 @@ def finished(settings: Run, steps: int, made_of: Mapping[str, str]) -> bool:
 
     made_of: as in `begin`. Without a state nothing says that it was made with these settings.
     """
-    folder, state = Path(settings.out) / "lora", Path(settings.out) / FILE
-    if not (settings.resume and state.exists() and any(folder.glob("*.safetensors"))):
-        return False
-    try:
-        was = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return was == {"steps": steps, "made_of": dict(made_of)}
+    out = Path(settings.out)
+    return settings.resume and (out / FILE).exists() and is_finished(out / "lora", steps, made_of)
 
 
 def show(settings: Run) -> None:
     """Print the LoRA that `finished` has found."""
     if is_main():
         print(next((Path(settings.out) / "lora").glob("*.safetensors")))
-
-
-def finish(settings: Run, steps: int, made_of: Mapping[str, str]) -> None:
-    """Write down what `finished` looks for, when all is there."""
-    text = json.dumps({"steps": steps, "made_of": dict(made_of)}, indent=1)
-    (Path(settings.out) / "lora" / FINISHED).write_text(text + "\n", encoding="utf-8")
 
 
 def export(

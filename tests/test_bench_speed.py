@@ -95,10 +95,10 @@ def small(name):
 def test_a_pipeline_of_published_size_is_steered_by_embeddings(name, monkeypatch):
     monkeypatch.setitem(sized.MODELS, name, small(name))
     pipe, call, preview = sized.sized(name, torch.device("cpu"), torch.float32, side=64)
-    call["num_inference_steps"] = 4
-    given = (pipe, call, rewards.load("jpeg"), 2, 2, preview, 2)
+    call["num_inference_steps"] = 3
+    given = (pipe, call, rewards.load("jpeg"), 2, 1, preview, 1)
     found = cost.measure(*given)
-    assert len(found) == 2
+    assert len(found) == 1
     assert np.isfinite(found).all()
     assert min(cost.least(*given)) > 1
 

@@ -80,6 +80,12 @@ def test_the_gpus_file_is_written_section_by_section(tmp_path, monkeypatch, caps
         yield "| one |"
         raise RuntimeError("too hot")
 
+    def few(*given):
+        pipe, keywords, preview = subject(*given)
+        return pipe, keywords | {"num_inference_steps": 6}, preview
+
+    subject = cost.subject
+    monkeypatch.setattr(cost, "subject", few)
     monkeypatch.setitem(gpu.SECTIONS, "cost", fails)
     out = tmp_path / "gpu.md"
     with pytest.raises(SystemExit) as left:

@@ -63,7 +63,7 @@ CALLS = {
     [
         ("sd3", by_user, "funnel"),
         ("sd3", by_tune, "max_batch"),
-        ("sd", by_tune, "funnel"),
+        pytest.param("sd", by_tune, "funnel", marks=pytest.mark.slow),
         pytest.param("sd", by_user, "max_batch", marks=pytest.mark.slow),
     ],
 )

@@ -115,6 +115,7 @@ def test_the_peak_is_that_of_the_real_allocator(less):
     assert count.peak == pytest.approx(real_peak(lambda: _step(less)), rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_documented_table_is_what_the_command_prints():
     text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     assert memory.row("sd15", "gdro", less=True) in text

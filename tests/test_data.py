@@ -50,6 +50,25 @@ def run_of(folder: Path, shards: int, shape: tuple[int, ...]) -> Any:
     return SimpleNamespace(shards=found)
 
 
+def test_rewards_that_differ_in_the_ninth_digit_are_told_apart(tmp_path):
+    """float32 knows seven."""
+    run = run_of(tmp_path, 1, (4, 2, 2))
+    add_rewards(run.shards[0], {"reward": [1e6, 1e6 + 1e-3, 2e6 + 1e-3, 2e6]})
+    for norm in ("none", "rank", "global_std"):
+        data = load_data(run, "reward", norm, 2)
+        assert data.dropped == 0
+        assert [group.rewards.argmax().item() for group in data.groups] == [1, 0]
+        assert {group.rewards.dtype for group in data.groups} == {torch.float64}
+
+
+def test_shards_that_were_scored_by_several_versions_of_a_reward_are_refused(tmp_path):
+    run = run_of(tmp_path, 2, (4, 2, 2))
+    for shard, version in zip(run.shards, "ab", strict=True):
+        add_rewards(shard, {"reward": [0.0, 1.0, 2.0, 3.0]}, "jpeg", version=version)
+    with pytest.raises(ValueError, match=r"different versions of jpeg; finish .*--resume"):
+        load_data(run, "reward", "none", 2)
+
+
 def anonymous() -> float:
     """This process's memory that is not mapped from files, in MiB."""
     found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())

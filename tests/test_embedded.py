@@ -120,11 +120,12 @@ def test_saved_pngs_score_as_reported(model, tmp_path):
 def test_two_threads_on_one_pipeline_give_what_each_gives_alone(model):
     name, pipe = model
     prompts = ["a red circle", "four blue crosses"]
+    few = keywords(name) | {"num_inference_steps": 6}
 
     def run(prompt):
-        settings = FeynmanKac(min_ess=1.0)
+        settings = FeynmanKac(min_ess=1.0, num_scores=2)
         return steer(
-            pipe, prompt, redness, particles=3, settings=settings, progress=False, **keywords(name)
+            pipe, prompt, redness, particles=3, settings=settings, progress=False, **few
         ).latents
 
     alone = [run(prompt) for prompt in prompts]

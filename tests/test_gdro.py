@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from contextlib import contextmanager
 from dataclasses import replace
@@ -95,7 +96,9 @@ def test_how_groups_are_split_does_not_matter():
     torch.testing.assert_close(weights_of(one), weights_of(many), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["full", "top1", "rank"])
+@pytest.mark.parametrize(
+    "form", ["full", *(pytest.param(other, marks=pytest.mark.slow) for other in ("top1", "rank"))]
+)
 def test_it_learns_to_order_the_images_of_its_groups(form):
     trainer = trainer_of(form=form, beta=200.0, lr=1e-2, hold_best=0.0, temperature=0.1, groups=3)
     first = last = trainer.train_step()
@@ -362,9 +365,11 @@ def test_settings_that_cannot_work_are_refused(change):
         Gdro(**change)
 
 
-@pytest.mark.parametrize("name", ["sd", "sd3"])
+@pytest.mark.parametrize("name", [pytest.param("sd", marks=pytest.mark.slow), "sd3"])
 def test_a_compiled_network_learns_the_same_and_is_compiled_once(name, monkeypatch):
     compiled, compiling = [], torch.compile
+    # dynamo's trace, which pytest would keep line by line, takes most of the time
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "handlers", [])
 
     def eagerly(function, **how):
         def count(graph, inputs):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.references import load_references
+from finetune.references import digest, load_references
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 NAMES = ("red", "green", "blue")
@@ -164,4 +164,39 @@ def test_sources_that_are_not_there_or_lack_prompts_are_refused(folder):
         load_references(folder, SIZE, paired=True)
     for source in ("/nowhere/at/all", "/nowhere/at/all.json"):
         with pytest.raises(ValueError, match=r"neither a folder, a .json nor a .parquet file"):
+            load_references(source, SIZE, paired=False)
+
+
+def test_other_pictures_under_the_same_names_have_another_digest(folder):
+    before = digest(folder, paired=False)
+    assert digest(folder, paired=False) == before
+    Image.new("RGB", (20, 30), BLUE).save(folder / "red.png")
+    assert digest(folder, paired=False) != before
+    table = folder / "table.parquet"
+    found = set()
+    for colour in (RED, BLUE):
+        pq.write_table(pa.table({"image": [png(colour), png(GREEN)], "prompt": ["a", "b"]}), table)
+        found |= {digest(table, paired=paired) for paired in (False, True)}
+    assert len(found) == 4
+    pairs = folder / "pairs.json"
+    pairs.write_text(json.dumps({"a": ["red.png", "more/blue.png"]}))
+    before = digest(pairs, paired=True)
+    Image.new("RGB", (20, 30), GREEN).save(folder / "more/blue.png")
+    assert digest(pairs, paired=True) != before
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "3", "", '{"_data_files": 3}', '{"_data_files": [[]]}', "[" * 5000]
+)
+def test_a_data_set_whose_state_is_nonsense_is_refused_in_a_sentence(tmp_path, text):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"state\.json (names no tables, as|is no JSON)"):
+        load_references(tmp_path, SIZE, paired=False)
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "gone.arrow"}]}')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    for source, name in ((tmp_path, "gone.arrow"), (tmp_path / "bad.parquet", "bad.parquet")):
+        with pytest.raises(ValueError, match=rf"{name} is no table that can be read .*; mend it"):
             load_references(source, SIZE, paired=False)

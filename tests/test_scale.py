@@ -78,6 +78,7 @@ def test_the_rows_that_fit_leave_a_fifth_of_the_card():
     assert memory.most_rows(100, 75, 30, 5, 2, decode=0) == 0
 
 
+@pytest.mark.slow
 def test_the_documented_table_of_steering_is_what_the_command_prints():
     text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     assert memory.steered_row("sd15", 512) in text
@@ -127,11 +128,17 @@ def test_a_judge_reads_each_patch_and_token_with_all_its_layers():
     assert reads.flops == pytest.approx(2 * (18**2 + 100) * (reads.parameters - 152064 * 3584))
 
 
-def test_the_share_of_the_peak_is_that_of_the_cited_seconds():
-    for name, side, seconds, share in (("sdxl", 1024, 5.932, 0.37), ("sd15", 512, 1.604, 0.17)):
-        one = scale.particle(name, side)
-        reached = (50 * one.step + one.decoder) / seconds / 312e12
-        assert reached == pytest.approx(share, abs=0.005)
+@pytest.mark.parametrize(
+    ("name", "side", "seconds", "share"),
+    [
+        pytest.param("sdxl", 1024, 5.932, 0.37, marks=pytest.mark.slow),
+        ("sd15", 512, 1.604, 0.17),
+    ],
+)
+def test_the_share_of_the_peak_is_that_of_the_cited_seconds(name, side, seconds, share):
+    one = scale.particle(name, side)
+    reached = (50 * one.step + one.decoder) / seconds / 312e12
+    assert reached == pytest.approx(share, abs=0.005)
 
 
 def test_the_ratio_counts_every_look_and_the_final_score():

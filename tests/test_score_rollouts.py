@@ -80,6 +80,15 @@ def test_resume_scores_what_is_not_of_this_very_spec(folder, seen):
     assert shard.rewards()["jpeg"] == shard.rewards()["reward"]
 
 
+def test_another_version_of_a_reward_scores_anew(folder, seen, monkeypatch):
+    sizes, _ = seen
+    assert call(folder, "jpeg") == 0
+    monkeypatch.setattr(rewards, "identity", lambda spec: "another")
+    assert call(folder, "jpeg", "--resume") == 0
+    assert call(folder, "jpeg", "--resume") == 0
+    assert sizes == [4, 2] * 2
+
+
 def test_what_is_finished_needs_no_reward(folder, seen, monkeypatch, capsys):
     def never(*args, **kwargs):
         raise AssertionError("a reward was loaded")

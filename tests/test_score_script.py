@@ -192,11 +192,12 @@ def test_scores_of_another_spec_prompt_or_picture_are_not_taken_over(folder, cap
     table = folder / "list.csv"
     assert score.main([*lines(folder, first, second), "jpeg"]) == 0
     if not finished:
-        rows = "".join(json.dumps(row) + "\n" for row in [{"reward": "jpeg"}, *read_table(table)])
+        rows = [{"reward": score.versioned("jpeg")}, *read_table(table)]
+        rows = "".join(json.dumps(row) + "\n" for row in rows)
         table.rename(folder / "list.csv.part").write_text(rows)
     held = {path: path.read_bytes() for path in folder.iterdir() if path.name != "list.jsonl"}
     for entries, spec, message in [
-        ([first, second], "jpeg(scale=flow_grpo)", "was scored by 'jpeg'"),
+        ([first, second], "jpeg(scale=flow_grpo)", "was scored by 'jpeg ["),
         ([first, second | {"prompt": "y"}], "jpeg", "1.png with the prompt 'x'"),
         ([first], "jpeg", "not asked for (1)"),
     ]:
@@ -206,6 +207,18 @@ def test_scores_of_another_spec_prompt_or_picture_are_not_taken_over(folder, cap
         assert message in told
         assert refusal(told).count("\n") == 1
     assert held == {p: p.read_bytes() for p in folder.iterdir() if p.name != "list.jsonl"}
+
+
+def test_scores_of_another_version_of_a_reward_are_not_mixed_with(folder, capsys, monkeypatch):
+    first, second = ({"image": f"{i}.png", "prompt": "x"} for i in range(2))
+    assert score.main([*lines(folder, first), "jpeg"]) == 0
+    assert score.main([*lines(folder, first), "jpeg", "--resume"]) == 0
+    monkeypatch.setattr(rewards, "identity", lambda spec: "abc")
+    capsys.readouterr()
+    for entries in ([first], [first, second]):
+        assert score.main([*lines(folder, *entries), "jpeg", "--resume"]) == 2
+        told = capsys.readouterr().err
+        assert re.search(r"scored by 'jpeg \[version \w+\]', not 'jpeg \[version abc\]'", told)
 
 
 def test_one_picture_under_two_prompts_has_two_rows(folder, seen):

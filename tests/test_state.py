@@ -1,6 +1,7 @@
 """What is carried on is the very run that was begun, and what is read back is whole."""
 
 import contextlib
+import functools
 import math
 import re
 import resource
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from finetune import checks, config, lora
+from finetune import checks, config, lora, nft
 from finetune.nft import Nft
 from finetune.shards import Rollouts, Shard, add_rewards
 from finetune.state import MAY_CHANGE, check_out, load_state, save_state
@@ -101,10 +102,11 @@ def check_named(settings, name):
 
 
 @pytest.mark.parametrize("script", [train_gdro, train_adversarial, train_critic])
-def test_every_setting_that_changes_the_run_is_refused_by_name(script, tmp_path):
+def test_every_setting_that_changes_the_run_is_refused_by_name(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "read", functools.cache(config.read))  # one record, many times
     first = replace(script.Train(), out=str(tmp_path / "a"))
     if hasattr(first, "check"):
-        first = replace(first, check=replace(first.check, every=5))
+        first = replace(first, check=replace(first.check, every=5), dtype="float32")
     begun(first)
     record = (tmp_path / "a" / "settings.yaml").read_bytes()
     again = replace(first, resume=True)
@@ -167,7 +169,7 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     save_state(Trainer(), tmp_path, made_of={"rollouts": "abc"})
     assert load_state(Trainer(), tmp_path, {"rollouts": "abc"})
-    with pytest.raises(ValueError, match="begun with other rollouts"):
+    with pytest.raises(ValueError, match="begun when rollouts held something else"):
         load_state(Trainer(), tmp_path, {"rollouts": "abd"})
 
 
@@ -230,15 +232,67 @@ def full_disk():
 def test_a_full_disk_that_safetensors_meets_is_no_traceback(tmp_path, capsys):
     from safetensors.torch import save_file
 
-    def work():
+    def work(settings):
         with full_disk():
             save_file({"a": torch.zeros(10_000)}, tmp_path / "a")
 
-    assert command.finish("rollout.py", "finished shards are kept", work) == 1
+    settings, files = train_gdro.Train(out=str(tmp_path)), ("finished shards are kept", "0*/x")
+    assert command.finish("rollout.py", lambda: settings, work, *files) == 1
     told = capsys.readouterr().err
     assert told.startswith("rollout.py: ")
     assert told.count("\n") == 1
-    assert "finished shards are kept" in told
+    assert told.endswith("; nothing is kept yet\n")
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000" / "x").touch()
+    assert command.finish("rollout.py", lambda: settings, work, *files) == 1
+    assert capsys.readouterr().err.endswith("; finished shards are kept\n")
+
+
+def test_an_interrupt_tells_of_a_checkpoint_where_there_is_one(tmp_path, capsys):
+    def work(settings):
+        raise KeyboardInterrupt
+
+    settings = train_gdro.Train(out=str(tmp_path / "a"))
+    for told in ("nothing is kept yet", "the last checkpoint is kept"):
+        kept = "the last checkpoint is kept", "state.pt"
+        assert command.finish("train_gdro.py", lambda: settings, work, *kept) == 130
+        said = f"train_gdro.py: interrupted; {told}: repeat with resume=true\n"
+        assert capsys.readouterr().err == said
+        begun(settings)
+
+
+def test_a_full_disk_that_torch_meets_is_told_in_plain_words(tmp_path):
+    """PyTorch's own are "[enforce fail at inline_container.cc:603]"."""
+    for kept in ("", "; the one written before it is kept"):
+        trainer = Trainer()
+        trainer.weights = {"a": torch.zeros(10_000)}
+        with full_disk(), pytest.raises(ValueError, match="cannot be written") as told:
+            save_state(trainer, tmp_path)
+        said = f"the state of step 3 cannot be written to {tmp_path} (the disk may be full){kept}"
+        assert str(told.value) == said
+        save_state(Trainer(), tmp_path)
+
+
+def test_an_automatic_dtype_is_written_down_as_what_it_is(tmp_path, monkeypatch):
+    first = command.resolved(train_gdro.Train(out=str(tmp_path)))
+    assert first.dtype == "float32"
+    begun(first)
+    check_out(command.resolved(replace(first, dtype="auto", resume=True)))
+    monkeypatch.setattr(command, "pick_dtype", lambda name, device: torch.bfloat16)  # of a GPU
+    with pytest.raises(ValueError, match="begun with dtype='float32', not 'bfloat16'"):
+        check_out(command.resolved(replace(first, dtype="auto", resume=True)))
+
+
+def test_an_average_of_another_law_is_not_carried_on():
+    weights = {"a": torch.nn.Parameter(torch.zeros(2))}
+    one, other = lora.Average(weights, 0.9), lora.Average(weights, 0.9, nft.slowly)
+    one.load_state_dict(lora.Average(weights, 0.9).state_dict())
+    with pytest.raises(ValueError, match="begun by warm_up law of the decay, not slowly"):
+        other.load_state_dict(one.state_dict())
+    before = {"step": 3, "weights": {"a": torch.ones(2)}}  # of a version that did not say
+    with pytest.raises(ValueError, match="begun by an earlier law of the decay, not warm_up"):
+        one.load_state_dict(before)
+    lora.Average(weights, 0.0).load_state_dict(before)  # no average at all
 
 
 @pytest.mark.parametrize(

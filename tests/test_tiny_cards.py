@@ -138,14 +138,16 @@ def few_rows(monkeypatch):
     monkeypatch.setattr(grids, "HELD_OUT", ("colors",))
 
 
-def test_few_cells_are_drawn_quickly_and_twice_the_same(tmp_path, few_rows):
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n == "tiny-sd" else ()) for n in MODELS]
+)
+def test_few_cells_are_drawn_quickly_and_twice_the_same(name, tmp_path, few_rows):
     for folder in (tmp_path / "a", tmp_path / "b"):
-        grids.main(["--columns", "2", "--out", str(folder)])
-    for name in MODELS:
-        first, again = ((tmp_path / folder / f"{name}.png").read_bytes() for folder in "ab")
-        assert first == again
-        with Image.open(tmp_path / "a" / f"{name}.png") as image:
-            assert image.width == grids.GAP + 2 * (grids.SIDE + grids.GAP)
+        grids.main(["--models", name, "--columns", "2", "--out", str(folder)])
+    first, again = ((tmp_path / folder / f"{name}.png").read_bytes() for folder in "ab")
+    assert first == again
+    with Image.open(tmp_path / "a" / f"{name}.png") as image:
+        assert image.width == grids.GAP + 2 * (grids.SIDE + grids.GAP)
 
 
 def test_a_pipelines_column_is_the_seed_that_it_names(few_rows):

@@ -99,6 +99,27 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def test_a_run_is_not_carried_on_with_other_files_under_the_same_names(prompts, tmp_path, capsys):
+    style = tmp_path / "style"
+    style.mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (250, 20 * i, 0)).save(style / f"{i}.png")
+    (tmp_path / "unseen.txt").write_text("a star\n")
+    words = [*prompts, *SMALL, f"references={style}", f"out={tmp_path / 'out'}", "check.every=9"]
+    words += [f"check.prompts={tmp_path / 'unseen.txt'}", "check.images=1", "check.train_prompts=0"]
+    assert train_adversarial.main([*words, "grpo.steps=1"]) == 0
+    changes = {
+        "check.prompts": lambda: (tmp_path / "unseen.txt").write_text("a circle\n"),
+        "references": lambda: Image.new("RGB", (64, 64)).save(style / "1.png"),
+        "prompts": lambda: (tmp_path / "prompts.txt").write_text('the word "DOG"\n'),
+    }
+    capsys.readouterr()
+    for name, change in changes.items():  # each is told before those that changed already
+        change()
+        assert train_adversarial.main([*words, "grpo.steps=2", "resume=true"]) == 2
+        assert f"was begun when {name} held something else" in capsys.readouterr().err
+
+
 def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures):
     words = [*prompts, *SMALL, f"references={pictures}", "critic.replay=4", "reward=0.1*jpeg"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -132,20 +153,23 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
         (["critic_kind=preference"], "a critic needs references="),
         (["critic_from=somewhere"], "a critic needs references="),
         (["reward=dino(tiny)"], "the reward dino(tiny) compares with references; set references="),
-        (["references=.", "critic_weight=0"], "references=. serve nothing"),
-        (["references=.", "critic_weight=0", "critic_from=somewhere"], "a critic_weight above 0"),
-        (["references=.", "critic_kind=preference"], "set paired=true"),
-        (["references=.", "critic_from=/nowhere"], "/nowhere"),
+        (["references={folder}", "critic_weight=0"], "serve nothing: critic_weight is 0"),
+        (["references={folder}", "critic_weight=0", "critic_from=x"], "a critic_weight above 0"),
+        (["references={folder}", "critic_kind=preference"], "set paired=true"),
+        (["references={folder}", "critic_from=/nowhere"], "/nowhere"),
         (["call.guidance_scale=4"], "call.guidance_scale says nothing to training; set grpo.guid"),
         (["call.guidance_scale=4", "method=nft"], "set nft.guidance_scale= instead"),
         (["call.num_inference_steps=4"], "set grpo.num_inference_steps= instead"),
         (["call.negative_prompt=blue"], "set negative_prompt= instead"),
         (["call.eta=1"], "call.eta says nothing to training, which takes ['height', 'width'"),
         (["negative_prompt=blue"], "serves nothing without guidance; set grpo.guidance_scale"),
+        (["grpo.guidance_scale=0.5"], "guidance_scale is 0.5, but pipelines take any below 1"),
+        (["method=nft", "nft.guidance_scale=0"], "guidance_scale is 0.0, but pipelines take any"),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(prompts, tmp_path, words, message, capsys):
     given = [*prompts, f"out={tmp_path / 'out'}", "reward=jpeg"] if words else []
+    words = [word.format(folder=tmp_path) for word in words]
     assert train_adversarial.main([*given, *words]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert message in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,9 @@ def test_samples_like_their_references_are_not_told_apart(words, samples, style,
 @pytest.mark.parametrize(
     "kind", [[], ["kind=preference", "paired=true", "references={style}/pairs.json"]]
 )
-def test_six_steps_are_three_and_a_resumed_three_bit_for_bit(words, style, tmp_path, kind):
+def test_six_steps_are_three_and_a_resumed_three_bit_for_bit(
+    words, style, tmp_path, kind, monkeypatch, capsys
+):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     words = [*words, *(word.format(style=style) for word in kind), "critic.replay=3", "log_every=1"]
     run(*words, f"out={whole}", "steps=6")
@@ -115,8 +118,28 @@ def test_six_steps_are_three_and_a_resumed_three_bit_for_bit(words, style, tmp_p
     assert "replay: 3" in text
     again = [str(whole / "settings.yaml"), "resume=true"]
     before = weights(whole)
-    run(*again)  # nothing is left to do
+    monkeypatch.setattr(train_critic.training, "critic_of", never)  # nothing is left to do
+    capsys.readouterr()
+    run(*again)
     assert same(before, weights(whole))
+    assert capsys.readouterr().out.endswith(
+        f"training accuracy {rows[-1]['accuracy']:.3f}: {whole}\n"
+    )
+    with pytest.raises(AssertionError, match="was loaded"):
+        train_critic.main([*again, "steps=7"])
+
+
+def never(*_, **__):
+    raise AssertionError("a model was loaded")
+
+
+def test_references_that_changed_under_the_same_name_are_refused(words, style, tmp_path, capsys):
+    copied = [*words, f"references={shutil.copytree(style, tmp_path / 'style')}"]
+    run(*copied, f"out={tmp_path / 'out'}", "steps=1")
+    Image.new("RGB", (64, 64)).save(tmp_path / "style" / "03.png")
+    again = [*copied, f"out={tmp_path / 'out'}", "steps=2", "resume=true"]
+    assert train_critic.main(again) == 2
+    assert "was begun when references held something else" in capsys.readouterr().err
 
 
 def test_a_critic_goes_on_from_another_with_older_samples(words, samples, tmp_path):
@@ -155,6 +178,10 @@ def test_a_prompt_is_on_one_side_and_stays_there():
         (["paired=true", "references={tmp}/few.json"], "5 prompts have no reference picture"),
         (["kind=features2"], "kind is 'features2' but must be 'features' or 'preference'"),
         (["kind=preference"], "set paired=true"),
+        (
+            ["critic_from=random:1"],
+            "keeps its own kind, tower and layers, of which tower is random:1",
+        ),
         (["critic_from={tmp}"], "holds none of ['critic.json']"),
         (["stesp=3"], "did you mean 'steps'"),
         (["batch=0"], "batch is 0 but must be a whole number"),

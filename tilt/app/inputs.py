@@ -56,8 +56,6 @@ def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wis
     line; pages are open to whoever reaches them.
     """
     prompt = Prompt(_text(form, "prompt")).text
-    if not prompt:
-        raise ValueError("the prompt is empty: write what to draw")
     model = _text(form, "model")
     if not model:
         raise ValueError(f"the model is empty: try {tiny.NAMES[0]}, or name a folder or a hub id")

@@ -1,0 +1,64 @@
+"""Settings of training that do nothing beside the others: each is refused by name.
+
+settings: those of the script, as read; ValueError for the first one that is not at its default.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from finetune.ranges import refuse_idle
+
+__all__ = ["of_adversarial", "of_critic", "of_gdro"]
+
+
+def of_gdro(settings: Any) -> None:
+    """Of train_gdro.py."""
+    _of_checks(settings)
+    if settings.gdro.form == "rank":
+        refuse_idle(settings, ["gdro.temperature"], "gdro.form is 'rank'")
+
+
+def of_adversarial(settings: Any) -> None:
+    """Of train_adversarial.py."""
+    _of_checks(settings)
+    refuse_idle(
+        settings, [{"grpo": "nft", "nft": "grpo"}[settings.method]], _is("method", settings)
+    )
+    if settings.method == "grpo" and settings.grpo.updates == 1:
+        why = "grpo.updates is 1, where every ratio is 1"
+        refuse_idle(settings, ["grpo.clip"], why)
+    if not settings.references:
+        refuse_idle(settings, ["paired", "critic_weight"], "references= is not set")
+    if not (settings.references and settings.critic_weight):
+        names = ["critic_kind", "tower", "critic_layers", "critic_from", "critic"]
+        refuse_idle(settings, names, "a critic needs references=, and a critic_weight above 0")
+    elif settings.critic_kind == "features" and not settings.critic_from:
+        refuse_idle(settings, ["critic_layers"], _is("critic_kind", settings))
+    of_critic(settings, "critic_kind")
+
+
+def of_critic(settings: Any, kind: str) -> None:
+    """Of a critic, whose settings are `critic` and, under the name `kind`, its kind."""
+    critic = settings.critic
+    if getattr(settings, kind) == "preference":
+        refuse_idle(settings, ["critic.patches", "critic.patch_weight"], _is(kind, settings))
+    if not critic.patch_weight:
+        refuse_idle(settings, ["critic.patches"], "critic.patch_weight is 0")
+    if not critic.replay:
+        refuse_idle(settings, ["critic.replay_share"], "critic.replay is 0")
+    if critic.trigger != "every_n":
+        refuse_idle(settings, ["critic.every"], f"critic.trigger is {critic.trigger!r}")
+    if critic.trigger != "acc_below":
+        refuse_idle(settings, ["critic.below"], f"critic.trigger is {critic.trigger!r}")
+
+
+def _of_checks(settings: Any) -> None:
+    """Those of a run that had some choose its LoRA, whether there will be more or not."""
+    if not settings.check.every and not (Path(settings.out) / "checks.csv").exists():
+        refuse_idle(settings, ["check"], "check.every is 0")
+
+
+def _is(name: str, settings: Any) -> str:
+    return f"{name} is {getattr(settings, name)!r}"

@@ -1,0 +1,114 @@
+"""A setting that would do nothing beside the others is refused by name, and no other is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune import config
+from finetune.ranges import refuse_idle
+from scripts import evaluate, idle, rollout, train_adversarial, train_critic, train_gdro
+
+MAIN = {
+    "gdro": train_gdro.main,
+    "adversarial": train_adversarial.main,
+    "critic": train_critic.main,
+    "rollout": rollout.main,
+    "evaluate": evaluate.main,
+}
+GIVEN = {
+    "gdro": ["rollouts=x"],
+    "adversarial": ["prompts={prompts}", "reward=jpeg"],
+    "critic": ["rollouts=x", "references=y"],
+    "rollout": ["prompts={prompts}"],
+    "evaluate": ["prompts={prompts}", "reward=jpeg"],
+}
+LEARNS = ["references=y"]
+EVERY = ["critic.trigger=every_n", "critic.every=3"]
+IDLE = [
+    ("gdro", ["check.prompts=x.txt"], "check.prompts", "check.every is 0"),
+    ("gdro", ["check.reward=clip"], "check.reward", "check.every is 0"),
+    ("gdro", ["check.call.height=64"], "check.call.height", "check.every is 0"),
+    ("gdro", ["gdro.form=rank", "gdro.temperature=1"], "gdro.temperature", "gdro.form is 'rank'"),
+    ("adversarial", ["check.patience=2"], "check.patience", "check.every is 0"),
+    ("adversarial", ["nft.lr=1"], "nft.lr", "method is 'grpo'"),
+    ("adversarial", ["method=nft", "grpo.steps=3"], "grpo.steps", "method is 'nft'"),
+    ("adversarial", ["grpo.clip=1"], "grpo.clip", "grpo.updates is 1"),
+    ("adversarial", ["paired=true"], "paired", "references= is not set"),
+    ("adversarial", ["critic_weight=2"], "critic_weight", "references= is not set"),
+    ("adversarial", ["tower=a/b"], "tower", "a critic needs references="),
+    ("adversarial", ["critic.r1=1"], "critic.r1", "a critic needs references="),
+    ("adversarial", [*LEARNS, "critic_weight=0", "critic.lr=1"], "critic.lr", "a critic needs"),
+    ("adversarial", [*LEARNS, "critic_layers=1"], "critic_layers", "critic_kind is 'features'"),
+    (
+        "adversarial",
+        [*LEARNS, "critic_kind=preference", "critic.patches=3"],
+        "critic.patches",
+        "critic_kind is 'preference'",
+    ),
+    ("adversarial", [*LEARNS, "critic.replay_share=1"], "critic.replay_share", "critic.replay is"),
+    ("critic", ["kind=preference", "critic.patch_weight=1"], "critic.patch_weight", "kind is"),
+    ("critic", ["critic.patch_weight=0", "critic.patches=3"], "critic.patches", "patch_weight is"),
+    ("critic", ["critic.every=2"], "critic.every", "critic.trigger is 'always'"),
+    ("critic", ["critic.trigger=every_n", "critic.below=0.1"], "critic.below", "is 'every_n'"),
+    ("rollout", ["filter.reward_scale=3"], "filter.reward_scale", "steered is 0"),
+    ("evaluate", ["filter.noise=0.5"], "filter.noise", "steer= is not set"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "name", "why"), IDLE)
+def test_a_setting_that_does_nothing_is_refused_by_name(
+    script, words, name, why, tmp_path, capsys, no_model
+):
+    (tmp_path / "prompts.txt").write_text("a star\n")
+    given = [word.format(prompts=tmp_path / "prompts.txt") for word in GIVEN[script]]
+    assert MAIN[script]([*given, f"out={tmp_path / 'out'}", *words]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f": {name} is " in told
+    assert "but does nothing, as " in told
+    assert why in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("check", "kind", "words"),
+    [
+        (idle.of_gdro, train_gdro.Train, ["check.every=5", "check.prompts=x", "check.patience=2"]),
+        (idle.of_gdro, train_gdro.Train, ["gdro.form=top1", "gdro.temperature=1"]),
+        (idle.of_adversarial, train_adversarial.Train, ["method=nft", "nft.lr=1", "grpo.lr=1e-4"]),
+        (idle.of_adversarial, train_adversarial.Train, ["grpo.updates=2", "grpo.clip=1"]),
+        (
+            idle.of_adversarial,
+            train_adversarial.Train,
+            [*LEARNS, "critic_weight=3", "critic.patches=3", "tower=x", "paired=true"],
+        ),
+        (
+            idle.of_adversarial,
+            train_adversarial.Train,
+            [*LEARNS, "critic_kind=preference", "critic_layers=1", "critic.trigger=acc_below"],
+        ),
+        (
+            lambda settings: idle.of_critic(settings, "kind"),
+            train_critic.Train,
+            ["critic.replay=3", "critic.replay_share=1", *EVERY],
+        ),
+    ],
+)
+def test_what_does_something_is_not_refused(check, kind, words):
+    check(config.read(kind, None, words))
+
+
+def test_settings_of_checks_are_those_of_the_run_where_there_were_some(tmp_path):
+    settings = config.read(train_gdro.Train, None, [f"out={tmp_path}", "check.best=train/reward"])
+    with pytest.raises(ValueError, match=r"check\.best is 'train/reward' but does nothing"):
+        idle.of_gdro(settings)
+    Path(tmp_path / "checks.csv").touch()
+    idle.of_gdro(settings)
+
+
+def test_every_setting_of_a_group_is_looked_at():
+    settings = config.read(train_gdro.Train, None, ["check.call.height=64"])
+    with pytest.raises(ValueError, match=r"^check\.call\.height is 64 but does nothing, as so"):
+        refuse_idle(settings, ["model", "check"], "so it is")
+    refuse_idle(settings, ["model", "check.every", "gdro"], "so it is")
