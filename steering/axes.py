@@ -16,14 +16,18 @@ import torch
 from torch import Generator, Tensor
 
 __all__ = [
+    "MOST_COPIES",
     "Axes",
+    "Path",
     "Unclear",
     "check_rows",
     "compared",
     "copies_of",
+    "inside",
     "joined",
     "leaves",
     "picked",
+    "places",
     "rows_in",
     "take",
 ]
@@ -32,7 +36,7 @@ Path = tuple[str | int, ...]  # the class of the network first
 Axes = dict[Path, int | str | None]  # a tensor's batch axis, ENTRIES, or None where rows share it
 
 _ENTRIES = "entries"  # a list or tuple with an entry a row
-_MOST_COPIES = 8  # more is no guidance: tokens of all rows, one after another
+MOST_COPIES = 8  # more is no guidance: tokens of all rows, one after another
 _PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 
 
@@ -102,6 +106,13 @@ def _children(value: Any) -> dict[str | int, Any]:
     return {}
 
 
+def inside(value: Any, path: Path) -> Any:
+    """What lies at `path` in a container."""
+    for key in path:
+        value = _children(value)[key]
+    return value
+
+
 def leaves(value: Any, axes: Axes, path: Path) -> Iterator[tuple[Path, Any]]:
     """Every tensor in `value`, and every list with an entry a row, by its path."""
     if isinstance(value, Tensor) or axes.get(path) == _ENTRIES:
@@ -111,13 +122,24 @@ def leaves(value: Any, axes: Axes, path: Path) -> Iterator[tuple[Path, Any]]:
         yield from leaves(item, axes, (*path, key))
 
 
+def places(value: Any, path: Path) -> Iterator[tuple[Path, bool]]:
+    """Where `value` holds anything, and whether that is a list of plain values."""
+    held = _children(value)
+    listed = _is_list(value) and all(isinstance(item, _PLAIN) for item in value)
+    if listed or not held:
+        yield path, listed
+        return
+    for key, item in held.items():
+        yield from places(item, (*path, key))
+
+
 def check_rows(name: str, call: dict[str | int, Any], axes: Axes, n: int) -> None:
     """Raise Unclear unless the rows of a call are whole copies of n particles."""
     rows = rows_in(name, call, axes)
     if rows is None:
         return
     firsts = [axes[path] in (0, _ENTRIES) for path, _ in leaves(call, axes, (name,))]
-    if rows % n or rows > _MOST_COPIES * n or not any(firsts):
+    if rows % n or rows > MOST_COPIES * n or not any(firsts):
         raise Unclear(name, f"{n} particles are {rows} rows there")
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "StandIn",
     "denoisers",
     "distinct",
+    "kind_of",
     "networks",
     "perturbed",
     "refuse_step_caches",
@@ -65,6 +66,7 @@ class Rows:
     guidance: tuple[float, float] = (0.0, 1.0)
     progress: float = 0.0  # share of the steps that are done
     device: torch.device | None = None  # of the networks' batch, where indices into it belong
+    whole: bool = False  # nothing is cut, so where the rows are need not be known
     following: Following | None = None  # where what a network is given follows the lineage
 
     def keep(self, live: Tensor, num: int) -> None:
@@ -124,41 +126,51 @@ class Denoiser:
     """Evaluates of a network's batch the rows that count, a few at a time."""
 
     def __init__(self, module: torch.nn.Module, rows: Rows, batch: Batch):
-        self._name, self._module = type(module).__name__, module
+        self._name, self._module = kind_of(module), module
         self._rows, self._batch = rows, batch
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        name, rows, axes = self._name, self._rows, self._batch.axes
+        rows = self._rows
         call = dict(enumerate(args)) | kwargs
-        self._batch.learn(name, call, rows.num)
-        n = rows_in(name, call, axes)
-        if n is None:
-            return self._module(*args, **kwargs)
         sample = _sample(args, kwargs)
         as_list = isinstance(sample, list)
-        rows.device = getattr(sample[0] if as_list else sample, "device", None)
         if rows.following is not None:
             key = next(key for key, value in call.items() if value is sample)
-            call = rows.following.followed(name, call, axes, key)
-        live, source = rows.indices(n, self._batch.conditional.get(name))
-        if live is not None:
-            call = take(call, axes, (name,), live)
-        out = self._evaluated(call, n if live is None else len(live), as_list)
-        if source is not None:
-            out = picked(name, out, source, as_list)
-        self._batch.keep(name, out, as_list)
+            call = rows.following.followed(self._name, call, key)
+        if rows.whole:
+            out = self._asked(call)
+        else:
+            rows.device = getattr(sample[0] if as_list else sample, "device", None)
+            out = self._cut(call, as_list)
+        self._batch.keep(self._name, out, as_list, rows.num)
         return out
+
+    def _cut(self, call: dict[str | int, Any], as_list: bool) -> Any:
+        """What the network gives of the whole batch, of which those that count are asked."""
+        name, rows, batch = self._name, self._rows, self._batch
+        batch.learn(name, call, rows.num)
+        n = rows_in(name, call, batch.axes)
+        if n is None:
+            return self._asked(call)
+        live, source = rows.indices(n, batch.conditional.get(name))
+        if live is not None:
+            call = take(call, batch.axes, (name,), live)
+        out = self._evaluated(call, n if live is None else len(live), as_list)
+        return out if source is None else picked(name, out, source, as_list)
 
     def _evaluated(self, call: dict[str | int, Any], total: int, as_list: bool) -> Any:
         size, parts, sizes = self._rows.chunk(total), [], []
         for start in range(0, total, size):
             chosen = slice(start, start + size)
             cut = call if size >= total else take(call, self._batch.axes, (self._name,), chosen)
-            positional = [cut[key] for key in cut if isinstance(key, int)]
-            named = {key: value for key, value in cut.items() if isinstance(key, str)}
-            parts.append(self._module(*positional, **named))
+            parts.append(self._asked(cut))
             sizes.append(min(size, total - start))
         return joined(self._name, parts, sizes, as_list) if len(parts) > 1 else parts[0]
+
+    def _asked(self, call: dict[str | int, Any]) -> Any:
+        positional = [call[key] for key in call if isinstance(key, int)]
+        named = {key: value for key, value in call.items() if isinstance(key, str)}
+        return self._module(*positional, **named)
 
 
 def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,6 +178,11 @@ def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if args:
         return args[0]
     return kwargs.get("hidden_states", kwargs.get("sample", next(iter(kwargs.values()))))
+
+
+def kind_of(network: torch.nn.Module) -> str:
+    """The name of a network's class, of one that is compiled too."""
+    return type(getattr(network, "_orig_mod", network)).__name__
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -219,13 +236,14 @@ def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Put back what a call would leave on the user's networks.
+    """Put back what a call would leave on the user's networks, however it ends.
 
-    That is the attention processors of perturbed attention, and the precision of a decoder that
-    its pipeline raises while it works (SDXL in float16).
+    That is the attention processors of perturbed attention, the hooks of a guidance that skips
+    layers, and the precision of a decoder that its pipeline raises while it works (SDXL in
+    float16).
     """
-    perturbs = hasattr(pipe, "pag_attn_processors")
-    with _PERTURBED if perturbs else contextlib.nullcontext():
+    perturbs, hooks = hasattr(pipe, "pag_attn_processors"), _hooks_layers(pipe)
+    with _PERTURBED if perturbs or hooks else contextlib.nullcontext():
         vae: Any = getattr(pipe, "vae", None)
         with SHARED:  # another thread's head may have raised it for a moment
             dtype = getattr(vae, "dtype", None)
@@ -234,14 +252,43 @@ def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
             for name, net in networks(pipe).items()
             if perturbs and hasattr(net, "attn_processors")
         }
+        hooked = [_hooks_of(net) for net in networks(pipe).values() if hooks]
         try:
             yield
         finally:  # some calls (SDXL-PAG's inpainting) leave them when they end well, too
             for name, before in processors.items():
                 getattr(pipe, name).set_attn_processor(before)
+            for before in hooked:
+                _unhook(before)
             with SHARED:
                 if dtype is not None and vae.dtype != dtype:
                     vae.to(dtype)
+
+
+def _hooks_layers(pipe: DiffusionPipeline) -> bool:
+    """Whether a guidance of the pipeline hooks layers of its network while it is asked."""
+    names = (name for part in pipe.components.values() for name in getattr(part, "__dict__", ()))
+    return any(name.endswith("_hook_names") for name in names)
+
+
+def _hooks_of(network: torch.nn.Module) -> dict[torch.nn.Module, tuple[set[str], bool]]:
+    """By layer the names of its hooks, and whether it has a forward of its own."""
+    return {
+        module: (
+            set(getattr(getattr(module, "_diffusers_hook", None), "hooks", ())),
+            "forward" in vars(module),
+        )
+        for module in network.modules()
+    }
+
+
+def _unhook(before: dict[torch.nn.Module, tuple[set[str], bool]]) -> None:
+    for module, (names, own) in before.items():
+        registry: Any = getattr(module, "_diffusers_hook", None)
+        for name in [name for name in getattr(registry, "hooks", ()) if name not in names]:
+            registry.remove_hook(name, recurse=False)
+        if not own:
+            vars(module).pop("forward", None)
 
 
 def refuse_step_caches(pipe: DiffusionPipeline) -> None:

@@ -1,8 +1,9 @@
 """Which axis of a network's arguments is the batch, and which of its rows carry the prompt.
 
 Nothing is read off one shape. The pipeline's own call is made once more, with another number of
-rows, and stopped where it asks a network, so that only its head runs. What grew with the rows is
-the batch, what did not is shared by all rows, and anything else is refused before any step.
+rows, and stopped where it asks a network; those that were asked before, at this step or earlier
+ones, are not asked again but answered in the form of what they gave. What grew with the rows is the
+batch, what did not is shared by all rows, and anything else is refused.
 
 n particles in the call to be cut, m in the one beside it; a network's batch holds each of them c
 times: once, or without and with its prompt where guidance asks for both together.
@@ -11,16 +12,27 @@ times: once, or without and with its prompt where guidance asks for both togethe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from steering.axes import Axes, Unclear, check_rows, compared, copies_of, leaves, picked, rows_in
+from steering.axes import (
+    Axes,
+    Path,
+    Unclear,
+    check_rows,
+    compared,
+    copies_of,
+    leaves,
+    picked,
+    places,
+    rows_in,
+)
 from steering.decoding import out_of_memory
-from steering.denoiser import StandIn, networks
+from steering.denoiser import StandIn, kind_of, networks
 from steering.tape import Tape, view_of
 
 if TYPE_CHECKING:
@@ -41,11 +53,20 @@ class _Asked(BaseException):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a network gave for the whole batch; `as_list` where it is a list with an entry a row."""
+    """The first row of what a network gave for `rows` of them, where it gave n particles' each.
 
-    name: str
+    `as_list`: it is a list with an entry a row.
+    """
+
     out: Any
     as_list: bool
+    rows: int
+    n: int
+
+    def repeated(self, name: str, num: int) -> Any:
+        """The same for a call with `num` in place of its n particles."""
+        rows = self.rows // self.n * num if self.rows % self.n == 0 else self.rows
+        return picked(name, self.out, torch.zeros(rows, dtype=torch.int64), self.as_list)
 
 
 class Again:
@@ -63,24 +84,27 @@ class Again:
         each: int,
     ):
         self.num, self.prompts, self.each = prompts * each, prompts, each
-        self._pipe, self._scheduler, self._call = pipe, scheduler, call
+        self._pipe, self._scheduler = pipe, scheduler
+        # what a user's callback is told of is the run, not this
+        self._call = {key: v for key, v in call.items() if not key.startswith("callback")}
         self._tape: Tape | None = None
 
-    def first(self, name: str, answers: list[Answer], axes: Axes) -> dict[str | int, Any]:
-        """The arguments of the first network that `answers` leave open, which should be `name`."""
-        left = iter(answers)
+    def first(
+        self, name: str, before: Sequence[str], answers: Mapping[str, Answer]
+    ) -> dict[str | int, Any]:
+        """The arguments of the network that is asked after `before`, which should be `name`."""
+        left = iter(before)
 
         def asked(network: str, *args: Any, **kwargs: Any) -> Any:
-            call = dict(enumerate(args)) | kwargs
-            answer = next(left, None)
-            if answer is None or answer.name != network:
-                raise _Asked(network, call)
-            first = torch.zeros(rows_in(network, call, axes) or 1, dtype=torch.int64)
-            return picked(network, answer.out, first, answer.as_list)
+            due = next(left, None)
+            if due != network:
+                # asked before its turn, it is not asked as in the call beside
+                raise _Asked(network if due is None else "", dict(enumerate(args)) | kwargs)
+            return answers[network].repeated(network, self.num)
 
         view = view_of(self._pipe, scheduler=self._scheduler(), _progress_bar_config=_QUIET)
         for attribute, module in networks(self._pipe).items():
-            call = functools.partial(asked, type(module).__name__)
+            call = functools.partial(asked, kind_of(module))
             vars(view)[attribute] = StandIn(module, call)
         if self._tape is None:
             self._tape = Tape()
@@ -92,12 +116,16 @@ class Again:
         except _Asked as reached:
             if reached.name == name:
                 return reached.call
-            raise Unclear(name, f"with {self.num} rows {reached.name} is asked first") from None
+            raise Unclear(name, f"with {self.num} rows another network is asked first") from None
         except Exception as error:
             if out_of_memory(error):
                 raise
             raise Unclear(name, f"the same call with {self.num} rows fails ({error})") from error
-        raise Unclear(name, f"the same call with {self.num} rows asks no network")
+        raise Unclear(name, f"the same call with {self.num} rows asks it less often")
+
+    def let_go(self) -> None:
+        """Forget what its head returned: it runs again where it is needed once more."""
+        self._tape = None
 
 
 _QUIET = {"disable": True}
@@ -113,16 +141,23 @@ class Batch:
     def __init__(self) -> None:
         self.axes: Axes = {}
         self.conditional: dict[str, int] = {}
+        self._places: set[tuple[Path, bool]] = set()  # of all calls that are known
         self._again: Again | None = None
         self._changed: Again | None = None
-        self._answers: list[Answer] = []
-        self.asked = self._thins = self._ordered = self._counted = False
+        self._before: list[str] = []  # the networks that this call has asked, in order
+        self._answers: dict[str, Answer] = {}
+        self._thins = self._ordered = self._counted = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether the present call has asked a network that is known."""
+        return bool(self._before)
 
     def start(
         self,
         again: Again,
-        changed: Again | None,
-        thins: bool,
+        changed: Again | None = None,
+        thins: bool = False,
         ordered: bool = False,
         counted: bool = False,
     ) -> None:
@@ -131,29 +166,36 @@ class Batch:
         ordered: whether, beside that, it has to be known which rows are a particle's; counted:
         whether rows were asked for by a count, which may not have reached all of the call.
         """
-        self._again, self._changed, self._answers = again, changed, []
+        self._again, self._changed, self._before, self._answers = again, changed, [], {}
         self._thins, self._ordered, self._counted = thins, thins or ordered, counted
 
     def step(self) -> None:
-        """A step is over: its answers are not asked for again."""
-        self._answers, self._again, self._changed = [], None, None
+        """The first step is over, where most is learned."""
+        for call in (self._again, self._changed):
+            if call is not None:
+                call.let_go()
 
-    def keep(self, name: str, out: Any, as_list: bool) -> None:
-        if self._again is None:
+    def keep(self, name: str, out: Any, as_list: bool, n: int) -> None:
+        """Remember that the network `name` was asked, and the form of what it gave."""
+        self._before.append(name)
+        if name in self._answers:
             return
-        self.asked = True
         if self._thins:  # what else holds rows (a cache) would not fit once some are left out
             picked(name, out, torch.zeros(0, dtype=torch.int64), as_list)
-        self._answers.append(Answer(name, out, as_list))
+        first = picked(None, out, torch.zeros(1, dtype=torch.int64), as_list)
+        self._answers[name] = Answer(first, as_list, _rows_of(out, as_list), n)
 
     def learn(self, name: str, call: dict[str | int, Any], n: int) -> None:
         """Find the batch axes of a call of the network `name` that holds n particles."""
-        if all(path in self.axes for path, _ in leaves(call, self.axes, (name,))):
+        held = set(places(call, (name,)))
+        known = all(path in self.axes for path, _ in leaves(call, self.axes, (name,)))
+        if known and held <= self._places:
             return
         if self._again is None:
-            raise Unclear(name, "a later step hands it arguments that the first did not")
-        beside = self._again.first(name, self._answers, self.axes)
+            raise Unclear(name, "the call beside it is not known")
+        beside = self._again.first(name, self._before, self._answers)
         self.axes |= compared(name, call, beside, n, self._again.num)
+        self._places |= held
         check_rows(name, call, self.axes, n)
         rows = rows_in(name, call, self.axes)
         if rows is None or rows == n:
@@ -165,8 +207,14 @@ class Batch:
         if not _blocks(name, beside, self.axes, self._again):
             raise Unclear(name, f"where each particle is among its {rows} rows cannot be told")
         if self._changed is not None and rows == 2 * n:
-            changed = self._changed.first(name, self._answers, self.axes)
+            changed = self._changed.first(name, self._before, self._answers)
             self.conditional[name] = _conditional(name, changed, self.axes)
+
+
+def _rows_of(out: Any, as_list: bool) -> int:
+    if as_list and isinstance(out, list):
+        return len(out)
+    return next((len(value) for _, value in leaves(out, {}, ()) if value.ndim), 1)
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -4,6 +4,7 @@ b prompts, k particles a prompt, rows prompt-major.
 """
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -120,6 +121,10 @@ class Run:
         """Whether single rows of a batch may be left out."""
         return self.rows.guidance != (0.0, 1.0) or self.settings.funnel != ()
 
+    def _follows(self) -> bool:
+        """Whether what a network is given of a picture may have to follow the lineage."""
+        return bool(self.call.pictures()) and needs_scores(self.settings, self.k)
+
     def _check_window(self) -> None:
         refused = []
         counts = self.call.num_steps()
@@ -172,7 +177,9 @@ class Run:
                 ours = isinstance(error, Unclear | Undecodable) or out_of_memory(error)
                 if self.learned.began or ours or len(indices) * self.k == 1:
                     raise
-                met = met or error
+                if met is None:
+                    met = error
+                    traceback.clear_frames(error.__traceback__)  # they hold the call's tensors
                 self.learned.batch = Batch()  # rows asked for otherwise may lie otherwise
                 self.learned.way = (self.learned.way + 1) % len(WAYS)
                 if self.learned.way == 0:
@@ -187,7 +194,7 @@ class Run:
         texts = [keys(self.prompts)[i] for i in indices]
         own = range(self.spread.rank, self.k, self.spread.size)  # of the particles
         noise = [generator(self.seed, text, i) for text in texts for i in own]
-        rows = replace(self.rows, live=None, source=None, num=len(noise))
+        rows = replace(self.rows, num=len(noise), whole=not self._cuts())
         call = self.call.for_prompts(indices, len(own), noise, self.learned.way)
         scheduler = self._chain(noise)
         tape = Tape()
@@ -221,8 +228,9 @@ class Run:
         )
 
         scheduler.chain.exchange = self.spread.whole
-        if self.call.pictures() and needs_scores(self.settings, self.k):
-            rows.following = Following(scheduler.chain)
+        self._renew_batch(indices)
+        if self._follows():
+            rows.following = Following(scheduler.chain, self.learned.batch, len(noise))
         view = self._view(scheduler, indices, rows)
         guiders = [part for part in vars(view).values() if isinstance(part, BaseGuidance)]
 
@@ -232,8 +240,7 @@ class Run:
                 rows.following.settle(scheduler.chain.sample)
             survivors = particles(look)
             if survivors is not None:
-                for guider in guiders:
-                    follow_momentum(guider, survivors, self.spread.whole)
+                follow_momentum(guiders, survivors, self.spread.whole)
             return survivors
 
         scheduler.chain.observer = observer
@@ -242,6 +249,11 @@ class Run:
             returned = view(**call, output_type="latent")[0]
             return self._kept(indices, returned, decoder, particles, scheduler.chain.last)
 
+    def _renew_batch(self, indices: Sequence[int]) -> None:
+        """Several prompts are asked for in another way than one."""
+        if self.learned.packed != (len(indices) > 1):
+            self.learned.batch, self.learned.packed = Batch(), len(indices) > 1
+
     def _view(self, scheduler: Any, indices: Sequence[int], rows: Rows) -> Any:
         replaced = {
             "scheduler": scheduler,
@@ -249,17 +261,14 @@ class Run:
             "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
         }
         if self._cuts() or rows.following is not None:
-            if self.learned.packed != (len(indices) > 1):  # asked for in another way
-                self.learned.batch, self.learned.packed = Batch(), len(indices) > 1
-            self._look_beside(indices, rows)
+            self._look_beside(indices, rows.num)
             replaced |= denoisers(self.pipe, rows, self.learned.batch)
         if len(indices) > 1:
             replaced |= distinct(self.pipe)
         return view_of(self.pipe, **replaced)
 
-    def _look_beside(self, indices: Sequence[int], rows: Rows) -> None:
+    def _look_beside(self, indices: Sequence[int], num: int) -> None:
         """Have the same call ready with another number of rows, for whatever is cut first."""
-        num = rows.num
         each = 4 if num == 3 * len(indices) else 3
         call, way = self.call, self.learned.way
 
@@ -273,8 +282,7 @@ class Run:
             changed = again(call.changed(indices[0]), (0, 1), 1, [0, 0])
         seeds = [int(i % each == 0) for i in range(each * len(indices))]
         beside = again(call, indices, each, seeds)
-        follows = rows.following is not None
-        self.learned.batch.start(beside, changed, self._thins(), follows, counted=way == 0)
+        self.learned.batch.start(beside, changed, self._thins(), self._follows(), counted=way == 0)
 
     def _begin(self, look: Look, decoder: Decoder, indices: Sequence[int]) -> None:
         """Before the first move of a call: what is not spent yet can be saved."""
@@ -290,11 +298,11 @@ class Run:
         one = call.resized(len(indices) * self.k, 1)
         first = partial(first_step, self.pipe, self._chain, one, indices[:1], 1, way)
         refuse_global_noise(self.pipe, self.learned.rng, first)
-        if self._cuts() and not self.learned.batch.asked:
+        if (self._cuts() or self._follows()) and not self.learned.batch.asked:
             raise Unclear(type(self.pipe).__name__, "none of its networks is known")
         self.learned.batch.step()
         if len(indices) > 1 and not self.learned.packs:
-            two = replace(self.rows, num=2, live=None, source=None)
+            two = replace(self.rows, num=2)
             cut = denoisers(self.pipe, two, self.learned.batch) if self._cuts() else {}
             check_alone(self.pipe, self._chain, call, way, cut)
             self.learned.packs = True

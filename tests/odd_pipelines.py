@@ -117,6 +117,7 @@ class OddPipeline(DiffusionPipeline):
         generator=None,
         output_type="pil",
         return_dict=True,
+        callback_on_step_end=None,
     ):
         odd = self.odd
         texts = [prompt] if isinstance(prompt, str) else prompt
@@ -140,6 +141,8 @@ class OddPipeline(DiffusionPipeline):
             cond, uncond = (first, second) if "prompt first" in odd else (second, first)
             v = uncond + guidance_scale * (cond - uncond)
             latents = self.scheduler.step(v, t, latents, return_dict=False)[0]
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, t)
         if "unpacks" in odd:  # what it returns is not what its tail takes
             latents = latents.flatten(2) * 2.0
             if output_type == "latent":
@@ -180,7 +183,8 @@ class OddPipeline(DiffusionPipeline):
             (out,) = self.unet(list(x), t, list(both))
             out = torch.stack(out)
         else:
-            out = self.unet(x, t, both, **self._arguments(both, n))[0]
+            given = {} if "late" in odd and t > 900 else self._arguments(both, n)
+            out = self.unet(x, t, both, **given)[0]
         return (out[0::2], out[1::2]) if "interleaved" in odd else out.chunk(2)
 
     def _arguments(self, both, n):

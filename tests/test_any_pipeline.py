@@ -34,6 +34,18 @@ def own(pipe, k=3, **keywords):
     return pipe([PROMPT] * k, generator=noise, output_type="latent", **keywords)[0]
 
 
+def unguided_from(pipe, step, half=1):
+    """At scale 1 the guided velocity is the conditional one: from `step` on, its other half."""
+    asked, calls = pipe._asked, []
+
+    def halves(x, t, both):
+        calls.append(t)
+        found = asked(x, t, both)
+        return found if len(calls) <= step else (found[half],) * 2
+
+    pipe._asked = halves
+
+
 # --- where the rows of a batch are
 
 
@@ -48,6 +60,37 @@ def test_a_batch_that_is_cut_gives_what_it_gives_whole(odd, max_batch):
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
     assert max(pipe.unet.rows) == max_batch
     torch.testing.assert_close(whole, own(odd_pipeline(odd)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("odd", ["layers", "positions", "lengths", "nested"])
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({"max_batch": 2}, [2, 2, 2] * 6),
+        ({"settings": FUNNEL}, [6, 6, 6, 4, 4, 4]),
+        ({"guidance_interval": (0.0, 0.6)}, [6, 6, 6, 6, 3, 3]),
+    ],
+)
+def test_an_argument_that_a_later_step_brings_is_cut_as_well(odd, change, rows):
+    """What the network was asked before is not asked again to find where its rows are."""
+    pipe, whole = odd_pipeline("late", odd), odd_pipeline("late", odd)
+    cut = latents(pipe, **change)
+    assert pipe.unet.rows == rows
+    if "guidance_interval" in change:
+        unguided_from(whole, 4)
+    torch.testing.assert_close(cut, latents(whole)[: len(cut)], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_later_step_brings_and_cannot_be_cut_is_refused():
+    with pytest.raises(ValueError, match=r"cannot be cut: its argument \['total'\] is a int"):
+        latents(odd_pipeline("late", "total"), max_batch=2)
+
+
+def test_a_callback_is_told_of_the_run_alone():
+    told, pipe = [], odd_pipeline("late", "layers")
+    latents(pipe, max_batch=2, callback_on_step_end=lambda pipe, t: told.append(float(t)))
+    assert told == sorted(told, reverse=True)
+    assert len(told) == 6
 
 
 def test_a_cut_costs_no_evaluation_of_the_network():
@@ -153,19 +196,8 @@ def test_an_interval_of_guidance_that_nothing_shows_is_refused_at_the_first_step
 def test_the_rows_without_guidance_are_those_with_the_prompt(odd):
     pipe = odd_pipeline(*odd)
     interval = latents(pipe, guidance_interval=(0.0, 0.01))
-    # at scale 1 the guided velocity is the conditional one, in every step but the first
     one = odd_pipeline(*odd)
-    asked = one._asked
-    first = []
-
-    def unguided(x, t, both):
-        halves = asked(x, t, both)
-        if not first:
-            first.append(1)
-            return halves
-        return (halves[0 if "prompt first" in odd else 1],) * 2
-
-    one._asked = unguided
+    unguided_from(one, 1, half=0 if "prompt first" in odd else 1)
     torch.testing.assert_close(interval, latents(one), rtol=1e-5, atol=1e-5)
 
 

@@ -11,9 +11,14 @@ from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from diffusers.utils import BaseOutput
 from tiny_pipelines import family
 
+from steering import FeynmanKac, steer
 from steering.axes import Unclear
-from steering.denoiser import Denoiser, Rows, denoisers, networks, refuse_step_caches
+from steering.denoiser import Denoiser, Rows, denoisers, kind_of, networks, refuse_step_caches
 from steering.probe import Batch
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
 
 
 class Recorder(torch.nn.Module):
@@ -35,7 +40,7 @@ class Beside:
     def __init__(self, arguments, num):
         self.num, self.prompts, self.each, self._arguments = num, 1, num, arguments
 
-    def first(self, name, answers, axes):
+    def first(self, name, before, answers):
         return self._arguments(self.num)
 
 
@@ -192,6 +197,22 @@ def test_it_passes_for_the_network():
     assert found["unet"].dtype == torch.float32
     with denoisers(family("flux")[0], Rows(1), Batch())["transformer"].cache_context("cond"):
         pass
+
+
+def test_networks_that_are_compiled_are_told_apart():
+    """Their wrappers are of one class, but what each is called with is not alike."""
+    plain, keywords = family("controlnet")
+    compiled, _ = family("controlnet")
+    compiled.unet, compiled.controlnet = (
+        torch.compile(net) for net in (compiled.unet, compiled.controlnet)
+    )
+    names = {kind_of(net) for net in networks(compiled).values()}
+    assert names == {"UNet2DConditionModel", "ControlNetModel"}
+    run = {"particles": 3, "max_batch": 2, "progress": False, **keywords}
+    settings = FeynmanKac(num_scores=1)
+    with torch.compiler.set_stance("force_eager"):
+        both = [steer(p, "a", brightness, settings=settings, **run) for p in (plain, compiled)]
+    assert torch.equal(both[0].latents, both[1].latents)
 
 
 def test_step_caches_are_refused():

@@ -191,8 +191,9 @@ def fingerprint(pipe: Any) -> dict[str, str]:
             for path, module in part.named_modules():
                 kept = ["training", "processor"]
                 if type(part).__module__.startswith("diffusers"):  # transformers sets its own
-                    kept += ["_forward_hooks", "_forward_pre_hooks"]
+                    kept += ["_forward_hooks", "_forward_pre_hooks", "forward"]
                 held = {key: vars(module)[key] for key in kept if key in vars(module)}
+                held["hooks"] = list(getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
                 found[f"{name}.{path}"] = _mark(held)
             for path, weight in part.named_parameters():
                 found[f"{name}.{path}"] = f"{id(weight)} {weight._version} {weight.dtype}"
