@@ -1,8 +1,8 @@
 """Training a critic: references on one side, a generator's samples on the other.
 
-A critic is anything of the `Model` protocol, as rewards.critic.CriticReward. Its frozen part sees
-each picture once a step; what it sees (`features`) is what losses, statistics and the replay use,
-and what the reward scores. The trained part is float32: in half precision a step of 5e-6 would
+A critic is anything of the `Model` protocol, as rewards.models.critic.CriticReward. Its frozen part
+sees each picture once a step; what it sees (`features`) is what losses, statistics and the replay
+use, and what the reward scores. The trained part is float32: in half precision a step of 5e-6 would
 leave nine weights of ten as they are.
 
 Legend: n pairs of a reference and a sample, p patches of a picture, d features.

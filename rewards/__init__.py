@@ -15,8 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .catalogue import REWARDS, factory_of, identity, read
 from .combine import Function, Part, WeightedSum, call_of, default_name
-from .names import REWARDS, factory_of, identity, read
 from .spec import AGGREGATORS, Call, Term, aggregator, format_terms
 
 __all__ = ["Reward", "WeightedSum", "aggregators", "available", "identity", "load", "spelled"]
@@ -65,9 +65,9 @@ def load(
     follow the images. `imports` says that the text is the caller's own: it may then name what is
     no part of this package, as `module:attribute` (imported, and called with the arguments if it
     has any or is a class), files, folders, hub repositories and addresses. Without, as befits
-    text that came from elsewhere, these are refused; see `rewards.names`. The `spec` of a callable
-    that cannot be imported, as a lambda, says so, `<lambda>`. ValueError for what is unknown,
-    refused, or cannot be loaded.
+    text that came from elsewhere, these are refused; see `rewards.catalogue`. The `spec` of a
+    callable that cannot be imported, as a lambda, says so, `<lambda>`. ValueError for what is
+    unknown, refused, or cannot be loaded.
     """
     _check(device, imports)
     if isinstance(reward, WeightedSum):

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .evaluation_cache import sharing
 from .images import check_inputs, check_prompts
-from .sharing import sharing
 from .spec import Call, Term, format_terms, parse
 
 __all__ = ["Aggregate", "Function", "Part", "WeightedSum", "call_of", "default_name"]
@@ -201,7 +201,7 @@ class Scores(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
-    """One reward made of others; rewards.aggregate, .shape, .augment and .calibrate have them.
+    """One reward made of others; the modules of `rewards.algebra` make them.
 
     members: the sums that it is made of; score: what it makes of them; references: whether it
     looks at reference pictures itself. A member whose weights are all 0 is only logged.

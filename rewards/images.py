@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .sharing import shared
+from .evaluation_cache import shared
 
 __all__ = [
     "check_inputs",

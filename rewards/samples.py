@@ -1,4 +1,4 @@
-"""Pictures on disk with the prompts they were made for, as a reward wants to see them."""
+"""Images on disk with the prompts they were made from, as a reward takes them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from .images import to_images
 __all__ = ["PICTURES", "Sample", "batches", "load_batch", "open_picture", "read_samples"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-OURS = (".csv.histogram.png", ".parquet.histogram.png")  # score.py draws them beside the pictures
-NAMES = ("image", "file_name", "path")  # how a jsonl may call the picture
+NAMES = ("image", "file_name", "path")  # keys of the image in a line of a .jsonl file
 PROMPTS = ("prompt", "text", "caption")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, its prompt, the pictures to compare it with, and its size (h, w) in pixels."""
+    """An image, its prompt, its reference images, and its size (h, w) in pixels."""
 
     image: Path
     prompt: str
@@ -32,34 +31,37 @@ class Sample:
     size: tuple[int, int] = (0, 0)
 
 
-def read_samples(source: Path, prompt: str | None = None) -> list[Sample]:
-    """The pictures of a folder (and its folders), or those that a .jsonl file names.
+def read_samples(
+    source: Path, prompt: str | None = None, exclude: tuple[str, ...] = ()
+) -> list[Sample]:
+    """The images of a folder and its subfolders, or those that a .jsonl file lists.
 
-    A line of the file holds {"image": ..., "prompt": ..., "references": [...]}, paths relative to
-    the file; "file_name" and "text" (as in Hugging Face's image folders) do as well. In a folder
-    the prompt is that of its metadata.jsonl, else what steer.py wrote into the PNG, else `prompt`.
-    Every picture's header is read, so that what is broken is refused before any work.
+    A line of the file is {"image": ..., "prompt": ..., "references": [...]} with paths relative to
+    the file; "file_name" and "text", as in Hugging Face's image folders, are accepted as well. In
+    a folder the prompt is that of its metadata.jsonl, or else that of the JSON text `parameters`
+    in the PNG, or else `prompt`. Files whose names end in one of `exclude` are left out. The
+    header of every image is read, so that a broken one is refused before any work.
     """
     source = Path(source)
     if source.is_dir():
-        samples = list(_of_folder(source, prompt))
+        samples = list(_of_folder(source, prompt, exclude))
     elif source.is_file() and source.suffix == ".jsonl":
         samples = _of_lines(source, prompt)
     else:
-        raise ValueError(f"{source} is neither a folder of pictures nor a .jsonl file; give one")
+        raise ValueError(f"{source} is neither a folder of images nor a .jsonl file; give one")
     if not samples:
-        raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)}); give one that does")
+        raise ValueError(f"{source} holds no image ({', '.join(PICTURES)}); give one that does")
     return samples
 
 
-def _of_folder(folder: Path, prompt: str | None) -> Iterator[Sample]:
+def _of_folder(folder: Path, prompt: str | None, exclude: tuple[str, ...]) -> Iterator[Sample]:
     if (folder / "metadata.jsonl").is_file():
         yield from _of_lines(folder / "metadata.jsonl", prompt)
         return
     paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in PICTURES and p.is_file()]
-    paths = [path for path in paths if not path.name.endswith(OURS)]
+    paths = [path for path in paths if not path.name.endswith(exclude)]
     headers = [_header(path) for path in paths]
-    if any("prompt" in about for about, _ in headers):  # a run: its grids and plots are no samples
+    if any("prompt" in about for about, _ in headers):  # a run; its grids have none
         pairs = zip(paths, headers, strict=True)
         paths = [path for path, (about, _) in pairs if "prompt" in about]
         headers = [header for header in headers if "prompt" in header[0]]
@@ -67,8 +69,8 @@ def _of_folder(folder: Path, prompt: str | None) -> Iterator[Sample]:
         text = about.get("prompt", prompt)
         if not isinstance(text, str):
             raise ValueError(
-                f"{path} does not say what its prompt was; give one prompt for all pictures "
-                'with --prompt, or a metadata.jsonl of {"file_name": ..., "prompt": ...}'
+                f"{path} has no prompt in its metadata; give prompt, which is used for all images, "
+                'or a metadata.jsonl of {"file_name": ..., "prompt": ...}'
             )
         yield Sample(path, text, (), size)
 
@@ -98,9 +100,7 @@ def _of_line(line: str, where: str, folder: Path, prompt: str | None) -> Sample:
     if not isinstance(image, str) or not isinstance(text, str):
         raise ValueError(f'{where} needs both: {{"image": "a.png", "prompt": "a red star"}}')
     if not isinstance(references, list) or not all(isinstance(name, str) for name in references):
-        raise ValueError(
-            f"{where} has references {references!r:.80}: write a list of picture files"
-        )
+        raise ValueError(f"{where} has references {references!r:.80}: write a list of image files")
     path = folder / image
     others = tuple(folder / name for name in references)
     sizes = [_header(file)[1] for file in (path, *others)]
@@ -108,35 +108,33 @@ def _of_line(line: str, where: str, folder: Path, prompt: str | None) -> Sample:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
-    """What steer.py wrote into the picture (or nothing), and its size (h, w)."""
+    """The JSON object in the text `parameters` of the image, or {}, and its size (h, w)."""
     try:
         with Image.open(path) as picture:
             text = getattr(picture, "text", {}).get("parameters", "{}")
             size, mode = (picture.height, picture.width), picture.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise ValueError(
-            f"{str(path)[-200:]} is no picture that can be read: give a PNG or JPEG"
-        ) from None
-    if mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits, to plain white
-        raise ValueError(f"{path} has more than 8 bits a channel ({mode}): bring it to 8 first")
+        raise ValueError(f"{str(path)[-200:]} is no readable image: give a PNG or JPEG") from None
+    if mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits, to white
+        raise ValueError(f"{path} has more than 8 bits a channel ({mode}): convert it to 8 first")
     try:
         about = json.loads(text)
     except (ValueError, RecursionError):
-        about = {}  # another program's "parameters"
+        about = {}  # written by another program
     return about if isinstance(about, dict) else {}, size
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The whole picture as RGB; ValueError names a file that ends too soon."""
+    """The image as RGB; ValueError where the file is truncated."""
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read to its end ({error}); make it again") from None
+        raise ValueError(f"{path} cannot be read to its end ({error}); write it again") from None
 
 
 def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Neighbours of one picture size, at most `size` of them, in the given order."""
+    """Batches of at most `size` consecutive samples whose images have one size."""
     batch: list[Sample] = []
     for sample in samples:
         if batch and (len(batch) == size or sample.size != batch[0].size):
@@ -150,7 +148,7 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
 def load_batch(
     samples: Sequence[Sample], device: torch.device | str | None = None
 ) -> tuple[Tensor, list[str], list[list[Image.Image]] | None]:
-    """(images (n, 3, h, w), prompts, references or None) as a reward takes them."""
+    """The images (n, 3, h, w), prompts, and references or None, as a reward takes them."""
     images = to_images([open_picture(sample.image) for sample in samples], device)
     references = [[open_picture(path) for path in sample.references] for sample in samples]
     prompts = [sample.prompt for sample in samples]

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .card import Card
 from .images import check_inputs
+from .models.base import Card
 
 __all__ = ["METRICS", "SetReward", "frechet", "leave_one_out", "mmd", "vendi"]
 
@@ -128,9 +128,9 @@ class SetReward:
     reward that `rewards.load` knows. Call it with a whole group, never a chunk of one. At least
     3 pictures for `frechet`, else 2. Prompts do not enter. Values are rounded to float32 last.
 
-    Args: tower, rewards.sources.towers(source), or a function of images (n, 3, h, w) to features
-    (n, d); metric, one of METRICS; references, features (m, d), pictures (m, 3, h, w) or, with
-    towers, captions; batch_size, images that the tower sees at once.
+    Args: tower, rewards.towers.sources.towers(source), or a function of images (n, 3, h, w) to
+    features (n, d); metric, one of METRICS; references, features (m, d), pictures (m, 3, h, w) or,
+    with towers, captions; batch_size, images that the tower sees at once.
     """
 
     differentiable = False
@@ -186,7 +186,7 @@ class SetReward:
         if isinstance(references, str) or not (references and hasattr(self.tower, "text_features")):
             raise ValueError(
                 "the references of a set are features (m, d), pictures (m, 3, h, w), or a list of "
-                "captions where the tower is one of rewards.towers"
+                "captions where the tower is one of rewards.towers.sources"
             )
         with torch.no_grad():
             return self.tower.text_features(list(references))

@@ -16,7 +16,7 @@ one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
 ``critic:FOLDER``, alone, is ``critic(FOLDER)``.
 
 A name in <> is that of a function or an object that cannot be imported: it is read, not loaded.
-What a text may name depends on whose it is, see `rewards.names`.
+What a text may name depends on whose it is, see `rewards.catalogue`.
 
 The names in AGGREGATORS take sums and make one score of them, ``min(clip, 0.5*ocr)`` or
 ``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last. They nest 20 deep at most.
@@ -68,18 +68,34 @@ LITERALS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
 # name -> (module, function, description); the function's keywords are the options of the name
 AGGREGATORS = {
-    "augmented": ("rewards.augment", "augmented", "mean over seeded crops, jitters and noises"),
-    "calibrated": ("rewards.calibrate", "calibrated", "on the scale of a reference sample"),
-    "clip_above": ("rewards.shape", "clip_above", "nothing is gained above a score"),
-    "delta": ("rewards.shape", "delta", "the score minus that of the reference picture"),
-    "harmonic": ("rewards.aggregate", "harmonic", "harmonic mean of scores brought to [0, 1]"),
-    "lcb": ("rewards.aggregate", "lcb", "mean minus kappa standard deviations"),
-    "log_sigmoid": ("rewards.aggregate", "log_sigmoid", "sum of log sigmoids: all must be good"),
-    "mean": ("rewards.aggregate", "mean", "the mean"),
-    "median": ("rewards.aggregate", "median", "the median"),
-    "min": ("rewards.aggregate", "minimum", "the least"),
-    "par": ("rewards.shape", "par", "chance of being preferred to the reference"),
-    "uncertainty": ("rewards.aggregate", "uncertainty", "mean, weighed down by disagreement"),
+    "augmented": (
+        "rewards.algebra.augment",
+        "augmented",
+        "mean over seeded crops, jitters and noises",
+    ),
+    "calibrated": ("rewards.algebra.calibrate", "calibrated", "on the scale of a reference sample"),
+    "clip_above": ("rewards.algebra.shape", "clip_above", "nothing is gained above a score"),
+    "delta": ("rewards.algebra.shape", "delta", "the score minus that of the reference picture"),
+    "harmonic": (
+        "rewards.algebra.aggregate",
+        "harmonic",
+        "harmonic mean of scores brought to [0, 1]",
+    ),
+    "lcb": ("rewards.algebra.aggregate", "lcb", "mean minus kappa standard deviations"),
+    "log_sigmoid": (
+        "rewards.algebra.aggregate",
+        "log_sigmoid",
+        "sum of log sigmoids: all must be good",
+    ),
+    "mean": ("rewards.algebra.aggregate", "mean", "the mean"),
+    "median": ("rewards.algebra.aggregate", "median", "the median"),
+    "min": ("rewards.algebra.aggregate", "minimum", "the least"),
+    "par": ("rewards.algebra.shape", "par", "chance of being preferred to the reference"),
+    "uncertainty": (
+        "rewards.algebra.aggregate",
+        "uncertainty",
+        "mean, weighed down by disagreement",
+    ),
 }
 
 

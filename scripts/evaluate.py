@@ -31,13 +31,12 @@ import rewards
 from finetune import ranges
 from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, Range, one_of, optional, whole
 from rewards.combine import component_names
-from rewards.geneval import TASKS
+from rewards.geneval.rules import TASKS
 from rewards.images import to_images
-from rewards.objects import ObjectsReward
-from rewards.ocr import quoted_text
+from rewards.models.objects import ObjectsReward
+from rewards.models.ocr import quoted_text
 from rewards.samples import Sample
 from rewards.sets import vendi
-from rewards.table import Table
 from scripts import command
 from scripts.score import load, needs_references, score, texts, versioned
 from steering import tiny
@@ -47,6 +46,7 @@ from tilt.measures import Measure
 from tilt.processes import is_main, join
 from tilt.prompts import read
 from tilt.report import training as page
+from tilt.score_table import Table
 from tilt.variants import (
     Plan,
     Variant,

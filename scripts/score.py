@@ -21,14 +21,15 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from rewards import calibrate
+from rewards.algebra import calibrate
 from rewards.combine import Aggregate, Function, Part, component_names, names_in
 from rewards.images import to_images
 from rewards.samples import Sample, batches, load_batch, read_samples
-from rewards.table import TEXTS, Table, draw, ensure_writable, read_table, summary
 from tilt.commands.rewards import listing
 from tilt.loading import pick_device
 from tilt.options import COUNT, Parser, check_words, one_line, path
+from tilt.score_summary import FIGURES, draw, summary
+from tilt.score_table import TEXTS, Table, ensure_writable, read_table
 
 if TYPE_CHECKING:
     from finetune.shards import Shard
@@ -121,7 +122,7 @@ def needs_references(parts: Sequence[Part]) -> bool:
 
 def score_pictures(args: argparse.Namespace, device: torch.device) -> int:
     """Refuse what cannot work, the cheapest check first; then fill the table and report."""
-    samples = read_samples(args.source, args.prompt)
+    samples = read_samples(args.source, args.prompt, exclude=FIGURES)
     if args.calibrate and len(samples) < 2:
         raise ValueError(f"--calibrate needs two pictures or more but {args.source} holds one")
     beside = args.source if args.source.is_dir() else args.source.parent

@@ -41,7 +41,7 @@ from finetune.nft import Nft
 from finetune.online import Task
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, Range, group, number, one_of, whole
 from finetune.state import check_out, finish
-from rewards.critic import KINDS
+from rewards.models.critic import KINDS
 from scripts import command, idle, training
 from steering import tiny
 from steering.manifest import fingerprint

@@ -63,8 +63,8 @@ from finetune.state import (
     load_state,
     save_state,
 )
-from rewards.critic import KINDS
 from rewards.images import to_images
+from rewards.models.critic import KINDS
 from scripts import command, idle, train_adversarial, training
 from tilt.loading import pick_device
 

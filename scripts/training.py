@@ -24,9 +24,9 @@ from finetune.learner import Learner
 from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
 from finetune.sharding import shard
 from finetune.state import FILE, FINISHED, is_finished, load_state, save_state
+from rewards.catalogue import OutsideError
 from rewards.combine import component_names
-from rewards.critic import CriticReward, FeatureModel, PreferenceModel
-from rewards.names import OutsideError
+from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
 from scripts import command
 from steering.call import PipelineCall
 from tilt import model_card

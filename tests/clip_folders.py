@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from rewards.openclip import build
-from rewards.sources import RANDOM_CONFIG, randomise
+from rewards.towers.openclip import build
+from rewards.towers.sources import RANDOM_CONFIG, randomise
 
 WORDS = ["<pad>", "<unk>", "<start>", "a", "red", "blue", "circle", "star", "<end>"]
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards.critic import CriticReward, FeatureModel, Head, PreferenceModel
+from rewards.models.critic import CriticHead, CriticReward, FeatureModel, PreferenceModel
 
 PROMPTS = ["a red circle", "two stars", "a cross", "four squares", "a star", "three triangles"]
 N = len(PROMPTS)
@@ -40,7 +40,7 @@ class Colours:
     paired = False
 
     def __init__(self) -> None:
-        self.module = Head(3, 8, generator()).requires_grad_(False)
+        self.module = CriticHead(3, 8, generator()).requires_grad_(False)
 
     def __call__(self, images: Tensor, prompts: Any) -> Tensor:
         return self.score(self.logits(self.features(images), prompts))

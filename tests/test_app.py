@@ -309,7 +309,7 @@ def test_old_runs_are_deleted(tmp_path, monkeypatch):
 def test_what_is_not_there_is_answered_by_a_sentence(changed, said, model, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("rewards.towers._TOWERS", {})
+    monkeypatch.setattr("rewards.towers.model_cache._MODELS", {})
     ended = rest(Desk(studio(tmp_path).draw).run("a", parse(**{"model": model} | changed)))[-1]
     assert isinstance(ended, Ended), ended
     assert said in ended.sentence

@@ -17,7 +17,7 @@ from finetune.critics import (
     CriticSettings,
 )
 from finetune.replay import Replay
-from rewards.critic import CriticReward, FeatureModel, Head, PreferenceModel
+from rewards.models.critic import CriticHead, CriticReward, FeatureModel, PreferenceModel
 
 # what is learned on is what is scored
 
@@ -192,9 +192,9 @@ def test_weights_of_the_two_kinds_of_features_count_as_they_are_set():
 
 
 def test_the_first_layer_comes_from_its_seed():
-    same = [Head(8, 4, generator(3)).inner.weight for _ in range(2)]
+    same = [CriticHead(8, 4, generator(3)).inner.weight for _ in range(2)]
     assert torch.equal(*same)
-    assert not torch.equal(same[0], Head(8, 4, generator(4)).inner.weight)
+    assert not torch.equal(same[0], CriticHead(8, 4, generator(4)).inner.weight)
 
 
 PROGRAM = """
@@ -296,7 +296,7 @@ def test_broken_folders_are_refused_with_a_sentence(tmp_path):
             rewards.load(f"critic({tmp_path})", imports=True)
 
     config.write_text(json.dumps({**about, "hidden": 8}))
-    refused(r"is not what Head needs: it has misshapen inner.bias")
+    refused(r"is not what CriticHead needs: it has misshapen inner.bias")
     for broken in ("{", "[]", "{}", '{"kind": "gan"}', json.dumps({**about, "depth": 2})):
         config.write_text(broken)
         refused("describes no critic .*; give a folder that training wrote")

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from finetune import checks, lora
 from finetune.models import family_of
-from rewards.geneval import TASKS, overall
-from rewards.ocr import MODES, distance
+from rewards.geneval.rules import TASKS, overall
+from rewards.models.ocr import MODES, distance
 from scripts import evaluate as script
 from steering import generators, tiny
 from tilt import loading

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rewards
-from rewards.card import Card
+from rewards.models.base import Card
 
 N = 7
 SHAPES = ["a red circle", "two stars", "three triangles", "a cross", "four squares", "a star"]
@@ -74,7 +74,7 @@ def answers(monkeypatch):
     def answer(self: Any, picture: Any, question: str) -> str:
         return f"Score: {picture.mean() / 25.5:.4f}"
 
-    monkeypatch.setattr("rewards.endpoint.Endpoint.answer", answer)
+    monkeypatch.setattr("rewards.backends.chat_endpoint.Endpoint.answer", answer)
 
 
 _LOADED: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import rewards
-from rewards import calibrate
+from rewards.algebra import calibrate
 from steering import FeynmanKac, particle_filter, steer
 from steering.filter import start, weigh
 from steering.lineage import Lineage

@@ -13,10 +13,10 @@ from tiny_pipelines import family, picture
 from torch.testing._internal.two_tensor import TwoTensor
 
 import rewards
-from rewards.clip import ClipReward
-from rewards.jpeg import JpegReward
-from rewards.objects import ObjectsReward
-from rewards.ocr import OcrReward
+from rewards.models.clip import ClipReward
+from rewards.models.jpeg import JpegReward
+from rewards.models.objects import ObjectsReward
+from rewards.models.ocr import OcrReward
 from steering import FeynmanKac, manifest, steer
 from steering.manifest import fingerprint
 from steering.pipeline import steer_each

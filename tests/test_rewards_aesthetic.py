@@ -13,12 +13,12 @@ from clip_folders import pictures
 from safetensors.torch import save_file
 
 import rewards
-from rewards import aesthetic
-from rewards.aesthetic import AestheticReward, Head, collapse, head_of
+from rewards.evaluation_cache import sharing
 from rewards.images import to_images
-from rewards.sharing import sharing
-from rewards.sources import open_source, randomise
-from rewards.weights import read_state
+from rewards.models import aesthetic
+from rewards.models.aesthetic import AestheticHead, AestheticReward, collapse, head_of
+from rewards.towers.checkpoints import read_state
+from rewards.towers.sources import open_source, randomise
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "aesthetic"
 PUBLISHED = pytest.mark.skipif(not DATA.is_dir(), reason="the published heads are not here")
@@ -84,7 +84,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_a_head_without_activations_is_affine():
-    made = randomise(Head(96), 4)
+    made = randomise(AestheticHead(96), 4)
     for layer in made.layers[::2]:
         layer.bias.copy_(torch.randn(layer.bias.shape, generator=seeded(len(layer.bias))))
     x = torch.randn(8, 96, generator=seeded(1))
@@ -93,12 +93,12 @@ def test_a_head_without_activations_is_affine():
     wanted = (x.double() @ plane[0] + plane[1]).float()
     torch.testing.assert_close(made(x).squeeze(-1), wanted, atol=1e-5, rtol=1e-5)
     assert list(made.state_dict())[::2] == [f"layers.{i}.weight" for i in (0, 2, 4, 6, 7)]
-    keys = list(Head(8, relu=True).state_dict())
+    keys = list(AestheticHead(8, relu=True).state_dict())
     assert keys[::2] == [f"layers.{i}.weight" for i in (0, 3, 6, 9, 11)]
 
 
 def test_scores_are_the_head_on_unit_embeddings(tmp_path):
-    made = randomise(Head(32, relu=True), 4)
+    made = randomise(AestheticHead(32, relu=True), 4)
     torch.save(made.state_dict(), tmp_path / "mine.pth")
     shown = to_images(pictures(4, 32, 32))
     pair = open_source("random:7")

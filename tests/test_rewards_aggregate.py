@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 import rewards
-from rewards import aggregate, augment, shape
+from rewards.algebra import aggregate, augment, shape
 from rewards.images import to_images, to_uint8
 
 HERE = __name__

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import rewards
-from rewards import calibrate
+from rewards.algebra import calibrate
 
 HERE = __name__
 IMAGES = torch.rand(40, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -14,11 +14,12 @@ from clip_folders import WORDS, pictures, word_rules
 from safetensors.torch import save_file
 
 import rewards
-from rewards import towers as towers_module
-from rewards.clip import SCALES, ClipReward, WordTokenizer, build
 from rewards.images import resize, to_images
-from rewards.sources import open_source, towers
-from rewards.towers import prepare
+from rewards.models.clip import ClipReward
+from rewards.towers import dual_encoder as towers_module
+from rewards.towers.dual_encoder import prepare
+from rewards.towers.openclip import WordTokenizer, build
+from rewards.towers.sources import open_source, towers
 
 PROMPTS = ["a red circle", "a blue star", "a red circle", "star"]
 
@@ -213,7 +214,7 @@ def test_scale_presets(folder):
     prefixed = ClipReward(str(folder))(images, ["A photo depicts " + prompt for prompt in PROMPTS])
     torch.testing.assert_close(hessel(images, PROMPTS), 2.5 * prefixed.clamp(min=0))
     assert hessel.range == (0.0, 2.5)
-    assert set(SCALES) == {*expected, "hessel"}
+    assert set(ClipReward.scales) == {*expected, "hessel"}
 
 
 def test_random_towers_depend_on_their_seed_alone():

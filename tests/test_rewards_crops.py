@@ -15,18 +15,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from rewards import pickscore
-from rewards import towers as towers_module
-from rewards.clip import ClipReward
-from rewards.critic import PreferenceModel
-from rewards.detectors import at_most, padded
-from rewards.dino import DinoReward
-from rewards.imagereward import ImageRewardReward
+from rewards.backends.detectors import at_most, padded
 from rewards.images import normalize, resize, to_images
-from rewards.pickscore import PickScoreReward
-from rewards.towers import OPENAI_MEAN, OPENAI_STD, prepare
-from rewards.transformers_clip import HALF
-from rewards.vit import MEAN, STD
+from rewards.models import pickscore
+from rewards.models.clip import ClipReward
+from rewards.models.critic import PreferenceModel
+from rewards.models.dino import DinoReward
+from rewards.models.imagereward import ImageRewardReward
+from rewards.models.pickscore import PickScoreReward
+from rewards.towers import dual_encoder as towers_module
+from rewards.towers.dino_backbone import MEAN, STD
+from rewards.towers.dual_encoder import OPENAI_MEAN, OPENAI_STD, prepare
+from rewards.towers.transformers_clip import HALF
 
 # (h, w): SDXL's own, others' usual ones, odd ones, tall and wide ones, and some below 224
 SIZES = [

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 
 import rewards
-from rewards.aggregate import minimum
-from rewards.choices import Choice, read_choices, score_choices
-from rewards.dino import DinoReward
+from rewards.algebra.aggregate import minimum
+from rewards.best_of_n import Choice, read_choices, score_choices
 from rewards.images import resize, rgb, to_images
-from rewards.judge import JudgeReward
-from rewards.sources import towers
+from rewards.models.dino import DinoReward
+from rewards.models.vlm_judge import JudgeReward
 from rewards.spec import format_terms, parse
-from rewards.towers import prepare
-from rewards.weights import moved
+from rewards.towers.checkpoints import moved
+from rewards.towers.dual_encoder import prepare
+from rewards.towers.sources import towers
 
 PROMPTS = ["a red circle", "two stars"]
 IMAGES = torch.linspace(0, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)

@@ -9,8 +9,17 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from rewards import geneval
-from rewards.geneval import Detection, Entry, Expected, exactly, relations, select, share, strict
+from rewards.geneval import rules
+from rewards.geneval.rules import (
+    Detection,
+    Entry,
+    Expected,
+    exactly,
+    relations,
+    select,
+    share,
+    strict,
+)
 
 FILE = Path(__file__).parents[2] / "shared/data/prompts/geneval_metadata.jsonl"
 needs_file = pytest.mark.skipif(not FILE.is_file(), reason="GenEval's metadata is not shared here")
@@ -100,13 +109,13 @@ def test_every_one_must_lie_so_to_every_one():
 def test_a_place_beside_a_thing_of_the_wrong_colour_is_worth_nothing():
     include = (Expected("cat", "blue", 1), Expected("dog", "", 1, "left of", 0))
     found = [dog(20), cat(80, colour="red")]
-    assert geneval.terms(Entry("position", include), found) == [1, 0, 1, 0]
+    assert rules.terms(Entry("position", include), found) == [1, 0, 1, 0]
 
 
 def test_what_is_excluded_besides_the_things_counted_is_one_term():
     entry = Entry("single_object", (Expected("dog", "", 1),), (Expected("cat", "", 1),))
-    assert geneval.terms(entry, [dog()]) == [1, 1]
-    assert geneval.terms(entry, [dog(), cat()]) == [1, 0]
+    assert rules.terms(entry, [dog()]) == [1, 1]
+    assert rules.terms(entry, [dog(), cat()]) == [1, 0]
     assert strict(entry, [dog(), cat()]) == exactly(entry, [dog(), cat()]) == 0
 
 
@@ -138,7 +147,7 @@ def scenes(entry: Entry, n: int, seed: int) -> list[list[Detection]]:
 def test_scores_agree_with_each_other_and_with_any_order(entry):
     lengths, correct = set(), 0
     for found in scenes(entry, 200, seed=3):
-        values = geneval.terms(entry, found)
+        values = rules.terms(entry, found)
         lengths.add(len(values))
         assert all(0 <= value <= 1 for value in values)
         assert exactly(entry, found) == (share(entry, found) == 1)
@@ -176,23 +185,23 @@ def test_doubles_are_dropped_as_in_torchvision():
 
 
 def test_overall_is_the_mean_of_the_six_tasks_not_of_the_pictures():
-    tags = list(geneval.TASKS)
-    assert geneval.overall([1, 0, 0, 0, 0, 0], tags) == pytest.approx(1 / 6)
+    tags = list(rules.TASKS)
+    assert rules.overall([1, 0, 0, 0, 0, 0], tags) == pytest.approx(1 / 6)
     more = [*tags, *["counting"] * 10]
-    assert geneval.overall([1, 0, 0, 0, 0, 0, *[1] * 10], more) == pytest.approx((1 + 10 / 11) / 6)
+    assert rules.overall([1, 0, 0, 0, 0, 0, *[1] * 10], more) == pytest.approx((1 + 10 / 11) / 6)
     with pytest.raises(ValueError, match="score all six tasks"):
-        geneval.overall([1, 1], ["counting", "colors"])
+        rules.overall([1, 1], ["counting", "colors"])
     with pytest.raises(ValueError, match="2 scores need as many tags but got 6"):
-        geneval.overall([1, 1], tags)
+        rules.overall([1, 1], tags)
 
 
 @needs_file
 def test_every_prompt_of_geneval_says_what_its_metadata_says():
-    entries = geneval.read_metadata(FILE)
+    entries = rules.read_metadata(FILE)
     assert len(entries) == 553
     for prompt, entry in entries.items():
-        assert geneval.parse(prompt) == entry, prompt
-    assert {name for entry in entries.values() for name in entry.names} == set(geneval.CLASSES)
+        assert rules.parse(prompt) == entry, prompt
+    assert {name for entry in entries.values() for name in entry.names} == set(rules.CLASSES)
     # so that telling one class apart by colours changes nothing in GenEval
     assert all(len(e.names) == len(e.include) for e in entries.values())
 
@@ -225,7 +234,7 @@ def test_every_prompt_of_geneval_says_what_its_metadata_says():
     ],
 )
 def test_prompts_like_geneval_s_are_parsed(prompt, entry):
-    assert geneval.parse(prompt) == entry
+    assert rules.parse(prompt) == entry
 
 
 @pytest.mark.parametrize(
@@ -242,7 +251,7 @@ def test_prompts_like_geneval_s_are_parsed(prompt, entry):
     ],
 )
 def test_other_prompts_are_not_guessed_at(prompt):
-    assert geneval.parse(prompt) is None
+    assert rules.parse(prompt) is None
 
 
 GOOD = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "p"}
@@ -275,20 +284,20 @@ def test_a_line_that_is_no_entry_is_named(tmp_path, line, what):
     file = tmp_path / "metadata.jsonl"
     file.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
     with pytest.raises(ValueError, match="line 3 of") as error:
-        geneval.read_metadata(file)
+        rules.read_metadata(file)
     assert what in str(error.value)
 
 
 def test_a_file_that_is_absent_or_empty_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no metadata file"):
-        geneval.read_metadata(tmp_path / "absent.jsonl")
+        rules.read_metadata(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
-        geneval.read_metadata(tmp_path / "empty.jsonl")
+        rules.read_metadata(tmp_path / "empty.jsonl")
 
 
 def test_equal_lines_of_one_prompt_are_one_entry(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
-    (entry,) = geneval.read_metadata(tmp_path / "m.jsonl").values()
+    (entry,) = rules.read_metadata(tmp_path / "m.jsonl").values()
     assert entry == replace(RED, tag="colors")
     assert entry.names == ["dog"]

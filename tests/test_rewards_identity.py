@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards import identity, names
+from rewards import catalogue as names
+from rewards import identity
 
 
 def test_equal_specs_are_alike_and_others_are_not_their_business():

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import rewards
-from rewards import imagereward
-from rewards.imagereward import (
+from rewards.evaluation_cache import sharing
+from rewards.images import to_images
+from rewards.models import imagereward
+from rewards.models.imagereward import (
     IGNORED,
     MEAN,
     PUBLISHED,
@@ -25,9 +27,7 @@ from rewards.imagereward import (
     WordPieces,
     renamed,
 )
-from rewards.images import to_images
-from rewards.sharing import sharing
-from rewards.weights import fit
+from rewards.towers.checkpoints import fit
 
 WORDS = ["a", "red", "circle", "two", "star", "##s", "##fish", ",", "cafe", "東", "9", "##9"]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
@@ -275,7 +275,7 @@ def test_the_official_score_is_affine_in_the_raw_one():
     torch.testing.assert_close(
         official(images, PROMPTS), (raw(images, PROMPTS) - MEAN) / STD, atol=1e-6, rtol=0
     )
-    scale = imagereward.SCALES["official"]
+    scale = ImageRewardReward.scales["official"]
     raws = torch.tensor([0.16717362830052426, 0.16717362830052426 + 1.0333394966054072])
     torch.testing.assert_close(scale(raws), torch.tensor([0.0, 1.0]), atol=1e-6, rtol=0)
 

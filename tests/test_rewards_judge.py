@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 import rewards
-from rewards import endpoint
-from rewards.judge import PRESETS, JudgeReward
+from rewards.backends import chat_endpoint
+from rewards.models.vlm_judge import PRESETS, JudgeReward
 
 KEY = "sk-very-secret"
 Reply = tuple[int, dict[str, str], bytes]
@@ -152,7 +152,7 @@ def test_a_passing_error_is_tried_again(server, status):
 
 def test_retries_end_and_the_wait_doubles_or_is_what_the_server_asks(server, monkeypatch):
     waits = []
-    monkeypatch.setattr(endpoint.time, "sleep", waits.append)
+    monkeypatch.setattr(chat_endpoint.time, "sleep", waits.append)
     server.reply = lambda n, _: (503, {"Retry-After": "7"} if n == 1 else {}, b"")
     judge = server.judge(retries=3, invalid="nan")
     judge.model.backoff = 20
@@ -263,7 +263,7 @@ def test_what_is_no_score_is_nan_and_never_0(server, reply):
 
 
 def test_an_oversized_response_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(endpoint, "LARGEST_RESPONSE", 1000)
+    monkeypatch.setattr(chat_endpoint, "LARGEST_RESPONSE", 1000)
     server.reply = lambda *_: says("Score: 5" + " " * 1000)
     assert server.judge(invalid="nan")(grey(1), ["a"]).isnan().all()
     server.reply = lambda *_: says("Score: 5" + " " * 900)

@@ -18,14 +18,16 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.models.grounding_dino.modeling_grounding_dino import build_label_maps
 
 import rewards
-from rewards import detectors, geneval, objects
-from rewards import world as shapes
+from rewards.backends import detectors
+from rewards.evaluation_cache import sharing
+from rewards.geneval import rules
+from rewards.geneval import tiny_world as shapes
 from rewards.images import normalize, to_images
-from rewards.objects import Detection, Expected, ObjectsReward, detect, expectations, holds
-from rewards.sharing import sharing
-from rewards.sources import randomise
-from rewards.towers import OPENAI_MEAN, OPENAI_STD
-from rewards.vit import MEAN, STD
+from rewards.models import objects
+from rewards.models.objects import Detection, Expected, ObjectsReward, detect, expectations, holds
+from rewards.towers.dino_backbone import MEAN, STD
+from rewards.towers.dual_encoder import OPENAI_MEAN, OPENAI_STD
+from rewards.towers.sources import randomise
 from scripts.tiny import world
 
 TASKS = world.TASKS[:-1]
@@ -188,7 +190,7 @@ def test_the_world_s_prompts_are_entries_of_geneval_s_tasks(task):
         # nothing else may be there, so that "at least" is "exactly", and what `holds` says
         for things in (found, found[:-1], [*found, thing("star", "red", 8, 8)]):
             right = all(holds(scene.prompt, things))
-            assert geneval.strict(entry, things) == geneval.exactly(entry, things) == right
+            assert rules.strict(entry, things) == rules.exactly(entry, things) == right
 
 
 # a detector of one's own, as objects(detector="test_rewards_objects:fake") names it
@@ -203,7 +205,7 @@ def fake(images, names):
     for image, row in zip(images, names, strict=True):
         count, x = (2, 40.0) if image.mean() > 0.5 else (1, 5.0)
         box = (x, 10.0, x + 16, 26.0)
-        found.append([geneval.Detection(name, "", box, 0.6) for name in row for _ in range(count)])
+        found.append([rules.Detection(name, "", box, 0.6) for name in row for _ in range(count)])
     return found
 
 
@@ -283,7 +285,7 @@ def test_a_metadata_file_says_what_any_prompt_asks_for(pictures, tmp_path):
         ({"mode": "lax"}, "'lax' is unknown"),
         ({"detector": "owl"}, "did you mean 'owlv2'"),
         ({"detector": "no.such:thing"}, "cannot be imported"),
-        ({"detector": "rewards.objects:MODES"}, "is no function"),
+        ({"detector": "rewards.models.objects:MODES"}, "is no function"),
         ({"source": "tiny"}, "world takes no source"),
         ({"threshold": 1.5}, "threshold is 1.5"),
         ({"overlap": True}, "overlap is True"),
@@ -312,7 +314,7 @@ class Palette(torch.nn.Module):
 
     def text_features(self, prompts):
         self.texts += prompts
-        words = [next(c for c in geneval.COLOURS if f" a {c}" in prompt) for prompt in prompts]
+        words = [next(c for c in rules.COLOURS if f" a {c}" in prompt) for prompt in prompts]
         rgb = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
         return torch.tensor([rgb.get(word, (-1.0, -1.0, -1.0)) for word in words])
 
@@ -332,10 +334,10 @@ def test_a_colour_is_that_of_the_box_or_of_the_mask_in_it(monkeypatch):
     patch[5:9, 2:6] = True
     left, right = (0.4, 0.0, 29.6, 40.0), (31.0, 2.0, 90.0, 70.0)
     found = [
-        geneval.Detection("dog", "", left, 1),
-        geneval.Detection("dog", "", right, 1),  # reaches beyond the picture
-        geneval.Detection("dog", "", left, 1, patch),
-        geneval.Detection("dog", "", (3.0, 6.0, 3.1, 6.2), 1),  # thinner than a pixel
+        rules.Detection("dog", "", left, 1),
+        rules.Detection("dog", "", right, 1),  # reaches beyond the picture
+        rules.Detection("dog", "", left, 1, patch),
+        rules.Detection("dog", "", (3.0, 6.0, 3.1, 6.2), 1),  # thinner than a pixel
     ]
     assert objects.ClipColours("any")(image, found) == ["red", "blue", "green", "green"]
     assert clip.shapes == [(1, 3, 40, 30), (1, 3, 38, 29), (1, 3, 40, 30), (1, 3, 1, 1)]
@@ -349,7 +351,7 @@ def test_a_colour_is_that_of_the_box_or_of_the_mask_in_it(monkeypatch):
 def test_outside_the_mask_is_geneval_s_grey():
     mask = np.zeros((4, 4), bool)
     mask[1, 1] = True
-    piece = objects.cut(torch.ones(3, 4, 4), geneval.Detection("dog", "", (0, 0, 2, 2), 1, mask))
+    piece = objects.cut(torch.ones(3, 4, 4), rules.Detection("dog", "", (0, 0, 2, 2), 1, mask))
     assert piece[0].tolist() == pytest.approx(np.array([[0.6, 0.6], [0.6, 1]]))
 
 
@@ -378,17 +380,17 @@ def test_the_classifier_is_open_clip_s_of_geneval_s_templates():
         lambda c: f"a photo of a {c} object",
     ]
     weights = open_clip.build_zero_shot_classifier(
-        clip.model, tokenizer, geneval.COLOURS, templates, num_classes_per_batch=None
+        clip.model, tokenizer, rules.COLOURS, templates, num_classes_per_batch=None
     )
     generator = torch.Generator().manual_seed(0)
     words = []
     for _ in range(12):
         hue = torch.rand(3, 1, 1, generator=generator)
         image = (hue + 0.3 * torch.randn(3, 32, 32, generator=generator)).clamp(0, 1)
-        whole = geneval.Detection("teddy bear", "", (0, 0, 32, 32), 1)
+        whole = rules.Detection("teddy bear", "", (0, 0, 32, 32), 1)
         (word,) = objects.ClipColours("random:0")(image, [whole])
         best = int((clip.image_features(image[None]) @ weights).argmax())
-        assert word == geneval.COLOURS[best]
+        assert word == rules.COLOURS[best]
         words.append(word)
     assert len(set(words)) > 1
 
@@ -452,7 +454,7 @@ KINDS = {"owlv2": detectors.Owlv2, "grounding_dino": detectors.GroundingDino}
 BOTH = pytest.mark.parametrize("kind", KINDS)
 
 
-def table(found: list[geneval.Detection]) -> torch.Tensor:
+def table(found: list[rules.Detection]) -> torch.Tensor:
     return torch.tensor([[*d.box, d.score] for d in found])
 
 
@@ -568,7 +570,7 @@ def test_grounding_dino_looks_at_the_sizes_that_transformers_takes():
 
 def test_the_text_of_owlv2_is_open_clip_s(folders):
     detector = detectors.Owlv2(str(folders["owlv2"]))
-    texts = [f"a photo of a {name}" for name in geneval.CLASSES]
+    texts = [f"a photo of a {name}" for name in rules.CLASSES]
     ids, mask = detector.tokenize(texts)
     assert torch.equal(ids, open_clip.SimpleTokenizer(context_length=16)(texts))
     assert torch.equal(mask, (ids > 0).long())

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import rewards
-from rewards import ocr, readers
+from rewards.backends import ocr_engines
+from rewards.backends.ocr_engines import RapidOcr, Reader, Tesseract, reader, reading_order
 from rewards.images import to_images
-from rewards.ocr import MODES, OcrReward, distance, nearest, quoted_text
-from rewards.readers import RapidOcr, Reader, Tesseract, reader, reading_order
+from rewards.models import ocr
+from rewards.models.ocr import MODES, OcrReward, distance, nearest, quoted_text
 
 # recognised, target -> flow_grpo, strict, max_norm: computed by hand from the published formula
 TABLE = [
@@ -180,7 +181,7 @@ def test_targets_are_what_stands_in_double_quotes(prompt, spans):
 
 
 def test_prompts_that_quote_nothing_are_refused_before_anything_is_read(monkeypatch):
-    monkeypatch.setattr(readers, "_engine", lambda *_: pytest.fail("an engine was started"))
+    monkeypatch.setattr(ocr_engines, "_engine", lambda *_: pytest.fail("an engine was started"))
     reward = rewards.load("0.5*ocr + jpeg")
     with pytest.raises(ValueError, match="'a cat', which quotes no text"):
         reward.check(['"A"', "a cat"])
@@ -270,7 +271,7 @@ def test_pictures_are_read_once_even_within_a_batch(monkeypatch):
         calls.append(array.shape)
         return str(array[0, 0, 0])
 
-    monkeypatch.setattr(readers, "REMEMBERED", 2)
+    monkeypatch.setattr(ocr_engines, "REMEMBERED", 2)
     images = torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 5, 6) / 255
     found = Reader(look)
     assert found.read(images[[3, 1, 3, 3, 0, 2, 1]]) == ["3", "1", "3", "3", "0", "2", "1"]
@@ -289,12 +290,15 @@ def test_the_engine_sees_blue_first_small_pictures_enlarged_and_large_ones_shrun
     def engine(limit, detect):
         return lambda array: calls.append((*limit, *array[0, 0].tolist())) or result
 
-    monkeypatch.setattr(readers, "_engine", engine)
+    monkeypatch.setattr(ocr_engines, "_engine", engine)
     look = RapidOcr()
     assert look(np.zeros((64, 64, 3), np.uint8)) == "STOP"
     assert look(np.full((32, 800, 3), [1, 2, 3], np.uint8)) == "STOP"
     blue_first = (3, 2, 1)
-    assert calls == [("min", readers.SMALLEST, 0, 0, 0), ("max", readers.LARGEST, *blue_first)]
+    assert calls == [
+        ("min", ocr_engines.SMALLEST, 0, 0, 0),
+        ("max", ocr_engines.LARGEST, *blue_first),
+    ]
     assert RapidOcr(160)(np.zeros((800, 800, 3), np.uint8)) == "STOP"
     assert calls[-1] == ("min", 160, 0, 0, 0)
     assert reader(RapidOcr()) is reader(RapidOcr())
@@ -375,7 +379,9 @@ def test_drawn_words_are_read_in_their_order(name):
     array = np.array(DRAWN[name])
     text = RapidOcr()(array)
     assert text == READ[name]
-    own = readers._engine(("min", readers.SMALLEST), True)(np.ascontiguousarray(array[..., ::-1]))
+    own = ocr_engines._engine(("min", ocr_engines.SMALLEST), True)(
+        np.ascontiguousarray(array[..., ::-1])
+    )
     assert sorted(own.txts) == sorted(text.split())
     if name in ("one below another", "words apart"):  # where RapidOCR's own order is right too
         assert list(own.txts) == text.split()
@@ -388,8 +394,8 @@ def test_a_failing_engine_is_an_error_and_not_a_score_of_zero(monkeypatch):
 
         return fail
 
-    monkeypatch.setattr(readers, "_engine", engine)
-    monkeypatch.setattr(readers, "_READERS", {})
+    monkeypatch.setattr(ocr_engines, "_engine", engine)
+    monkeypatch.setattr(ocr_engines, "_READERS", {})
     with pytest.raises(RuntimeError, match="broken"):
         OcrReward()(torch.rand(3, 3, 64, 64), ['"A"'] * 3)
 
@@ -428,7 +434,7 @@ def test_reading_does_not_depend_on_rapidocrs_own_settings(monkeypatch, tmp_path
     import yaml
     from omegaconf import OmegaConf
 
-    before = readers._engine(("min", 96), True).cfg
+    before = ocr_engines._engine(("min", 96), True).cfg
     settings = yaml.safe_load(Path(rapidocr.main.DEFAULT_CFG_PATH).read_text())
     for part in ("Global", "Det", "Rec"):
         settings[part] = {key: altered(value) for key, value in settings[part].items()}
@@ -436,7 +442,7 @@ def test_reading_does_not_depend_on_rapidocrs_own_settings(monkeypatch, tmp_path
     settings["Rec"] |= {"ocr_version": "PP-OCRv4", "model_type": "mobile", "lang_type": "ka"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     monkeypatch.setattr(rapidocr.main, "DEFAULT_CFG_PATH", tmp_path / "config.yaml")
-    after = readers._engine(("min", 96), True).cfg
+    after = ocr_engines._engine(("min", 96), True).cfg
     for part in ("Global", "Det", "Rec"):
         found, wanted = (OmegaConf.to_container(cfg[part]) for cfg in (after, before))
         assert isinstance(found, dict)
@@ -556,7 +562,7 @@ def test_a_tesseract_that_fails_or_hangs_is_an_error_and_not_an_empty_text(progr
     with pytest.raises(RuntimeError, match="code 3: nothing"):
         Tesseract()(picture)
     program("time.sleep(30)")
-    monkeypatch.setattr(readers, "TIMEOUT", 0.2)
+    monkeypatch.setattr(ocr_engines, "TIMEOUT", 0.2)
     with pytest.raises(TimeoutError, match=r"over 0\.2 s for a picture of 8 × 8"):
         Tesseract()(picture)
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import rewards
-from rewards.names import CHOICES, REWARDS, WEIGHTS, OutsideError, factory_of, read
-from rewards.openclip import build, open_place
+from rewards.catalogue import CHOICES, REWARDS, WEIGHTS, OutsideError, factory_of, read
 from rewards.spec import AGGREGATORS, aggregator
+from rewards.towers.openclip import build, open_place
 
 CODE = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
 HUB = "organisation/weights"
@@ -79,7 +79,7 @@ CODES = [
     "builtins:eval('1')",
     "builtins:__import__(planted_module)",
     "importlib:import_module(planted_module)",
-    "rewards.names:factory_of",
+    "rewards.catalogue:factory_of",
     "torch:load('planted.pt')",
     "objects(detector=planted_module:f)",
     "objects(exactly, planted_module:f)",
@@ -309,8 +309,8 @@ def test_the_code_of_a_repository_is_not_run(trust, tmp_path, monkeypatch):
     """open_clip hands `tokenizer_kwargs` of a folder's configuration on to transformers."""
     from safetensors.torch import save_file
 
-    from rewards.sources import RANDOM_CONFIG
-    from rewards.transformers_clip import load_tokenizer
+    from rewards.towers.sources import RANDOM_CONFIG
+    from rewards.towers.transformers_clip import load_tokenizer
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))  # where foreign code would be copied to
     monkeypatch.setattr("builtins.input", lambda *a: "y")  # transformers may ask

@@ -13,15 +13,15 @@ from clip_folders import pictures, twin_folders
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rewards import hps, pickscore
-from rewards.clip import ClipReward
-from rewards.hps import HpsReward
 from rewards.images import normalize, to_images
-from rewards.openclip import build
-from rewards.pickscore import PickScoreReward
-from rewards.sources import RANDOM_CONFIG, open_source, randomise
-from rewards.towers import OPENAI_MEAN, OPENAI_STD, prepare
-from rewards.weights import fit, read_state
+from rewards.models import hps, pickscore
+from rewards.models.clip import ClipReward
+from rewards.models.hps import HpsReward
+from rewards.models.pickscore import PickScoreReward
+from rewards.towers.checkpoints import fit, read_state
+from rewards.towers.dual_encoder import OPENAI_MEAN, OPENAI_STD, prepare
+from rewards.towers.openclip import build
+from rewards.towers.sources import RANDOM_CONFIG, open_source, randomise
 
 PROMPTS = ["a red circle", "Two “blue” stars", "", "a photograph " * 60]
 PARAMETERS = 986_109_441
@@ -206,9 +206,9 @@ def test_hps_reads_the_published_files(small_hps):
 
 
 def test_hps_refuses_the_other_version_and_other_files(small_hps):
-    with pytest.raises(ValueError, match=r"HPS_v2_compressed.pt is another version than v2.1"):
+    with pytest.raises(ValueError, match=r"HPS_v2_compressed.pt is not version v2.1"):
         HpsReward(str(small_hps / "HPS_v2_compressed.pt"))
-    with pytest.raises(ValueError, match=r"version 2.1 is unknown; take one of \['v2', 'v2.1'\]"):
+    with pytest.raises(ValueError, match=r"version 2.1 is unknown; did you mean 'v2.1'"):
         HpsReward(str(small_hps), 2.1)  # pyright: ignore[reportArgumentType]
     path = small_hps / "HPS_v2.1_compressed.pt"
     whole = path.read_bytes()

@@ -48,7 +48,7 @@ def test_another_programs_parameters_are_no_prompt(tmp_path):
     info.add_itxt("parameters", "masterpiece, Steps: 20")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
     assert read_samples(tmp_path, "a star")[0].prompt == "a star"
-    with pytest.raises(ValueError, match="--prompt"):
+    with pytest.raises(ValueError, match="give prompt"):
         read_samples(tmp_path)
 
 
@@ -90,9 +90,9 @@ def test_batches_hold_neighbours_of_one_size(tmp_path):
         ("[]", "is no object"),
         ('{"image": "a.png"}', "needs both"),
         ('{"prompt": "x"}', "needs both"),
-        ('{"image": "none.png", "prompt": "x"}', "none.png is no picture"),
+        ('{"image": "none.png", "prompt": "x"}', "none.png is no readable image"),
         ('{"image": "a.png", "prompt": "x", "references": "a.png"}', "write a list"),
-        ("", "holds no picture"),
+        ("", "holds no image"),
     ],
 )
 def test_bad_lines_are_refused_with_their_number(tmp_path, line, message):
@@ -107,7 +107,7 @@ def test_what_is_no_folder_and_what_is_no_picture(tmp_path):
     with pytest.raises(ValueError, match="neither a folder"):
         read_samples(tmp_path / "nothing")
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"a\.png is no picture"):
+    with pytest.raises(ValueError, match=r"a\.png is no readable image"):
         read_samples(tmp_path, "x")
 
 

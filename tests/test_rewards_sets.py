@@ -10,7 +10,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from rewards import Reward
 from rewards.sets import METRICS, SetReward, frechet, leave_one_out, mmd, vendi
-from rewards.sources import towers
+from rewards.towers.sources import towers
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

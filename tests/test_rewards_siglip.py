@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import rewards
-from rewards import towers as towers_module
-from rewards import transformers_clip
-from rewards.clip import ClipReward, build
 from rewards.images import resize, to_images
-from rewards.siglip import SCALES, SiglipReward
-from rewards.sources import RANDOM_CONFIG, open_source, randomise
+from rewards.models.clip import ClipReward
+from rewards.models.siglip import SiglipReward
+from rewards.towers import dual_encoder as towers_module
+from rewards.towers import transformers_clip
+from rewards.towers.openclip import build
+from rewards.towers.sources import RANDOM_CONFIG, open_source, randomise
 
 WORDS = ["<pad>", "<unk>", "<eos>", "a", "red", "blue", "circle", "star", ".", ","]
 PROMPTS = ["a red circle", "a blue star", "a circle, a star.", "star " * 12]
@@ -73,7 +74,7 @@ def test_scores_are_those_of_transformers(made):
     shown = to_images(pictures(4, 32, 32))
     prompts = [prompt.replace(",", "").replace(".", "") for prompt in PROMPTS]
     logits = expected(model, (shown - 0.5) / 0.5, prompts)
-    scores = {scale: SiglipReward(str(folder), scale) for scale in SCALES}
+    scores = {scale: SiglipReward(str(folder), scale) for scale in SiglipReward.scales}
     cosine = (logits - model.logit_bias) / model.logit_scale.exp()
     wanted = {"cosine": cosine, "logit": logits, "probability": logits.sigmoid()}
     assert cosine.std() > 0.02
@@ -184,7 +185,7 @@ def test_the_default_architecture_has_the_published_number_of_parameters():
 
 def test_training_starts_where_the_paper_says():
     reward = SiglipReward("random:0", "logit")
-    assert (reward.t.item(), reward.b.item()) == (pytest.approx(10), -10)
+    assert (reward.logit_scale.item(), reward.logit_bias.item()) == (pytest.approx(10), -10)
     assert reward.range == (pytest.approx(-20), pytest.approx(0, abs=1e-5))
     assert SiglipReward("random:0").towers is reward.towers
     images = to_images(pictures(2, 32, 32))
@@ -193,13 +194,13 @@ def test_training_starts_where_the_paper_says():
 
 
 def test_a_clip_is_no_siglip_and_unknown_scales_are_refused(tmp_path, made):
-    with pytest.raises(ValueError, match=r"no logit_bias.*write clip\("):
+    with pytest.raises(ValueError, match=r"no logit_bias.*use clip\("):
         SiglipReward("tiny")
     with pytest.raises(ValueError, match="did you mean 'probability'"):
         SiglipReward("random:0", "probabilty")
     with pytest.raises(ValueError, match="batch_size is 0"):
         rewards.load("siglip(random:0, batch_size=0)")
-    with pytest.raises(ValueError, match=r"write siglip\("):
+    with pytest.raises(ValueError, match=r"use siglip\("):
         ClipReward(str(made[0]))
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rewards
-import rewards.aggregate
+import rewards.algebra.aggregate
 from rewards.combine import Part, WeightedSum, component_names, names_in
-from rewards.sharing import shared
+from rewards.evaluation_cache import shared
 from rewards.spec import AGGREGATORS, Call, Term, aggregator, format_terms, parse
 
 
@@ -403,7 +403,7 @@ def test_components_of_one_sum_share_what_they_see():
             return shared("tower", images, make)
 
     parts = [Part(name, 1.0, Seer(), Call(name)) for name in "abc"]
-    inside = rewards.aggregate.mean(WeightedSum(parts[:1]), WeightedSum(parts[1:2]))
+    inside = rewards.algebra.aggregate.mean(WeightedSum(parts[:1]), WeightedSum(parts[1:2]))
     reward = WeightedSum([Part("mean", 1.0, inside, Call("mean")), parts[2]])
     reward(IMAGES, PROMPTS)
     assert made == [2]
@@ -416,8 +416,9 @@ def test_components_of_one_sum_share_what_they_see():
 def test_import_is_light():
     heavy = ["open_clip", "rapidocr", "transformers", "diffusers", "torchvision", "steering"]
     code = (
-        "import sys, rewards, rewards.clip, rewards.ocr, rewards.jpeg, rewards.objects;"
-        "from rewards import aggregate, augment, calibrate, shape;"
+        "import sys, rewards, rewards.models.clip, rewards.models.ocr, rewards.models.jpeg;"
+        "from rewards.models import objects;"
+        "from rewards.algebra import aggregate, augment, calibrate, shape;"
         f"print([name for name in {heavy} if name in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,13 +14,13 @@ from clip_folders import clip_tokenizer, pictures, twin_folders
 from safetensors.torch import load_file, save_file
 
 import rewards
-from rewards import sources, transformers_clip
-from rewards.clip import ClipReward, build
+from rewards.evaluation_cache import sharing
 from rewards.images import to_images
-from rewards.openclip import open_clip_towers
-from rewards.sharing import sharing
-from rewards.siglip import SiglipReward
-from rewards.sources import open_source
+from rewards.models.clip import ClipReward
+from rewards.models.siglip import SiglipReward
+from rewards.towers import sources, transformers_clip
+from rewards.towers.openclip import build, open_clip_towers
+from rewards.towers.sources import open_source
 
 PROMPTS = ["a red circle", "a blue star", "a red circle", "star", "a star"]
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -243,8 +243,8 @@ def test_text_is_encoded_in_full_precision_whoever_asks_first():
 
 def test_a_siglip_is_no_clip(monkeypatch):
     pair = SiglipReward("random:0").towers
-    monkeypatch.setattr("rewards.clip.towers", lambda source, device: pair)
-    with pytest.raises(ValueError, match=r"write siglip\(random:0\)"):
+    monkeypatch.setattr("rewards.models.clip.towers", lambda source, device: pair)
+    with pytest.raises(ValueError, match=r"use siglip\(random:0\)"):
         ClipReward("random:0")
 
 

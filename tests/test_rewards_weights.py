@@ -10,11 +10,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from rewards.aesthetic import AestheticReward
-from rewards.critic import CriticReward, FeatureModel
-from rewards.imagereward import ImageRewardReward
-from rewards.vlm import Local
-from rewards.weights import fetch, find, fit, hub, looks_like, read_state
+from rewards.backends.local_vlm import Local
+from rewards.models.aesthetic import AestheticReward
+from rewards.models.critic import CriticReward, FeatureModel
+from rewards.models.imagereward import ImageRewardReward
+from rewards.towers.checkpoints import fetch, find, fit, hub, looks_like, read_state
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1.0, 2.0])}
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 import rewards
 from rewards.images import to_images
-from rewards.table import Table, read_table
 from scripts import score
+from tilt.score_table import Table, read_table
 
 PROMPTS = ["a red circle", "two blue stars", "a green square"]
 
@@ -116,7 +116,7 @@ def test_a_reward_without_a_card_is_listed_as_such(monkeypatch, capsys):
     class Mine:
         def __init__(self) -> None: ...
 
-    monkeypatch.setattr("rewards.jpeg.JpegReward", Mine)
+    monkeypatch.setattr("rewards.models.jpeg.JpegReward", Mine)
     assert score.main(["--list"]) == 0
     printed = capsys.readouterr().out
     assert "jpeg" in printed

@@ -89,16 +89,16 @@ def test_imports_follow_the_table(path: Path) -> None:
         ("steering.weights", "def f():\n    import numpy"),
         ("steering.pipeline", "import rewards"),
         ("steering.schedulers", "from finetune.losses import policy_loss"),
-        ("rewards.clip", "from diffusers.utils import logging"),
-        ("rewards.clip", "import steering.weights"),
+        ("rewards.models.clip", "from diffusers.utils import logging"),
+        ("rewards.models.clip", "import steering.weights"),
         ("finetune.losses", "from steering.weights import ess"),
-        ("finetune.gdro", "from rewards.clip import ClipReward"),
+        ("finetune.gdro", "from rewards.models.clip import ClipReward"),
         ("finetune.gdro", "from rewards.compare import hacked"),
         ("finetune.gdro", "import tilt.commands.steer"),
         ("tilt.loading", "from scripts import started"),
         ("steering.result", "from tilt.report import page"),
         ("finetune.gdro", "import tilt"),
-        ("rewards.clip", "from tilt import loading"),
+        ("rewards.models.clip", "from tilt import loading"),
     ],
 )
 def test_the_table_notices(module: str, line: str) -> None:
@@ -112,9 +112,9 @@ def test_the_table_notices(module: str, line: str) -> None:
         ("steering.filter", "from steering import potentials"),
         ("steering.filter", "from .weights import ess"),
         ("steering.pipeline", "import diffusers\nfrom steering.filter import weigh"),
-        ("rewards.clip", "import open_clip\nfrom rewards.images import resize"),
+        ("rewards.models.clip", "import open_clip\nfrom rewards.images import resize"),
         ("finetune.gdro", "from steering import steer\nfrom rewards import Reward, load"),
-        ("tilt.loading", "import diffusers, rewards.clip\nfrom finetune.gdro import Gdro"),
+        ("tilt.loading", "import diffusers, rewards.models.clip\nfrom finetune.gdro import Gdro"),
     ],
 )
 def test_the_table_permits(module: str, line: str) -> None:

@@ -136,7 +136,7 @@ def test_default_reward_without_network_names_the_folder_option(capsys, model, m
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr("huggingface_hub.get_session", no_session)
-    monkeypatch.setattr("rewards.towers._TOWERS", {})
+    monkeypatch.setattr("rewards.towers.model_cache._MODELS", {})
     assert "give a folder" in refused(capsys, "a cat", "--model", model)
 
 

@@ -11,7 +11,7 @@ import torch
 from pictures import assert_same_picture
 from PIL import Image
 
-from rewards.sources import towers
+from rewards.towers.sources import towers
 from scripts.tiny import cards, evaluate, export, grids
 from steering import tiny
 
@@ -74,9 +74,10 @@ def test_the_code_of_a_card_runs(name):
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_a_pipelines_card_is_its_template_with_its_figures(name):
     text, folder = text_of(name), cards.FOLDERS[name]
-    again = cards.pipeline(
-        name,
-        json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"],
+    again = cards.card(
+        "pipeline",
+        name=name,
+        kind=json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"],
         parameters=evaluate.parameters(folder),
         training=one(r"Training: (.+ minutes?) of one", text),
         defaults=", ".join(f"{key}={value}" for key, value in tiny.call_defaults(name).items()),
@@ -90,14 +91,17 @@ def test_the_rewards_cards_are_their_templates_with_their_figures():
     text = text_of("clip")
     count = evaluate.parameters(cards.FOLDERS["clip"])
     training, share = one(r"Training: (.+) \(`", text), one(r"captions: (.+)\n", text)
-    assert cards.clip(parameters=count, training=training, share=share) == text
+    assert cards.card("clip", parameters=count, training=training, share=share) == text
     text = text_of("dino")
     count, (neighbours, ranks) = evaluate.parameters(cards.FOLDERS["dino"]), tables(text)
     training = one(r"Training: (.+) \(`", text)
-    again = cards.dino(parameters=count, training=training, neighbours=neighbours, ranks=ranks)
+    again = cards.card(
+        "dino", parameters=count, training=training, neighbours=neighbours, ranks=ranks
+    )
     assert again == text
     text = text_of("aesthetic")
-    again = cards.aesthetic(
+    again = cards.card(
+        "aesthetic",
         parameters=towers("tiny").width + 1,
         training=one(r"closed form, (.+)\n", text),
         steps=one(r"prompt and seed: (.+),\n", text),

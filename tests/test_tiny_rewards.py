@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import Dinov2Model
 
-from rewards.aesthetic import AestheticReward
-from rewards.dino import DinoReward
+from rewards.geneval.tiny_world import detect
 from rewards.images import normalize, to_images
-from rewards.sources import towers
-from rewards.world import detect
+from rewards.models.aesthetic import AestheticReward
+from rewards.models.dino import DinoReward
+from rewards.towers.sources import towers
 from scripts.tiny import train_aesthetic, train_dino
 from scripts.tiny.world import render, scene
 

@@ -15,8 +15,8 @@ from test_rollouts import made
 import rewards
 from finetune import checks
 from finetune.shards import Rollouts
-from rewards.critic import CriticReward, FeatureModel
 from rewards.images import to_images
+from rewards.models.critic import CriticReward, FeatureModel
 from scripts import train_critic
 
 PROMPTS = tuple(

@@ -16,6 +16,7 @@ COMMANDS = {
     "steer": "draw pictures steered toward a reward",
     "report": "write report.html of a run that is there",
     "rewards": "list the rewards",
+    "compare": "compare rewards, and images in a tournament",
     "app": "open a page to play in",
 }
 

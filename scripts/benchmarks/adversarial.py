@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rewards.compare import alarm
 from rewards.images import to_images
 from rewards.sets import frechet
-from rewards.vit import view
+from rewards.towers.dino_backbone import view
+from tilt.statistics import alarm
 from tilt.variants import pictures
 
 from ..tiny.styles import STYLES, scenes

@@ -25,7 +25,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from rewards import hps, imagereward, openclip
+from rewards.models import hps, imagereward
+from rewards.towers import openclip
 
 from .networks import (
     FLUX_DEV,

@@ -28,8 +28,8 @@ from torch import nn
 
 import rewards
 from rewards.images import to_images
-from rewards.objects import ObjectsReward
-from rewards.ocr import OcrReward
+from rewards.models.objects import ObjectsReward
+from rewards.models.ocr import OcrReward
 from steering import FeynmanKac, Steered, steer, tiny
 from steering.manifest import fingerprint
 

@@ -25,10 +25,10 @@ from PIL import Image
 from torch import Tensor
 
 import rewards
-from rewards.clip import ClipReward
 from rewards.images import to_images, to_uint8
-from rewards.ocr import OcrReward, quoted_text
-from rewards.sources import TINY
+from rewards.models.clip import ClipReward
+from rewards.models.ocr import OcrReward, quoted_text
+from rewards.towers.sources import TINY
 
 from ..tiny.world import render, scene
 from .cost import seconds
@@ -56,7 +56,7 @@ def usual_clip(reward: ClipReward) -> Callable[[Tensor, list[str]], list[float]]
     """One picture at a time through PIL and both towers, on the reward's own weights."""
     import open_clip
 
-    from rewards.openclip import WordTokenizer
+    from rewards.towers.openclip import WordTokenizer
 
     model: Any = reward.towers.model
     side = reward.towers.size[0]
@@ -198,7 +198,7 @@ def clip_of(source: str) -> ClipReward:
         return ClipReward(source)
     import open_clip
 
-    from rewards.openclip import open_clip_towers
+    from rewards.towers.openclip import open_clip_towers
 
     model: Any = open_clip.create_model(source, pretrained=None)
     reward = ClipReward("random:0")

@@ -5,7 +5,7 @@
 
 Per task: prompts that training saw and prompts it never saw (scripts/tiny/unseen.json), one picture
 each at the default steps and guidance. Words are judged by RapidOCR (exact, without case), the rest
-by the colour-shape detector of `rewards.objects`. Intervals: 95 %, Wilson.
+by the colour-shape detector of `rewards.models.objects`. Intervals: 95 %, Wilson.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewards.aesthetic import AestheticReward
-from rewards.clip import ClipReward
 from rewards.images import to_images
-from rewards.objects import ObjectsReward
-from rewards.ocr import OcrReward
+from rewards.models.aesthetic import AestheticReward
+from rewards.models.clip import ClipReward
+from rewards.models.objects import ObjectsReward
+from rewards.models.ocr import OcrReward
 from steering import generators, tiny
 
 from . import cards, train_aesthetic, train_dino
@@ -139,9 +139,10 @@ def pipeline_card(name: str, run: Path, each: int) -> str:
     run.mkdir(parents=True, exist_ok=True)
     sheet.save(run / f"{name}.png")
     print("\n".join(rows), flush=True)
-    return cards.pipeline(
-        name,
-        json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"],
+    return cards.card(
+        "pipeline",
+        name=name,
+        kind=json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"],
         parameters=parameters(folder),
         training=training(run, name),
         defaults=", ".join(f"{key}={value}" for key, value in tiny.call_defaults(name).items()),
@@ -155,7 +156,7 @@ def clip_card(run: Path) -> str:
     share = retrieval()
     print("tiny-clip top-1 over 64:", share, flush=True)
     count = parameters(cards.FOLDERS["clip"])
-    return cards.clip(parameters=count, training=training(run, "clip"), share=share)
+    return cards.card("clip", parameters=count, training=training(run, "clip"), share=share)
 
 
 def dino_card(run: Path) -> str:
@@ -164,7 +165,8 @@ def dino_card(run: Path) -> str:
     neighbours = train_dino.neighbour_table(folder)
     ranks = train_dino.ranking_table(folder)
     print("\n".join([*neighbours, "", *ranks]), flush=True)
-    return cards.dino(
+    return cards.card(
+        "dino",
         parameters=parameters(folder),
         training=training(run, "dino"),
         neighbours=neighbours,
@@ -190,7 +192,8 @@ def aesthetic_card(run: Path) -> str:
     tables = train_aesthetic.tables(lambda x: reward(x, [""] * len(x)))
     steps = steps_agreement()
     print("\n".join([*tables, "", steps]), flush=True)
-    return cards.aesthetic(
+    return cards.card(
+        "aesthetic",
         parameters=reward.towers.width + 1,
         training=training(run, "aesthetic"),
         steps=steps,

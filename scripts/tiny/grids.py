@@ -20,12 +20,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from rewards.aesthetic import AestheticReward
-from rewards.clip import ClipReward
-from rewards.dino import DinoReward
 from rewards.images import to_images
-from rewards.objects import ObjectsReward
-from rewards.ocr import OcrReward
+from rewards.models.aesthetic import AestheticReward
+from rewards.models.clip import ClipReward
+from rewards.models.dino import DinoReward
+from rewards.models.objects import ObjectsReward
+from rewards.models.ocr import OcrReward
 
 from . import train_aesthetic
 from .cards import FOLDERS

@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rewards.clip import ClipReward
 from rewards.images import to_images
+from rewards.models.clip import ClipReward
 from steering import tiny
 
 from .world import TASKS, Scene, render, scene

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rewards import clip
+from rewards.towers import openclip
 
 from . import models
 from .fit import device, fit
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     tok = models.tokenizer()
     ids = tok(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
     settings = config(len(tok))
-    model = clip.build(settings).float().to(device()).requires_grad_(True)
+    model = openclip.build(settings).float().to(device()).requires_grad_(True)
     model.visual.compile()
     model.transformer.compile()
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.names import OutsideError, read
+from rewards.catalogue import OutsideError, read
 from rewards.spec import Call, Term, format_terms
 from steering import FeynmanKac, tiny
 from steering.observer import needs_scores

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import rewards
-from rewards.names import factory_of
+from rewards.catalogue import factory_of
 from tilt.options import Parser, ended
 
 __all__ = ["listing", "main"]

@@ -1,0 +1,215 @@
+"""One reward from several: means, the least, harmonic mean, pessimism where they disagree.
+
+In a spec the parts stand between brackets, `lcb(clip + 0.3*ocr, aesthetic, kappa=2)`; from
+Python they are sums that `rewards.load` made, `lcb(load("clip + 0.3*ocr"), load("aesthetic"))`.
+Scores of different scales meet here, so most of these want `calibrated(...)` parts.
+
+Legend: n images, m parts that count (not of weight 0), r_i the score of part i.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..arguments import check_number
+from ..combine import Aggregate, Range, Scores, WeightedSum
+from ..spec import Call, Value, aggregator, chosen
+
+__all__ = ["harmonic", "lcb", "log_sigmoid", "mean", "median", "minimum", "uncertainty"]
+
+HARMONIC_FLOOR = 1e-8  # added to every score, as in RPO's code: a score of 0 has a gradient
+
+
+def mean(*parts: WeightedSum) -> Aggregate:
+    """(1/m) Σ r_i."""
+    return _rising("mean", parts, lambda r: r.mean(0))
+
+
+def median(*parts: WeightedSum) -> Aggregate:
+    """The middle r_i, or the mean of the two in the middle; gradients reach only these."""
+    return _rising("median", parts, _median)
+
+
+def minimum(*parts: WeightedSum) -> Aggregate:
+    """min_i r_i: worst-case optimisation of Coste et al. 2024 (arXiv 2310.02743)."""
+    return _rising("min", parts, lambda r: r.amin(0))
+
+
+def lcb(*parts: WeightedSum, kappa: float = 1.0) -> Aggregate:
+    """Lower confidence bound, r̄ - κ·s with s² = (1/m) Σ (r_i - r̄)².
+
+    Uncertainty-weighted optimisation of Coste et al. 2024 (arXiv 2310.02743), with the standard
+    deviation where they take the variance, so that κ has no unit.
+    """
+    kappa = check_number("lcb's kappa", kappa, least=0)
+    several("lcb", parts)
+    low, high = ends(parts)
+    # s is at most half the width (Popoviciu)
+    range_ = bounds(low.mean() - kappa * (high.max() - low.min()) / 2, high.mean())
+    score = pointwise(parts, lambda r: r.mean(0) - kappa * _deviation(r))
+    return build("lcb", parts, score, range_, kappa=kappa)
+
+
+def harmonic(*parts: WeightedSum, weight: float | None = None) -> Aggregate:
+    """Harmonic mean 1 / Σ (λ_i / u_i) of scores brought to [0, 1]: near 0 if any of them is.
+
+    RPO's λ-harmonic reward (Miao et al. 2024, arXiv 2407.12164), there of two cosines with
+    λ = 0.3 for the first. u_i = (r_i - low_i) / (high_i - low_i) from the range of the part,
+    which is their (1 + cosine)/2. `weight` is λ of the first part, the others share 1 - λ;
+    none gives all the same. ValueError where a part has no finite range.
+    """
+    several("harmonic", parts)
+    counted = [part for part in parts if part.counts]
+    for part in counted:
+        if part.range[0] is None or part.range[1] is None or part.range[0] >= part.range[1]:
+            raise ValueError(
+                f"harmonic needs scores between finite bounds but {part} has the range "
+                f"{part.range}; write calibrated({part}, file=..., method=quantile)"
+            )
+    first = 1 / len(counted) if weight is None else check_number("harmonic's weight", weight, 0, 1)
+    shares = [first] + [(1 - first) / (len(counted) - 1)] * (len(counted) - 1)
+    low, high = ends(parts)
+    combine = partial(_harmonic, low=low, high=high, shares=torch.tensor(shares))
+    return build("harmonic", parts, pointwise(parts, combine), (0.0, 1.0), weight=weight)
+
+
+def log_sigmoid(*parts: WeightedSum, ref: float = 0.0) -> Aggregate:
+    """Σ log σ(r_i - ref): about the log of the chance that all parts call the picture good.
+
+    The log-sigmoid-centred transform and its sum, a logical AND, of Wang et al. 2024 (arXiv
+    2402.00742); gains above `ref` count for less and less. Their reference is a high quantile of
+    the base model's rewards: with calibrated parts, 1 is the 84th percentile of a normal law.
+    """
+    ref = check_number("log_sigmoid's ref", ref)
+    several("log_sigmoid", parts, least=1)
+    return _rising("log_sigmoid", parts, lambda r: F.logsigmoid(r - ref).sum(0), 1, ref=ref)
+
+
+def uncertainty(*parts: WeightedSum, penalty: float = 1.0) -> Aggregate:
+    """r̄·exp(-U) - λ·U, with U the mean of |r_i - r_j| over all pairs and λ the penalty.
+
+    Ctrl-U (Zhang et al. 2025, arXiv 2410.11236), eq. 3, L·exp(-U) + λU for a loss L = -r. Its U
+    (eq. 2) is how far two opinions of one condition lie apart, there of two generations, here of
+    the parts about one picture. What is disputed counts for less, so r = 0 must mean "neither
+    good nor bad": give it calibrated parts.
+    """
+    penalty = check_number("uncertainty's penalty", penalty, least=0)
+    several("uncertainty", parts)
+    low, high = ends(parts)
+    worst = low.mean().clamp(max=0) - penalty * (high.max() - low.min())
+    range_ = bounds(worst, high.mean().clamp(min=0))
+    score = pointwise(parts, partial(_uncertain, penalty=penalty))
+    return build("uncertainty", parts, score, range_, penalty=penalty)
+
+
+def _median(r: Tensor) -> Tensor:
+    ordered = r.sort(0).values
+    middle = (len(r) - 1) // 2
+    return (ordered[middle] + ordered[len(r) // 2]) / 2
+
+
+def _deviation(r: Tensor) -> Tensor:
+    variance = (r - r.mean(0)).square().mean(0)
+    # the root has no slope where all agree; 0 is one of its subgradients
+    apart = variance > 0
+    return torch.where(apart, variance, torch.ones_like(variance)).sqrt() * apart
+
+
+def _harmonic(r: Tensor, low: Tensor, high: Tensor, shares: Tensor) -> Tensor:
+    low, high, shares = (x.to(r)[:, None] for x in (low, high, shares))
+    unit = (r - low) / (high - low)
+    unit = torch.where(unit < 0, 0.0, unit)  # clamp has no gradient at 0 itself
+    return 1 / (shares / (unit + HARMONIC_FLOOR)).sum(0)
+
+
+def _uncertain(r: Tensor, penalty: float) -> Tensor:
+    apart = torch.stack([(r[i] - r[j]).abs() for i, j in combinations(range(len(r)), 2)]).mean(0)
+    return r.mean(0) * torch.exp(-apart) - penalty * apart
+
+
+def _rising(
+    name: str,
+    parts: Sequence[WeightedSum],
+    combine: Callable[[Tensor], Tensor],
+    least: int = 2,
+    **options: Value,
+) -> Aggregate:
+    """Of a function that rises with every score: it also makes the range of the ranges."""
+    several(name, parts, least)
+    low, high = (combine(end[:, None])[0] for end in ends(parts))
+    return build(name, parts, pointwise(parts, combine), bounds(low, high), **options)
+
+
+def build(
+    name: str, parts: Sequence[WeightedSum], score: Scores, range: Range, **options: Value
+) -> Aggregate:
+    """The aggregate that `rewards.load` makes of this name, these parts and options."""
+    sums = tuple(part.terms for part in parts)
+    spec = str(Call(name, (), chosen(aggregator(name)[0], options), sums))
+    return Aggregate(name, spec, tuple(parts), score, range)
+
+
+def pointwise(parts: Sequence[WeightedSum], combine: Callable[[Tensor], Tensor]) -> Scores:
+    """The scores of `combine`, a function of r (m, n) that gives (n,); NaN where any r_i is NaN."""
+
+    def score(images: Tensor, prompts: Sequence[str], references: Any) -> Any:
+        totals, components = [], {}
+        for part in parts:
+            total, found = part.evaluate(images, prompts, references=references)
+            components |= found
+            totals += [total] if part.counts else []
+        r = torch.stack(totals)
+        return torch.where(r.isnan().any(0), torch.nan, combine(r)), components
+
+    return score
+
+
+def several(name: str, parts: Sequence[WeightedSum], least: int = 2) -> None:
+    """Refuse fewer parts that count than `least`, and what `rewards.load` did not make."""
+    _refuse_strangers(name, parts)
+    counted = sum(part.counts for part in parts)
+    if counted < least:
+        wanted = f"{least} or more rewards, as in {name}({', '.join(['clip', 'ocr'][:least])})"
+        zero = " of a weight other than 0" if counted < len(parts) else ""
+        raise ValueError(f"{name} takes {wanted}, but got {counted}{zero}; separate them by commas")
+
+
+def single(name: str, parts: Sequence[WeightedSum]) -> WeightedSum:
+    """The only part of an aggregator that takes one; ValueError for any other number."""
+    _refuse_strangers(name, parts)
+    if len(parts) != 1:
+        raise ValueError(
+            f"{name} takes one reward, or a sum as in {name}(clip + ocr), but got {len(parts)}"
+        )
+    if not parts[0].counts:
+        raise ValueError(f"{name} got {parts[0]}, which is always 0; give it a weight")
+    return parts[0]
+
+
+def _refuse_strangers(name: str, parts: Sequence[Any]) -> None:
+    for part in parts:
+        if not isinstance(part, WeightedSum):
+            raise ValueError(f"a part of {name} is {part!r}; make it with rewards.load(...)")
+
+
+def ends(parts: Sequence[WeightedSum]) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of the parts that count, float64 (m,), infinite where unknown."""
+    ranges = [part.range for part in parts if part.counts]
+    low = [-math.inf if low is None else low for low, _ in ranges]
+    high = [math.inf if high is None else high for _, high in ranges]
+    return torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
+
+
+def bounds(low: Tensor, high: Tensor) -> Range:
+    """A range from numbers that may be infinite, which is unknown, or NaN (∞ - ∞), likewise."""
+    ends = (low.item(), high.item())
+    known = [end if math.isfinite(end) else None for end in ends]
+    return known[0], known[1]

@@ -1,0 +1,1 @@
+"""What rewards ask: OCR engines, object detectors and vision-language models."""

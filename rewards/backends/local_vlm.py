@@ -1,0 +1,113 @@
+"""A transformers vision-language model that answers a question about a picture.
+
+The preprocessing is the checkpoint's own (its preprocessor_config.json).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..towers.checkpoints import hub, local, moved, untouched
+
+__all__ = ["Local"]
+
+
+class Local:
+    """A transformers image-text-to-text model with the processor and chat template it came with.
+
+    One picture at a time, so that an answer depends on nothing but its picture and question;
+    serve the model and name its url where that is too slow. Weights keep the checkpoint's dtype.
+    """
+
+    concurrency = 1
+
+    @untouched()
+    def __init__(self, source: str, max_tokens: int = 512) -> None:
+        folder = local(source)
+        if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+            raise ValueError(
+                f"the judge's source {source!r} is neither a folder that exists nor a hub id "
+                "ORGANISATION/NAME; give one of these"
+            )
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        with _explained(source) if folder.is_dir() else hub(source):
+            where = str(folder) if folder.is_dir() else source
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                where, dtype="auto", trust_remote_code=False
+            )
+            processor: Any = AutoProcessor.from_pretrained(where, trust_remote_code=False)
+        if not getattr(processor, "chat_template", None):
+            raise ValueError(f"{source} has no chat template, so a judge cannot ask it; add one")
+        self.model = model.requires_grad_(False).eval()
+        self.processor = processor
+        self.max_tokens = max_tokens
+        picture_token = getattr(processor, "image_token", "<image>")
+        self.reserved = tuple(sorted({*processor.tokenizer.all_special_tokens, picture_token}))
+        self._words = {word: _first_tokens(processor.tokenizer, word) for word in ("yes", "no")}
+
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        if self.model.device != device:
+            moved(self.model, device)
+
+    def answer(self, picture: np.ndarray, question: str) -> str:
+        """What the model writes, greedily."""
+        inputs = self._inputs(picture, question)
+        with torch.no_grad():
+            tokens = self.model.generate(
+                **inputs,
+                max_new_tokens=self.max_tokens,
+                num_beams=1,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        return str(self.processor.decode(new, skip_special_tokens=True))
+
+    def yes(self, picture: np.ndarray, question: str) -> tuple[float, float]:
+        """Probabilities that the answer starts with yes and with no."""
+        with torch.no_grad():
+            logits = self.model(**self._inputs(picture, question)).logits[0, -1]
+        chances = logits.float().softmax(-1)
+        return float(chances[self._words["yes"]].sum()), float(chances[self._words["no"]].sum())
+
+    def _inputs(self, picture: np.ndarray, question: str) -> Any:
+        content = [
+            {"type": "image", "image": Image.fromarray(picture)},
+            {"type": "text", "text": question},
+        ]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        ).to(self.model.device, self.model.dtype)
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{source} is no image-text-to-text model with its processor: "
+            f"{str(error).strip().splitlines()[0][:200]}"
+        ) from error
+
+
+def _first_tokens(tokenizer: Any, word: str) -> list[int]:
+    """The tokens that are this word, however it is capitalised and spaced."""
+    spellings = [space + form for space in ("", " ") for form in (word, word.title(), word.upper())]
+    coded = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
+    return sorted({ids[0] for ids in coded if len(ids) == 1})

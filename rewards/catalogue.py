@@ -1,0 +1,257 @@
+"""Which rewards there are, and what a spec means before anything is loaded.
+
+`read` parses a spec, gives every argument its name, and refuses what cannot be. It also decides
+what a text may reach. With `imports` it is the caller's own, and may reach anything. Without,
+it may be anybody's, and what it can do is listed:
+
+    built-in rewards and aggregators, with numbers, true, false, none, and the words of CHOICES
+    `tiny`, `random:<seed>` or what is left out as weights; any other text only if it is the default
+
+So it cannot import code, open a file or a folder of its choice, fetch a hub repository of its
+choice, send a request, or read the environment. It can still cost time and memory: bound its
+length, and set HF_HUB_OFFLINE=1 where it must not download the usual weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from .spec import AGGREGATORS, Call, Term, Value, aggregator, parse
+
+__all__ = ["CHOICES", "REWARDS", "WEIGHTS", "OutsideError", "factory_of", "identity", "read"]
+
+# name -> (module, class, description); the modules import their models only when constructed
+REWARDS = {
+    "aesthetic": (
+        "rewards.models.aesthetic",
+        "AestheticReward",
+        "how pleasing LAION's raters find it",
+    ),
+    "clip": ("rewards.models.clip", "ClipReward", "cosine of picture and prompt in CLIP's space"),
+    "critic": (
+        "rewards.models.critic",
+        "CriticReward",
+        "references told from samples, as it was trained",
+    ),
+    "dino": (
+        "rewards.models.dino",
+        "DinoReward",
+        "likeness to reference pictures in DINO's features",
+    ),
+    "hps": ("rewards.models.hps", "HpsReward", "human preference score, v2 or v2.1"),
+    "imagereward": (
+        "rewards.models.imagereward",
+        "ImageRewardReward",
+        "preference learned on BLIP",
+    ),
+    "jpeg": (
+        "rewards.models.jpeg",
+        "JpegReward",
+        "size as JPEG: small (default) or large files score high",
+    ),
+    "judge": (
+        "rewards.models.vlm_judge",
+        "JudgeReward",
+        "a vision-language model's answer to a question",
+    ),
+    "objects": (
+        "rewards.models.objects",
+        "ObjectsReward",
+        "the things, counts, colours and places a prompt asks for, detected",
+    ),
+    "ocr": (
+        "rewards.models.ocr",
+        "OcrReward",
+        "the prompt's quoted text, as an OCR engine reads it",
+    ),
+    "pickscore": (
+        "rewards.models.pickscore",
+        "PickScoreReward",
+        "preference of Pick-a-Pic's users",
+    ),
+    "siglip": ("rewards.models.siglip", "SiglipReward", "SigLIP's match of picture and prompt"),
+}
+# arguments whose texts are some that the reward knows, and opens nothing by
+CHOICES = {
+    "detector", "engine", "invalid", "method", "mode", "pool", "preset", "scale", "version",
+}  # fmt: skip
+MEGABYTE = 2**20
+WEIGHTS = {"clip", "colours", "source"}  # arguments that name weights
+# names that other software gives to what is here, where the nearest name would be another's
+ELSEWHERE = {
+    "hpsv2": "write hps(version=v2) or hps(version=v2.1)",
+    "hpsv3": "HPSv3 is not among them (hps has v2 and v2.1); a function of yours can be one",
+    "unifiedreward": "write judge(preset=unifiedreward, url=..., model=...), or source=FOLDER",
+    "vqascore": "write judge(preset=yes_no, url=..., model=...), or source=FOLDER",
+    "clipscore": "write clip(ViT-B-32/openai, scale=hessel)",
+    "geneval": "write objects(detector=owlv2)",
+}
+
+
+class OutsideError(ValueError):
+    """A text of unknown origin asks for more than it may; `what` says for what."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        super().__init__(
+            f"{what}, which text from elsewhere may not; pass imports=True to rewards.load() where "
+            "the text is your own"
+        )
+
+
+def read(text: str, imports: bool = False) -> tuple[Term, ...]:
+    """The terms of a spec, their arguments named, in the order of the reward's own.
+
+    Nothing is loaded. ValueError for what is unknown or cannot be read, and, unless `imports`, its
+    OutsideError for what is not in the list above.
+    """
+    return tuple(_term(term, imports) for term in parse(text))
+
+
+def identity(text: str) -> str:
+    """12 hex digits that tell the reward of a spec from what the same spec once meant.
+
+    They differ where the code or the embedded weights of this package do, or a file, a folder or a
+    module (MODULE:NAME) that the spec names; of a file above two megabytes its size, first and last
+    megabyte are looked at. Weights from a hub, and what a module imports, are not.
+    """
+    found = hashlib.sha256(_own())
+    for value in _texts(read(text, imports=True)):
+        path = os.path.expanduser(value)
+        if "\0" not in value and os.path.exists(path):
+            found.update(_content(Path(path)))
+    return found.hexdigest()[:12]
+
+
+def _module(name: str) -> str:
+    """The file of MODULE:NAME, "" where there is none to be found without importing it."""
+    try:
+        found = importlib.util.find_spec(re.split("[.:]", name)[0])
+    except (ImportError, ValueError):
+        return ""
+    return (found and found.origin) or ""
+
+
+@functools.cache
+def _own() -> bytes:
+    return _content(Path(__file__).parent)
+
+
+def _content(path: Path) -> bytes:
+    """What tells a file, or the files of a folder, from others."""
+    found, folder = hashlib.sha256(), path.is_dir()
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if folder else [path]
+    for file in files:
+        if "__pycache__" in file.parts:
+            continue
+        size = file.stat().st_size
+        found.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+        with file.open("rb") as source:
+            found.update(source.read(MEGABYTE))
+            source.seek(max(source.tell(), size - MEGABYTE))
+            found.update(source.read())
+    return found.digest()
+
+
+def _texts(terms: Sequence[Term]) -> Iterator[str]:
+    """Every argument that is text, those of rewards within others too, and files of modules."""
+    for call in (term.call for term in terms):
+        yield from [_module(call.name)] if ":" in call.name else []
+        yield from (v for v in (*call.args, *dict(call.kwargs).values()) if isinstance(v, str))
+        for inner in call.sums:
+            yield from _texts(inner)
+
+
+def factory_of(name: str) -> Callable[..., Any]:
+    """The class of a built-in reward."""
+    module, attribute, _ = REWARDS[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _term(term: Term, imports: bool) -> Term:
+    call = term.call
+    if "<" in call.name:
+        raise ValueError(
+            f"{call.name} in a spec stands for a function or an object that cannot be imported; "
+            "load it itself, or put it into a module and write MODULE:NAME"
+        )
+    if ":" in call.name:
+        if not imports:
+            raise OutsideError(f"the reward {call.name[:80]} would import code")
+        return term
+    if call.name in AGGREGATORS:
+        call = _of_others(call, imports)
+    elif call.name in REWARDS:
+        call = _built_in(call)
+    else:
+        raise _unknown(call.name)
+    for key, value in () if imports else call.kwargs:
+        if _reaches(call.name, key, value):
+            does = "would import code" if key in CHOICES else "reaches outside of Tilt"
+            raise OutsideError(f"the reward {call.name} {does} by {key}={str(value)[:80]!r}")
+    return replace(term, call=call)
+
+
+def _reaches(name: str, key: str, value: Value) -> bool:
+    """Whether this argument opens, imports or asks what the text chose."""
+    if not isinstance(value, str):
+        return False
+    if key in CHOICES:
+        return ":" in value  # a detector of one's own is module:function
+    if key in WEIGHTS and (value == "tiny" or re.fullmatch(r"random:[0-9]{1,19}", value)):
+        return False
+    made_by = factory_of(name) if name in REWARDS else aggregator(name)[0]
+    parameter = inspect.signature(made_by).parameters[key]
+    takes_text = "str" in str(parameter.annotation) or parameter.annotation is parameter.empty
+    return takes_text and value != parameter.default  # where none is taken it is refused as such
+
+
+def _built_in(call: Call) -> Call:
+    """Every argument by its name, in the order of the reward's own."""
+    parameters = inspect.signature(factory_of(call.name)).parameters
+    names = [name for name in parameters if name != "device"]
+    if len(call.args) > len(names):
+        raise ValueError(f"reward {call.name} takes at most {len(names)} arguments: {call}")
+    given = dict(zip(names, call.args, strict=False))
+    for key, value in call.kwargs:
+        if key in given:
+            raise ValueError(f"reward {call.name} got {key} twice: {call}")
+        if key not in names:
+            close = get_close_matches(key, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it takes {names}"
+            raise ValueError(f"reward {call.name} has no argument {key!r}; {hint}")
+        given[key] = value
+    for name in names:
+        if parameters[name].default is inspect.Parameter.empty and name not in given:
+            raise ValueError(f"the reward {call.name} needs its {name}, as in {call.name}(FOLDER)")
+    return Call(call.name, (), tuple((name, given[name]) for name in names if name in given))
+
+
+def _of_others(call: Call, imports: bool) -> Call:
+    _, options = aggregator(call.name)
+    given = dict(call.kwargs)
+    for key, parameter in options.items():
+        if parameter.default is parameter.empty and key not in given:
+            raise ValueError(f"{call.name} needs the argument {key}=, which {call} leaves out")
+    ordered = tuple((key, given[key]) for key in options if key in given)
+    sums = tuple(tuple(_term(term, imports) for term in terms) for terms in call.sums)
+    return Call(call.name, (), ordered, sums)
+
+
+def _unknown(name: str) -> ValueError:
+    known = sorted(REWARDS | AGGREGATORS)
+    close = get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {known}"
+    hint = ELSEWHERE.get(name.lower().replace("_", ""), hint)
+    return ValueError(f"there is no reward {name[:80]!r}; {hint}")

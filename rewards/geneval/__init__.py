@@ -1,0 +1,1 @@
+"""GenEval's protocol: what a prompt asks for, and whether detected objects fulfil it."""

@@ -1,0 +1,123 @@
+"""How far rewards agree, how often images win, what people prefer, and tournaments, as text.
+
+`tilt compare` prints these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewards.best_of_n import choice_results, read_choices, score_choices
+from rewards.compare import agreement, kendall_tau, starc_distance
+from rewards.models.vlm_judge import JudgeReward
+from rewards.samples import Sample, open_picture
+from rewards.tournament import tournament
+
+from .pairwise_judge import SideBySideJudge
+from .score_table import TEXTS
+from .statistics import bootstrap, win_rate
+
+__all__ = ["agreement_report", "preference_report", "ranked", "win_report"]
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def agreement_report(rows: Rows, columns: Sequence[str] = ()) -> str:
+    """How far each two score columns of a table agree, a line for each pair.
+
+    Images on which either score is missing are left out of that pair. See `rewards.compare` for
+    the figures: Kendall's τ over all images, and within prompts τ, the share of concordant pairs
+    and the STARC distance.
+    """
+    names = list(columns) or [name for name in rows[0] if name not in TEXTS]
+    if len(names) < 2:
+        raise ValueError(f"two columns or more are compared, but there is only {names}")
+    width = max(len(f"{a}, {b}") for a, b in combinations(names, 2))
+    lines = [f"{'':{width}}  images     tau  tau within  concordant  STARC"]
+    for first, second in combinations(names, 2):
+        a, b = _column(rows, first), _column(rows, second)
+        kept = a.isfinite() & b.isfinite()
+        prompts = [row["prompt"] for row, keep in zip(rows, kept, strict=True) if keep]
+        a, b = a[kept], b[kept]
+        within = agreement(a, b, prompts)
+        cells = f"{kendall_tau(a, b):7.3f} {within.tau:11.3f} {within.concordant:11.3f}"
+        distance = starc_distance(a, b, prompts)
+        lines.append(f"{f'{first}, {second}':{width}} {len(a):7d} {cells} {distance:6.3f}")
+    return "\n".join(lines)
+
+
+def win_report(rows: Rows, baseline: Rows, column: str, seed: int = 0) -> str:
+    """How often the images of one table beat those of another in a column, paired by prompt.
+
+    The i-th image of a prompt is compared with the i-th image of the same prompt.
+    """
+    ours, theirs = (_by_turn(table) for table in (rows, baseline))
+    if set(ours) != set(theirs):
+        missing = next(iter(set(ours) ^ set(theirs)))
+        raise ValueError(
+            f"the tables do not pair: image {missing[1] + 1} of the prompt {missing[0]!r} is in "
+            "one of them only"
+        )
+    a, b = (_column([table[key] for key in ours], column) for table in (ours, theirs))
+    prompts = [prompt for prompt, _ in ours]
+    won = win_rate(a, b, prompts, torch.Generator().manual_seed(seed))
+    gain = bootstrap(a - b, torch.Generator().manual_seed(seed))
+    return (
+        f"{len(ours)} pairs of {len(set(prompts))} prompts, 95 % intervals\n"
+        f"wins        {won.text()} over prompts\n"
+        f"difference  {gain.text('+')} over pairs"
+    )
+
+
+def preference_report(file: Path, reward: Any) -> str:
+    """Best-of-n accuracy of a reward on each subset of a preference file, a line for each."""
+    choices = read_choices(file)
+    reward.check([choice.prompt for choice in choices])
+    results = choice_results(choices, score_choices(reward, choices, file.parent))
+    counts = {name: 0 for name in results}
+    for choice in choices:
+        counts["ties" if choice.subset.lower() == "ties" else choice.subset] += 1
+    return "\n".join(
+        f"{name or 'all'}: {value:.4f} of {counts[name]} prompts" for name, value in results.items()
+    )
+
+
+def ranked(samples: Sequence[Sample], judge: JudgeReward) -> dict[str, list[Path]]:
+    """The images of each prompt that has several, best first, by a tournament."""
+    groups: dict[str, list[Path]] = {}
+    for sample in samples:
+        groups.setdefault(sample.prompt, []).append(sample.image)
+    found = {}
+    for prompt, paths in groups.items():
+        if len(paths) > 1:
+            judge.check([prompt])
+            pictures = [open_picture(path) for path in paths]
+            ranks = tournament(SideBySideJudge(judge.model, pictures, prompt), len(paths)).ranks
+            found[prompt] = [paths[i] for i in ranks.argsort().tolist()]
+    if not found:
+        raise ValueError("no prompt has two images or more, which a tournament needs")
+    return found
+
+
+def _column(rows: Rows, name: str) -> Tensor:
+    known = [key for key in rows[0] if key not in TEXTS]
+    if name not in known:
+        raise ValueError(f"the table has no column {name!r}; it has {known}")
+    return torch.tensor([row[name] for row in rows], dtype=torch.float64)
+
+
+def _by_turn(rows: Rows) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """{(prompt, how many of its images came before): row}."""
+    seen: dict[str, int] = {}
+    found = {}
+    for row in rows:
+        turn = seen.get(row["prompt"], 0)
+        seen[row["prompt"]] = turn + 1
+        found[row["prompt"], turn] = row
+    return found

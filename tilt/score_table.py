@@ -1,0 +1,233 @@
+"""Scores of many images as a table on disk, which is written batch by batch and can be resumed.
+
+During a run the rows are in `NAME.part`: JSON lines after a first line that names the reward. A
+complete table is NAME: a .parquet file with the reward's spec in its metadata, or a .csv file
+with the spec in `NAME.spec` beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "TEXTS",
+    "Table",
+    "ensure_writable",
+    "read_table",
+    "spec_of",
+    "writable",
+    "write_table",
+]
+
+SUFFIXES = (".csv", ".parquet")
+TEXTS = ("image", "prompt", "references")  # the columns that identify a row; all others are scores
+
+
+class Table:
+    """Rows that survive an interruption, each identified by its `TEXTS`.
+
+    Args:
+        path: The .csv or .parquet file to write.
+        spec: The full text form of the reward; existing rows must have the same.
+        resume: Whether existing rows are kept; without it they are an error.
+    """
+
+    def __init__(self, path: Path, spec: str, resume: bool = False) -> None:
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"the table {path} must end in one of {list(SUFFIXES)}")
+        if path.suffix == ".parquet":
+            _arrow()
+        self.path, self.part, self.spec = path, path.with_name(path.name + ".part"), spec
+        if not resume and (path.exists() or self.part.exists()):
+            raise ValueError(f"{path} exists; add --resume, or give another --out")
+        ensure_writable(path)
+        self.rows: list[dict[str, Any]] = []
+        self._begun = False
+        if self.part.exists():
+            was, self.rows = _read_part(self.part)
+            self._check(spec if was is None else was)
+        elif path.exists():
+            self._check(spec_of(path))
+            self.rows = read_table(path)
+
+    def _check(self, was: str) -> None:
+        if was != self.spec:
+            by = repr(was) if was else "a reward that it does not name"
+            raise ValueError(
+                f"{self.path} was scored by {by}, not {self.spec!r}; give another --out"
+            )
+
+    def missing(self, wanted: Sequence[Mapping[str, str]]) -> list[int]:
+        """The indices of the rows in `wanted`, given by their `TEXTS`, that the table lacks.
+
+        ValueError where the table holds rows that are not wanted.
+        """
+        asked, there = {_key(row) for row in wanted}, {_key(row) for row in self.rows}
+        extra = [row for row in self.rows if _key(row) not in asked]
+        if extra:
+            raise ValueError(
+                f"{self.path} holds rows that are not asked for ({len(extra)}), the first of "
+                f"{extra[0]['image']} with the prompt {extra[0]['prompt']!r}; ask for these too, "
+                "or give another --out"
+            )
+        return [i for i, row in enumerate(wanted) if _key(row) not in there]
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows, which are on disk when this returns; ValueError where there is no space."""
+        with writable(self.part):
+            if self._begun:
+                with self.part.open("a", encoding="utf-8") as file:
+                    file.write(_lines(rows))
+            else:  # the first write of this run rewrites the file, with the existing rows
+                scratch = self.part.with_name(self.part.name + ".new")
+                text = _lines([{"reward": self.spec}, *self.rows, *rows])
+                scratch.write_text(text, encoding="utf-8")
+                scratch.replace(self.part)
+                self._begun = True
+        self.rows.extend(rows)
+
+    def finish(self, wanted: Sequence[Mapping[str, str]]) -> bool:
+        """Write the table in this order and delete the working file; False if it was complete."""
+        order, rows = [_key(row) for row in wanted], {_key(row): row for row in self.rows}
+        whole = self.path.exists() and not self.part.exists()
+        if whole and order == [_key(row) for row in self.rows]:
+            return False
+        self.rows = [rows[key] for key in order]
+        with writable(self.path):
+            write_table(self.path, self.rows, self.spec)
+            self.part.unlink(missing_ok=True)
+        return True
+
+
+@contextlib.contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn an error while writing, such as a full disk, into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path} ({error.strerror or error}); the scores written before are kept: "
+            "mend that, then repeat the command with --resume"
+        ) from error
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(row.get(name, "") for name in TEXTS)
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def ensure_writable(path: Path) -> None:
+    """Make the folder of a file; ValueError where the file could not be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}); give another path"
+        ) from error
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], spec: str = "") -> None:
+    """Write rows of equal keys as .csv or .parquet, atomically; NaN becomes an empty cell."""
+    scratch = path.with_name(path.name + ".new")
+    if path.suffix == ".parquet":
+        arrow = _arrow()
+        table = arrow.Table.from_pylist(list(rows)).replace_schema_metadata({"spec": spec})
+        arrow.parquet.write_table(table, scratch)
+    else:
+        _spec_file(path).write_text(spec, encoding="utf-8")
+        with scratch.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows({k: "" if _is_nan(v) else v for k, v in row.items()} for row in rows)
+    scratch.replace(path)
+
+
+def spec_of(path: Path) -> str:
+    """The spec of the reward of a table, or "" where it is not recorded."""
+    try:
+        if path.suffix == ".parquet":
+            return (_arrow().parquet.read_schema(path).metadata or {}).get(b"spec", b"").decode()
+        file = _spec_file(path)
+        return file.read_text(encoding="utf-8") if file.exists() else ""
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _spec_file(path: Path) -> Path:
+    return path.with_name(path.name + ".spec")
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table, with numbers as floats and empty cells of scores as NaN.
+
+    Truncated rows are left out. ValueError for a file that is no table of scores.
+    """
+    try:
+        if path.suffix == ".parquet":
+            found = _arrow().parquet.read_table(path).to_pylist()
+            return [_row(row) for row in found]
+        text = path.read_bytes().decode("utf-8")
+        rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline="")))
+        if rows and not text.endswith("\n"):  # the last number may be truncated
+            rows.pop()
+        return [_row(row) for row in rows if None not in row.values()]
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
+        raise _damaged(path, error) from None
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(row["image"], str) or not isinstance(row["prompt"], str):
+        raise TypeError("a row lacks its image or its prompt")
+    scores = {k: v for k, v in row.items() if k not in TEXTS}
+    blank = ("", None)
+    return {k: row[k] for k in TEXTS if k in row} | {
+        k: math.nan if v in blank else float(v) for k, v in scores.items()
+    }
+
+
+def _read_part(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
+    """The spec and the rows of a working file; the spec is None where the file is empty."""
+    try:
+        # not splitlines(): a prompt may contain other characters that it takes for line ends
+        *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
+        was = str(json.loads(lines[0])["reward"]) if lines else None
+        return was, [_row(dict(json.loads(line))) for line in lines[1:]]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    said = " ".join(str(error).split())
+    return ValueError(
+        f"{path} is no table of scores, or a damaged one ({said:.200}); delete it, or give "
+        "another --out"
+    )
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError(
+            "a .parquet table needs pyarrow: pip install pyarrow, or name a .csv file"
+        ) from error
+    return pyarrow
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
