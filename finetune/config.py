@@ -45,6 +45,10 @@ def read(kind: type[T], file: Path | None = None, words: Sequence[str] = ()) -> 
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         said, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
+        allowed = _ranges(kind).get(key or "")
+        if allowed and said.startswith("Value "):
+            value = said.removeprefix("Value ").partition(" of type ")[0]
+            raise ValueError(f"{key} is {value:.80} but must be {allowed.said}") from None
         where = f"the setting {key} is" if key else "the settings are"
         raise ValueError(f"{where} wrong: {said:.200}") from None
 
@@ -77,13 +81,14 @@ def _read_as(what: str) -> Iterator[None]:
 
 def _check(kind: type, values: Any, prefix: str = "") -> None:
     """The ranges of all settings, by their names as they are written here."""
-    allowed: dict[str, Range] = getattr(kind, "RANGES", {})
+    known: dict[str, Range] = getattr(kind, "RANGES", {})
     for field in dataclasses.fields(kind):
         inner, value = field.default_factory, values[field.name]
+        allowed = field.metadata.get("range", known.get(field.name))
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             _check(inner, value, f"{prefix}{field.name}.")
-        elif field.name in allowed:
-            allowed[field.name].check(prefix + field.name, value)
+        elif allowed:
+            allowed.check(prefix + field.name, value)
 
 
 def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
@@ -172,6 +177,8 @@ def explain(kind: type, notes: dict[str, str]) -> str:
 def _ranges(kind: type, prefix: str = "") -> dict[str, Range]:
     found = {f"{prefix}{name}": one for name, one in getattr(kind, "RANGES", {}).items()}
     for field in dataclasses.fields(kind):
+        if "range" in field.metadata:
+            found[f"{prefix}{field.name}"] = field.metadata["range"]
         inner = field.default_factory
         if isinstance(inner, type) and dataclasses.is_dataclass(inner):
             found |= _ranges(inner, f"{prefix}{field.name}.")

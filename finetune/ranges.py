@@ -26,7 +26,9 @@ __all__ = [
     "number",
     "one_of",
     "optional",
+    "part",
     "refuse_idle",
+    "setting",
     "whole",
 ]
 
@@ -47,10 +49,28 @@ class Range:
             raise ValueError(f"{name} is {value!r:.80} but must be {self.said}")
 
 
-def check(settings: Any, ranges: Mapping[str, Range]) -> None:
+def check(settings: Any, ranges: Mapping[str, Range] | None = None) -> None:
     """Raise ValueError for the first field whose value is not in its range, by name."""
     for field in dataclasses.fields(settings):
-        ranges[field.name].check(field.name, getattr(settings, field.name))
+        allowed = ranges[field.name] if ranges else field.metadata["range"]
+        allowed.check(field.name, getattr(settings, field.name))
+
+
+def setting(default: Any, allowed: Range, help: str, heading: str = "") -> Any:
+    """A field of settings: its default, what it may be, and its help.
+
+    default: of a mutable kind, the function that makes it. heading: what its option stands under.
+    """
+    about = {"range": allowed, "help": help} | ({"heading": heading} if heading else {})
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def part(kind: type, title: str, flat: bool = False) -> Any:
+    """A field that holds settings of their own. flat: their options go by their names alone."""
+    about = {"range": group(kind), "help": title, "flat": flat}
+    return dataclasses.field(default_factory=kind, metadata=about)
 
 
 def refuse_idle(settings: Any, names: Sequence[str], why: str) -> None:

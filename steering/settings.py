@@ -3,15 +3,26 @@
 import difflib
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import TypeGuard
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
 
 from steering.potentials import POTENTIALS
 from steering.resampling import RESAMPLERS
 
 __all__ = ["FeynmanKac", "is_count", "population_sizes", "scored_steps"]
 
+TEMPERINGS = ("none", "linear", "adaptive")
 LARGEST_SCALE = 1e30  # of |λ|: times a reward it has to stay finite in float32
+
+
+def _listed(names: Collection[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}"
+
+
+def _setting(default: Any, help: str) -> Any:
+    """A field with its help, which commands show."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +34,32 @@ class FeynmanKac:
     adaptive tempering goes at each score follows from the scores, so λ need not be tuned to them.
     """
 
-    reward_scale: float = 100.0  # λ, from -1e30 to 1e30; 0 leaves the model alone
-    potential: str = "difference"  # difference | max | sum | immediate
-    resampler: str = "ssp"  # multinomial | stratified | systematic | residual | ssp
-    min_ess: float = 1.0  # resample where ess < min_ess*k; 0 never (best-of-k), 1 at every score
-    num_scores: int = 8  # at most so many scored steps, besides the final image
-    score_from: float = 0.05  # the first and the last of them, as fractions of the executed steps
-    score_to: float = 0.7
-    noise: float | None = None  # VP: DDIM's eta; flow: eta = noise * sigma_next; see stochastic()
-    tempering: str = "adaptive"  # none | linear | adaptive
-    funnel: tuple[int, ...] = ()  # population after each scored step; () keeps k
+    reward_scale: float = _setting(
+        100.0,
+        "λ, from -1e30 to 1e30: a reward higher by 1/λ makes a picture e times as likely; 0 leaves "
+        "the model alone",
+    )
+    potential: str = _setting("difference", f"what a score weighs by: {_listed(POTENTIALS)}")
+    resampler: str = _setting("ssp", _listed(RESAMPLERS))
+    min_ess: float = _setting(
+        1.0,
+        "resample where the effective sample size is below this share of the particles: 0 never, "
+        "which is best-of-k, 1 at every score",
+    )
+    num_scores: int = _setting(8, "at most so many steps are scored, besides the final image")
+    score_from: float = _setting(0.05, "first scored step, as a fraction of the executed steps")
+    score_to: float = _setting(0.7, "last scored step, as a fraction of the executed steps")
+    noise: float | None = _setting(
+        None,
+        "noise of each move: DDIM's eta (by default 1), or its share of sigma for flow models (by "
+        "default 0.5)",
+    )
+    tempering: str = _setting("adaptive", f"how λ grows: {_listed(TEMPERINGS)}")
+    funnel: tuple[int, ...] = _setting(
+        (),
+        "particles left after each scored step, one number for each of num_scores, as in "
+        "8,8,8,4,4,4,2,2; empty keeps all",
+    )
 
     def __post_init__(self) -> None:
         _check_number("reward_scale", self.reward_scale, -LARGEST_SCALE, LARGEST_SCALE)
@@ -43,7 +70,7 @@ class FeynmanKac:
             _check_number("noise", self.noise, 0, 1)
         _check_name("potential", self.potential, POTENTIALS)
         _check_name("resampler", self.resampler, RESAMPLERS)
-        _check_name("tempering", self.tempering, ("none", "linear", "adaptive"))
+        _check_name("tempering", self.tempering, TEMPERINGS)
         if not is_count(self.num_scores):
             raise ValueError(
                 f"num_scores is {self.num_scores!r:.80}: pass a whole number, 1 or more "

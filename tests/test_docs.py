@@ -111,7 +111,7 @@ def test_benchmarks_and_their_options_exist(capsys):
 
 def test_command_lines_of_steer_score_and_the_app_are_understood():
     for page, line in commands("steer.py"):
-        args = steer_options.parse(line)
+        args = steer_options.OPTIONS.read(line)
         assert args.prompts or args.prompt_file, (page, line)
         if args.reward:
             parse_spec(args.reward)

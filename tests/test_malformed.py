@@ -93,7 +93,7 @@ SCRIPTS = {  # a command that works, and what any text may be given to
         set(),
     ),
 }
-PARSERS = {"steer": steer_options.parser, "score": score.parser, "app": app.parser}
+PARSERS = {"score": score.parser, "app": app.parser}
 SETTINGS = {
     "rollout": rollout.Rollout,
     "evaluate": evaluate.Evaluate,
@@ -123,6 +123,11 @@ def calls() -> list[tuple[str, str, str]]:
         (script, option, value)
         for script, parser in PARSERS.items()
         for option, value in of_parser(parser(), SCRIPTS[script][2])
+    ]
+    found += [
+        ("steer", steer_options.OPTIONS.flags()[key], value)
+        for key, value in of_settings(steer_options.Steer, SCRIPTS["steer"][2])
+        if key in steer_options.OPTIONS.flags()
     ]
     return found + [
         (script, f"{key}=", value)

@@ -25,17 +25,17 @@ from tilt.commands import steer_options
         (["--tempering", "liner"], "'linear'"),
         (["--partcles", "4"], "--particles"),
         (["--reward-scal=4"], "--reward-scale"),
-        (["--particles", "0"], "1 or more"),
-        (["--particles", "-3"], "1 or more"),
-        (["--particles", "2.5"], "1 or more"),
-        (["--reward-scale", "nan"], "finite"),
-        (["--reward-scale", "inf"], "finite"),
+        (["--particles", "0"], "must be a whole number, 1 to 10000"),
+        (["--particles", "-3"], "must be a whole number, 1 to 10000"),
+        (["--particles", "2.5"], "must be a whole number, 1 to 10000"),
+        (["--reward-scale", "nan"], "--reward-scale is nan: pass a number"),
+        (["--reward-scale", "inf"], "--reward-scale is inf: pass a number"),
         (["--score-from", "0.9", "--score-to", "0.1"], "--score-from 0.9 lies"),
         (["--score-from", "0.9", "--score-to", "1.0", "--steps", "4"], "no step to score"),
         (["--funnel", "2,4", "--num-scores", "2"], "grows"),
         (["--funnel", "9,9", "--num-scores", "2", "--steps", "20"], "grows"),
-        (["--funnel", "a"], "--funnel.*'a'.*1 or more"),
-        (["--funnel", "8,4.5"], "--funnel.*'4.5'.*1 or more"),
+        (["--funnel", "a"], "--funnel is 'a' but must be whole numbers"),
+        (["--funnel", "8,4.5"], "--funnel is '8,4.5' but must be whole numbers"),
         (["--noise", "2"], "noise"),
         (["--reward", "clip(/nowhere)"], "no CLIP folder '/nowhere'"),
         (["--reward", "clip(random:0, batch_size=two)"], "batch_size is 'two'"),
@@ -47,7 +47,7 @@ from tilt.commands import steer_options
         (["--model", "tiny-sd33"], "tiny-sd3"),
         (["--model", "./nowhere"], "nowhere"),
         (["--resume"], "--out"),
-        (["--steps", "0"], "1 or more"),
+        (["--steps", "0"], "must be a whole number, 1 to 10000"),
         (["--height", "64"], "--width"),
     ],
 )
@@ -150,22 +150,27 @@ def test_keyword_that_the_pipeline_lacks_is_refused(capsys, tmp_path, model, mon
 
 
 def test_every_field_of_the_filter_is_an_option_with_its_default():
-    parsed = script.parse(["a cat"])
+    parsed = steer_options.OPTIONS.read(["a cat"])
+    assert FeynmanKac(**vars(parsed.filter)) == FeynmanKac()
+    text = steer_options.OPTIONS.parser().format_help()
     for field in dataclasses.fields(FeynmanKac):
-        assert getattr(parsed, field.name) == (field.default or type(field.default)())
-    script.FeynmanKac(
-        **{field.name: getattr(parsed, field.name) for field in dataclasses.fields(FeynmanKac)}
-    )
+        assert f"  --{field.name.replace('_', '-')} VALUE" in text
+        assert " ".join(field.metadata["help"].split()[:3]) in " ".join(text.split())
+
+
+FUNNEL = FeynmanKac.__dataclass_fields__["funnel"]
 
 
 def test_the_funnel_of_the_help_suits_the_default_number_of_scores():
-    (example,) = re.findall(r"as in ([\d,]+)", script.FIELD_HELP["funnel"])
-    parsed = script.parse(["a cat", "--funnel", example])
-    FeynmanKac(funnel=parsed.funnel, num_scores=parsed.num_scores)
+    (example,) = re.findall(r"as in ([\d,]+)", FUNNEL.metadata["help"])
+    parsed = steer_options.OPTIONS.read(["a cat", "--funnel", example])
+    FeynmanKac(**vars(parsed.filter))
 
 
 def test_options_may_stand_before_between_and_after_prompts():
-    parsed = script.parse(["--steps", "4", "one", "--particles", "2", "two", "--compare"])
+    parsed = steer_options.OPTIONS.read(
+        ["--steps", "4", "one", "--particles", "2", "two", "--compare"]
+    )
     assert parsed.prompts == ["one", "two"]
     assert (parsed.steps, parsed.particles, parsed.compare) == (4, 2, True)
 
@@ -185,7 +190,7 @@ def test_unknown_attention_is_refused_with_the_nearest_name(model, tmp_path, cap
 
 def examples() -> list[list[str]]:
     """The commands of --help, with lines that end in a backslash joined."""
-    text = steer_options.parser().format_help().replace("\\\n", " ")
+    text = steer_options.OPTIONS.parser().format_help().replace("\\\n", " ")
     found = re.findall(r"^ +tilt steer (.*)$", text, flags=re.M)
     return [shlex.split(command) for command in found]
 

@@ -272,7 +272,7 @@ def test_resume_compares_the_dtype_that_auto_stands_for(finished, capsys, monkey
     settings = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["settings"]
     assert settings["dtype"] == "float32"
     monkeypatch.setattr(script.loading, "pick_dtype", lambda name, device: torch.bfloat16)
-    assert "dtype='float32', not 'bfloat16'" in refused(capsys, *arguments, "--resume")
+    assert "--dtype 'float32', not 'bfloat16'" in refused(capsys, *arguments, "--resume")
 
 
 @pytest.mark.parametrize("settings", [["--particles", "1"], ["--reward-scale", "0"]])

@@ -1,15 +1,24 @@
-"""What the scripts with --options share: the parser, and the kinds of values."""
+"""One dialect for all commands: options that are made of a dataclass of settings, and YAML.
+
+`Options` reads a command line; the help of an option stands in the field that it sets.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
+import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from finetune import config
 
 __all__ = [
     "COUNT",
@@ -17,6 +26,7 @@ __all__ = [
     "PORT",
     "SEED",
     "Number",
+    "Options",
     "Parser",
     "Whole",
     "check_words",
@@ -69,6 +79,198 @@ class Number:
 COUNT, NUMBER, SEED, PORT = Whole(), Number(), Whole(0, 2**63 - 1), Whole(1, 65535)
 
 
+@dataclass(frozen=True)
+class _Option:
+    """One field of the settings, as an option."""
+
+    path: str  # "check.every"
+    flag: str  # "--check.every"
+    group: str  # the heading that it stands under
+    hint: Any
+    default: Any
+    help: str
+
+    @property
+    def is_text(self) -> bool:
+        return self.hint in (str, str | None)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it takes any key, as keywords of a call do."""
+        return typing.get_origin(self.hint) is dict
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.hint) is list
+
+    def add_to(self, group: Any, positional: bool) -> None:
+        """Declare it to argparse, which keeps what was given as it was written."""
+        unsaid = self.default in (None, "", [], (), {}, False)
+        said = self.help if unsaid else f"{self.help} (default: {_shown(self.default)})"
+        said = said.replace("%", "%%")
+        if positional:
+            group.add_argument(self.path, nargs="*", metavar=self.path.upper(), help=said)
+        elif self.hint is bool:
+            both: Any = argparse.BooleanOptionalAction if self.default else "store_const"
+            true = {} if self.default else {"const": True}
+            group.add_argument(self.flag, dest=self.path, action=both, help=said, **true)
+        elif self.is_free:
+            group.add_argument(f"{self.flag}.NAME", dest=self.path, metavar="VALUE", help=said)
+        else:
+            many = "+" if self.is_list else None
+            group.add_argument(self.flag, dest=self.path, nargs=many, metavar="VALUE", help=said)
+
+    def word(self, given: Any) -> str:
+        """What was given as `path=value` in YAML."""
+        if self.is_text or self.is_list:  # text as it stands, and no reference to other settings
+            return f"{self.path}={json.dumps(given, ensure_ascii=False)}".replace("${", "\\\\${")
+        if typing.get_origin(self.hint) is tuple:
+            return f"{self.path}={self._numbers(given)}"
+        return f"{self.path}={str(given).lower() if isinstance(given, bool) else given}"
+
+    def _numbers(self, given: str) -> list[Any]:
+        kind = typing.get_args(self.hint)[0]
+        try:
+            return [kind(part) for part in given.split(",") if part.strip()]
+        except ValueError:
+            what = "whole numbers" if kind is int else "numbers"
+            raise ValueError(
+                f"{self.path} is {given!r:.80} but must be {what} with commas between"
+            ) from None
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a command, made of a dataclass of settings, and how they are read.
+
+    The field `every` of the group `check` is the option `--check.every`, with a dash for each
+    underscore; its help and its range stand in the field (`finetune.ranges.setting`). A group with
+    the metadata "flat" lends its fields without its name. A field that is a dict takes any key, as
+    in `--call.height 512`. The file that --config names, in YAML, holds settings by their fields'
+    names, and options win over it.
+
+    positional: the field, a list, that words without an option are for.
+    """
+
+    name: str
+    kind: type
+    about: str
+    examples: str = ""
+    positional: str = ""
+
+    def read(self, argv: Sequence[str]) -> Any:
+        """The settings; ValueError, in words of options, for what is wrong with these words."""
+        check_words(argv)
+        try:
+            file, words = self._words(argv)
+            return config.read(self.kind, file, words)
+        except ValueError as error:
+            raise ValueError(self.in_words(str(error))) from None
+
+    def in_words(self, message: str) -> str:
+        """A library's sentence, its arguments as the options that set them."""
+        flags = self.flags()
+        return in_words(
+            message, {flag[2:].replace("-", "_"): flag for flag in flags.values()} | flags
+        )
+
+    def flags(self) -> dict[str, str]:
+        """The option of each setting, by the path of its field."""
+        return {option.path: option.flag for option in _options(self.kind)}
+
+    def parser(self) -> Parser:
+        """What reads the words, and prints the help."""
+        words = [f"[{self.positional.upper()} ...]"] if self.positional else []
+        parser = Parser(
+            prog=self.name,
+            usage=" ".join(["%(prog)s [OPTIONS]", *words]),
+            description=self.about,
+            epilog=self.examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+        )
+        said = "settings as YAML; options win over it"
+        parser.add_argument("--config", type=path, metavar="FILE", help=said)
+        groups: dict[str, Any] = {"": parser}
+        for option in _options(self.kind):
+            if option.group not in groups:
+                groups[option.group] = parser.add_argument_group(option.group)
+            option.add_to(groups[option.group], option.path == self.positional)
+        return parser
+
+    def _words(self, argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+        options = {option.path: option for option in _options(self.kind)}
+        free = [option for option in options.values() if option.is_free]
+        rest, words = _keywords(argv, free)
+        parser = self.parser()
+        args, unknown = parser.parse_known_intermixed_args(rest)
+        for word in unknown:
+            raise ValueError(_no_option(word, parser))
+        given = vars(args)
+        file = given.pop("config", None)
+        for name, value in given.items():
+            if value != [] and not options[name].is_free:
+                words.append(options[name].word(value))
+        return file, words
+
+
+def _options(kind: type, prefix: str = "", flat: bool = True, group: str = "") -> Iterator[_Option]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        name, inner = f"{prefix}{field.name}", field.default_factory
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            lends = field.metadata.get("flat", False)
+            heading = field.metadata.get("help", name)
+            yield from _options(inner, f"{name}.", lends, heading)
+            continue
+        default = inner() if callable(inner) else field.default
+        shown = field.name if flat else name
+        flag = "--" + shown.replace("_", "-")
+        heading = field.metadata.get("heading", group)
+        said = field.metadata.get("help", "")
+        allowed = field.metadata.get("range")
+        if allowed and "number" in allowed.said:  # choices stand in the help
+            said += f"; {allowed.said}"
+        yield _Option(name, flag, heading, hints[field.name], default, said)
+
+
+def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], list[str]]:
+    """The words without those such as `--call.height 512`, and these as `call.height=512`."""
+    rest, words, left = [], [], list(argv)
+    while left:
+        word = left.pop(0)
+        option = next((o for o in free if word.startswith(f"{o.flag}.")), None)
+        if option is None:
+            rest.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if not equals:
+            if not left:
+                raise ValueError(f"{flag:.80} has no value; write one behind it")
+            value = left.pop(0)
+        key = flag.removeprefix(f"{option.flag}.").replace("-", "_")
+        words.append(f"{option.path}.{key}={value}")
+    return rest, words
+
+
+def _no_option(word: str, parser: argparse.ArgumentParser) -> str:
+    """What to say of a word that no option takes."""
+    known = parser._option_string_actions
+    name, equals, value = word.partition("=")
+    if not word.startswith("-"):
+        flag = "--" + name.replace("_", "-")
+        hint = f"write {flag} {value}" if equals and flag in known else "--help lists the options"
+        return f"{word!r:.80} belongs to no option: {hint}"
+    near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
+    return f"there is no option {word:.80}: {hint}"
+
+
 def path(text: str) -> Path:
     """A file or a folder, as the type of an option; "" would be the present folder."""
     if not text.strip():
@@ -101,7 +303,7 @@ def in_words(message: str, options: Mapping[str, str]) -> str:
     def option(found: re.Match[str]) -> str:
         name, equals = found["name"], found["equals"] or ""
         begins = found.start() == 0 and message.startswith(f"{name} is ")
-        if not (equals or begins or "_" in name):
+        if not (equals or begins or "_" in name or "." in name):
             return found[0]
         return options[name] + (" " if found["value"] is not None else "")
 

@@ -7,7 +7,6 @@ are split over the processes.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import sys
@@ -25,8 +24,8 @@ from steering.manifest import versions
 from steering.settings import population_sizes, scored_steps
 from steering.spread import Spread
 from tilt import loading, runs, started
-from tilt.commands.steer_options import ARGUMENTS, FIELD_HELP, MACHINE, SAID_ELSEWHERE, parse
-from tilt.options import in_words, one_line
+from tilt.commands.steer_options import MACHINE, OPTIONS, SAID_ELSEWHERE, Steer
+from tilt.options import one_line
 from tilt.processes import Processes, Stopped, is_main, join
 from tilt.prompts import Prompt, read
 
@@ -34,13 +33,12 @@ if TYPE_CHECKING:
     from steering import Steered
 
 
-def open_folder(
-    args: argparse.Namespace, prompts: Sequence[Prompt], command: Sequence[str]
-) -> Path:
-    """Make --out, with all that it takes to repeat the run; or check it, where it is resumed."""
+def open_folder(args: Steer, prompts: Sequence[Prompt], command: Sequence[str]) -> Path:
+    """Make the folder out, with all that it takes to repeat the run; or check it, where it is resumed."""
     if args.resume and args.out is None:
-        raise ValueError("--resume needs --out, the folder of the run to carry on")
-    options = {name: value for name, value in vars(args).items() if name not in SAID_ELSEWHERE}
+        raise ValueError("resume= needs out=, the folder of the run to carry on")
+    every = vars(args) | vars(args.filter)
+    options = {name: value for name, value in every.items() if name not in SAID_ELSEWHERE}
     manifest = {
         "settings": {name: options[name] for name in options if name not in MACHINE},
         "machine": {name: options[name] for name in options if name in MACHINE},
@@ -48,24 +46,24 @@ def open_folder(
         "command": ["tilt", "steer", *command],
         "versions": versions(),
     }
-    out = args.out or runs.new_folder(Path("out"))
+    out = Path(args.out) if args.out else runs.new_folder(Path("out"))
     runs.open_run(out, manifest, resume=args.resume)
     return out
 
 
-def read_prompts(args: argparse.Namespace) -> list[Prompt]:
+def read_prompts(args: Steer) -> list[Prompt]:
     """Those of the command line, then those of the file, each with its seed."""
     prompts = [Prompt(text) for text in args.prompts]
-    prompts += read(args.prompt_file) if args.prompt_file else []
+    prompts += read(Path(args.prompt_file)) if args.prompt_file else []
     if not prompts:
-        raise ValueError("there is no prompt: write one or more, or name a --prompt-file")
+        raise ValueError("there is no prompt: write one or more, or name a prompt_file")
     return [p if p.seed is not None else dataclasses.replace(p, seed=args.seed) for p in prompts]
 
 
-def call_keywords(args: argparse.Namespace) -> dict[str, Any]:
+def call_keywords(args: Steer) -> dict[str, Any]:
     """The keywords of the pipeline's own call; an embedded model has defaults of its own."""
     if (args.height is None) != (args.width is None):
-        raise ValueError("--height and --width go together: some pipelines ignore one alone")
+        raise ValueError("height= and width= go together: some pipelines ignore one alone")
     given = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
@@ -77,7 +75,7 @@ def call_keywords(args: argparse.Namespace) -> dict[str, Any]:
     return defaults | {name: value for name, value in given.items() if value is not None}
 
 
-def check_window(settings: FeynmanKac, args: argparse.Namespace, call: dict[str, Any]) -> None:
+def check_window(settings: FeynmanKac, args: Steer, call: dict[str, Any]) -> None:
     """Refuse a window without steps, or a funnel that does not fit, before a model is loaded."""
     from steering.observer import needs_scores
 
@@ -86,19 +84,19 @@ def check_window(settings: FeynmanKac, args: argparse.Namespace, call: dict[str,
         population_sizes(args.particles, len(scored), settings)
 
 
-def check_spread(settings: FeynmanKac, args: argparse.Namespace, count: int) -> None:
+def check_spread(settings: FeynmanKac, args: Steer, count: int) -> None:
     """Refuse a population that `count` processes cannot share, before a model is loaded."""
     if count == 1:
         raise ValueError(
-            "--spread needs processes to spread the particles over and there is one: start more "
+            "spread= needs processes to spread the particles over and there is one: start more "
             "with accelerate launch --num_processes, or leave it out"
         )
     spread = Spread(True)
-    spread.check("--particles", (args.particles,))
-    spread.check("--funnel", settings.funnel)
+    spread.check("particles=", (args.particles,))
+    spread.check("funnel=", settings.funnel)
 
 
-def run(args: argparse.Namespace, command: Sequence[str]) -> int:
+def run(args: Steer, command: Sequence[str]) -> int:
     """Refuse what cannot work, the cheapest check first; then steer what is not finished yet."""
     processes = join(args.device)
     prompts, settings, reward = processes.agree(lambda: prepare(args, processes))
@@ -126,10 +124,10 @@ def run(args: argparse.Namespace, command: Sequence[str]) -> int:
     return 0
 
 
-def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt], FeynmanKac, Any]:
+def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac, Any]:
     """What takes no model to check; args.device, dtype and reward become those of the run."""
     prompts = read_prompts(args)
-    settings = FeynmanKac(**{name: getattr(args, name) for name in FIELD_HELP})
+    settings = FeynmanKac(**vars(args.filter))
     check_window(settings, args, call_keywords(args))
     if args.spread:
         check_spread(settings, args, processes.count)
@@ -150,11 +148,11 @@ def prepare(args: argparse.Namespace, processes: Processes) -> tuple[list[Prompt
     return prompts, settings, reward
 
 
-def is_finished(args: argparse.Namespace, prompts: Sequence[Prompt]) -> bool:
+def is_finished(args: Steer, prompts: Sequence[Prompt]) -> bool:
     """Whether a run is resumed that has nothing left to draw; what it was is checked later."""
-    if not (args.resume and args.out and (args.out / "manifest.json").is_file()):
+    if not (args.resume and args.out and Path(args.out, "manifest.json").is_file()):
         return False
-    return not runs.pending(runs.divide(args.out, prompts, args.prompts_per_call))
+    return not runs.pending(runs.divide(Path(args.out), prompts, args.prompts_per_call))
 
 
 def interrupted(
@@ -178,7 +176,7 @@ Work = Generator[tuple[Path, "dict[str, Steered]"], None, None]
 
 
 def ready(
-    args: argparse.Namespace,
+    args: Steer,
     settings: FeynmanKac,
     reward: Any,
     shares: Sequence[runs.Share],
@@ -201,7 +199,7 @@ def ready(
     return runs.steer_pending(pipe, reward, pending, kinds)
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load(args: Steer) -> tuple[Any, Any]:
     """The pipeline and its preview decoder (or None), on the device."""
     dtype = loading.DTYPES[args.dtype]
     pipe = loading.load_pipeline(args.model, dtype, args.lora).to(args.device)
@@ -213,9 +211,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any]:
     return pipe, preview
 
 
-def kinds_of_call(
-    args: argparse.Namespace, settings: FeynmanKac, preview: Any
-) -> dict[str, dict[str, Any]]:
+def kinds_of_call(args: Steer, settings: FeynmanKac, preview: Any) -> dict[str, dict[str, Any]]:
     """The keywords of steer_each() for "steered", and with --compare for "plain"."""
     call = {
         "particles": args.particles,
@@ -278,11 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = sys.argv[1:] if argv is None else argv
     args = None
     try:
-        args = parse(command)
+        args = OPTIONS.read(command)
         return run(args, command)
     except ValueError as error:
         if args or is_main():  # all processes have the same command line
-            said = in_words(one_line(error), ARGUMENTS)
+            said = OPTIONS.in_words(one_line(error)).replace("num_inference_steps", "--steps")
             print(f"tilt steer: {said}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
