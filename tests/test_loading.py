@@ -218,5 +218,5 @@ def test_the_decoder_that_auto_stands_for_is_in_the_manifest(tmp_path, served, c
     assert manifest["settings"]["preview"] == "madebyollin/taesd"
     capsys.readouterr()
     said = refused(capsys, *arguments, *size, "--resume", "--preview", "none")
-    assert "preview='madebyollin/taesd', not 'none'" in said
+    assert "--preview 'madebyollin/taesd', not 'none'" in said
     assert script.main([*arguments, *size, "--resume", "--preview", "madebyollin/taesd"]) == 0

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def open_folder(args: Steer, prompts: Sequence[Prompt], command: Sequence[str]) -> Path:
-    """Make the folder out, with all that it takes to repeat the run; or check it, where it is resumed."""
+    """Make the folder, with all that it takes to repeat the run; or check the one to resume."""
     if args.resume and args.out is None:
         raise ValueError("resume= needs out=, the folder of the run to carry on")
     every = vars(args) | vars(args.filter)
