@@ -22,6 +22,12 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture
+def no_curves(monkeypatch):
+    """Leave out a card's curves, which take half of a small run."""
+    monkeypatch.setattr("tilt.model_card.curves", lambda log, checks, path: None)
+
+
+@pytest.fixture
 def no_model(monkeypatch):
     """Fail where a model would be loaded: what is refused here is refused before that."""
 

@@ -16,6 +16,7 @@ from finetune.references import load_references
 from scripts import train_adversarial
 
 PROMPTS = ['the word "CAT"', 'the word "SUN"']
+pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = [
     *("grpo.groups=2", "grpo.k=2", "grpo.rank=2", "grpo.num_inference_steps=3"),
     *("grpo.window_size=1", "log_every=1"),

@@ -87,14 +87,17 @@ def test_two_processes_train_what_one_trains(runs, tmp_path):
         out = tmp_path / str(processes)
         words = [f"rollouts={runs / 'run1'}", f"out={out}", "gdro.steps=3", *TRAIN]
         ran(command("train_gdro.py", *words, processes=processes))
-    one, two = (
-        load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in "12"
-    )
+    assert_alike(tmp_path / "1", tmp_path / "2")
+
+
+def assert_alike(*runs: Path) -> None:
+    """Two runs trained one LoRA, to the 1e-5 of docs/finetuning.md; on a processor whose products
+    differ (TILT_TEST="threads=2 noise=8") it was 5e-7, where weights had moved by 5e-4."""
+    one, two = (load_file(run / "lora" / "pytorch_lora_weights.safetensors") for run in runs)
     assert one.keys() == two.keys()
-    moved = sum(float(value.abs().sum()) for name, value in one.items() if "lora_B" in name)
-    assert moved > 0
+    assert max(float(value.abs().max()) for name, value in one.items() if "lora_B" in name) > 1e-4
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-3)
 
 
 def logged(folder: Path) -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ import rewards
 from scripts import train_adversarial, training
 from steering import tiny
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = [
     *("reward=jpeg", "grpo.groups=2", "grpo.k=2", "grpo.rank=2", "grpo.num_inference_steps=3"),
     *("grpo.window_size=1", "log_every=1"),

@@ -79,7 +79,10 @@ def curves(log: Sequence[Point], checks: Sequence[Point], path: Path) -> None:
         panels.insert(0, ("checks", checks, [name for name in checks[0] if name != "step"]))
     columns = 3
     rows = max(1, -(-len(panels) // columns))
-    figure = Figure(figsize=(4 * columns, 2.6 * rows), layout="constrained")
+    height = 2.6 * rows
+    figure = Figure(figsize=(4 * columns, height))
+    # the places are fixed: a layout that is found by drawing takes seconds for many panels
+    figure.subplots_adjust(0.05, 0.3 / height, 0.99, 1 - 0.3 / height, hspace=0.25, wspace=0.2)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
@@ -88,6 +91,7 @@ def curves(log: Sequence[Point], checks: Sequence[Point], path: Path) -> None:
             axis.plot([p["step"] for p in points], [p[name] for p in points], label=name, lw=1.2)
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.locator_params(nbins=5)
         if len(shown) > 1:
             axis.legend(fontsize=6)
     figure.savefig(path, dpi=110)
