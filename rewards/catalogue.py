@@ -21,7 +21,7 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -122,15 +122,18 @@ def read(text: str, imports: bool = False) -> tuple[Term, ...]:
 def identity(text: str) -> str:
     """12 hex digits that tell the reward of a spec from what the same spec once meant.
 
-    They differ where the code or the embedded weights of this package do, or a file, a folder or a
-    module (MODULE:NAME) that the spec names; of a file above two megabytes its size, first and last
-    megabyte are looked at. Weights from a hub, and what a module imports, are not.
+    They differ where the code or the embedded weights of this package do, or a file, a folder (what
+    lies in it, not deeper) or a module (MODULE:NAME) that the spec names; of a file above two
+    megabytes its size, first and last megabyte are looked at. Weights from a hub, and what a module
+    imports, are not.
     """
     found = hashlib.sha256(_own())
     for value in _texts(read(text, imports=True)):
         path = os.path.expanduser(value)
-        if "\0" not in value and os.path.exists(path):
-            found.update(_content(Path(path)))
+        if os.path.isdir(path):
+            found.update(_content(Path(path), Path(path).iterdir()))
+        elif os.path.isfile(path):
+            found.update(_content(Path(path), [Path(path)]))
     return found.hexdigest()[:12]
 
 
@@ -145,18 +148,18 @@ def _module(name: str) -> str:
 
 @functools.cache
 def _own() -> bytes:
-    return _content(Path(__file__).parent)
+    folder = Path(__file__).parent
+    return _content(folder, folder.rglob("*"))
 
 
-def _content(path: Path) -> bytes:
-    """What tells a file, or the files of a folder, from others."""
-    found, folder = hashlib.sha256(), path.is_dir()
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if folder else [path]
-    for file in files:
+def _content(top: Path, paths: Iterable[Path]) -> bytes:
+    """What tells these files, by their names below `top`, from others."""
+    found = hashlib.sha256()
+    for file in sorted(path for path in paths if path.is_file()):
         if "__pycache__" in file.parts:
             continue
         size = file.stat().st_size
-        found.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+        found.update(f"{file.relative_to(top).as_posix()} {size}\n".encode())
         with file.open("rb") as source:
             found.update(source.read(MEGABYTE))
             source.seek(max(source.tell(), size - MEGABYTE))

@@ -84,9 +84,10 @@ def call_of(given: dict[str, Any], defaults: dict[str, Any], name: str = "call")
 
 def digest(lora: str | None) -> str | None:
     """What tells the weights of a LoRA, a file or a folder, from others; a hub id as it is."""
-    if lora is None or not os.path.exists(os.path.expanduser(lora)):
+    place = os.path.expanduser(lora or "")
+    if not (os.path.isdir(place) or os.path.isfile(place)):
         return lora
-    path = Path(os.path.expanduser(lora))
+    path = Path(place)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     found = hashlib.sha256()
     for file in files:

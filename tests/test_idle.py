@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_configs import RECIPES
 
 from finetune import config
 from finetune.ranges import refuse_idle
 from scripts import evaluate, idle, rollout, train_adversarial, train_critic, train_gdro
+from scripts.benchmarks import adversarial
 
 MAIN = {
     "gdro": train_gdro.main,
@@ -97,6 +99,24 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
 )
 def test_what_does_something_is_not_refused(check, kind, words):
     check(config.read(kind, None, words))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_has_no_setting_that_does_nothing(file):
+    if file.stem.startswith("gdro"):
+        idle.of_gdro(config.read(train_gdro.Train, file))
+    else:
+        pictures = [] if file.stem.startswith("grpo") else LEARNS
+        idle.of_adversarial(config.read(train_adversarial.Train, file, pictures))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [pair for _, runs in adversarial.CASES.values() for pair in runs.items()]
+)
+def test_the_benchmarks_runs_have_no_setting_that_does_nothing(name, words):
+    words = [*words, *(LEARNS if "critic" in name else [])]
+    (file,) = (file for file in RECIPES if file.stem == "adversarial_tiny")
+    idle.of_adversarial(config.read(train_adversarial.Train, file, words))
 
 
 def test_settings_of_checks_are_those_of_the_run_where_there_were_some(tmp_path):

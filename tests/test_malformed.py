@@ -38,6 +38,7 @@ SHARED = [True]  # whether a model is loaded once; trainers change it
 EVERY = 17  # of the calls one in so many runs by default
 ALONE = ["held_out=0", "paired=false"]  # one prompt, and references without any
 SHORT = ["grpo.steps=1", "grpo.groups=1", "grpo.k=2", "grpo.num_inference_steps=4"]
+USUAL = ["grpo.steps=200", "grpo.groups=4", "grpo.k=8", "grpo.num_inference_steps=10"]  # defaults
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
 
 
@@ -105,7 +106,7 @@ SETTINGS = {
 BESIDE = {
     "train_gdro check.": ["check.every=1", "check.prompts=other.txt", "check.images=1"],
     "train_adversarial check.": ["check.every=1", "check.prompts=other.txt", "check.images=1"],
-    "train_adversarial nft.": ["method=nft", *(word.replace("grpo", "nft") for word in SHORT)],
+    "train_adversarial nft.": ["method=nft", *USUAL, *(w.replace("grpo", "nft") for w in SHORT)],
     "train_adversarial references": ["references=pictures", "paired=false"],
     "train_adversarial tower": ["references=pictures", "paired=false"],
     "train_adversarial critic": ["references=pictures", "paired=false"],

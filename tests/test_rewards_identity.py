@@ -22,13 +22,13 @@ def test_the_code_of_this_package_counts_but_not_what_python_makes_of_it(tmp_pat
     own = shutil.copytree(Path(names.__file__).parent, tmp_path / "rewards")
     for folder in own.rglob("__pycache__"):
         shutil.rmtree(folder)
-    assert names._content(own) == names._own()
+    assert names._content(own, own.rglob("*")) == names._own()
     (own / "__pycache__").mkdir()
     (own / "__pycache__" / "jpeg.pyc").touch()
-    assert names._content(own) == names._own()
+    assert names._content(own, own.rglob("*")) == names._own()
     with (own / "jpeg.py").open("a") as file:
         file.write("# another\n")
-    assert names._content(own) != names._own()
+    assert names._content(own, own.rglob("*")) != names._own()
 
 
 def test_files_and_folders_and_modules_that_a_spec_names_count(tmp_path, monkeypatch):
@@ -50,6 +50,15 @@ def test_files_and_folders_and_modules_that_a_spec_names_count(tmp_path, monkeyp
         assert identity(spec) != before, spec
 
 
+def test_no_more_than_the_folder_itself_is_read_and_nothing_that_does_not_end(tmp_path):
+    (tmp_path / "deep").mkdir()
+    before = identity(f"clip({tmp_path})")
+    (tmp_path / "deep" / "file").touch()
+    assert identity(f"clip({tmp_path})") == before
+    assert identity("clip(/dev/zero)") == identity("clip(nowhere)")
+    assert identity("clip(/)")
+
+
 def test_of_large_files_both_ends_and_the_size_are_looked_at(tmp_path):
     file, seen = tmp_path / "weights", set()
     size = 5 * names.MEGABYTE
@@ -57,7 +66,7 @@ def test_of_large_files_both_ends_and_the_size_are_looked_at(tmp_path):
         content = bytearray(size)
         content[place] = 1
         file.write_bytes(content)
-        seen.add(names._content(file))
+        seen.add(names._content(file, [file]))
     file.write_bytes(bytes(size + 1))
-    seen.add(names._content(file))
+    seen.add(names._content(file, [file]))
     assert len(seen) == 4

@@ -42,7 +42,7 @@ SHAPES = "objects(mode=share)"
 STYLE = {"with a critic": [f"reward={SHAPES}"]}
 PREFERENCE = ["critic_kind=preference", "paired=true", "critic.lr=5e-6", "critic_weight=2"]
 HACKING = {
-    "reward alone": ["reward=jpeg"],
+    "reward alone": ["reward=jpeg", "critic_weight=1"],  # there is no critic to weigh
     "with a critic": ["reward=jpeg"],
     "with a preference critic": ["reward=jpeg", "grpo.each_reward=true", *PREFERENCE],
 }
