@@ -62,8 +62,9 @@ class References:
         """ValueError that names the prompts which have no picture; unpaired, none can."""
         missing = [p for p in dict.fromkeys(prompts) if self.paired and p not in self.pictures]
         if missing:
+            count = "1 prompt has" if len(missing) == 1 else f"{len(missing)} prompts have"
             raise ValueError(
-                f"{len(missing)} prompts have no reference picture, {missing[:3]}"
+                f"{count} no reference picture, {missing[:3]}"
                 + (" and more" if missing[3:] else "")
                 + "; add some, leave the prompts out, or take the references unpaired"
             )

@@ -13,14 +13,27 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+import rewards
 from finetune import config
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 from tilt.loading import pick_device, pick_dtype
 from tilt.options import check_words, one_line
 from tilt.processes import Stopped
+from tilt.prompts import read
 
-__all__ = ["call_of", "digest", "digest_of", "filter_of", "finish", "resolved", "settings_of"]
+__all__ = [
+    "call_of",
+    "counted",
+    "digest",
+    "digest_of",
+    "filter_of",
+    "finish",
+    "made_of",
+    "prompts_of",
+    "resolved",
+    "settings_of",
+]
 
 
 def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
@@ -93,6 +106,31 @@ def digest(lora: str | None) -> str | None:
     for file in files:
         found.update(file.read_bytes())
     return found.hexdigest()
+
+
+def prompts_of(file: str) -> list[str]:
+    """The prompts of a file, each once."""
+    return list(dict.fromkeys(prompt.text for prompt in read(Path(file))))
+
+
+def made_of(settings: Any, spec: str, **more: str) -> dict[str, str]:
+    """Digests of what the run is made of, by the setting that names it; more: the script's own.
+
+    spec: of the reward that is trained on, "" if it is not known.
+
+    A run is not carried on where a file or a folder holds something else under the same name.
+    """
+    found = {"lora": digest(settings.lora) or ""} | more
+    if settings.check.prompts:
+        found["check.prompts"] = digest_of(prompts_of(settings.check.prompts))
+    if settings.check.every and (checked := settings.check.reward or spec):
+        found["check.reward"] = rewards.identity(checked)
+    return found
+
+
+def counted(count: int, noun: str) -> str:
+    """As in "1 prompt" and "2 prompts"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def digest_of(texts: Sequence[str]) -> str:

@@ -341,7 +341,8 @@ def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], l
     used = {k: v for k, v in asdict(settings).items() if k != "resume" and v not in ("", None, {})}
     about = [
         f"# Evaluation of {settings.model}{f' with {settings.lora}' if settings.lora else ''}",
-        f"{len(plan.prompts)} prompts, {plan.images} pictures of each in every variant, paired by "
+        f"{command.counted(len(plan.prompts), 'prompt')}, "
+        f"{command.counted(plan.images, 'picture')} of each in every variant, paired by "
         "their noise. Means over prompts with 95 % percentile bootstrap intervals over prompts; "
         "wins are pictures above the base's of the same noise, ties counting ½."
         + f" A steered picture is the best of {settings.particles} particles."

@@ -165,8 +165,8 @@ def run(settings: Train) -> None:
     name, out, tuned = settings.model or "tiny-sd3", Path(settings.out), settings.tuned
     check_out(settings, ignore=METHODS.keys() - {settings.method})
     check_call(settings)
-    prompts = training.prompts_of(settings.prompts)
-    made_of = training.made_of(settings, settings.reward, **contents(settings, prompts))
+    prompts = command.prompts_of(settings.prompts)
+    made_of = command.made_of(settings, settings.reward, **contents(settings, prompts))
     if training.finished(settings, tuned.steps, made_of):
         training.show(settings)
         return
@@ -196,8 +196,8 @@ def run(settings: Train) -> None:
     training.begin(trainer, settings, tuned, weighed)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), weighed)
     about = [
-        f"{len(prompts)} prompts, {tuned.k} images of {tuned.groups} of them an epoch, "
-        f"call {json.dumps(call)}",
+        f"{command.counted(len(prompts), 'prompt')}, {tuned.k} images of {tuned.groups} of them an "
+        f"epoch, call {json.dumps(call)}",
         f"rewards: `{settings.reward or 'none but the critic'}`",
     ]
     if trainer.samples.dropped:
@@ -215,7 +215,7 @@ def run(settings: Train) -> None:
     file = training.export(trainer, type(pipe), settings, about, name, title)
     accelerator.end_training()
     if accelerator.is_main_process:
-        finish(out / "lora", tuned.steps, made_of)
+        finish(file.parent, tuned.steps, made_of)
         print(file)
 
 

@@ -82,7 +82,7 @@ def run(settings: Train) -> None:
     check_out(settings)
     made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
     plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
-    made_of = training.made_of(settings, spec, rollouts=made.digest(gdro.reward))
+    made_of = command.made_of(settings, spec, rollouts=made.digest(gdro.reward))
     if training.finished(settings, gdro.steps, made_of):
         training.show(settings)
         return
@@ -94,7 +94,9 @@ def run(settings: Train) -> None:
     if not name:
         raise ValueError("the rollouts do not say their model; set model=")
     load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
-    unscored = f"{data.unscored} images left out, whose reward is not a finite number"
+    unscored = (
+        f"{command.counted(data.unscored, 'image')} left out, whose reward is not a finite number"
+    )
     watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
     started.say(f"loading {name}")
     pipe = load()
@@ -107,14 +109,15 @@ def run(settings: Train) -> None:
     trainer = Trainer(network, family, noising, data, gdro, accelerator)
     training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
-        count, left = len(data.groups), data.dropped
-        print(f"{count} prompt{'s' * (count > 1)}; {left} left out, whose rewards are all equal")
+        count = command.counted(len(data.groups), "prompt")
+        print(f"{count}; {data.dropped} left out, whose rewards are all equal")
         if data.unscored:
             print(f"{unscored}")
     training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), weighed)
     about = [
-        f"{len(plan['prompts'])} prompts, {plan['images']} plain and {plan['steered']} steered "
-        f"images each, seed {plan['seed']}, call {json.dumps(plan['call'])}",
+        f"{command.counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
+        f"{plan['steered']} steered images each, seed {plan['seed']}, "
+        f"call {json.dumps(plan['call'])}",
         f"the network that drew them has the fingerprint {made.manifest['weights']}",
         f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
     ]

@@ -32,7 +32,6 @@ from steering.call import PipelineCall
 from tilt import model_card
 from tilt.loading import DTYPES
 from tilt.processes import is_main
-from tilt.prompts import read
 from tilt.report import training as page
 
 __all__ = [
@@ -45,10 +44,8 @@ __all__ = [
     "export",
     "finished",
     "loop",
-    "made_of",
     "metrics",
     "notes",
-    "prompts_of",
     "show",
     "watch_of",
 ]
@@ -137,26 +134,6 @@ def accelerator_of(settings: Run) -> Accelerator:
     return accelerator
 
 
-def prompts_of(file: str) -> list[str]:
-    """The prompts of a file, each once."""
-    return list(dict.fromkeys(prompt.text for prompt in read(Path(file))))
-
-
-def made_of(settings: Run, spec: str, **more: str) -> dict[str, str]:
-    """Digests of what the run is made of, by the setting that names it; more: the script's own.
-
-    spec: of the reward that is trained on, "" if it is not known.
-
-    A run is not carried on where a file or a folder holds something else under the same name.
-    """
-    found = {"lora": command.digest(settings.lora) or ""} | more
-    if settings.check.prompts:
-        found["check.prompts"] = command.digest_of(prompts_of(settings.check.prompts))
-    if settings.check.every and (checked := settings.check.reward or spec):
-        found["check.reward"] = rewards.identity(checked)
-    return found
-
-
 def watch_of(
     settings: Run,
     trained_on: Sequence[str],
@@ -179,7 +156,7 @@ def watch_of(
     if not check.prompts:
         raise ValueError("check.every needs check.prompts=FILE, prompts to look at")
     seen = list(trained_on[: check.train_prompts])
-    unseen = prompts_of(check.prompts)
+    unseen = command.prompts_of(check.prompts)
     both = sorted(set(unseen) & set(trained_on))
     if both:
         raise ValueError(f"{check.prompts} has prompts that are trained on, as {both[0]!r}")
