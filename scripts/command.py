@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 import rewards
 from finetune import config
 from steering import FeynmanKac
 from steering.pipeline import steer_each
-from tilt.loading import pick_device, pick_dtype
+from tilt.loading import pick_dtype
 from tilt.options import check_words, one_line
 from tilt.processes import Stopped
 from tilt.prompts import read
@@ -69,10 +70,16 @@ def _check_folder(out: str) -> None:
 
 
 def resolved(settings: Any) -> Any:
-    """The settings with the dtype that "auto" is on this machine, for what is written down."""
+    """The settings with the dtype that "auto" is on this machine, for what is written down.
+
+    Nothing is put on a device: of several processes each would take memory of the first one.
+    """
     from accelerate.utils import parse_flag_from_env
 
-    device = pick_device("cpu" if parse_flag_from_env("ACCELERATE_USE_CPU") else "auto")
+    device, kind = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        own = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.accelerator.device_count())
+        device = torch.device(kind.type, own)
     dtype = pick_dtype(settings.dtype, device)
     return replace(settings, dtype=str(dtype).removeprefix("torch."))
 

@@ -267,7 +267,9 @@ def test_a_machine_without_cuda_is_spared_the_import(tmp_path, monkeypatch):
     assert "xformers" not in sys.modules
 
 
-@pytest.mark.parametrize("ops", ["raise OSError('libcudart.so.99')", NOISY])
+@pytest.mark.parametrize(
+    "ops", [pytest.param("raise OSError('libcudart.so.99')", marks=pytest.mark.slow), NOISY]
+)
 def test_steering_imports_without_a_word(ops, tmp_path):
     """In a process of its own, with diffusers' own import of xformers."""
     install(tmp_path, ops)

@@ -283,6 +283,24 @@ def test_an_automatic_dtype_is_written_down_as_what_it_is(tmp_path, monkeypatch)
         check_out(command.resolved(replace(first, dtype="auto", resume=True)))
 
 
+def test_each_process_asks_its_own_device_for_the_dtype(monkeypatch):
+    seen = []
+
+    def pick(name, device):
+        seen.append(str(device))
+        return torch.float16
+
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
+    )
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(command, "pick_dtype", pick)
+    for name, value in (("LOCAL_RANK", "3"), ("ACCELERATE_USE_CPU", "true")):
+        monkeypatch.setenv(name, value)
+        command.resolved(train_gdro.Train(dtype="float16"))
+    assert seen == ["cuda:3", "cpu"]
+
+
 def test_an_average_of_another_law_is_not_carried_on():
     weights = {"a": torch.nn.Parameter(torch.zeros(2))}
     one, other = lora.Average(weights, 0.9), lora.Average(weights, 0.9, nft.slowly)
