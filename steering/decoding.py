@@ -88,16 +88,25 @@ class Decoder:
             if hasattr(pipe, name):
                 self._preview[name] = _passing(getattr(pipe, name))
 
-    def check(self, x0: Tensor, scored: bool) -> None:
+    def check(self, x0: Tensor, scored: bool, funnel: bool = False) -> None:
         """Decode one of the rows x0 as the run will; raise ValueError where that cannot work.
 
-        scored: whether pictures are also scored on the way. A quarter of a picture's sides tells.
+        scored: whether pictures are also scored on the way; funnel: whether rows will be dropped. A
+        quarter of a picture's sides tells.
         """
         if self._decode is not None:
             _decoded(self._decode, x0[:1])
+            if funnel and self._mixes(x0):
+                raise ValueError(
+                    f"{type(self._pipe).__name__} lets the rows of a call see one another after "
+                    "its last step, so those that a funnel drops would stay in its latents; leave "
+                    "funnel out."
+                )
             return
         if not self._tape.prepared:
             raise self._refused("it has no prepare_latents() that could hand them over")
+        if self._mixes(x0):
+            raise self._refused("its tail lets the rows of a call see one another")
         first = Rows(num=self._num)
         first.keep(torch.zeros(1, dtype=torch.int64, device=x0.device), self._num)
         ways = [self.finals, self.images] if scored else [self.finals]
@@ -112,6 +121,18 @@ class Decoder:
                 if isinstance(error, Undecodable) or out_of_memory(error):
                     raise
                 raise self._refused(f"it fails on latents {tuple(x0.shape)} ({error})") from error
+
+    def _mixes(self, x0: Tensor) -> bool:
+        """Whether a row's latents come out of the tail otherwise beside other rows."""
+        alike = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+        try:
+            tails = (self._tail(x, self._ended, "latent", None) for x in (x0, x0[alike]))
+            beside, alone = (latents[0].float() for latents in tails)
+            gap = (beside - alone).abs().max().item()
+        except Exception:  # it gives no tensor, or fails, which is told where it is decoded
+            return False
+        # as many rows, so hardly anything is rounded otherwise; NaN compares as no gap
+        return gap > max(1e-5, 2 * torch.finfo(x0.dtype).eps) * alone.abs().max().item()
 
     def taken(self, returned: Any, last: Any) -> Tensor:
         """The latents that the tail takes: what the pipeline `returned`, or its loop's `last`.

@@ -93,8 +93,12 @@ class Lineage:
 
     def prompt(self, index: int) -> "Lineage":
         """The lineage of one prompt, b = 1."""
-        one = slice(index, index + 1)
-        scores = (Score(s.step, *(_of(part, one) for part in _parts(s))) for s in self.scores)
+        return self.prompts([index])
+
+    def prompts(self, indices: Sequence[int]) -> "Lineage":
+        """The lineage of some of the prompts."""
+        rows = torch.tensor(indices, dtype=torch.int64)
+        scores = (Score(s.step, *(_of(part, rows) for part in _parts(s))) for s in self.scores)
         return Lineage(self.num_steps, tuple(scores))
 
     def to_json(self) -> dict[str, Any]:
@@ -128,7 +132,7 @@ def _parts(score: Score) -> tuple[Any, ...]:
     return *own, score.resampled, score.previews
 
 
-def _of(part: Tensor | None, rows: slice) -> Any:
+def _of(part: Tensor | None, rows: Tensor) -> Any:
     return None if part is None else part[rows]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from steering.lineage import Lineage
@@ -39,11 +40,16 @@ class Steered:
 
     @property
     def best(self) -> list[Image.Image]:
-        """The image of highest reward, one a prompt."""
+        """The image of highest reward, one a prompt; ValueError where one has no images."""
+        self._check_images()
         return [row[i] for row, i in zip(self.images, self.rewards.argmax(1).tolist(), strict=True)]
 
     def sample(self, generator: Generator) -> list[Image.Image]:
-        """One image a prompt, drawn by weight: a sample of the (approximate) tilted law."""
+        """One image a prompt, drawn by weight: a sample of the (approximate) tilted law.
+
+        Raises ValueError where a prompt has no images.
+        """
+        self._check_images()
         drawn = multinomial(normalize(self.log_weights), 1, generator).flatten().tolist()
         return [row[i] for row, i in zip(self.images, drawn, strict=True)]
 
@@ -54,9 +60,50 @@ class Steered:
         with what its noise depends on: the seed, the prompt's text and how often that came before
         (its occurrence), and the particle's index. previews-0000.webp, ... hold small pictures of
         a prompt's particles, a column a score. `tilt.report.write` makes a page of all of it.
+
+        Of prompts without images, whose pictures or last scores failed, only the latents are
+        written, "latents" (k, *shape) of undecoded-0000.safetensors, ..., named in the manifest.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        whole = [i for i, row in enumerate(self.images) if row]
+        if len(whole) == len(self.images):
+            return self._save(folder, {})
+        late = [i for i, row in enumerate(self.images) if not row]
+        names = [f"undecoded-{i:04d}.safetensors" for i in late]
+        for i, name in zip(late, names, strict=True):
+            save_file({"latents": self.latents[i].contiguous()}, folder / name)
+        beside = {"undecoded": {"prompts": [self.prompts[i] for i in late], "files": names}}
+        if whole:
+            return self._some(whole)._save(folder, beside)
+        _write_json(folder / "manifest.json", self.manifest | beside)
+        _write_json(folder / "lineage.json", self.lineage.to_json())
+        return folder
+
+    def _check_images(self) -> None:
+        late = [prompt for prompt, row in zip(self.prompts, self.images, strict=True) if not row]
+        if late:
+            raise ValueError(
+                f"{late[0]!r:.60} has no images, as its pictures or their scores failed; its "
+                "latents are in Steered.latents."
+            )
+
+    def _some(self, indices: Sequence[int]) -> "Steered":
+        """The result of some of the prompts."""
+        rows = torch.tensor(indices, dtype=torch.int64)
+        return Steered(
+            prompts=tuple(self.prompts[i] for i in indices),
+            images=[self.images[i] for i in indices],
+            rewards=self.rewards[rows],
+            components={name: part[rows] for name, part in self.components.items()},
+            log_weights=self.log_weights[rows],
+            log_z=self.log_z[rows],
+            lineage=self.lineage.prompts(indices),
+            latents=self.latents[rows],
+            manifest=select(self.manifest, indices),
+        )
+
+    def _save(self, folder: Path, beside: dict[str, Any]) -> Path:
         files = []
         for i, row in enumerate(self.images):
             names = [f"{i:04d}-{j:02d}.png" for j in range(len(row))]
@@ -71,7 +118,7 @@ class Steered:
             "log_weights": self.log_weights.tolist(),
             "log_z": self.log_z.tolist(),
         }
-        _write_json(folder / "manifest.json", self.manifest | {"results": results})
+        _write_json(folder / "manifest.json", self.manifest | beside | {"results": results})
         _write_json(folder / "lineage.json", self.lineage.to_json() | self._save_previews(folder))
         return folder
 

@@ -307,7 +307,8 @@ class Run:
             check_alone(self.pipe, self._chain, call, way, cut)
             self.learned.packs = True
         if not self.learned.decodes:
-            decoder.check(look.predict(), needs_scores(self.settings, self.k))
+            scored = needs_scores(self.settings, self.k)
+            decoder.check(look.predict(), scored, funnel=bool(self.settings.funnel))
             self.learned.decodes = True
 
     def _kept(

@@ -148,6 +148,8 @@ class OddPipeline(DiffusionPipeline):
             if output_type == "latent":
                 return (latents,)
             latents = latents.unflatten(2, (8, 8)) / 2.0
+        if "averages" in odd:
+            latents = latents - latents.mean()
         if output_type == "latent":
             return (latents,)
         if "no tail" in odd:

@@ -8,10 +8,11 @@ import torch
 from diffusers import AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 from middle import Settings
+from odd_pipelines import odd_pipeline
 from pictures import assert_same_pictures
 from tiny_pipelines import FAMILIES, family, sd
 
-from steering import steer
+from steering import FeynmanKac, steer
 from steering.decoding import Decoder, to_pil, to_tensor
 from steering.schedulers import stochastic
 from steering.tape import Tape, view_of
@@ -221,3 +222,20 @@ def test_eight_bit_images_survive_the_round_trip():
     for ours, their in zip(to_pil(images), theirs, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(their))
     assert copy.copy(images).equal(images)
+
+
+@pytest.mark.parametrize("funnel", [(), (2,)])
+def test_a_tail_that_lets_rows_see_one_another_is_refused_at_the_first_step(funnel):
+    """Kandinsky 5's averages over all of a call, which decode= does not see but a funnel does."""
+    pipe = odd_pipeline("averages")
+    settings = FeynmanKac(num_scores=1, reward_scale=0.0, funnel=funnel)
+    run = {"particles": 3, "settings": settings, "progress": False}
+    with pytest.raises(ValueError, match="its tail lets the rows of a call see one another"):
+        steer(pipe, "a red cube", brightness, **run)
+    assert len(pipe.unet.rows) == 1
+    run |= {"decode": lambda x: x[:, :3].sigmoid()}
+    if funnel:
+        with pytest.raises(ValueError, match="those that a funnel drops would stay"):
+            steer(pipe, "a red cube", brightness, **run)
+    else:
+        assert steer(pipe, "a red cube", brightness, **run).latents.isfinite().all()

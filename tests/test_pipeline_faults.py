@@ -5,11 +5,14 @@
 
 import importlib
 import itertools
+import json
 import logging
 
 import pytest
 import torch
 from diffusers import StableDiffusionPAGPipeline
+from odd_pipelines import odd_pipeline
+from safetensors.torch import load_file
 from tiny_pipelines import family, picture, sd
 
 import rewards
@@ -192,3 +195,41 @@ def test_weights_and_log_z_follow_from_the_scores_on_record(potential, tempering
     torch.testing.assert_close(out.log_weights, state.log_weights)
     torch.testing.assert_close(out.log_z, final_log_z(state))
     assert resampled
+
+
+@pytest.mark.parametrize("prompts", [["a", "b", "a b"], ["b"]])
+def test_what_was_not_decoded_is_saved_by_its_latents(tmp_path, prompts):
+    """The rest is saved as if it were all, so that a report and every reader take it."""
+    settings, broken = FeynmanKac(num_scores=1), []
+
+    def breaks(images, prompts):
+        broken.append(prompts[0])
+        if broken.count("b") > 1:
+            raise RuntimeError("broken")
+        return images.mean((1, 2, 3)) * 10
+
+    with pytest.raises(RuntimeError, match="broken") as caught:
+        steer(odd_pipeline(), prompts, breaks, 2, settings, progress=False)
+    kept = caught.value.finished
+    assert kept.prompts == tuple(prompts[: prompts.index("b") + 1])
+    with pytest.raises(ValueError, match="'b' has no images"):
+        kept.sample(torch.Generator())
+    with pytest.raises(ValueError, match="'b' has no images"):
+        _ = kept.best
+    kept.save(tmp_path)
+    text = (tmp_path / "manifest.json").read_text()
+    assert "NaN" not in text
+    manifest = json.loads(text)
+    late = manifest["undecoded"]
+    assert late["prompts"] == ["b"]
+    saved = load_file(tmp_path / late["files"][0])["latents"]
+    assert torch.equal(saved, kept.latents[-1])
+    if prompts == ["b"]:
+        assert "results" not in manifest
+        return
+    broken.clear()
+    whole = steer(odd_pipeline(), "a", breaks, 2, settings, progress=False).save(tmp_path / "whole")
+    expected = json.loads((whole / "manifest.json").read_text())
+    assert {name: manifest[name] for name in expected} == expected
+    for name in ("lineage.json", "0000-00.png", "0000-01.png", "previews-0000.webp"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
