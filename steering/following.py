@@ -64,6 +64,7 @@ class Following:
         """The call in the order of the lineage; `sample` is the argument that holds the latents."""
         lineage = self._chain.lineage
         if self._chain.step == 0 and isinstance(call[sample], Tensor):
+            self._samples.pop(name, None)  # in the order in which they were last asked
             self._samples[name] = call[sample]
         staying = self._staying(name, call, sample)
         if staying:
@@ -111,14 +112,13 @@ class Following:
         Raises Unclear, before anything is spent, where more stands beside them than can be told.
         """
         for name, x in self._samples.items():
-            if _holds_only(x, latents):
-                continue
-            where = _within(x, latents)
-            if where is None:
-                raise Unclear(
+            where = None if _holds_only(x, latents) else _within(x, latents)
+            if where is not None:
+                self._beside[name] = where
+            elif name == [*self._samples][-1] and not _holds_only(x, latents):
+                raise Unclear(  # another may belong to the head, as a prior does
                     name, "what stands beside the latents in its first argument is not clear"
                 )
-            self._beside[name] = where
         self._samples.clear()
 
     def _latents_kept(self, name: str, x: Any, lineage: Tensor) -> Any:
@@ -128,10 +128,22 @@ class Following:
             return x
         if name not in self._beside:
             raise Unclear(name, "its first argument holds more than at the first step")
-        along, start, size = self._beside[name]
-        moved = x[_order(lineage, len(x)).to(x.device)]
-        moved.narrow(along, start, size).copy_(x.narrow(along, start, size))
-        return moved
+        return _moved(x, lineage, *self._beside[name])
+
+    def returned(self, latents: Any) -> Any:
+        """What the pipeline returns, of which what stands beside the last latents has moved."""
+        last, lineage = self._chain.last, self._chain.lineage
+        if not isinstance(latents, Tensor) or last is None or lineage is None:
+            return latents
+        where = None if _holds_only(latents, last) else _within(latents, last)
+        return latents if where is None else _moved(latents, lineage, *where)
+
+
+def _moved(x: Tensor, lineage: Tensor, along: int, start: int, size: int) -> Tensor:
+    """x in the order of the lineage, but for the latents in it."""
+    moved = x[_order(lineage, len(x)).to(x.device)]
+    moved.narrow(along, start, size).copy_(x.narrow(along, start, size))
+    return moved
 
 
 def _order(lineage: Tensor, rows: int) -> Tensor:
@@ -173,6 +185,8 @@ def _are_rows(size: int, n: int) -> bool:
 
 def _within(x: Tensor, latents: Tensor) -> tuple[int, int, int] | None:
     """Along which axis, from where and how far x holds the latents; None where it does not."""
+    if x.ndim == 3 and latents.ndim > 3:  # as tokens, a place each
+        latents = latents.flatten(2).transpose(1, 2)
     if x.ndim != latents.ndim or len(x) % len(latents):
         return None
     longer = [d for d in range(1, x.ndim) if x.shape[d] != latents.shape[d]]

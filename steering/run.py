@@ -122,8 +122,10 @@ class Run:
         return self.rows.guidance != (0.0, 1.0) or self.settings.funnel != ()
 
     def _follows(self) -> bool:
-        """Whether what a network is given of a picture may have to follow the lineage."""
-        return bool(self.call.pictures()) and needs_scores(self.settings, self.k)
+        """Whether the head may draw noise of each row's: for a picture, or steps of its own."""
+        chains = sum(isinstance(p, SchedulerMixin) for p in self.pipe.components.values())
+        draws = bool(self.call.pictures()) or chains > 1
+        return draws and needs_scores(self.settings, self.k)
 
     def _check_window(self) -> None:
         refused = []
@@ -228,7 +230,8 @@ class Run:
         )
 
         scheduler.chain.exchange = self.spread.whole
-        self._renew_batch(indices)
+        if self.learned.packed != (len(indices) > 1):  # asked for in another way
+            self.learned.batch, self.learned.packed = Batch(), len(indices) > 1
         if self._follows():
             rows.following = Following(scheduler.chain, self.learned.batch, len(noise))
         view = self._view(scheduler, indices, rows)
@@ -247,12 +250,9 @@ class Run:
         tape.record(view)
         with undisturbed(self.pipe):
             returned = view(**call, output_type="latent")[0]
+            if rows.following is not None:
+                returned = rows.following.returned(returned)
             return self._kept(indices, returned, decoder, particles, scheduler.chain.last)
-
-    def _renew_batch(self, indices: Sequence[int]) -> None:
-        """Several prompts are asked for in another way than one."""
-        if self.learned.packed != (len(indices) > 1):
-            self.learned.batch, self.learned.packed = Batch(), len(indices) > 1
 
     def _view(self, scheduler: Any, indices: Sequence[int], rows: Rows) -> Any:
         replaced = {

@@ -96,14 +96,16 @@ class Tape:
         return bool(self._results.get("prepare_latents"))
 
     def _player(self, name: str, method: Callable, latents: Tensor | None) -> Callable:
-        results = iter(list(self._results[name]))
+        results = enumerate(list(self._results[name]), 1)
 
         def play(*args: Any, **kwargs: Any) -> Any:
             try:
-                result = next(results)
+                number, result = next(results)
             except StopIteration:
                 return method(*args, **kwargs)
-            if name != "prepare_latents" or latents is None:
+            # before those of the picture, unCLIP prepares those of its prior
+            is_last = number == len(self._results[name])
+            if name != "prepare_latents" or latents is None or not is_last:
                 return result
             return (latents, *result[1:]) if isinstance(result, tuple) else latents
 

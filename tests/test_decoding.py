@@ -83,8 +83,8 @@ def test_the_head_is_encoded_once_and_nothing_is_decoded_twice(monkeypatch):
     settings = Settings(num_scores=2, score_from=0.3)
     steer(pipe, PROMPT, brightness, 3, settings, progress=False, **keywords)
     # one row is decoded twice before the first move, as at the end and as on the way
-    # a second head tells which arguments hold rows, that what belongs to a row may follow it
-    assert calls == {"encode_prompt": 2, "encode": 2, "decode": 3 + 2}
+    # what stands beside the latents is found among them: no second head has to tell where rows are
+    assert calls == {"encode_prompt": 1, "encode": 1, "decode": 3 + 2}
 
 
 def test_a_preview_decodes_along_the_way_and_the_pipeline_at_the_end():

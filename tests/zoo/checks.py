@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from pictures import assert_same_pictures
 from PIL import Image
 from torch import Tensor
 
@@ -74,7 +74,7 @@ def _a_row(key: str, value: Any) -> Any:
 
 
 def parity(it: Subject) -> None:
-    """With reward_scale 0 it is the pipeline's own call, bit for bit at the same batch."""
+    """With reward_scale 0 its latents are the pipeline's own, bit for bit at the same batch."""
     settings = FeynmanKac(reward_scale=0.0, min_ess=1.0)
     out = run(it, settings)
     gaps = []
@@ -93,8 +93,7 @@ def parity(it: Subject) -> None:
             except RuntimeError:  # HunyuanVideo 1.5 cannot decode several rows
                 return
             images = [image[0] if isinstance(image, list) else image for image in images]
-            for ours, other in zip(out.images[0], images, strict=True):
-                assert np.array_equal(np.asarray(ours), np.asarray(other)), "the images differ"
+            assert_same_pictures(out.images[0], images)  # large ones are decoded in smaller chunks
             return
         gaps.append(f"{(out.latents[0] - theirs.reshape(out.latents[0].shape)).abs().max():.2g}")
     raise AssertionError(f"differs from the pipeline's own call: {gaps}")

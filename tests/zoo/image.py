@@ -70,12 +70,19 @@ ANIMALS: dict[str, Animal] = {
             "StableDiffusion3ControlNetInpaintingPipeline",
             "StableDiffusion3ControlNetPipeline",
             "StableDiffusion3Img2ImgPipeline",
-            "StableDiffusion3InpaintPipeline",
             "StableDiffusion3PAGImg2ImgPipeline",
             "StableDiffusion3PAGPipeline",
             "StableDiffusion3Pipeline",
         )
     },
+    # it takes a network of 16 channels, or one of 33 for latents, mask and masked picture
+    "StableDiffusion3InpaintPipeline": Animal(
+        {
+            "text_encoder_3": {"d_model": 64},
+            "transformer": {"num_layers": 2, "in_channels": 16, "out_channels": 16},
+            "vae": {"latent_channels": 16},
+        }
+    ),
     "HiDreamImagePipeline": Animal({"tokenizer_4": "LlamaTokenizer"}),
     "Ideogram4Pipeline": Animal(
         {"text_encoder": "Qwen3VLModel"},

@@ -37,7 +37,9 @@ ANIMALS: dict[str, Animal] = {
     "LTXImageToVideoPipeline": Animal(
         call={"height": 32, "width": 32, "num_frames": 9}, steer=_DECODE
     ),
-    "LTXI2VLongMultiPromptPipeline": _LTX,
+    "LTXI2VLongMultiPromptPipeline": Animal(
+        call={"height": 32, "width": 32, "negative_prompt": None}
+    ),
     "LTXPipeline": _LTX,
     "Cosmos2_5_TransferPipeline": Animal(
         _SAFE | _KARRAS | {"transformer": {"in_channels": 17, "out_channels": 16}}
@@ -60,7 +62,9 @@ ANIMALS: dict[str, Animal] = {
         {"image_processor": "CLIPImageProcessor", "image_encoder": "CLIPVisionModel"}
     ),
     "SanaImageToVideoPipeline": Animal(
-        {"vae": "AutoencoderKLWan"}, call={"height": 32, "width": 32}
+        {"vae": "AutoencoderKLWan"},
+        call={"height": 32, "width": 32, "frames": 9},
+        steer=_DECODE,
     ),
     "SanaVideoPipeline": Animal({"vae": "AutoencoderKLWan"}, call={"height": 32, "width": 32}),
     "SkyReelsV2ImageToVideoPipeline": Animal(
