@@ -30,9 +30,13 @@ def tiny(name, animal=None):
     return Subject(pipeline_of(name, animal), call_of(name, animal))
 
 
-@pytest.mark.parametrize("name", ["FluxControlPipeline", "FluxControlNetPipeline"])
-def test_a_control_image_encoded_with_each_rows_noise_follows_the_lineage(name):
-    """`lineage` gives all rows the latents and the noise of the first, and finds them equal."""
+@pytest.mark.parametrize(
+    "name", ["FluxControlPipeline", "FluxControlNetPipeline", "StableUnCLIPPipeline"]
+)
+def test_what_the_head_made_of_each_rows_noise_follows_the_lineage(name):
+    """A control image that was encoded, a prior's steps.
+
+    `lineage` gives all rows the latents and the noise of the first, and finds them equal."""
     lineage(tiny(name))
 
 
@@ -177,6 +181,41 @@ def test_what_is_let_go_after_the_second_step_is_what_changes_or_is_one_for_all_
         residual = residual + 1
     assert kept() is None
     assert len(following._kept) == 1
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_what_stands_beside_the_latents_moves_in_what_is_returned_too(tokens):
+    """A video's first frame may be a picture encoded with the row's own noise."""
+    chain = Chain(noise=1.0)
+    following = Following(chain, Learned(), 3)
+    beside = torch.arange(1.0, 4).reshape(3, 1, 1, 1, 1).expand(3, 2, 1, 2, 2)
+    made = torch.randn(3, 2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+
+    def whole(latents):
+        x = torch.cat([beside, latents], 2)
+        return x.flatten(2).transpose(1, 2) if tokens else x
+
+    following.followed("N", {"x": whole(made)}, "x")
+    following.settle(made)
+    assert torch.equal(following.returned(whole(made)), whole(made))
+    chain.step, chain.lineage, chain.last = 1, torch.tensor([2, 0, 0]), made + 1
+    expected = beside[[2, 0, 0]]
+    for moved in (
+        following.followed("N", {"x": whole(made + 1)}, "x")["x"],
+        following.returned(whole(made + 1)),
+    ):
+        parts = moved.transpose(1, 2).unflatten(2, (4, 2, 2)) if tokens else moved
+        assert torch.equal(parts[:, :, :1], expected)
+        assert torch.equal(parts[:, :, 1:], made + 1)
+
+
+def test_a_network_of_the_head_is_not_asked_where_its_latents_are():
+    """A prior is asked before the loop alone, with samples of its own."""
+    chain = Chain(noise=1.0)
+    following = Following(chain, Learned(), 3)
+    following.followed("Prior", {"x": torch.rand(3, 8)}, "x")
+    following.followed("N", {"x": LATENTS}, "x")
+    following.settle(LATENTS)
 
 
 def test_what_stands_beside_the_latents_is_refused_where_it_cannot_be_told_apart():
