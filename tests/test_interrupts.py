@@ -1,5 +1,6 @@
 """Ctrl-C at any time of any script: one line, exit status 130, no traceback."""
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tilt import started
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if "__main__" in p.read_text("utf-8"))
@@ -72,6 +75,30 @@ def check(status: int, said: str, name: str, may_end: bool) -> None:
     else:  # it was over before
         assert may_end, said
         assert status in (0, 2), (status, said)
+
+
+@pytest.fixture
+def handlers():
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    yield
+    signal.signal(signal.SIGINT, before[0])
+    sys.unraisablehook = before[1]
+
+
+def test_what_breaks_after_an_interrupt_that_was_lost_is_the_interrupt(handlers):
+    """As numpy's lazy import does, which calls itself without end once it was cut off."""
+
+    def breaks():
+        raise RecursionError
+
+    def loses():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        breaks()
+
+    assert started.run(loses) == 130
+    with pytest.raises(RecursionError):
+        started.run(breaks)
 
 
 def test_an_interrupt_in_the_middle_of_the_imports(tmp_path):

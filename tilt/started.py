@@ -39,14 +39,23 @@ def say(what: str) -> None:
 def run(main: Callable[[], int | None]) -> int | None:
     """The exit status of main(), which is told of an interrupt by a KeyboardInterrupt.
 
-    One that main() does not answer, as a second one while it answers the first, is answered here.
+    One that main() does not answer, as a second one while it answers the first, is answered here;
+    so is whatever breaks after one that was lost, as in an import that goes on with half a module.
     """
-    _listen(signal.default_int_handler)
+    asked = []
+
+    def interrupt(*given: Any) -> None:
+        asked.append(True)
+        signal.default_int_handler(*given)
+
+    _listen(interrupt)
     sys.unraisablehook = _unraisable
     try:
         status = main()
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        if not (asked or isinstance(error, KeyboardInterrupt)):
+            raise
         say("interrupted")
         status = 130
     _listen(signal.SIG_DFL)  # all is done: another one ends the process without a word
