@@ -1,4 +1,4 @@
-"""Rewards of pictures: one convention, `reward(images, prompts) -> scores`, and sums of them.
+"""Rewards of images: the convention `reward(images, prompts) -> scores`, and sums of rewards.
 
 reward = rewards.load("clip(tiny) + 0.5*ocr(mode=strict)")
 total, components = reward.evaluate(images, prompts)
@@ -24,14 +24,16 @@ __all__ = ["Reward", "WeightedSum", "aggregators", "available", "identity", "loa
 
 @runtime_checkable
 class Reward(Protocol):
-    """What steering and fine-tuning ask of a reward.
+    """What steering and fine-tuning require of a reward.
 
-    images: float (n, 3, h, w) in [0, 1], any device; prompts: n strings; references: pictures
-    to compare with, for the few rewards that need them. Returns float32 (n,) on the images'
-    device, or float64, which stays so; higher is better. Values outside [0, 1] are refused
-    (tolerance 1e-3), never rescaled. A reward may also have `check(prompts)`, which refuses
-    prompts it cannot score, `evaluate(images, prompts, *, references=None) -> (total, {name:
-    scores})`, and `spec`, the text form that `load` makes the same reward from.
+    It is called with images, float (n, 3, h, w) in [0, 1] on any device; n prompts; and
+    references, images to compare with, which only a few rewards need. It returns scores (n,) on
+    the images' device, float32 or float64, of which higher is better. Values outside [0, 1]
+    (tolerance 1e-3) are an error and are never rescaled.
+
+    A reward may also have `check(prompts)`, which raises ValueError for prompts it cannot score;
+    `evaluate(images, prompts, *, references=None) -> (total, {name: scores})`; and `spec`, the
+    text form from which `load` makes the same reward.
     """
 
     name: str
@@ -44,30 +46,33 @@ class Reward(Protocol):
 
 
 def available() -> dict[str, str]:
-    """The built-in rewards: name -> one line."""
-    return {name: description for name, (_, _, description) in sorted(REWARDS.items())}
+    """The built-in rewards, as {name: description}."""
+    return {name: description for name, (_, description) in sorted(REWARDS.items())}
 
 
 def aggregators() -> dict[str, str]:
-    """What makes one reward of others in a spec, `min(clip, ocr)`: name -> one line."""
-    return {name: description for name, (_, _, description) in sorted(AGGREGATORS.items())}
+    """The functions that combine rewards in a spec, as in `min(clip, ocr)`: {name: description}."""
+    return {name: description for name, (_, description) in sorted(AGGREGATORS.items())}
 
 
-@torch.inference_mode(False)  # what is made here may meet gradients later
+@torch.inference_mode(False)  # tensors made here may take part in autograd later
 def load(
     reward: str | Mapping[str, float] | Callable[..., Any],
     device: torch.device | str | None = None,
     imports: bool = False,
 ) -> WeightedSum:
-    """A reward from its text form, a mapping {text form: weight}, or any callable.
+    """Make a reward from its text form, a mapping {text form: weight}, or any callable.
 
-    The text form is described in `rewards.spec`. `device` is where models live; None lets them
-    follow the images. `imports` says that the text is the caller's own: it may then name what is
-    no part of this package, as `module:attribute` (imported, and called with the arguments if it
-    has any or is a class), files, folders, hub repositories and addresses. Without, as befits
-    text that came from elsewhere, these are refused; see `rewards.catalogue`. The `spec` of a
-    callable that cannot be imported, as a lambda, says so, `<lambda>`. ValueError for what is
-    unknown, refused, or cannot be loaded.
+    Args:
+        reward: The text form is described in `rewards.spec`.
+        device: Device of the models; None lets them follow the images.
+        imports: Whether the text is the caller's own. It may then name code as `module:attribute`
+            (imported, and called with the arguments if it has any or is a class), files, folders,
+            hub repositories and addresses. By default, as befits text from elsewhere, these are
+            an error; see `rewards.catalogue`.
+
+    The `spec` of a callable that cannot be imported, such as a lambda, is its name in <>.
+    ValueError for text that is unknown or refused, and for what cannot be loaded.
     """
     _check(device, imports)
     if isinstance(reward, WeightedSum):
@@ -75,21 +80,21 @@ def load(
     if isinstance(reward, str):
         return WeightedSum([_part(term, 1.0, device) for term in read(reward, imports)])
     if isinstance(reward, Mapping):
-        terms = {text: read(text, imports) for text in reward}  # all of them, before any is loaded
+        terms = {text: read(text, imports) for text in reward}  # reads all before loading any
         return WeightedSum([_entry(text, terms[text], reward[text], device) for text in reward])
     return WeightedSum([_callable_part(reward)])
 
 
 def spelled(text: str, imports: bool = False) -> str:
-    """The `spec` that `load` gives the reward of a text, with nothing loaded or imported.
+    """The `spec` of the reward that `load` would make, without loading or importing anything.
 
-    ValueError for what is unknown or refused.
+    ValueError for unknown or refused text.
     """
     return format_terms(_unaliased(read(text, imports)))
 
 
 def _unaliased(terms: Sequence[Term]) -> tuple[Term, ...]:
-    """The terms without aliases that are their names anyhow."""
+    """The terms without aliases that equal their default names."""
     found = []
     for term in terms:
         call = replace(term.call, sums=tuple(_unaliased(each) for each in term.call.sums))
@@ -132,7 +137,7 @@ def _callable_part(reward: Any) -> Part:
 
 
 def _part(term: Term, factor: float, device: torch.device | str | None) -> Part:
-    """A term as `read` gave it, loaded."""
+    """Load a term that `read` returned."""
     call = term.call
     if ":" in call.name:
         made = _imported(call)
@@ -160,7 +165,7 @@ def _imported(call: Call) -> Any:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # it is somebody's own code, and may do anything
+    except Exception as error:  # importing user code can raise anything
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"reward {call.name!r} cannot be imported: {said}") from error
     if call.args or call.kwargs or inspect.isclass(found):

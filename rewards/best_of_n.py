@@ -1,4 +1,4 @@
-"""How well a reward chooses: best-of-n accuracy on files of prompts with right and wrong pictures.
+"""Best-of-n accuracy of a reward on preference files: prompts with chosen and rejected images.
 
 RewardBench 2's format and scores (Malik et al. 2025, arXiv 2506.01937). Legend: n scores.
 """
@@ -28,24 +28,26 @@ __all__ = [
 
 
 def best_of_n(scores: Tensor) -> float:
-    """1 where the first of n scores (n,) is the highest, 1/k where it shares that with k - 1
-    others, else 0 (RewardBench 2, `reroll_and_score_dataset` of allenai/reward-bench)."""
+    """1 where the first of n scores (n,) is the highest, 1/k where k scores share that, else 0.
+
+    RewardBench 2's `reroll_and_score_dataset` (allenai/reward-bench).
+    """
     if not (scores.ndim == 1 and len(scores) > 1 and scores.isfinite().all()):
         raise ValueError(f"a choice needs two or more finite scores but got {scores.tolist()}")
     return float(scores[0] == scores.max()) / int((scores == scores.max()).sum())
 
 
 def ties_score(ref: Mapping[Any, Any], tied: Mapping[Any, Any]) -> float:
-    """RewardBench 2's score of its Ties subset, exactly as published, so up to 1.01.
+    """RewardBench 2's score of its subset Ties, exactly as published, at most 1.01.
 
     0.3 mean[tied is right] + 0.3 mean[ref is right] + 0.2 mean[g > w] + 0.2 mean[min(g, g') > w]
-    + 0.01 mean[tanh(min(g, g')/w - 1)], 0/0 counting 0 in the last; where a prompt is right if
-    every correct answer scores above every wrong one, g is that gap for `tied`, g' for `ref`, and
-    w the spread of the correct answers of `tied` (Malik et al. 2025, arXiv 2506.01937;
+    + 0.01 mean[tanh(min(g, g')/w - 1)], where 0/0 counts 0 in the last term. A prompt is right if
+    every correct answer scores above every wrong one; g is that gap for `tied`, g' for `ref`, and
+    w the range of the correct answers of `tied` (Malik et al. 2025, arXiv 2506.01937;
     `process_single_model` of allenai/reward-bench, commit a009692).
 
-    Args: ref and tied, {id: (scores of the correct answers, scores of the wrong ones)}; ref has
-    one correct answer, tied several. The last three means are over the ids in both.
+    ref and tied are {id: (scores of the correct answers, scores of the wrong ones)}, with one
+    correct answer in ref and several in tied. The last three means are over the ids in both.
     """
     shared = [key for key in ref if key in tied]
     if not shared:
@@ -65,7 +67,7 @@ def ties_score(ref: Mapping[Any, Any], tied: Mapping[Any, Any]) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """A prompt with the pictures that are right and those that are wrong, as paths."""
+    """A prompt with the paths of its chosen and its rejected images."""
 
     prompt: str
     chosen: tuple[str, ...]
@@ -75,10 +77,10 @@ class Choice:
 
 
 def read_choices(path: str | Path) -> list[Choice]:
-    """Choices from a jsonl file of {"prompt", "chosen", "rejected": [...]}, a line each.
+    """Read a .jsonl file with lines {"prompt": ..., "chosen": ..., "rejected": [...]}.
 
-    RewardBench 2's columns: chosen is one path or a list, `subset` and `id` may be there (`ref:7`
-    and `tied:7` in the subset Ties), other keys are ignored. ValueError names the line.
+    The keys are RewardBench 2's: chosen is one path or a list; `subset` and `id` (`ref:7` and
+    `tied:7` in the subset Ties) are optional; others are ignored. ValueError names a broken line.
     """
     choices = []
     try:
@@ -102,7 +104,7 @@ def read_choices(path: str | Path) -> list[Choice]:
 
 
 def _choice(entry: Any) -> Choice | None:
-    """None where a column is missing or of another kind."""
+    """The choice of a line, or None where a value has another type."""
     prompt, chosen, rejected = entry["prompt"], entry["chosen"], entry["rejected"]
     chosen = [chosen] if isinstance(chosen, str) else chosen
     lists = all(isinstance(paths, list) and paths for paths in (chosen, rejected))
@@ -113,7 +115,7 @@ def _choice(entry: Any) -> Choice | None:
 
 
 def score_choices(reward: Any, choices: Sequence[Choice], folder: str | Path = "") -> list[Tensor]:
-    """The scores of each choice's pictures, chosen first; paths are relative to `folder`."""
+    """The scores of each choice's images, chosen first; paths are relative to `folder`."""
     scores = []
     for choice in choices:
         found = []
@@ -128,11 +130,11 @@ def _picture(path: Path) -> Tensor:
         with Image.open(path) as picture:
             return to_images(picture)
     except OSError as error:
-        raise ValueError(f"the picture {path} of a choice cannot be read: {error}") from error
+        raise ValueError(f"the image {path} of a choice cannot be read: {error}") from error
 
 
 def choice_results(choices: Sequence[Choice], scores: Sequence[Tensor]) -> dict[str, float]:
-    """{subset: mean of best_of_n}, and for the subset called Ties its ties_score."""
+    """The mean of `best_of_n` for each subset, and `ties_score` for the subset Ties."""
     ties: dict[str, dict[str, Any]] = {"ref": {}, "tied": {}}
     credits: dict[str, list[float]] = {}
     for choice, values in zip(choices, scores, strict=True):
@@ -146,7 +148,7 @@ def choice_results(choices: Sequence[Choice], scores: Sequence[Tensor]) -> dict[
             credits.setdefault(choice.subset, []).append(best_of_n(values))
         else:
             raise ValueError(
-                f"the prompt {choice.prompt!r} has {right} chosen pictures; give one, or put it "
+                f"the prompt {choice.prompt!r} has {right} chosen images; give one, or put it "
                 "into the subset Ties"
             )
     results = {subset: sum(found) / len(found) for subset, found in credits.items()}

@@ -1,15 +1,15 @@
-"""Which rewards there are, and what a spec means before anything is loaded.
+"""The built-in rewards, and the meaning of a spec before anything is loaded.
 
-`read` parses a spec, gives every argument its name, and refuses what cannot be. It also decides
-what a text may reach. With `imports` it is the caller's own, and may reach anything. Without,
-it may be anybody's, and what it can do is listed:
+`read` parses a spec, names every argument, and raises ValueError for unknown ones. It also
+decides what a text may access. With `imports` the text is the caller's own and may access
+anything. Without, it may come from anybody, and may name:
 
     built-in rewards and aggregators, with numbers, true, false, none, and the words of CHOICES
-    `tiny`, `random:<seed>` or what is left out as weights; any other text only if it is the default
+    `tiny` and `random:<seed>` as weights; any other text only where it is the default
 
-So it cannot import code, open a file or a folder of its choice, fetch a hub repository of its
-choice, send a request, or read the environment. It can still cost time and memory: bound its
-length, and set HF_HUB_OFFLINE=1 where it must not download the usual weights.
+So it cannot import code, open a file or a folder of its choice, download a hub repository of its
+choice, send a request, or read the environment. It can still use time and memory: limit its
+length, and set HF_HUB_OFFLINE=1 where it must not download the default weights.
 """
 
 from __future__ import annotations
@@ -31,64 +31,28 @@ from .spec import AGGREGATORS, Call, Term, Value, aggregator, parse
 
 __all__ = ["CHOICES", "REWARDS", "WEIGHTS", "OutsideError", "factory_of", "identity", "read"]
 
-# name -> (module, class, description); the modules import their models only when constructed
+# name -> (module and class in rewards.models, description); a module is imported when it is used
 REWARDS = {
-    "aesthetic": (
-        "rewards.models.aesthetic",
-        "AestheticReward",
-        "how pleasing LAION's raters find it",
-    ),
-    "clip": ("rewards.models.clip", "ClipReward", "cosine of picture and prompt in CLIP's space"),
-    "critic": (
-        "rewards.models.critic",
-        "CriticReward",
-        "references told from samples, as it was trained",
-    ),
-    "dino": (
-        "rewards.models.dino",
-        "DinoReward",
-        "likeness to reference pictures in DINO's features",
-    ),
-    "hps": ("rewards.models.hps", "HpsReward", "human preference score, v2 or v2.1"),
-    "imagereward": (
-        "rewards.models.imagereward",
-        "ImageRewardReward",
-        "preference learned on BLIP",
-    ),
-    "jpeg": (
-        "rewards.models.jpeg",
-        "JpegReward",
-        "size as JPEG: small (default) or large files score high",
-    ),
-    "judge": (
-        "rewards.models.vlm_judge",
-        "JudgeReward",
-        "a vision-language model's answer to a question",
-    ),
-    "objects": (
-        "rewards.models.objects",
-        "ObjectsReward",
-        "the things, counts, colours and places a prompt asks for, detected",
-    ),
-    "ocr": (
-        "rewards.models.ocr",
-        "OcrReward",
-        "the prompt's quoted text, as an OCR engine reads it",
-    ),
-    "pickscore": (
-        "rewards.models.pickscore",
-        "PickScoreReward",
-        "preference of Pick-a-Pic's users",
-    ),
-    "siglip": ("rewards.models.siglip", "SiglipReward", "SigLIP's match of picture and prompt"),
+    "aesthetic": ("aesthetic.AestheticReward", "aesthetic rating by LAION's predictors"),
+    "clip": ("clip.ClipReward", "cosine of image and prompt in CLIP's space"),
+    "critic": ("critic.CriticReward", "trained to tell references from a model's samples"),
+    "dino": ("dino.DinoReward", "similarity to reference images in DINO's features"),
+    "hps": ("hps.HpsReward", "human preference score, v2 or v2.1"),
+    "imagereward": ("imagereward.ImageRewardReward", "human preference, learned on BLIP"),
+    "jpeg": ("jpeg.JpegReward", "size as JPEG: small (default) or large files score high"),
+    "judge": ("vlm_judge.JudgeReward", "a vision-language model's answer to a question"),
+    "objects": ("objects.ObjectsReward", "objects, counts, colours and positions, by a detector"),
+    "ocr": ("ocr.OcrReward", "the prompt's quoted text, as an OCR engine reads it"),
+    "pickscore": ("pickscore.PickScoreReward", "preference of Pick-a-Pic's users"),
+    "siglip": ("siglip.SiglipReward", "SigLIP's similarity of image and prompt"),
 }
-# arguments whose texts are some that the reward knows, and opens nothing by
+# arguments whose texts are names that the reward defines, so that they open nothing
 CHOICES = {
     "detector", "engine", "invalid", "method", "mode", "pool", "preset", "scale", "version",
 }  # fmt: skip
 MEGABYTE = 2**20
-WEIGHTS = {"clip", "colours", "source"}  # arguments that name weights
-# names that other software gives to what is here, where the nearest name would be another's
+WEIGHTS = {"clip", "colours", "source"}  # arguments that may name weights
+# hints for names of other software, where the most similar name would be a different reward
 ELSEWHERE = {
     "hpsv2": "write hps(version=v2) or hps(version=v2.1)",
     "hpsv3": "HPSv3 is not among them (hps has v2 and v2.1); a function of yours can be one",
@@ -100,7 +64,7 @@ ELSEWHERE = {
 
 
 class OutsideError(ValueError):
-    """A text of unknown origin asks for more than it may; `what` says for what."""
+    """A text of unknown origin would access something outside this package, described by `what`."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -111,21 +75,21 @@ class OutsideError(ValueError):
 
 
 def read(text: str, imports: bool = False) -> tuple[Term, ...]:
-    """The terms of a spec, their arguments named, in the order of the reward's own.
+    """The terms of a spec, with named arguments in the order of the reward's signature.
 
-    Nothing is loaded. ValueError for what is unknown or cannot be read, and, unless `imports`, its
-    OutsideError for what is not in the list above.
+    Nothing is loaded. ValueError for unknown names and syntax errors, and, unless `imports`, its
+    subclass OutsideError for what the module docstring does not list.
     """
     return tuple(_term(term, imports) for term in parse(text))
 
 
 def identity(text: str) -> str:
-    """12 hex digits that tell the reward of a spec from what the same spec once meant.
+    """12 hexadecimal digits that change when the same spec comes to mean another reward.
 
-    They differ where the code or the embedded weights of this package do, or a file, a folder (what
-    lies in it, not deeper) or a module (MODULE:NAME) that the spec names; of a file above two
-    megabytes its size, first and last megabyte are looked at. Weights from a hub, and what a module
-    imports, are not.
+    They depend on the code and the embedded weights of this package, and on the files, folders
+    (what is directly in them) and modules (MODULE:NAME) that the spec names; of a file above two
+    megabytes, on its size, first and last megabyte. They do not depend on weights from a hub or on
+    what a module imports.
     """
     found = hashlib.sha256(_own())
     for value in _texts(read(text, imports=True)):
@@ -138,7 +102,7 @@ def identity(text: str) -> str:
 
 
 def _module(name: str) -> str:
-    """The file of MODULE:NAME, "" where there is none to be found without importing it."""
+    """The file of MODULE:NAME, or "" where it cannot be found without importing it."""
     try:
         found = importlib.util.find_spec(re.split("[.:]", name)[0])
     except (ImportError, ValueError):
@@ -153,7 +117,7 @@ def _own() -> bytes:
 
 
 def _content(top: Path, paths: Iterable[Path]) -> bytes:
-    """What tells these files, by their names below `top`, from others."""
+    """A digest of files and of their names below `top`."""
     found = hashlib.sha256()
     for file in sorted(path for path in paths if path.is_file()):
         if "__pycache__" in file.parts:
@@ -168,7 +132,7 @@ def _content(top: Path, paths: Iterable[Path]) -> bytes:
 
 
 def _texts(terms: Sequence[Term]) -> Iterator[str]:
-    """Every argument that is text, those of rewards within others too, and files of modules."""
+    """All arguments that are text, also of nested rewards, and the files of named modules."""
     for call in (term.call for term in terms):
         yield from [_module(call.name)] if ":" in call.name else []
         yield from (v for v in (*call.args, *dict(call.kwargs).values()) if isinstance(v, str))
@@ -178,8 +142,8 @@ def _texts(terms: Sequence[Term]) -> Iterator[str]:
 
 def factory_of(name: str) -> Callable[..., Any]:
     """The class of a built-in reward."""
-    module, attribute, _ = REWARDS[name]
-    return getattr(importlib.import_module(module), attribute)
+    module, _, attribute = REWARDS[name][0].partition(".")
+    return getattr(importlib.import_module(f"rewards.models.{module}"), attribute)
 
 
 def _term(term: Term, imports: bool) -> Term:
@@ -207,21 +171,21 @@ def _term(term: Term, imports: bool) -> Term:
 
 
 def _reaches(name: str, key: str, value: Value) -> bool:
-    """Whether this argument opens, imports or asks what the text chose."""
+    """Whether this argument would open, import or request something that the text chose."""
     if not isinstance(value, str):
         return False
     if key in CHOICES:
-        return ":" in value  # a detector of one's own is module:function
+        return ":" in value  # module:function names a detector of the user
     if key in WEIGHTS and (value == "tiny" or re.fullmatch(r"random:[0-9]{1,19}", value)):
         return False
     made_by = factory_of(name) if name in REWARDS else aggregator(name)[0]
     parameter = inspect.signature(made_by).parameters[key]
     takes_text = "str" in str(parameter.annotation) or parameter.annotation is parameter.empty
-    return takes_text and value != parameter.default  # where none is taken it is refused as such
+    return takes_text and value != parameter.default  # other types are refused by the reward
 
 
 def _built_in(call: Call) -> Call:
-    """Every argument by its name, in the order of the reward's own."""
+    """The call with every argument named, in the order of the reward's signature."""
     parameters = inspect.signature(factory_of(call.name)).parameters
     names = [name for name in parameters if name != "device"]
     if len(call.args) > len(names):

@@ -1,4 +1,4 @@
-"""Rewards made of rewards, with the value of every component beside the total.
+"""Sums and other combinations of rewards, which also report the value of every component.
 
 Legend: n images.
 """
@@ -26,8 +26,9 @@ Range = tuple[float | None, float | None]
 class Function:
     """Any `f(images, prompts)` as a reward: n numbers, as a tensor or a sequence.
 
-    `references` is handed on where the function has such a parameter. The range is unknown;
-    `differentiable` is the function's attribute of that name, else False: no gradients then.
+    `references` is passed on if the function has such a parameter. The range is unknown.
+    `differentiable` is the function's attribute of that name; where it has none, it is False and
+    the function is called without gradients.
     """
 
     range = (None, None)
@@ -50,7 +51,7 @@ class Function:
 
 
 def _wants_references(function: Callable[..., Any], name: str) -> bool:
-    """Whether there is such a parameter; ValueError where f(images, prompts) cannot be called."""
+    """Whether it has that parameter; ValueError where f(images, prompts) cannot be called."""
     try:
         signature = inspect.signature(function)
     except ValueError:  # some functions written in C have none
@@ -67,7 +68,7 @@ def _wants_references(function: Callable[..., Any], name: str) -> bool:
 
 @dataclass(frozen=True)
 class Part:
-    """One component: the name it is reported under, its weight, the reward and how it was made."""
+    """One component: its name in the report, its weight, the reward, and the call that made it."""
 
     name: str
     weight: float
@@ -80,12 +81,12 @@ class Part:
 
 
 class WeightedSum:
-    """total = Σ weight · component, each component also returned by itself, unweighted.
+    """total = Σ weight · component, where each component is also returned, unweighted.
 
-    A component of weight 0 is evaluated and reported but never added (so it may be infinite),
-    and passes no gradient. `evaluate` gives total and components from one evaluation; the
-    components of an aggregator come after its own value. A NaN, a component's word for "no
-    answer", stays one in the total.
+    A component of weight 0 is evaluated and reported but never added, so it may be infinite, and
+    it passes no gradient. `evaluate` returns the total and the components; those of an aggregator
+    follow its own value. NaN, by which a component reports that it has no score, makes the total
+    NaN as well.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -96,23 +97,23 @@ class WeightedSum:
 
     @property
     def name(self) -> str:
-        """The component's name if there is only one, of weight 1, else the spec."""
+        """The component's name if there is only one, of weight 1, or else the spec."""
         alone = len(self.parts) == 1 and self.parts[0].weight == 1
         return self.parts[0].name if alone else str(self)
 
     @property
     def differentiable(self) -> bool:
-        """Whether every component that counts is."""
+        """Whether every component of a weight other than 0 is."""
         return all(part.reward.differentiable for part in self.parts if part.weight)
 
     @property
     def wants_references(self) -> bool:
-        """Whether any component looks at references; one that does not say so may."""
+        """Whether any component uses references; one without this attribute is assumed to."""
         return any(getattr(part.reward, "wants_references", True) for part in self.parts)
 
     @property
     def range(self) -> Range:
-        """Bounds of the total; None where a component has none."""
+        """Bounds of the total, None where a component has none."""
         counted = [part for part in self.parts if part.weight]
         ends = [part.reward.range[:: 1 if part.weight > 0 else -1] for part in counted]
         low, high = (
@@ -129,10 +130,10 @@ class WeightedSum:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total (n,) and {name: component (n,)} on the images' device: float32, or float64 where a
-        component is.
+        """The total (n,) and {name: component (n,)} on the images' device.
 
-        They pass gradients only where the sum is `differentiable`: half a gradient misleads.
+        They are float32, or float64 where a component is. They pass gradients only where the
+        whole sum is `differentiable`, since a partial gradient misleads.
         """
         components = self.components(images, prompts, references=references)
         total = torch.zeros(len(images), device=images.device)
@@ -144,10 +145,10 @@ class WeightedSum:
     def components(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> dict[str, Tensor]:
-        """{name: scores (n,)}, unweighted, in the order of the spec."""
+        """The unweighted scores {name: (n,)}, in the order of the spec."""
         found = {}
         with sharing():
-            # those that pass gradients first: what they saw serves the others too
+            # those with gradients first, because the others can use their features from the cache
             for part in sorted(self.parts, key=lambda part: part.weight == 0):
                 with _gradients(self.differentiable and part.weight != 0):
                     found |= _scored(part, images, prompts, references)
@@ -159,7 +160,7 @@ class WeightedSum:
         return any(part.weight for part in self.parts)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that a component cannot score, before any work is done."""
+        """Raise ValueError for prompts that a component cannot score."""
         check_prompts(prompts)
         for part in self.parts:
             if hasattr(part.reward, "check"):
@@ -167,12 +168,12 @@ class WeightedSum:
 
     @property
     def spec(self) -> str:
-        """The text form with every argument; what is on record of a run, and `load` reads."""
+        """The text form with every argument, from which `load` makes the same reward."""
         return str(self)
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """What `str` writes, as data."""
+        """The parsed form of `spec`."""
         return tuple(
             Term(part.call, part.weight, "" if part.name == default_name(part.call) else part.name)
             for part in self.parts
@@ -192,7 +193,7 @@ class WeightedSum:
 
 
 class Scores(Protocol):
-    """(images, prompts, references) -> the score (n,) and those of the components by name."""
+    """(images, prompts, references) -> the score (n,) and the scores of the components by name."""
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], references: Any, /
@@ -203,8 +204,10 @@ class Scores(Protocol):
 class Aggregate:
     """One reward made of others; the modules of `rewards.algebra` make them.
 
-    members: the sums that it is made of; score: what it makes of them; references: whether it
-    looks at reference pictures itself. A member whose weights are all 0 is only logged.
+    Attributes:
+        members: The sums that it combines. One whose weights are all 0 is only reported.
+        score: The function that combines them.
+        references: Whether the function itself uses reference images.
     """
 
     name: str
@@ -219,16 +222,16 @@ class Aggregate:
 
     @property
     def differentiable(self) -> bool:
-        """Whether every component that counts is."""
+        """Whether every component of a weight other than 0 is."""
         return all(member.differentiable for member in self.members)
 
     @property
     def wants_references(self) -> bool:
-        """Whether it, or any component, looks at references."""
+        """Whether it, or any component, uses references."""
         return self.references or any(member.wants_references for member in self.members)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that a component cannot score, before any work is done."""
+        """Raise ValueError for prompts that a component cannot score."""
         for member in self.members:
             member.check(prompts)
 
@@ -238,14 +241,14 @@ class Aggregate:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Score (n,) and {name: component (n,)} on the images' device, float32 or float64."""
+        """The score (n,) and {name: component (n,)} on the images' device, float32 or float64."""
         check_inputs(images, prompts)
         with sharing(), _gradients(self.differentiable):
             return self.score(images, prompts, references)
 
 
 def _scored(part: Part, images: Tensor, prompts: Sequence[str], references: Any) -> dict[str, Any]:
-    """The scores of one component, and after them those of the components that it is made of."""
+    """The scores of one component, followed by those of its own components."""
     inner = {}
     if isinstance(part.reward, Aggregate):
         scores, inner = part.reward.evaluate(images, prompts, references=references)
@@ -264,8 +267,10 @@ def _gradients(wanted: bool) -> Any:
 
 
 def _numbers(name: str, scores: Any, images: Tensor) -> Tensor:
-    """Scores of any form on the images' device, float32 but for float64, which stays where the
-    device has it; ValueError where they are no numbers."""
+    """Scores of any type as a tensor on the images' device, float32 unless they are float64.
+
+    ValueError where they are no real numbers.
+    """
     try:
         found = torch.as_tensor(scores)
         double = found.dtype == torch.float64 and images.device.type != "mps"
@@ -279,7 +284,7 @@ def _numbers(name: str, scores: Any, images: Tensor) -> Tensor:
 
 
 def component_names(parts: Sequence[Part]) -> list[str]:
-    """What `evaluate` reports, in that order."""
+    """The names that `evaluate` reports, in order."""
     names = []
     for part in parts:
         names.append(part.name)
@@ -290,7 +295,7 @@ def component_names(parts: Sequence[Part]) -> list[str]:
 
 
 def names_in(spec: str) -> list[str]:
-    """The same of a reward that is not loaded, by its `spec`."""
+    """The names that the reward of a spec would report, without loading it."""
     return _names_in(parse(spec))
 
 
@@ -304,7 +309,7 @@ def _names_in(terms: Sequence[Term]) -> list[str]:
 
 
 def _refuse_twins(names: Sequence[str]) -> None:
-    # from the end, for twins inside aggregators make twins of the aggregators' names
+    # from the end: equal names inside aggregators cause equal names of the aggregators
     for name in reversed(names):
         if names.count(name) > 1:
             raise ValueError(
@@ -313,7 +318,7 @@ def _refuse_twins(names: Sequence[str]) -> None:
 
 
 def call_of(reward: Any, otherwise: Call) -> Call:
-    """How a reward was made, where its `spec` says so, as that of the built-in ones does."""
+    """The call that made a reward, if its `spec` is one call, or else `otherwise`."""
     spec = getattr(reward, "spec", None)
     if spec and len(terms := parse(spec)) == 1 and terms[0].weight == 1:
         return terms[0].call
@@ -321,9 +326,9 @@ def call_of(reward: Any, otherwise: Call) -> Call:
 
 
 def default_name(call: Call) -> str:
-    """The name a component is reported under unless an alias says otherwise.
+    """The name under which a component is reported if it has no alias.
 
-    An aggregator of a single reward adds that one's name to its own: `clip_above_ocr`.
+    An aggregator of a single reward appends its name, as in `clip_above_ocr`.
     """
     if [len(terms) for terms in call.sums] == [1]:
         (term,) = call.sums[0]

@@ -1,4 +1,4 @@
-"""Features of the same pictures, computed once for all rewards that look at them together."""
+"""Features of images, computed once for all rewards of one evaluation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 __all__ = ["shared", "sharing"]
 
 T = TypeVar("T")
-# None outside `sharing()`: a reward called by itself keeps nothing of its pictures
+# None outside `sharing()`, so that a reward called by itself caches nothing
 _TABLE: ContextVar[dict[Any, tuple[Any, ...]] | None] = ContextVar("shared features", default=None)
 
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """Within it, `shared` remembers. A sum of rewards opens it for each evaluation."""
-    if _TABLE.get() is not None:  # a sum inside a sum uses the outer one's
+    """The context in which `shared` caches. A sum of rewards opens one for each evaluation."""
+    if _TABLE.get() is not None:  # a nested sum uses the outer cache
         yield
         return
     token = _TABLE.set({})
@@ -31,10 +31,10 @@ def sharing() -> Iterator[None]:
 
 
 def shared(owner: Any, images: Tensor, make: Callable[[], T]) -> T:
-    """`make()`, the features that `owner` (a tower) sees in `images`, or what it gave before.
+    """Return `make()`, the features of `images` by `owner`, or the cached result.
 
-    The very same tensor object is asked for. Features made without gradients are no substitute
-    for those with; these do for both.
+    `images` is compared by identity. Features that were computed without gradients are not used
+    where gradients are enabled; those with gradients are used for both.
     """
     table = _TABLE.get()
     if table is None:
@@ -43,5 +43,5 @@ def shared(owner: Any, images: Tensor, make: Callable[[], T]) -> T:
     if not torch.is_grad_enabled() and key not in table:
         key = (id(owner), id(images), False)
     if key not in table:
-        table[key] = (make(), owner, images)  # the last two keep their ids from being used again
+        table[key] = (make(), owner, images)  # holding these keeps their ids from being reused
     return table[key][0]

@@ -1,6 +1,6 @@
-"""Pictures as tensors: conversion, checks, and a differentiable resize that equals PIL's.
+"""Images as tensors: conversion, checks, and a differentiable resize that equals PIL's.
 
-Legend: n images, h w their size. A picture is float ``(n, 3, h, w)`` in [0, 1], RGB.
+Legend: n images, h w their size. Images are float ``(n, 3, h, w)`` in [0, 1], RGB.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -26,14 +26,14 @@ __all__ = [
     "to_uint8",
 ]
 
-TOLERANCE = 1e-3  # decoders overshoot [0, 1] by rounding; anything beyond is another range
+TOLERANCE = 1e-3  # decoders exceed [0, 1] by rounding; larger values mean another range
 FILTERS = {"bilinear": 1.0, "bicubic": 2.0}  # name -> support in source pixels
-FIXED_POINT = 1 << 22  # PIL keeps 8-bit resampling weights as integers over this
+FIXED_POINT = 1 << 22  # PIL stores 8-bit resampling weights as integers with this divisor
 PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
-    """Refuse anything but float ``(n, 3, h, w)`` in [0, 1] with n prompts (tolerance 1e-3)."""
+    """Require float images ``(n, 3, h, w)`` in [0, 1] (tolerance 1e-3) and n prompts."""
     shape = tuple(images.shape) if isinstance(images, Tensor) else ()
     if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < 1:
         raise ValueError(
@@ -56,16 +56,16 @@ def check_inputs(images: Tensor, prompts: Sequence[str]) -> None:
     if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):
         raise ValueError(
             f"a reward takes images in [0, 1] but these lie in [{low:.4g}, {high:.4g}]; "
-            "bring them to [0, 1] first ((x + 1) / 2 for a VAE's [-1, 1], x / 255 for bytes)"
+            "scale them to [0, 1] first ((x + 1) / 2 for a VAE's [-1, 1], x / 255 for bytes)"
         )
 
 
 def check_prompts(prompts: Any) -> None:
-    """Refuse anything but a sequence of texts that UTF-8 can hold."""
+    """Require a sequence of strings that UTF-8 can encode."""
     a_list = hasattr(prompts, "__len__") and not isinstance(prompts, str | Mapping | Set)
     if not a_list:
         got = "one string" if isinstance(prompts, str) else f"{prompts!r:.80}"
-        raise ValueError(f"prompts are a list of texts, one an image, but got {got}")
+        raise ValueError(f"prompts must be a list of texts, one for each image, but got {got}")
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise ValueError(
@@ -85,19 +85,19 @@ def _extremes(images: Tensor) -> list[float]:
 
 
 def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor:
-    """One picture or many, as float32 ``(n, 3, h, w)`` in [0, 1].
+    """Convert one image or several to float32 ``(n, 3, h, w)`` in [0, 1].
 
     Takes a PIL image (see `rgb`), a NumPy array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or
-    (n, 3, h, w) (channels last where only that fits), or a sequence of these of one size.
-    Bytes are divided by 255; floats must already lie in [0, 1]. ValueError for anything else.
+    (n, 3, h, w) (or channels last, where only that fits), or a sequence of these of one size.
+    Bytes are divided by 255; floats must already be in [0, 1]. ValueError for anything else.
     """
     if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
         parts = [to_images(picture, device) for picture in pictures]
         if not parts:
-            raise ValueError("to_images() got an empty sequence; give it at least one picture")
+            raise ValueError("to_images() got an empty sequence; pass at least one image")
         sizes = {tuple(part.shape[2:]) for part in parts}
         if len(sizes) > 1:
-            raise ValueError(f"pictures of one size are needed but got (h, w) {sorted(sizes)}")
+            raise ValueError(f"images of one size are needed but got (h, w) {sorted(sizes)}")
         return torch.cat(parts)
     if isinstance(pictures, Image.Image):
         pictures = np.array(rgb(pictures))
@@ -110,34 +110,34 @@ def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor
             "to_images() takes PIL images, NumPy arrays or tensors but got a "
             f"{type(pictures).__name__}; open files with PIL.Image.open()"
         )
-    x = x.contiguous()  # channels last, as bytes come, would slow down everything that follows
+    x = x.contiguous()  # strided channels would slow down everything that follows
     if x.dtype == torch.uint8:
         x = x.to(device).float() / 255
     elif x.is_floating_point():
         x = x.to(device).float()
     else:
-        raise ValueError(f"pictures are bytes or floats in [0, 1] but got {x.dtype}")
+        raise ValueError(f"images are bytes or floats in [0, 1] but got {x.dtype}")
     check_inputs(x, [""] * len(x))
     return x
 
 
 def rgb(picture: Image.Image) -> Image.Image:
-    """A PIL image of any 8-bit mode as RGB. Transparency is dropped, not blended, as CLIP's own
-    preprocessing does: what shows is the colour that the file has below it.
+    """Convert a PIL image of any 8-bit mode to RGB.
 
-    ValueError for the modes I and F and their kin, of more bits: Pillow cuts those off at 255, so
-    that a 16-bit picture would be white.
+    Transparency is dropped, not blended, as in CLIP's own preprocessing. ValueError for the modes
+    with more bits, such as I and F: Pillow clips them at 255, which would turn a 16-bit image
+    white.
     """
     if picture.mode.partition(";")[0] in ("I", "F"):
         raise ValueError(
-            f"a picture has PIL's mode {picture.mode!r}, of more than 8 bits a pixel, and what "
-            "is white in it is not known; save it with 8 bits a channel"
+            f"an image has PIL's mode {picture.mode!r}, with more than 8 bits a pixel, whose value "
+            "of white is not known; save it with 8 bits a channel"
         )
     return picture.convert("RGB")
 
 
 def _channels_first(x: Tensor, *, last: bool) -> Tensor:
-    """Bring (h, w, 3), (n, h, w, 3), (3, h, w) or (n, 3, h, w) to (n, 3, h, w)."""
+    """Convert (h, w, 3), (n, h, w, 3), (3, h, w) or (n, 3, h, w) to (n, 3, h, w)."""
     shape = tuple(x.shape)
     x = x.unsqueeze(0) if x.ndim == 3 else x
     if x.ndim == 4:
@@ -146,30 +146,30 @@ def _channels_first(x: Tensor, *, last: bool) -> Tensor:
             return x.permute(0, 3, 1, 2)
         if fits_first:
             return x
-    raise ValueError(f"pictures have three colour channels, (n, h, w, 3) or (n, 3, h, w): {shape}")
+    raise ValueError(f"images have three channels, (n, h, w, 3) or (n, 3, h, w), but got {shape}")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """The bytes a PNG would hold, (n, h, w, 3): rounded to the nearest, as diffusers saves them."""
+    """Bytes (n, h, w, 3), rounded to the nearest as diffusers does when it saves a PNG."""
     x = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return np.ascontiguousarray(x.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std per colour channel."""
+    """Return (x - mean) / std for each colour channel."""
     m, s = (images.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
     return (images - m) / s
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is remembered here may meet gradients later
+@torch.inference_mode(False)  # the cached tensor may take part in autograd later
 def resize_matrix(
     source: int, target: int, filter: str = "bicubic", window: tuple[int, int] | None = None
 ) -> Tensor:
     """The (target, source) weights of one antialiased pass, float64, each row summing to 1.
 
-    Pixel i of the result is centred at (i + 1/2)·source/target; shrinking widens the kernel by
-    the same factor. The bicubic kernel is Keys' with a = -1/2, PIL's choice. `window` takes the
+    Pixel i of the result is centred at (i + 1/2)·source/target; downscaling widens the kernel by
+    the same factor. The bicubic kernel is Keys' with a = -1/2, as in PIL. `window` selects the
     rows from its first number up to its second.
     """
     scale = source / target
@@ -195,9 +195,10 @@ def resize_matrix(
 def _bands(
     source: int, target: int, filter: str, window: tuple[int, int]
 ) -> list[tuple[int, int, Tensor]]:
-    """The weights in an eighth of their rows each, without the columns that are 0 there.
+    """The weights in bands of an eighth of the rows each, without the columns that are 0 there.
 
-    A band of pixels reaches only its neighbourhood: half of the arithmetic, or less, is left.
+    Each entry is (first column, end column, weights). Pixels depend on their neighbourhood only,
+    so this saves at least half of the arithmetic.
     """
     bands = []
     matrix = resize_matrix(source, target, filter, window)
@@ -215,16 +216,22 @@ def resize(
     exact: bool = False,
     window: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Resize as PIL does (antialiased), differentiably: two matrix products with a clamp between.
+    """Resize as PIL does, antialiased and differentiably: two matrix products, clamped in between.
 
-    PIL clips to bytes after each of its two passes; without the clip between them a sharp
-    picture that is enlarged comes out up to 46/255 different. ``exact=False`` leaves out PIL's
-    rounding only (1.5/255 at most, on pictures of bytes). ``exact=True`` repeats its integer
-    arithmetic and gives its very bytes, with the gradient passed straight through the rounding.
+    PIL clips to bytes after each of its two passes. Without the clip between them a sharp image
+    that is enlarged differs by up to 46/255.
 
-    Args: images float (n, 3, h, w) in [0, 1]; size (H, W); window, the rows and the columns of
-    the result that are wanted, ((top, bottom), (left, right)): the others are not computed.
-    Returns the dtype and device of ``images``; half precision is computed in float32.
+    Args:
+        images: Float (n, 3, h, w) in [0, 1].
+        size: The new size (H, W).
+        filter: bicubic or bilinear.
+        exact: Whether to repeat PIL's integer arithmetic and return exactly its bytes, with a
+            straight-through gradient. False leaves out PIL's rounding only, which changes images
+            of bytes by at most 1.5/255.
+        window: The rows and columns of the result to compute, ((top, bottom), (left, right)).
+
+    Returns:
+        Images of the same dtype and device; half precision is computed in float32.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter is {filter!r} but resize() knows {sorted(FILTERS)}")
@@ -232,7 +239,7 @@ def resize(
     if height < 1 or width < 1:
         raise ValueError(f"size is {size} but must be (H, W) of positive integers")
     dtype = torch.promote_types(images.dtype, torch.float32)
-    if exact and images.device.type != "mps":  # which has no float64 and stays within 2/255
+    if exact and images.device.type != "mps":  # without float64 the error is at most 2/255
         dtype = torch.float64
     h, w = images.shape[2:]
     rows, columns = window or ((0, height), (0, width))
@@ -241,27 +248,32 @@ def resize(
     x = x if height != h else x[..., slice(*rows), :]
     x = _round(x * 255) if exact else x
     passes = ["width"] * (width != w) + ["height"] * (height != h)
-    # Pillow 13 shrinks the height first where that saves work, and the clip makes order matter
+    # Pillow 13 reduces the height first where that is faster; the clip makes the order matter
     if PILLOW >= 13 and h - height > max(0, 2 * (w - width)):
         passes.reverse()
     with torch.autocast(images.device.type, enabled=False):
         for axis in passes:
             part = (w, width, filter, columns) if axis == "width" else (h, height, filter, rows)
-            parts = []
-            for first, end, weights in _bands(*part):
-                weights = (weights * FIXED_POINT).round() / FIXED_POINT if exact else weights
-                weights = weights.to(x.dtype).to(x.device)
-                if axis == "width":
-                    parts.append(x[..., first:end] @ weights.T)
-                else:
-                    parts.append(weights @ x[..., first:end, :])
-            x = torch.cat(parts, -1 if axis == "width" else -2)
+            x = _resample(x, axis, _bands(*part), exact)
             x = _round(x) if exact else x.clamp(0, 1)
     return (x / 255 if exact else x).to(images.dtype)
 
 
+def _resample(x: Tensor, axis: str, bands: list[tuple[int, int, Tensor]], exact: bool) -> Tensor:
+    """Multiply one axis of x by the weights in bands."""
+    parts = []
+    for first, end, weights in bands:
+        weights = (weights * FIXED_POINT).round() / FIXED_POINT if exact else weights
+        weights = weights.to(x.dtype).to(x.device)
+        if axis == "width":
+            parts.append(x[..., first:end] @ weights.T)
+        else:
+            parts.append(weights @ x[..., first:end, :])
+    return torch.cat(parts, -1 if axis == "width" else -2)
+
+
 def _round(x: Tensor) -> Tensor:
-    """Clip to [0, 255] and round halves up, as PIL does; the gradient passes straight through."""
+    """Clip to [0, 255] and round halves up, as PIL does, with a straight-through gradient."""
     x = x.clamp(0, 255)
     whole = (x.detach() + 0.5).floor()
     return whole + (x - x.detach())

@@ -1,7 +1,7 @@
-"""Rewards of a set of pictures, and what each picture contributes to its set.
+"""Rewards of a set of images, and what each image contributes to its set.
 
-Legend: n pictures, m references, d features; x (n, d) and y (m, d) their features;
-μ a mean, Σ a covariance (divided by n - 1). Everything is computed in float64.
+Legend: n images, m references, d features; x (n, d) and y (m, d) are their features, μ a mean and
+Σ a covariance (divided by n - 1). Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import check_choice
 from .images import check_inputs
-from .models.base import Card
 
 __all__ = ["METRICS", "SetReward", "frechet", "leave_one_out", "mmd", "vendi"]
 
@@ -26,9 +26,9 @@ def frechet(x: Tensor, y: Tensor) -> Tensor:
 
         |μx - μy|² + tr(Σx + Σy - 2 (Σx Σy)^½)         (Heusel et al. 2017, arXiv 1706.08500)
 
-    The eigenvalues of Σx Σy are the squared singular values of the two centred sets' product,
-    so that no root of a matrix is needed and covariances without full rank are no special case.
-    x (n, d) and y (m, d) with n, m ≥ 2. Returns a scalar, float64; 0 for equal sets.
+    The eigenvalues of Σx Σy are the squared singular values of the product of the two centred
+    sets, so no matrix square root is needed and singular covariances are no special case.
+    x is (n, d) and y (m, d) with n, m ≥ 2. Returns a scalar, float64; 0 for equal sets.
     """
     x, y = _features(x, "x", 2), _features(y, "y", 2)
     return _frechet(x, _gaussian(y))
@@ -45,9 +45,9 @@ def mmd(
     """Squared maximum mean discrepancy with the kernel exp(-|a - b|²/(2σ²)), times `scale`.
 
     σ = 10 and 1000 are CMMD's (Jayasumana et al. 2024, arXiv 2401.09603), whose features are
-    unit vectors. Its published code keeps the pairs of a picture with itself, as here by default
-    (Gretton et al. 2012, eq. 5; never negative); its text means `unbiased`, without them (eq. 3;
-    n, m ≥ 2, can be negative). x (n, d), y (m, d). Returns a scalar, float64.
+    unit vectors. Its published code includes the pairs of an image with itself, as here by default
+    (Gretton et al. 2012, eq. 5; never negative); its text describes `unbiased`, without them (eq.
+    3; n, m ≥ 2, may be negative). x is (n, d) and y (m, d). Returns a scalar, float64.
     """
     least = 2 if unbiased else 1
     x, y = _features(x, "x", least), _features(y, "y", least)
@@ -56,22 +56,22 @@ def mmd(
 
 
 def vendi(x: Tensor) -> Tensor:
-    """The effective number of different pictures, from 1 (all alike) to n (all orthogonal).
+    """The effective number of different images, from 1 (all equal) to n (all orthogonal).
 
-    exp of the entropy of the eigenvalues of K/n, K the cosines of x (n, d)
+    It is the exponential of the entropy of the eigenvalues of K/n, with K the cosines of x (n, d)
     (Friedman and Dieng 2022, arXiv 2210.02410, eq. 1). Returns a scalar, float64.
     """
     x = _features(x, "x", 1)
     lengths = x.norm(dim=1)
     if not lengths.all():
         row = int((lengths == 0).nonzero()[0])
-        raise ValueError(f"the features of picture {row} are all 0, so it has no direction")
+        raise ValueError(f"the features of image {row} are all 0, so it has no direction")
     # K = x xᵀ, whose eigenvalues are the squared singular values of x
     shares = torch.linalg.svdvals(F.normalize(x, dim=1)).square() / len(x)
     return torch.special.entr(shares).sum().exp()
 
 
-# the closures keep what depends on the references alone; larger is better
+# these return closures that hold what depends on the references only; larger is better
 
 
 def _minus_frechet(y: Tensor) -> Callable[[Tensor], Tensor]:
@@ -89,7 +89,7 @@ def _minus_mmd(y: Tensor) -> Callable[[Tensor], Tensor]:
         # without i: its row, its column and its own corner leave the sum of the kernel
         kept = (within.sum() - 2 * within.sum(1) + within.diagonal()) / (n - 1) ** 2
         kept = kept - 2 * (across.sum() - across) / (n - 1)
-        # the references' own term is the same with and without i
+        # the term of the references is the same with and without i
         return CMMD_SCALE * (kept - (within.mean() - 2 * across.mean()))
 
     return contributions
@@ -107,9 +107,9 @@ METRICS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 def leave_one_out(reward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What each of n rows contributes: reward(all) - reward(all but this one), (n,).
+    """The contribution of each of n rows, reward(all) - reward(all but this one), (n,).
 
-    `reward` maps features (n, d) to a scalar, larger for better; a distance enters negated.
+    `reward` maps features (n, d) to a scalar of which larger is better; negate a distance.
     """
     rows = torch.arange(len(x), device=x.device)
     without = [reward(x[rows != i]) for i in range(len(x))]
@@ -117,32 +117,28 @@ def leave_one_out(reward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class SetReward:
-    """What each picture contributes to the reward of its batch, by leaving it out.
+    """The leave-one-out contribution of each image to the reward of its batch.
 
-    `frechet` and `mmd` are the distances to the references, negated, so that a picture scores
-    above 0 where the batch is nearer to them with it than without; `vendi` is the diversity of
-    the batch and takes no references. Rewards of sets as in DRAGON (Bai et al. 2025,
-    arXiv 2504.15217), whose references may be pictures or, in a shared space, captions.
+    `frechet` and `mmd` are negated distances to the references, so an image scores above 0 where
+    the batch is closer to them with it than without it; `vendi` is the diversity of the batch and
+    takes no references. Rewards of sets are those of DRAGON (Bai et al. 2025, arXiv 2504.15217),
+    whose references may be images or, in a shared space, captions.
 
-    The score of a picture depends on the others in the call: this is meant, and is why it is no
-    reward that `rewards.load` knows. Call it with a whole group, never a chunk of one. At least
-    3 pictures for `frechet`, else 2. Prompts do not enter. Values are rounded to float32 last.
+    The score of an image depends on the others in the call by design, which is why `rewards.load`
+    does not offer this reward. Call it with a whole group, never with a chunk of one: at least 3
+    images for `frechet`, else 2. Prompts are ignored.
 
-    Args: tower, rewards.towers.sources.towers(source), or a function of images (n, 3, h, w) to
-    features (n, d); metric, one of METRICS; references, features (m, d), pictures (m, 3, h, w) or,
-    with towers, captions; batch_size, images that the tower sees at once.
+    Args:
+        tower: `rewards.towers.sources.towers(source)`, or a function of images (n, 3, h, w) to
+            features (n, d).
+        metric: One of `METRICS`.
+        references: Features (m, d), images (m, 3, h, w) or, with towers, captions.
+        batch_size: Number of images evaluated at once.
     """
 
     differentiable = False
     wants_references = False
     range: tuple[float | None, float | None] = (None, None)
-    card = Card(
-        weights="",
-        size="the tower's",
-        licence="the tower's",
-        range="unbounded, around 0",
-        citation="Bai et al. 2025, DRAGON, arXiv 2504.15217",
-    )
 
     def __init__(
         self,
@@ -152,8 +148,7 @@ class SetReward:
         *,
         batch_size: int = 32,
     ) -> None:
-        if metric not in METRICS:
-            raise ValueError(f"the metric {metric!r} of a set is unknown; take {list(METRICS)}")
+        check_choice("the set metric", metric, METRICS)
         if (references is None) != (metric == "vendi"):
             needs = "takes no" if metric == "vendi" else "compares with"
             raise ValueError(f"the metric {metric} of a set {needs} references; see SetReward")
@@ -185,7 +180,7 @@ class SetReward:
             return references
         if isinstance(references, str) or not (references and hasattr(self.tower, "text_features")):
             raise ValueError(
-                "the references of a set are features (m, d), pictures (m, 3, h, w), or a list of "
+                "the references of a set are features (m, d), images (m, 3, h, w), or a list of "
                 "captions where the tower is one of rewards.towers.sources"
             )
         with torch.no_grad():
@@ -193,7 +188,7 @@ class SetReward:
 
 
 def _features(x: Tensor, name: str, least: int) -> Tensor:
-    """In float64, on the CPU where the device has none."""
+    """Convert to float64, on the CPU where the device lacks it."""
     if x.ndim != 2 or len(x) < least or not x.isfinite().all():
         raise ValueError(
             f"the features of {name} must be finite, of shape (n, d) with at least {least} rows, "
@@ -203,7 +198,7 @@ def _features(x: Tensor, name: str, least: int) -> Tensor:
 
 
 def _gaussian(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and R (r, d) with Rᵀ R = Σ, in as few rows as the covariance has ranks."""
+    """The mean, and R (r, d) with Rᵀ R = Σ and at most d rows."""
     mean = y.mean(0)
     centred = (y - mean) / (len(y) - 1) ** 0.5
     root = torch.linalg.qr(centred, mode="r").R if len(y) > y.shape[1] else centred

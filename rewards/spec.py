@@ -10,16 +10,16 @@
 
 A word holds letters, digits and ``_ . : / ~ + -`` (so ``ViT-B-32/laion2b_s34b_b79k`` and
 ``random:0`` need no quotes); anything else is quoted, '...' or "...", with backslash escapes.
-Weights left out are 1; a weight of 0 is evaluated and logged but not added. Two components of
-one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
+A missing weight is 1; a component of weight 0 is evaluated and reported but not added. Two
+components of one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)``.
 
-``critic:FOLDER``, alone, is ``critic(FOLDER)``.
+``critic:FOLDER`` by itself is ``critic(FOLDER)``.
 
-A name in <> is that of a function or an object that cannot be imported: it is read, not loaded.
-What a text may name depends on whose it is, see `rewards.catalogue`.
+A name in <> belongs to a function or an object that cannot be imported; it can be read, not
+loaded. What a text may name depends on where it comes from, see `rewards.catalogue`.
 
-The names in AGGREGATORS take sums and make one score of them, ``min(clip, 0.5*ocr)`` or
-``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last. They nest 20 deep at most.
+The names in AGGREGATORS take sums and combine them into one score, ``min(clip, 0.5*ocr)`` or
+``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last. They nest at most 20 deep.
 A text has at most 20,000 characters, and a number at most 64 bits.
 """
 
@@ -52,11 +52,11 @@ NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 PATH = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 NAME = rf"{PATH}:{PATH}|<[^<>]*>|[^\W\d]\w*"
-DEEPEST = 20  # aggregators in each other; far below Python's own limit, on any path
+DEEPEST = 20  # nested aggregators; far below the recursion limit of Python
 LONGEST = 20_000  # characters
-LARGEST = 2**63  # of whole numbers, exclusive
+LARGEST = 2**63  # exclusive limit of integers
 WORD = r"[\w.:/~+-]+"
-# outside parentheses "-" is a sign; inside it may belong to a word
+# "-" is a sign outside parentheses; inside it may belong to a word
 OUTSIDE = re.compile(rf"\s*(?:(?P<number>{NUMBER})|(?P<word>{NAME})|(?P<mark>[-+*=(),]))")
 INSIDE = re.compile(rf"\s*(?:(?P<quoted>{QUOTED})|(?P<word>{WORD})|(?P<mark>[=,)]))")
 BRACKET = re.compile(r"\s*\(")
@@ -66,36 +66,24 @@ LONE_VALUE = re.compile(rf"\s*(?:{QUOTED}|[+-]?{NUMBER}|true|false|none)\s*[,)]"
 SIGNED = re.compile(rf"[+-]?{NUMBER}")
 LITERALS: dict[str, Value] = {"true": True, "false": False, "none": None}
 
-# name -> (module, function, description); the function's keywords are the options of the name
+# name -> (module and function in rewards.algebra, description); the keywords of the function are
+# the options of the name
 AGGREGATORS = {
     "augmented": (
-        "rewards.algebra.augment",
-        "augmented",
-        "mean over seeded crops, jitters and noises",
+        "augment.augmented",
+        "mean over random crops, colours and noise",
     ),
-    "calibrated": ("rewards.algebra.calibrate", "calibrated", "on the scale of a reference sample"),
-    "clip_above": ("rewards.algebra.shape", "clip_above", "nothing is gained above a score"),
-    "delta": ("rewards.algebra.shape", "delta", "the score minus that of the reference picture"),
-    "harmonic": (
-        "rewards.algebra.aggregate",
-        "harmonic",
-        "harmonic mean of scores brought to [0, 1]",
-    ),
-    "lcb": ("rewards.algebra.aggregate", "lcb", "mean minus kappa standard deviations"),
-    "log_sigmoid": (
-        "rewards.algebra.aggregate",
-        "log_sigmoid",
-        "sum of log sigmoids: all must be good",
-    ),
-    "mean": ("rewards.algebra.aggregate", "mean", "the mean"),
-    "median": ("rewards.algebra.aggregate", "median", "the median"),
-    "min": ("rewards.algebra.aggregate", "minimum", "the least"),
-    "par": ("rewards.algebra.shape", "par", "chance of being preferred to the reference"),
-    "uncertainty": (
-        "rewards.algebra.aggregate",
-        "uncertainty",
-        "mean, weighed down by disagreement",
-    ),
+    "calibrated": ("calibrate.calibrated", "score on the scale of a reference sample"),
+    "clip_above": ("shape.clip_above", "score with an upper limit"),
+    "delta": ("shape.delta", "score minus that of the reference image"),
+    "harmonic": ("aggregate.harmonic", "harmonic mean of scores scaled to [0, 1]"),
+    "lcb": ("aggregate.lcb", "mean minus kappa standard deviations"),
+    "log_sigmoid": ("aggregate.log_sigmoid", "sum of log sigmoids, a logical and"),
+    "mean": ("aggregate.mean", "mean"),
+    "median": ("aggregate.median", "median"),
+    "min": ("aggregate.minimum", "minimum"),
+    "par": ("shape.par", "probability of being preferred to the reference"),
+    "uncertainty": ("aggregate.uncertainty", "mean, reduced where the scores disagree"),
 }
 
 
@@ -103,7 +91,7 @@ AGGREGATORS = {
 class Call:
     """A reward's name and its arguments as written: positional, then named.
 
-    The positional ones of an aggregator are sums; `args` is then empty.
+    The positional arguments of an aggregator are in `sums`, and `args` is empty.
     """
 
     name: str
@@ -120,7 +108,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted component; `alias` is the name it is reported under, if not its own."""
+    """One weighted component; `alias`, if not "", is the name under which it is reported."""
 
     call: Call
     weight: float = 1.0
@@ -128,14 +116,14 @@ class Term:
 
 
 def parse(text: str) -> tuple[Term, ...]:
-    """The terms of a spec; ValueError says what was found where."""
+    """The terms of a spec; ValueError where it cannot be parsed."""
     if isinstance(text, str) and text.startswith("critic:"):
         return (Term(Call("critic", (text.removeprefix("critic:"),))),)
     return _Parser(text).whole()
 
 
 def format_terms(terms: tuple[Term, ...]) -> str:
-    """The spec of some terms, such that parsing it gives them back."""
+    """The spec of some terms, from which `parse` restores them."""
     text = ""
     for i, term in enumerate(terms):
         sign = "-" if term.weight < 0 else "+"
@@ -149,19 +137,19 @@ def format_terms(terms: tuple[Term, ...]) -> str:
 
 def aggregator(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Parameter]]:
     """The function of a name in AGGREGATORS, and its options."""
-    module, attribute, _ = AGGREGATORS[name]
-    function = getattr(importlib.import_module(module), attribute)
+    module, _, attribute = AGGREGATORS[name][0].partition(".")
+    function = getattr(importlib.import_module(f"rewards.algebra.{module}"), attribute)
     parameters = inspect.signature(function).parameters
     return function, {key: p for key, p in parameters.items() if p.kind == p.KEYWORD_ONLY}
 
 
 def written(name: str, made_by: Callable[..., Any], **arguments: Value) -> str:
-    """The spec of one reward: `name`, and those arguments that are not `made_by`'s defaults."""
+    """The spec of one reward: its name and the arguments that differ from `made_by`'s defaults."""
     return str(Call(name, (), chosen(made_by, arguments)))
 
 
 def chosen(made_by: Callable[..., Any], arguments: Mapping[str, Value]) -> Named:
-    """Those of some arguments that are not `made_by`'s defaults, in its order."""
+    """The arguments that differ from `made_by`'s defaults, in its order."""
     parameters = inspect.signature(made_by).parameters
     given = [(key, arguments[key]) for key in parameters if key in arguments]
     return tuple((key, value) for key, value in given if value != parameters[key].default)
@@ -191,7 +179,7 @@ def _literal(word: str) -> Value:
 
 
 class _Parser:
-    """One pass over the text, a token of look-ahead."""
+    """A recursive descent parser with one token of look-ahead."""
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str) or not text.strip():
@@ -208,7 +196,7 @@ class _Parser:
         return ValueError(f"reward spec {self.text!r:.200}: {wanted} expected but found {found}")
 
     def take(self, kind: str, pattern: re.Pattern[str] = OUTSIDE, only: str = "") -> str | None:
-        """The next token if it is of this kind (and one of the marks `only`), else None."""
+        """The next token if it is of this kind (and one of the marks in `only`), else None."""
         match = pattern.match(self.text, self.at)
         if match is None or match.lastgroup != kind or (only and match[kind] not in only):
             return None
@@ -247,7 +235,7 @@ class _Parser:
         if name is None and BRACKET.match(self.text, self.at):
             raise ValueError(
                 f"reward spec {self.text!r:.200}: brackets alone hold no sum; give each reward its "
-                "own weight, as in 0.5*clip + 0.5*jpeg, or name what they become together, as in "
+                "own weight, as in 0.5*clip + 0.5*jpeg, or combine them by name, as in "
                 "0.5*mean(clip, jpeg)"
             )
         if name is None or {":", "<"} & set(alias):
@@ -275,7 +263,7 @@ class _Parser:
             raise
 
     def aggregate(self, name: str) -> Call:
-        """After the bracket: sums, then options. Any other name before "=" is an alias."""
+        """Parse sums, then options, after the bracket. Any other name before "=" is an alias."""
         if self.depth == DEEPEST:
             raise self.fail(f"at most {DEEPEST} aggregators in each other")
         self.depth += 1
@@ -299,7 +287,7 @@ class _Parser:
                 if found and LONE_VALUE.match(self.text, found.end()):
                     raise self.no_option(name, found[1], options)
                 sums.append(self.sum())
-                # what looks like an option is taken for a slip, or it would not be read back
+                # an alias close to an option is a typing error, and could not be parsed again
                 for alias in (term.alias for term in sums[-1]):
                     if get_close_matches(alias, options, 1, 0.8):
                         raise self.no_option(name, alias, options)

@@ -1,4 +1,4 @@
-"""Ranks from a pairwise judge by seeded single elimination, in about 2n comparisons.
+"""Ranks by pairwise comparisons: seeded single elimination, in about 2n comparisons.
 
 ArenaRL (Zhang et al. 2026, arXiv 2601.06487; `single_elimination.py` of Alibaba-NLP/qqr).
 Legend: n contestants.
@@ -14,14 +14,19 @@ from torch import Tensor
 
 __all__ = ["Standing", "bracket", "tournament"]
 
-# m ordered pairs of contestants -> (m, 2) scores, of the first and of the second of each
-Judge = Callable[[list[tuple[int, int]]], Tensor]
+# m ordered pairs of contestants -> scores (m, 2) of the first and the second of each pair
+ComparePairs = Callable[[list[tuple[int, int]]], Tensor]
 
 
 @dataclass(frozen=True)
 class Standing:
-    """ranks (n,), 0 for the champion; rewards (n,) = 1 - rank/(n - 1); how many pairs were
-    judged, each in both orders."""
+    """The result of a tournament.
+
+    Attributes:
+        ranks: (n,), 0 for the winner.
+        rewards: (n,), 1 - rank/(n - 1).
+        comparisons: Number of pairs that were compared, each in both orders.
+    """
 
     ranks: Tensor
     rewards: Tensor
@@ -30,9 +35,9 @@ class Standing:
 
 @dataclass
 class _Arena:
-    """Asks each pair once, in both orders, and keeps every contestant's points."""
+    """Compares each pair once, in both orders, and keeps every contestant's points."""
 
-    judge: Judge
+    compare_pairs: ComparePairs
     points: list[list[float]]
     known: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
@@ -41,11 +46,11 @@ class _Arena:
         new = [pair for pair in pairs if pair not in self.known]
         if new:
             asked = [*new, *[(j, i) for i, j in new]]
-            scores = torch.as_tensor(self.judge(asked)).detach().cpu().double()
+            scores = torch.as_tensor(self.compare_pairs(asked)).detach().cpu().double()
             if scores.shape != (len(asked), 2) or not scores.isfinite().all():
                 raise ValueError(
-                    f"the pairwise judge must give finite scores of shape ({len(asked)}, 2), of "
-                    f"the first and second of each pair, but gave {tuple(scores.shape)}"
+                    f"compare_pairs must return finite scores of shape ({len(asked)}, 2), of "
+                    f"the first and second of each pair, but returned {tuple(scores.shape)}"
                     f"{'' if scores.isfinite().all() else ', some not finite'}"
                 )
             there, back = scores[: len(new)], scores[len(new) :].flip(1)
@@ -57,23 +62,27 @@ class _Arena:
         return sum(self.points[i]) / len(self.points[i])
 
 
-def tournament(judge: Judge, n: int, anchor: int = 0) -> Standing:
+def tournament(compare_pairs: ComparePairs, n: int, anchor: int = 0) -> Standing:
     """Rank n ≥ 2 contestants by a seeded single elimination.
 
-    Everybody first meets the anchor (ArenaRL: the greedy sample), and the scores seed a bracket
-    in which the best meet last; the anchor's seed is the mean of its scores. The loser of a
-    match is out; of a draw, the lower in the bracket. Ranks follow the round of leaving, within
-    one round the average of all points. Each pair is judged in both orders, which are averaged,
-    so that a judge who prefers the first gains it nothing; all pairs of a round are asked in one
-    call. Where n is no power of 2 the best seeds have byes (the published code closes the gaps
-    of the bracket instead).
+    Every contestant is first compared with the anchor (in ArenaRL, the greedy sample), and these
+    scores seed a bracket in which the best meet last; the anchor's seed is its mean score. The
+    loser of a match is eliminated, and of a draw the lower in the bracket. Ranks follow the round
+    of elimination and, within one round, the average of all points. Each pair is compared in both
+    orders, whose scores are averaged, so a preference for the first has no effect. All pairs of a
+    round are passed in one call. Where n is no power of 2 the best seeds have byes; the published
+    code closes the gaps of the bracket instead.
 
-    Args: judge, m ordered pairs -> (m, 2) scores of first and second, on any scale.
-    Raises ValueError where a score is not finite: a judge that fails has no say.
+    Args:
+        compare_pairs: Maps m ordered pairs of contestants to scores (m, 2), on any scale.
+        n: Number of contestants.
+        anchor: The contestant that all others are compared with first.
+
+    ValueError where a score is not finite.
     """
     if n < 2 or not 0 <= anchor < n:
         raise ValueError(f"a tournament needs n >= 2 and an anchor below n, but got {n}, {anchor}")
-    arena = _Arena(judge, [[] for _ in range(n)])
+    arena = _Arena(compare_pairs, [[] for _ in range(n)])
     others = [i for i in range(n) if i != anchor]
     met = arena.compare([(i, anchor) for i in others])
     for i, (mine, _) in zip(others, met, strict=True):
@@ -93,9 +102,9 @@ def tournament(judge: Judge, n: int, anchor: int = 0) -> Standing:
 
 
 def bracket(n: int) -> list[int]:
-    """Seeds 0, 1, ... in the order of the first round, so that 0 and 1 can meet in the final only.
+    """Seeds 0, 1, ... in the order of the first round, such that 0 and 1 meet in the final only.
 
-    As many as the next power of 2; those from n on are byes.
+    There are as many as the next power of 2; those from n on are byes.
     """
     seeds = [0]
     while len(seeds) < n:
@@ -105,7 +114,7 @@ def bracket(n: int) -> list[int]:
 
 
 def _round(arena: _Arena, alive: list[int | None]) -> tuple[list[int | None], list[int]]:
-    """One round of neighbours: who goes on, in order, and who leaves."""
+    """One round of matches between neighbours: the winners, in order, and the losers."""
     matches = list(zip(alive[::2], alive[1::2], strict=True))
     pairs = [(i, j) for i, j in matches if i is not None and j is not None]
     results = dict(zip(pairs, arena.compare(pairs), strict=True))

@@ -323,8 +323,8 @@ def test_aggregators_are_functions_of_loaded_rewards_too():
         ("augmented({r}, crop=1)", "crop is 1 but must be from 0 to 0.9"),
         ("augmented({r}, jitter=2)", "jitter is 2"),
         ("augmented({r}, noise=-0.1)", "noise is -0.1"),
-        ("delta(delta({r}))", "delta takes the references for itself"),
-        (f"par({HERE}:of_references)", "par takes the references for itself"),
+        ("delta(delta({r}))", "delta uses the references itself"),
+        (f"par({HERE}:of_references)", "par uses the references itself"),
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(spec, message):

@@ -266,7 +266,7 @@ def test_ties_need_their_ids_and_other_subsets_one_chosen_picture(tmp_path):
     file = tmp_path / "choices.jsonl"
     entry = {"prompt": "p", "chosen": ["a", "b"], "rejected": ["c"]}
     file.write_text(json.dumps(entry))
-    with pytest.raises(ValueError, match="2 chosen pictures"):
+    with pytest.raises(ValueError, match="2 chosen images"):
         choice_results(read_choices(file), [normal(3)])
     file.write_text(json.dumps(entry | {"subset": "Ties", "id": "7"}))
     with pytest.raises(ValueError, match="ref:NUMBER"):

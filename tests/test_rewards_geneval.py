@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.ops import nms
 
-from rewards.geneval import rules
+from rewards.geneval import prompts, rules
 from rewards.geneval.rules import (
     Detection,
     Entry,
@@ -197,11 +197,11 @@ def test_overall_is_the_mean_of_the_six_tasks_not_of_the_pictures():
 
 @needs_file
 def test_every_prompt_of_geneval_says_what_its_metadata_says():
-    entries = rules.read_metadata(FILE)
+    entries = prompts.read_metadata(FILE)
     assert len(entries) == 553
     for prompt, entry in entries.items():
-        assert rules.parse(prompt) == entry, prompt
-    assert {name for entry in entries.values() for name in entry.names} == set(rules.CLASSES)
+        assert prompts.parse(prompt) == entry, prompt
+    assert {name for entry in entries.values() for name in entry.names} == set(prompts.CLASSES)
     # so that telling one class apart by colours changes nothing in GenEval
     assert all(len(e.names) == len(e.include) for e in entries.values())
 
@@ -234,7 +234,7 @@ def test_every_prompt_of_geneval_says_what_its_metadata_says():
     ],
 )
 def test_prompts_like_geneval_s_are_parsed(prompt, entry):
-    assert rules.parse(prompt) == entry
+    assert prompts.parse(prompt) == entry
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_prompts_like_geneval_s_are_parsed(prompt, entry):
     ],
 )
 def test_other_prompts_are_not_guessed_at(prompt):
-    assert rules.parse(prompt) is None
+    assert prompts.parse(prompt) is None
 
 
 GOOD = {"tag": "colors", "include": [{"class": "dog", "count": 1, "color": "red"}], "prompt": "p"}
@@ -284,20 +284,20 @@ def test_a_line_that_is_no_entry_is_named(tmp_path, line, what):
     file = tmp_path / "metadata.jsonl"
     file.write_text(json.dumps(GOOD) + "\n\n" + line + "\n")
     with pytest.raises(ValueError, match="line 3 of") as error:
-        rules.read_metadata(file)
+        prompts.read_metadata(file)
     assert what in str(error.value)
 
 
 def test_a_file_that_is_absent_or_empty_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no metadata file"):
-        rules.read_metadata(tmp_path / "absent.jsonl")
+        prompts.read_metadata(tmp_path / "absent.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="is empty"):
-        rules.read_metadata(tmp_path / "empty.jsonl")
+        prompts.read_metadata(tmp_path / "empty.jsonl")
 
 
 def test_equal_lines_of_one_prompt_are_one_entry(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
-    (entry,) = rules.read_metadata(tmp_path / "m.jsonl").values()
+    (entry,) = prompts.read_metadata(tmp_path / "m.jsonl").values()
     assert entry == replace(RED, tag="colors")
     assert entry.names == ["dog"]

@@ -22,6 +22,7 @@ from rewards.backends import detectors
 from rewards.evaluation_cache import sharing
 from rewards.geneval import rules
 from rewards.geneval import tiny_world as shapes
+from rewards.geneval.prompts import CLASSES
 from rewards.images import normalize, to_images
 from rewards.models import objects
 from rewards.models.objects import Detection, Expected, ObjectsReward, detect, expectations, holds
@@ -570,7 +571,7 @@ def test_grounding_dino_looks_at_the_sizes_that_transformers_takes():
 
 def test_the_text_of_owlv2_is_open_clip_s(folders):
     detector = detectors.Owlv2(str(folders["owlv2"]))
-    texts = [f"a photo of a {name}" for name in rules.CLASSES]
+    texts = [f"a photo of a {name}" for name in CLASSES]
     ids, mask = detector.tokenize(texts)
     assert torch.equal(ids, open_clip.SimpleTokenizer(context_length=16)(texts))
     assert torch.equal(mask, (ids > 0).long())

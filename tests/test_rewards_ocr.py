@@ -271,7 +271,7 @@ def test_pictures_are_read_once_even_within_a_batch(monkeypatch):
         calls.append(array.shape)
         return str(array[0, 0, 0])
 
-    monkeypatch.setattr(ocr_engines, "REMEMBERED", 2)
+    monkeypatch.setattr(ocr_engines, "CACHED", 2)
     images = torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 5, 6) / 255
     found = Reader(look)
     assert found.read(images[[3, 1, 3, 3, 0, 2, 1]]) == ["3", "1", "3", "3", "0", "2", "1"]
@@ -563,7 +563,7 @@ def test_a_tesseract_that_fails_or_hangs_is_an_error_and_not_an_empty_text(progr
         Tesseract()(picture)
     program("time.sleep(30)")
     monkeypatch.setattr(ocr_engines, "TIMEOUT", 0.2)
-    with pytest.raises(TimeoutError, match=r"over 0\.2 s for a picture of 8 × 8"):
+    with pytest.raises(TimeoutError, match=r"over 0\.2 s for an image of 8 × 8"):
         Tesseract()(picture)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from rewards.backends.local_vlm import Local
+from rewards.backends.local_vlm import LocalVlm
 from rewards.models.aesthetic import AestheticReward
 from rewards.models.critic import CriticReward, FeatureModel
 from rewards.models.imagereward import ImageRewardReward
@@ -157,7 +157,7 @@ def test_a_picture_in_their_place_is_named_and_nobody_is_told_to_delete_it(tmp_p
     for name in ("picture.png", "weights.safetensors"):
         Image.new("RGB", (5, 7)).save(tmp_path / name, kind)
         with pytest.raises(
-            ValueError, match=rf"{name} is no file of weights but a picture \({kind}"
+            ValueError, match=rf"{name} is no file of weights but an image \({kind}"
         ):
             read_state(tmp_path / name)
         with pytest.raises(ValueError, match=f"a picture .{kind}.; give what"):
@@ -239,7 +239,7 @@ def test_a_lone_linear_layer_is_known():
 
 
 @pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 5000])
-@pytest.mark.parametrize("make", [fetch, CriticReward, FeatureModel, ImageRewardReward, Local])
+@pytest.mark.parametrize("make", [fetch, CriticReward, FeatureModel, ImageRewardReward, LocalVlm])
 def test_what_no_file_can_be_called_is_refused(make, name):
-    with pytest.raises(ValueError, match=r"cannot be looked for|neither a f"):
+    with pytest.raises(ValueError, match=r"cannot be looked up|neither a f"):
         make(name)

@@ -1,10 +1,10 @@
-"""One reward from several: means, the least, harmonic mean, pessimism where they disagree.
+"""One reward from several: means, minimum, and penalties where they disagree.
 
-In a spec the parts stand between brackets, `lcb(clip + 0.3*ocr, aesthetic, kappa=2)`; from
-Python they are sums that `rewards.load` made, `lcb(load("clip + 0.3*ocr"), load("aesthetic"))`.
-Scores of different scales meet here, so most of these want `calibrated(...)` parts.
+In a spec the parts are arguments, `lcb(clip + 0.3*ocr, aesthetic, kappa=2)`; in Python they are
+sums that `rewards.load` made, `lcb(load("clip + 0.3*ocr"), load("aesthetic"))`. The functions
+combine scores directly, so parts of different scales should be `calibrated(...)`.
 
-Legend: n images, m parts that count (not of weight 0), r_i the score of part i.
+Legend: n images, m parts of a weight other than 0, r_i the score of part i.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from ..spec import Call, Value, aggregator, chosen
 
 __all__ = ["harmonic", "lcb", "log_sigmoid", "mean", "median", "minimum", "uncertainty"]
 
-HARMONIC_FLOOR = 1e-8  # added to every score, as in RPO's code: a score of 0 has a gradient
+HARMONIC_FLOOR = 1e-8  # added to every score, as in RPO's code, for a gradient at 0
 
 
 def mean(*parts: WeightedSum) -> Aggregate:
-    """(1/m) Σ r_i."""
+    """The mean, (1/m) Σ r_i."""
     return _rising("mean", parts, lambda r: r.mean(0))
 
 
 def median(*parts: WeightedSum) -> Aggregate:
-    """The middle r_i, or the mean of the two in the middle; gradients reach only these."""
+    """The median r_i, or the mean of the two middle ones, which alone get gradients."""
     return _rising("median", parts, _median)
 
 
 def minimum(*parts: WeightedSum) -> Aggregate:
-    """min_i r_i: worst-case optimisation of Coste et al. 2024 (arXiv 2310.02743)."""
+    """The minimum, min_i r_i: worst-case optimisation of Coste et al. 2024 (arXiv 2310.02743)."""
     return _rising("min", parts, lambda r: r.amin(0))
 
 
@@ -47,7 +47,7 @@ def lcb(*parts: WeightedSum, kappa: float = 1.0) -> Aggregate:
     """Lower confidence bound, r̄ - κ·s with s² = (1/m) Σ (r_i - r̄)².
 
     Uncertainty-weighted optimisation of Coste et al. 2024 (arXiv 2310.02743), with the standard
-    deviation where they take the variance, so that κ has no unit.
+    deviation instead of their variance, so that κ has no unit.
     """
     kappa = check_number("lcb's kappa", kappa, least=0)
     several("lcb", parts)
@@ -59,12 +59,12 @@ def lcb(*parts: WeightedSum, kappa: float = 1.0) -> Aggregate:
 
 
 def harmonic(*parts: WeightedSum, weight: float | None = None) -> Aggregate:
-    """Harmonic mean 1 / Σ (λ_i / u_i) of scores brought to [0, 1]: near 0 if any of them is.
+    """Harmonic mean 1 / Σ (λ_i / u_i) of scores scaled to [0, 1], near 0 if any of them is.
 
-    RPO's λ-harmonic reward (Miao et al. 2024, arXiv 2407.12164), there of two cosines with
-    λ = 0.3 for the first. u_i = (r_i - low_i) / (high_i - low_i) from the range of the part,
-    which is their (1 + cosine)/2. `weight` is λ of the first part, the others share 1 - λ;
-    none gives all the same. ValueError where a part has no finite range.
+    RPO's λ-harmonic reward (Miao et al. 2024, arXiv 2407.12164), which has two cosines and
+    λ = 0.3 for the first. u_i = (r_i - low_i) / (high_i - low_i) for the range of the part, which
+    is (1 + cosine)/2 in the paper. `weight` is λ of the first part, and the others share 1 - λ;
+    None weights all equally. ValueError where a part has no finite range.
     """
     several("harmonic", parts)
     counted = [part for part in parts if part.counts]
@@ -82,11 +82,11 @@ def harmonic(*parts: WeightedSum, weight: float | None = None) -> Aggregate:
 
 
 def log_sigmoid(*parts: WeightedSum, ref: float = 0.0) -> Aggregate:
-    """Σ log σ(r_i - ref): about the log of the chance that all parts call the picture good.
+    """Σ log σ(r_i - ref), roughly the log probability that all parts approve of the image.
 
     The log-sigmoid-centred transform and its sum, a logical AND, of Wang et al. 2024 (arXiv
-    2402.00742); gains above `ref` count for less and less. Their reference is a high quantile of
-    the base model's rewards: with calibrated parts, 1 is the 84th percentile of a normal law.
+    2402.00742), which saturates above `ref`. Their reference is a high quantile of the base
+    model's rewards; for calibrated parts, 1 is the 84th percentile of a normal distribution.
     """
     ref = check_number("log_sigmoid's ref", ref)
     several("log_sigmoid", parts, least=1)
@@ -97,9 +97,9 @@ def uncertainty(*parts: WeightedSum, penalty: float = 1.0) -> Aggregate:
     """r̄·exp(-U) - λ·U, with U the mean of |r_i - r_j| over all pairs and λ the penalty.
 
     Ctrl-U (Zhang et al. 2025, arXiv 2410.11236), eq. 3, L·exp(-U) + λU for a loss L = -r. Its U
-    (eq. 2) is how far two opinions of one condition lie apart, there of two generations, here of
-    the parts about one picture. What is disputed counts for less, so r = 0 must mean "neither
-    good nor bad": give it calibrated parts.
+    (eq. 2) is the distance of two scores of one condition, from two generations in the paper and
+    from the parts for one image here. Scores shrink towards 0 where parts disagree, so 0 must be
+    neutral: use calibrated parts.
     """
     penalty = check_number("uncertainty's penalty", penalty, least=0)
     several("uncertainty", parts)
@@ -118,7 +118,7 @@ def _median(r: Tensor) -> Tensor:
 
 def _deviation(r: Tensor) -> Tensor:
     variance = (r - r.mean(0)).square().mean(0)
-    # the root has no slope where all agree; 0 is one of its subgradients
+    # the root has no derivative where all agree; 0 is one of its subgradients
     apart = variance > 0
     return torch.where(apart, variance, torch.ones_like(variance)).sqrt() * apart
 
@@ -142,7 +142,7 @@ def _rising(
     least: int = 2,
     **options: Value,
 ) -> Aggregate:
-    """Of a function that rises with every score: it also makes the range of the ranges."""
+    """An aggregate by a function that increases with every score, so it also maps the ranges."""
     several(name, parts, least)
     low, high = (combine(end[:, None])[0] for end in ends(parts))
     return build(name, parts, pointwise(parts, combine), bounds(low, high), **options)
@@ -151,14 +151,14 @@ def _rising(
 def build(
     name: str, parts: Sequence[WeightedSum], score: Scores, range: Range, **options: Value
 ) -> Aggregate:
-    """The aggregate that `rewards.load` makes of this name, these parts and options."""
+    """The aggregate that `rewards.load` makes from this name, these parts and options."""
     sums = tuple(part.terms for part in parts)
     spec = str(Call(name, (), chosen(aggregator(name)[0], options), sums))
     return Aggregate(name, spec, tuple(parts), score, range)
 
 
 def pointwise(parts: Sequence[WeightedSum], combine: Callable[[Tensor], Tensor]) -> Scores:
-    """The scores of `combine`, a function of r (m, n) that gives (n,); NaN where any r_i is NaN."""
+    """Scores by `combine`, which maps r (m, n) to (n,); NaN where any r_i is NaN."""
 
     def score(images: Tensor, prompts: Sequence[str], references: Any) -> Any:
         totals, components = [], {}
@@ -173,7 +173,7 @@ def pointwise(parts: Sequence[WeightedSum], combine: Callable[[Tensor], Tensor])
 
 
 def several(name: str, parts: Sequence[WeightedSum], least: int = 2) -> None:
-    """Refuse fewer parts that count than `least`, and what `rewards.load` did not make."""
+    """Require `least` parts of a weight other than 0, all made by `rewards.load`."""
     _refuse_strangers(name, parts)
     counted = sum(part.counts for part in parts)
     if counted < least:
@@ -183,7 +183,7 @@ def several(name: str, parts: Sequence[WeightedSum], least: int = 2) -> None:
 
 
 def single(name: str, parts: Sequence[WeightedSum]) -> WeightedSum:
-    """The only part of an aggregator that takes one; ValueError for any other number."""
+    """The part of an aggregator that takes exactly one; ValueError otherwise."""
     _refuse_strangers(name, parts)
     if len(parts) != 1:
         raise ValueError(
@@ -201,7 +201,7 @@ def _refuse_strangers(name: str, parts: Sequence[Any]) -> None:
 
 
 def ends(parts: Sequence[WeightedSum]) -> tuple[Tensor, Tensor]:
-    """Lower and upper bounds of the parts that count, float64 (m,), infinite where unknown."""
+    """Lower and upper bounds of the parts of a weight other than 0, infinite where unknown."""
     ranges = [part.range for part in parts if part.counts]
     low = [-math.inf if low is None else low for low, _ in ranges]
     high = [math.inf if high is None else high for _, high in ranges]
@@ -209,7 +209,7 @@ def ends(parts: Sequence[WeightedSum]) -> tuple[Tensor, Tensor]:
 
 
 def bounds(low: Tensor, high: Tensor) -> Range:
-    """A range from numbers that may be infinite, which is unknown, or NaN (∞ - ∞), likewise."""
+    """A range from two numbers, None where they are infinite or NaN (∞ - ∞)."""
     ends = (low.item(), high.item())
     known = [end if math.isfinite(end) else None for end in ends]
     return known[0], known[1]

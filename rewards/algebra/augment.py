@@ -1,7 +1,7 @@
-"""The mean score over seeded augmentations, which a few wrong pixels cannot raise.
+"""The mean score over random augmentations of a fixed seed, which is robust to a few pixels.
 
-Legend: n images, K draws, h w the size of a picture; a draw is a crop, a flip, a change of
-colours and a field of noise.
+Legend: n images, K draws, h w the size of an image; a draw is a crop, a flip, a change of colours
+and noise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R 601, the luma of PIL and torchvision
 
 @dataclass(frozen=True)
 class Draw:
-    """One augmentation. keep: the side that is left of each side; down, across: where it lies."""
+    """One augmentation: the share of each side to keep, the crop's position, flip and colours."""
 
     keep: float
     down: float
@@ -47,26 +47,27 @@ def augmented(
     jitter: float = 0.1,
     noise: float = 0.02,
 ) -> Aggregate:
-    """(1/K) Σ_k r(t_k(picture)): the expectation over transformations of Athalye et al. 2018.
+    """(1/K) Σ_k r(t_k(image)), the expectation over transformations of Athalye et al. 2018.
 
-    (arXiv 1707.07397; there to attack, here to defend.) The draws t_k come from `seed` alone, the
-    same for every picture and call. Each cuts up to `crop` off both sides and enlarges the rest
-    again, mirrors half of the draws if `flip` (which reverses text, left and right), multiplies
-    brightness, contrast and saturation by 1 - jitter to 1 + jitter, and adds normal noise of
-    standard deviation `noise`. Components are reported as their means over the draws.
+    The paper (arXiv 1707.07397) uses it to attack a network; here it makes a reward harder to
+    hack. The draws t_k depend on `seed` only and are the same for every image and call.
+    Components are reported as their means over the draws.
+
+    Args:
+        parts: The reward.
+        draws: Number of augmentations K.
+        seed: Seed of the augmentations.
+        crop: Largest share of each side that is cropped before the image is resized back.
+        flip: Whether to mirror about half of the draws, which reverses text, left and right.
+        jitter: Brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter.
+        noise: Standard deviation of the added normal noise.
     """
     part = single("augmented", parts)
-    if type(draws) is not int or not 1 <= draws <= MOST_DRAWS:
-        raise ValueError(f"augmented's draws is {draws!r} but must be from 1 to {MOST_DRAWS}")
     if _augments(part):
-        raise ValueError("augmented holds another augmented, whose draws would multiply; take one")
-    if type(seed) is not int or not 0 <= seed < 2**63:
-        raise ValueError(f"augmented's seed is {seed!r} but must be a whole number, 0 or more")
-    if type(flip) is not bool:
-        raise ValueError(f"augmented's flip is {flip!r}; give true or false")
-    crop = check_number("augmented's crop", crop, 0, 0.9)
-    jitter = check_number("augmented's jitter", jitter, 0, 1)
-    noise = check_number("augmented's noise", noise, least=0)
+        raise ValueError("augmented contains another augmented, whose draws multiply; use one")
+    options = {"draws": draws, "seed": seed, "crop": crop, "flip": flip}
+    options |= {"jitter": jitter, "noise": noise}
+    _check(**options)
     chosen = draw(draws, seed, crop, flip, jitter)
 
     def score(images: Tensor, prompts: Sequence[str], references: Any) -> Any:
@@ -79,18 +80,19 @@ def augmented(
         names = found[0][1]
         return total, {name: torch.stack([c[name] for _, c in found]).mean(0) for name in names}
 
-    return build(
-        "augmented",
-        parts,
-        score,
-        part.range,
-        draws=draws,
-        seed=seed,
-        crop=crop,
-        flip=flip,
-        jitter=jitter,
-        noise=noise,
-    )
+    return build("augmented", parts, score, part.range, **options)
+
+
+def _check(*, draws: Any, seed: Any, crop: Any, flip: Any, jitter: Any, noise: Any) -> None:
+    if type(draws) is not int or not 1 <= draws <= MOST_DRAWS:
+        raise ValueError(f"augmented's draws is {draws!r} but must be from 1 to {MOST_DRAWS}")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ValueError(f"augmented's seed is {seed!r} but must be a whole number, 0 or more")
+    if type(flip) is not bool:
+        raise ValueError(f"augmented's flip is {flip!r}; give true or false")
+    check_number("augmented's crop", crop, 0, 0.9)
+    check_number("augmented's jitter", jitter, 0, 1)
+    check_number("augmented's noise", noise, least=0)
 
 
 def _augments(part: WeightedSum) -> bool:
@@ -99,7 +101,7 @@ def _augments(part: WeightedSum) -> bool:
 
 
 def draw(draws: int, seed: int, crop: float, flip: bool, jitter: float) -> list[Draw]:
-    """The K draws of a seed, noise apart. The first ones do not depend on how many follow."""
+    """The K draws of a seed, without noise. The first ones do not depend on K."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(draws):
@@ -111,7 +113,7 @@ def draw(draws: int, seed: int, crop: float, flip: bool, jitter: float) -> list[
 
 @lru_cache(maxsize=8)
 def _field(seed: int, k: int, h: int, w: int) -> Tensor:
-    """Standard normal noise (3, h, w) of draw k, made on the CPU, so the same on every device."""
+    """Standard normal noise (3, h, w) of draw k, from the CPU, so equal on every device."""
     generator = torch.Generator().manual_seed(seed)
     state = torch.randint(2**62, (k + 1,), generator=generator)[k].item()
     return torch.randn(3, h, w, generator=torch.Generator().manual_seed(int(state)))
@@ -120,7 +122,7 @@ def _field(seed: int, k: int, h: int, w: int) -> Tensor:
 def augment(images: Tensor, one: Draw, noise: Tensor | None = None) -> Tensor:
     """Apply a draw to images (n, 3, h, w) in [0, 1]; noise (3, h, w) is added at the end.
 
-    Differentiable, but flat where a pixel is clamped; each picture's result depends on it alone.
+    Differentiable, with zero gradient where a pixel is clamped.
     """
     h, w = images.shape[2:]
     height, width = max(1, round(h * one.keep)), max(1, round(w * one.keep))

@@ -1,15 +1,15 @@
-"""Scores on a sample of reference pictures, in a file beside the spec, and what is made of them.
+"""Calibration of scores by a sample of reference images, which is saved in a file.
 
     reward = rewards.load("clip + ocr")
     calibrate.save("scale.json", calibrate.measure(reward, images, prompts))
     spec = "a=calibrated(clip, file=scale.json) + b=calibrated(ocr, file=scale.json)"
     rewards.load(spec, imports=True)
 
-The file is JSON, {"components": {spec: [scores in rising order]}}. The spec, with every argument
-that is not a default, is the fingerprint: a reward made in another way finds nothing there and
-is refused. What the weights of a folder are is not part of it.
+The file is JSON, {"components": {spec: [scores in ascending order]}}. The spec, with every argument
+that is not a default, is the fingerprint; a reward with another spec is an error. The weights of
+a folder are not part of it.
 
-Legend: n images, v the reference scores, N of them.
+Legend: n images, v the N reference scores.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ METHODS = ("affine", "quantile")
 
 
 def calibrated(*parts: WeightedSum, file: str, method: str = "affine") -> Aggregate:
-    """A score on the scale of a reference sample, by the file that `save` wrote.
+    """A score on the scale of a reference sample, from a file that `save` wrote.
 
-    affine: (r - mean v) / std v, the z-score with the standard deviation of the sample itself,
-    √((1/N) Σ (v - mean v)²). quantile: the share of the sample that lies below r, counting half
-    of what equals it, in [0, 1]; straight between neighbouring scores, so that there is a
-    gradient, and flat outside the sample.
+    The method affine is the z-score (r - mean v) / std v with the standard deviation of the sample
+    itself, √((1/N) Σ (v - mean v)²). quantile is the share of the sample below r, plus half of
+    the share equal to it, in [0, 1]; it is linear between neighbouring scores, so that it has a
+    gradient, and constant outside the sample.
     """
     part = single("calibrated", parts)
     check_choice("calibrated's method", method, METHODS)
@@ -49,7 +49,7 @@ def calibrated(*parts: WeightedSum, file: str, method: str = "affine") -> Aggreg
     if v[0] == v[-1]:
         raise ValueError(
             f"all {len(v)} reference scores of {part} in {file} are {v[0].item():g}; "
-            "calibrate on pictures that it tells apart"
+            "calibrate on images that have different scores"
         )
     if method == "affine":
         mean, std = v.mean().item(), v.std(unbiased=False).item()
@@ -65,9 +65,9 @@ def calibrated(*parts: WeightedSum, file: str, method: str = "affine") -> Aggreg
 def measure(
     reward: WeightedSum, images: Tensor, prompts: Sequence[str], *, references: Any = None
 ) -> dict[str, Tensor]:
-    """{fingerprint: scores (n,)} of the sum and of each of its components, as `save` takes them.
+    """{fingerprint: scores (n,)} of the sum and of each of its components, for `save`.
 
-    A sample that is too large for one call is measured in several, joined by torch.cat.
+    Measure a sample that is too large for one call in several, and join them by torch.cat.
     """
     with torch.no_grad():
         total, components = reward.evaluate(images, prompts, references=references)
@@ -77,17 +77,16 @@ def measure(
 def by_fingerprint(
     reward: WeightedSum, total: Any, components: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """{fingerprint: scores} of the sum and of its components, which `reward` reports by name."""
+    """{fingerprint: scores} from the total and the components that `evaluate` returned."""
     return {fingerprint(reward): total} | {
         spec: components[name] for name, spec in _fingerprints(reward)
     }
 
 
 def save(path: str | Path, measured: Mapping[str, Tensor | Sequence[float]]) -> None:
-    """Write the file, whole or not at all; an existing one is replaced.
+    """Write the file atomically, replacing an existing one.
 
-    NaN, a reward's word for "no answer", is left out. ValueError for infinite scores and for
-    fewer than two.
+    NaN is left out. ValueError for infinite scores and for fewer than two.
     """
     components = {}
     for spec, scores in measured.items():
@@ -107,7 +106,7 @@ def save(path: str | Path, measured: Mapping[str, Tensor | Sequence[float]]) -> 
 
 
 def read(path: str | Path, reward: WeightedSum) -> Tensor:
-    """The reference scores of `reward`, float64 (N,) in rising order; ValueError if it has none."""
+    """The reference scores of `reward`, float64 (N,), ascending; ValueError if there are none."""
     if not isinstance(path, str | Path) or not os.path.isfile(os.path.expanduser(path)):
         raise ValueError(
             f"there is no calibration file {path!r}; write it with "
@@ -134,7 +133,7 @@ def read(path: str | Path, reward: WeightedSum) -> Tensor:
 
 
 def fingerprint(reward: WeightedSum) -> str:
-    """The spec of what is computed: no aliases, and no arguments that are defaults."""
+    """The spec without aliases and without arguments that equal their defaults."""
     return format_terms(tuple(Term(_call(part), part.weight) for part in reward.parts))
 
 
@@ -147,7 +146,7 @@ def _call(part: Part) -> Call:
 
 
 def _fingerprints(reward: WeightedSum) -> list[tuple[str, str]]:
-    """Name and fingerprint of each component, also of those inside aggregators."""
+    """Name and fingerprint of each component, including those inside aggregators."""
     found = []
     for part in reward.parts:
         found.append((part.name, str(_call(part))))
@@ -162,17 +161,17 @@ def _affine(r: Tensor, mean: float, std: float) -> Tensor:
 
 
 def _shares(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Each distinct score (k,), rising, and the share of the sample below it and half of it."""
+    """Each distinct score (k,), ascending, and the share below it plus half of the share equal."""
     at, counts = v.unique(return_counts=True)
     share = (counts.cumsum(0) - counts / 2) / len(v)
     return at, share
 
 
 def _quantile(r: Tensor, v: Tensor) -> Tensor:
-    """The line through the points of `_shares`, in r's precision, flat outside them."""
+    """The interpolation of `_shares`, in r's precision, constant outside of its points."""
     at, share = (x.to(r) for x in _shares(v.to(r.dtype)))
     x = r[0].clamp(at[0], at[-1])
-    if len(at) == 1:  # told apart in float64 only
+    if len(at) == 1:  # scores that differ in float64 only
         return x * 0 + share[0]
     right = torch.searchsorted(at, x.detach().contiguous()).clamp(1, len(at) - 1)
     left = right - 1

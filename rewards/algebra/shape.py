@@ -1,6 +1,6 @@
-"""One reward from one: cut off at the top, or seen against reference scores or pictures.
+"""A reward with an upper limit, or relative to reference scores or images.
 
-Legend: n images, r the score of the part, v reference scores, N of them.
+Legend: n images, r the score of the part, v the N reference scores.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["clip_above", "delta", "par", "reference_scores"]
 
 
 def clip_above(*parts: WeightedSum, at: float | str, quantile: float = 0.95) -> Aggregate:
-    """min(r, at): what is gained above `at` does not count, and has no gradient.
+    """min(r, at): gains above `at` do not count and have no gradient.
 
-    Up to a constant, ReFL's relu(2 - r) of ImageReward (Xu et al. 2023, arXiv 2304.05977) with
-    the sign of a reward. `at` is a score, or a calibration file: then that quantile of its scores.
+    Up to a constant, the negative of ReFL's relu(2 - r) of ImageReward (Xu et al. 2023, arXiv
+    2304.05977). `at` is a score, or a calibration file of which `quantile` is used.
     """
     part = single("clip_above", parts)
     quantile = check_number("clip_above's quantile", quantile, 0, 1)
@@ -42,11 +42,11 @@ def clip_above(*parts: WeightedSum, at: float | str, quantile: float = 0.95) -> 
 
 
 def par(*parts: WeightedSum, ref: float | str | None = None) -> Aggregate:
-    """(1/N) Σ_j σ(r - v_j), the chance of being preferred to the reference: Preference As Reward.
+    """(1/N) Σ_j σ(r - v_j), the probability of being preferred: Preference As Reward.
 
     Fu et al. 2025 (arXiv 2502.18770): bounded, steepest at the reference, flat far above it. The
     v_j are one score, those of a calibration file, or, by default, the scores of the prompt's
-    reference pictures: give the base model's own pictures as `references` for the paper's form.
+    reference images; the paper's are images of the base model.
     """
     part = single("par", parts)
     if ref is None:
@@ -60,9 +60,9 @@ def par(*parts: WeightedSum, ref: float | str | None = None) -> Aggregate:
 
 
 def delta(*parts: WeightedSum) -> Aggregate:
-    """r(picture) - r(base): what was gained over the base picture, which `references` supplies.
+    """r(image) - r(base), the gain over the base image, which `references` supplies.
 
-    Where an entry holds several pictures, the mean of their scores is subtracted.
+    Where an entry holds several images, the mean of their scores is subtracted.
     """
     part = single("delta", parts)
     low, high = ends(parts)
@@ -76,11 +76,11 @@ def _par(r: Tensor, v: Tensor) -> Tensor:
 def _against(
     name: str, part: WeightedSum, compare: Callable[[Tensor, Tensor], Tensor], range: Any
 ) -> Aggregate:
-    """Of r () and the scores v (N,) of the reference pictures of its prompt."""
+    """An aggregate of r () and the scores v (N,) of the reference images of its prompt."""
     if part.wants_references:
         raise ValueError(
-            f"{name} takes the references for itself but {part} looks at references too; "
-            "give it a reward of picture and prompt alone (or one whose wants_references is False)"
+            f"{name} uses the references itself but {part} uses them too; pass a reward of image "
+            "and prompt only, whose wants_references is False"
         )
 
     def score(images: Tensor, prompts: Sequence[str], references: Any) -> Any:
@@ -96,17 +96,17 @@ def _against(
 def reference_scores(
     name: str, part: WeightedSum, images: Tensor, prompts: Sequence[str], references: Any
 ) -> list[Tensor]:
-    """For each prompt the scores (m,) of its reference pictures, without gradients.
+    """The scores (m,) of each prompt's reference images, without gradients.
 
     An entry that several rows share with their prompt is scored once.
     """
     if references is None or len(references) != len(prompts):
         got = "none" if references is None else f"{len(references)}"
         raise ValueError(
-            f"{name} compares with reference pictures, an entry of references= for each of the "
+            f"{name} compares with reference images, an entry of references= for each of the "
             f"{len(prompts)} prompts, but got {got}"
         )
-    references = list(references)  # an array makes its entries anew, and ids of the dead are reused
+    references = list(references)  # keeps the entries of an array alive, so that ids are unique
     keys = [(id(entry), prompt) for entry, prompt in zip(references, prompts, strict=True)]
     entries = dict(zip(keys, references, strict=True))
     rows = [(key, x) for key, entry in entries.items() for x in pictures(name, entry)]
@@ -123,9 +123,9 @@ def reference_scores(
 
 
 def pictures(name: str, entry: Any) -> list[Tensor]:
-    """The pictures (3, h, w) of one entry: a picture, several of them, or a tensor (m, 3, h, w)."""
+    """The images (3, h, w) of one entry: an image, several images, or a tensor (m, 3, h, w)."""
     many = isinstance(entry, Sequence) and not isinstance(entry, Image.Image | str)
     found = [x for item in (entry if many else [entry]) for x in to_images(item)]
     if not found:
-        raise ValueError(f"{name} got an empty entry in references=; give it a picture")
+        raise ValueError(f"{name} got an empty entry in references=; give it an image")
     return found

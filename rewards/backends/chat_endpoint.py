@@ -1,6 +1,6 @@
-"""Questions about a picture to an OpenAI-compatible HTTP endpoint, with the standard library only.
+"""Questions about an image to an OpenAI-compatible HTTP endpoint, by the standard library only.
 
-JSON goes both ways, never a pickle. No error names the address or the key.
+Requests and responses are JSON. Error messages contain neither the address nor the key.
 """
 
 from __future__ import annotations
@@ -24,34 +24,40 @@ from PIL import Image
 __all__ = ["Endpoint", "EndpointError", "data_url"]
 
 LARGEST_RESPONSE = 4 << 20  # bytes
-LONGEST_WAIT = 60.0  # seconds between two tries
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # worth another try
-MISTAKEN = {401, 403, 404, 405}  # no picture will fare better
+LONGEST_WAIT = 60.0  # seconds between two attempts
+TEMPORARY = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # status codes to retry
+PERMANENT = {401, 403, 404, 405}  # status codes that every request would get
 
 
 class EndpointError(RuntimeError):
-    """One request failed for good. The text names neither the address nor the key."""
+    """A request failed. The message contains neither the address nor the key."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    # urllib would send the key along to wherever the answer points
+    # urllib would send the key to the address of the redirect
     def redirect_request(self, *_args: Any, **_kwargs: Any) -> None:
         return None
 
 
 class Endpoint:
-    """`POST {url}/chat/completions`, greedy, with time-outs and retries.
+    """`POST {url}/chat/completions` with greedy decoding, time-outs and retries.
 
-    A request that times out, cannot connect or meets a passing error (429, 5xx) is repeated
-    `retries` times; the wait starts at `backoff` seconds and doubles, or is what Retry-After
-    says, at most a minute. Anything else fails at once.
+    A request that times out, cannot connect or gets a temporary error (429, 5xx) is repeated
+    `retries` times. The wait starts at `backoff` seconds and doubles, or follows Retry-After, and
+    is at most a minute. Other errors are raised at once.
 
-    Args: url, http or https, with neither key nor query in it; key_env, the name of the
-    environment variable that holds the key, read at each request; timeout, seconds for one try;
-    concurrency, how many requests the caller may have under way.
+    Args:
+        url: http or https, without key and query.
+        model: Name of the model at the server.
+        key_env: Name of the environment variable that holds the key; it is read for each request.
+        timeout: Seconds for one attempt.
+        retries: Number of further attempts.
+        backoff: Seconds before the second attempt.
+        concurrency: Number of concurrent requests that the caller may make.
+        max_tokens: Length limit of an answer.
     """
 
-    reserved: tuple[str, ...] = ()  # which tokens the server's tokenizer obeys is not known here
+    reserved: tuple[str, ...] = ()  # the special tokens of the server's tokenizer are unknown
 
     def __init__(
         self,
@@ -75,7 +81,7 @@ class Endpoint:
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
 
     def answer(self, picture: np.ndarray, question: str) -> str:
-        """What the model writes; EndpointError where it cannot be had."""
+        """The text of the model's answer; EndpointError where the request fails."""
         choice = self._ask(picture, question, max_tokens=self.max_tokens)
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
@@ -84,7 +90,7 @@ class Endpoint:
         return text
 
     def yes(self, picture: np.ndarray, question: str) -> tuple[float, float]:
-        """Probabilities that the answer starts with yes and with no, of the 20 likeliest tokens."""
+        """Probabilities that the answer starts with yes and no, among the 20 likeliest tokens."""
         choice = self._ask(picture, question, max_tokens=1, logprobs=True, top_logprobs=20)
         try:
             tokens = choice["logprobs"]["content"][0]["top_logprobs"]
@@ -107,11 +113,11 @@ class Endpoint:
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             choice = None
         if not isinstance(choice, dict):
-            raise EndpointError("the judge's endpoint sent something that is no chat completion")
+            raise EndpointError("the judge's endpoint sent no chat completion")
         return choice
 
     def _send(self, body: bytes) -> bytes:
-        """The bytes of a successful response, after as many tries as it takes."""
+        """The bytes of a successful response, after at most `retries` further attempts."""
         reason = ""
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt
@@ -120,11 +126,11 @@ class Endpoint:
             except HTTPError as error:
                 error.close()
                 reason = f"answered HTTP {error.code} ({_phrase(error.code)})"
-                if error.code in MISTAKEN:
+                if error.code in PERMANENT:
                     raise ValueError(
                         f"the judge's endpoint {reason}; check url, model and key_env"
                     ) from None
-                if error.code not in PASSING:
+                if error.code not in TEMPORARY:
                     raise EndpointError(f"the judge's endpoint {reason}") from None
                 asked = error.headers.get("Retry-After", "")
                 wait = float(asked) if asked.isdecimal() else wait
@@ -150,7 +156,7 @@ class Endpoint:
         deadline = time.monotonic() + self.timeout
         with self._opener.open(request, timeout=self.timeout) as response:
             received = bytearray()
-            # read1 returns what is there, so that a trickle cannot outlive the time-out
+            # read1 returns available bytes, so a slow response cannot exceed the time-out
             while chunk := response.read1(1 << 16):
                 received += chunk
                 if len(received) > LARGEST_RESPONSE:
@@ -159,20 +165,20 @@ class Endpoint:
                     )
                 if time.monotonic() > deadline:
                     raise TimeoutError
-            if response.length:  # cut short
+            if response.length:  # truncated
                 raise http.client.IncompleteRead(b"")
         return bytes(received)
 
 
 def data_url(picture: np.ndarray) -> str:
-    """A picture (h, w, 3) of bytes as a PNG data URL, in its own size and shape."""
+    """An image (h, w, 3) of bytes as a PNG data URL of the same size."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _address(url: Any) -> str:
-    # the value may hold a key, so it is not repeated, nor is urlsplit's own complaint
+    # the value may contain a key, so neither it nor urlsplit's error is shown
     match = re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", url if isinstance(url, str) else "")
     if match is None:
         raise ValueError(

@@ -1,15 +1,14 @@
-"""What finds things in photographs: the zero-shot detectors of transformers.
+"""Zero-shot object detectors of transformers, for photographs.
 
-A detector is `detect(images, names)`: images float (n, 3, h, w) in [0, 1], and for each the names
-of the classes to look for. It gives a list of Detections an image, in pixels of that image, of
-any confidence above its `floor` and in any order; their colour may be left "". Where weights
-come from (`source`):
+A detector is `detect(images, names)`, where images are float (n, 3, h, w) in [0, 1] and names are
+the classes to look for in each. It returns a list of Detections for each image, in its pixels,
+in any order and with any confidence above its `floor`; their colour may be "". A source is
 
     a folder, org/name     config.json, model.safetensors and the tokenizer of transformers'
                            Owlv2ForObjectDetection or GroundingDinoForObjectDetection
     random:<seed>          a small untrained model, for tests
 
-Legend: n images, q names, p boxes of an image, R the side that OWLv2 looks at.
+Legend: n images, q names, p boxes of an image, R the input side of OWLv2.
 """
 
 from __future__ import annotations
@@ -37,24 +36,24 @@ CLASSES = {
     "owlv2": "Owlv2ForObjectDetection",
     "grounding-dino": "GroundingDinoForObjectDetection",
 }
-# what some files hold besides and no detection needs: a computed table, BERT's unused head
+# keys of some files that no detection needs: a computed table, BERT's unused head
 UNUSED = r"box_bias$|.*\.text_backbone\.pooler\."
-SHORTEST, LONGEST = 800, 1333  # pixels of the sides that Grounding DINO looks at
-# BERT's ids of [CLS], [SEP], "." and "?", between which Grounding DINO reads its phrases
+SHORTEST, LONGEST = 800, 1333  # pixels of the input sides of Grounding DINO
+# BERT's ids of [CLS], [SEP], "." and "?", which delimit the phrases of Grounding DINO
 DELIMITERS = (101, 102, 1012, 1029)
-OWL_TOKENS = 16  # of a text
+OWL_TOKENS = 16  # tokens of a text
 
 
 class Detector(Protocol):
-    """See the module: what `objects(detector=module:function)` names, too."""
+    """See the module docstring; `objects(detector=module:function)` names one as well."""
 
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Detection]]: ...
 
 
 class Owlv2:
-    """OWLv2 (Minderer et al. 2023, arXiv 2306.09683): each patch proposes a box, names score it.
+    """OWLv2 (Minderer et al. 2023, arXiv 2306.09683): each patch proposes a box, scored by name.
 
-    A box is the name it fits best, among those asked for; its score is the sigmoid of that fit.
+    A box gets the best of the given names; its score is the sigmoid of that name's logit.
     """
 
     def __init__(
@@ -91,11 +90,11 @@ class Owlv2:
 
 
 class GroundingDino:
-    """Grounding DINO (Liu et al. 2023, arXiv 2303.05499): the names are read as one caption.
+    """Grounding DINO (Liu et al. 2023, arXiv 2303.05499), which reads the names as one caption.
 
-    A box is the name it fits best; its score is the mean of the name's tokens, as in the
-    authors' evaluation on COCO. (transformers' processor takes the best token of all, and calls
-    the box by whichever tokens exceed a second threshold, which may be half a name.)
+    A box gets the best of the names; its score is the mean over the name's tokens, as in the
+    authors' evaluation on COCO. transformers' processor takes the best single token instead, and
+    names the box by the tokens above a second threshold, which may be part of a name.
     """
 
     def __init__(
@@ -108,7 +107,7 @@ class GroundingDino:
     @torch.no_grad()
     def __call__(self, images: Tensor, names: Sequence[Sequence[str]]) -> list[list[Detection]]:
         found: list[list[Detection]] = [[] for _ in names]
-        # images of one caption go together, so that no caption is padded
+        # images with the same caption form a batch, so that no caption is padded
         for row in dict.fromkeys(tuple(row) for row in names):
             rows = [i for i, other in enumerate(names) if tuple(other) == row]
             for i, things in zip(rows, self._of(images[rows], list(row)), strict=True):
@@ -136,7 +135,7 @@ class GroundingDino:
         return [_detections(names, *pair, self.floor) for pair in zip(scores, boxes, strict=True)]
 
     def _spans(self, ids: Tensor, names: list[str]) -> list[Tensor]:
-        """The places of each name's tokens."""
+        """The positions of each name's tokens."""
         stop = torch.isin(ids, torch.tensor(DELIMITERS))
         phrase = stop.cumsum(0).masked_fill(stop, 0)
         spans = [(phrase == i).nonzero()[:, 0] for i in phrase.unique().tolist() if i]
@@ -149,9 +148,9 @@ class GroundingDino:
 
 
 def padded(images: Tensor, side: int) -> Tensor:
-    """(n, 3, side, side), float32: black below and to the right, then bilinear, as OWLv2 sees.
+    """Pad with black below and on the right, and resize to (n, 3, side, side), float32, bilinear.
 
-    Its own code blurs before it shrinks instead of widening the kernel; enlarging is the same.
+    This is OWLv2's input, except that its code blurs before it reduces an image.
     """
     h, w = images.shape[2:]
     square = F.pad(images.float(), (0, max(h - w, 0), 0, max(w - h, 0)))
@@ -159,7 +158,7 @@ def padded(images: Tensor, side: int) -> Tensor:
 
 
 def at_most(h: int, w: int, shortest: int, longest: int) -> tuple[int, int]:
-    """(H, W) with the shorter side `shortest`, or less so that the longer is at most `longest`.
+    """The size (H, W) with the shorter side `shortest`, or less to keep the longer at `longest`.
 
     The longer side is rounded down, as in transformers.
     """
@@ -173,7 +172,7 @@ def at_most(h: int, w: int, shortest: int, longest: int) -> tuple[int, int]:
 
 
 def _corners(boxes: Tensor, unit: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Corners (n, p, 4) within a picture of `size`, from centres and extents in `unit`, (h, w)."""
+    """Corners (n, p, 4) within an image of `size`, from centres and extents in `unit`, (h, w)."""
     middle, extent = boxes.split(2, -1)
     scale, end = (boxes.new_tensor([wide, tall] * 2) for tall, wide in (unit, size))
     corners = torch.cat([middle - extent / 2, middle + extent / 2], -1) * scale
@@ -183,7 +182,7 @@ def _corners(boxes: Tensor, unit: tuple[int, int], size: tuple[int, int]) -> Ten
 def _detections(
     names: Sequence[str], scores: Tensor, boxes: Tensor, floor: float
 ) -> list[Detection]:
-    """From the scores (p, q) and boxes (p, 4) of one picture."""
+    """Detections from the scores (p, q) and boxes (p, 4) of one image."""
     if not names:
         return []
     best, index = scores.max(-1)
@@ -230,7 +229,7 @@ def _tokenizer(source: str, kind: str) -> Tokenize:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else source, trust_remote_code=False
         )
-    # OWLv2 has as many positions; Grounding DINO must not be padded
+    # OWLv2 has this many positions; Grounding DINO must not be padded
     fixed = {"padding": "max_length", "max_length": OWL_TOKENS, "truncation": True}
     settings = fixed if kind == "owlv2" else {}
 
@@ -242,7 +241,7 @@ def _tokenizer(source: str, kind: str) -> Tokenize:
 
 
 def _letters(kind: str) -> Tokenize:
-    """A token a letter, for random models; OWLv2 reads the features of the largest token."""
+    """A tokenizer of letters, for random models; OWLv2 uses the features of the largest token."""
     end = RANDOM_TOKENS - 1 if kind == "owlv2" else DELIMITERS[1]
 
     def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
-"""What a judge is asked, and how its answer is read: the presets of rewards.models.vlm_judge.
+"""Questions for a judge and the patterns of its answers: presets of rewards.models.vlm_judge.
 
-    score            our own question; any model that follows instructions
-    unifiedreward    UnifiedReward 1.0's and 1.5's own question, on its scale of 1 to 5
-    flow_grpo        what Flow-GRPO asks UnifiedReward 1.5, its number divided by 5
-    unifiedreward2   UnifiedReward 2.0's own question: the mean of its three numbers
+    score            a question for any model that follows instructions
+    unifiedreward    the question of UnifiedReward 1.0 and 1.5, on its scale of 1 to 5
+    flow_grpo        Flow-GRPO's question to UnifiedReward 1.5, with the number divided by 5
+    unifiedreward2   the question of UnifiedReward 2.0; the score is the mean of three numbers
     unifiedreward2_alignment, unifiedreward2_coherence, unifiedreward2_style     one of the three
-    yes_no           VQAScore: how much likelier yes is than no
+    yes_no           VQAScore: the probability of yes relative to no
 
-A model was trained with the very text of its question, so that every letter counts. The picture
-comes before it, where the model's chat template puts it: a literal `<image>` is left out.
+The text of a question must be exactly that of the model's training. The image precedes it where
+the model's chat template inserts it, so a literal `<image>` is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 __all__ = ["PRESETS", "Preset"]
 
-# models write Score: 4, **Score:** 4.5, Score: [4] or Score: **[4]**; [1-5] is the question's
+# models write Score: 4, **Score:** 4.5, Score: [4] or Score: **[4]**; [1-5] quotes the question
 BEFORE, AFTER = r"[\s*:\[]*", r"(?!\.?\d|\s*-\s*\d)"
 NUMBER = rf"{BEFORE}(-?\d+(?:\.\d+)?){AFTER}"
 
@@ -26,7 +26,7 @@ NUMBER = rf"{BEFORE}(-?\d+(?:\.\d+)?){AFTER}"
 class Preset:
     """A question, the patterns of the numbers in its answer, and the scale of their mean.
 
-    Without a pattern the score is how much likelier yes is than no.
+    Without patterns the score is P(yes)/(P(yes) + P(no)).
     """
 
     question: str

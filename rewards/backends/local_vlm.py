@@ -1,6 +1,6 @@
-"""A transformers vision-language model that answers a question about a picture.
+"""A vision-language model of transformers that answers a question about an image.
 
-The preprocessing is the checkpoint's own (its preprocessor_config.json).
+The preprocessing is that of the checkpoint, from its preprocessor_config.json.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from PIL import Image
 
 from ..towers.checkpoints import hub, local, moved, untouched
 
-__all__ = ["Local"]
+__all__ = ["LocalVlm"]
 
 
-class Local:
-    """A transformers image-text-to-text model with the processor and chat template it came with.
+class LocalVlm:
+    """An image-text-to-text model of transformers with its processor and chat template.
 
-    One picture at a time, so that an answer depends on nothing but its picture and question;
-    serve the model and name its url where that is too slow. Weights keep the checkpoint's dtype.
+    It takes one image at a time, so that an answer depends only on its image and question; where
+    that is too slow, serve the model and use its url. Weights have the checkpoint's dtype.
     """
 
     concurrency = 1
@@ -59,7 +59,7 @@ class Local:
             moved(self.model, device)
 
     def answer(self, picture: np.ndarray, question: str) -> str:
-        """What the model writes, greedily."""
+        """The text of the model's answer, by greedy decoding."""
         inputs = self._inputs(picture, question)
         with torch.no_grad():
             tokens = self.model.generate(
@@ -75,7 +75,7 @@ class Local:
         return str(self.processor.decode(new, skip_special_tokens=True))
 
     def yes(self, picture: np.ndarray, question: str) -> tuple[float, float]:
-        """Probabilities that the answer starts with yes and with no."""
+        """Probabilities that the answer starts with yes and no."""
         with torch.no_grad():
             logits = self.model(**self._inputs(picture, question)).logits[0, -1]
         chances = logits.float().softmax(-1)
@@ -107,7 +107,7 @@ def _explained(source: str) -> Iterator[None]:
 
 
 def _first_tokens(tokenizer: Any, word: str) -> list[int]:
-    """The tokens that are this word, however it is capitalised and spaced."""
+    """The tokens of a word in any capitalisation, with and without a leading space."""
     spellings = [space + form for space in ("", " ") for form in (word, word.title(), word.upper())]
     coded = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
     return sorted({ids[0] for ids in coded if len(ids) == 1})

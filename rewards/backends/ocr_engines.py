@@ -1,6 +1,7 @@
-"""Readers of the text in a picture: RapidOCR, and tesseract as a second opinion.
+"""OCR engines that read the text in an image: RapidOCR and Tesseract.
 
-Legend: n pictures, h w their size; m boxes of text, each its corners from the top left clockwise.
+Legend: n images, h w their size; m boxes of text, given by their corners clockwise from the top
+left.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ __all__ = ["RapidOcr", "Reader", "Tesseract", "reader", "reading_order"]
 
 Look = Callable[[np.ndarray], str]  # bytes (h, w, 3) RGB -> text
 
-REMEMBERED = 2048  # pictures
+CACHED = 2048  # images
 MOST_THREADS = 4
-SMALLEST = 96  # pixels of the short side below which RapidOCR's detector sees it enlarged
-LARGEST = 736  # pixels of the long side above which it is shrunk (RapidOCR's own figure)
-LEGIBLE = 512  # pixels of the short side that tesseract needs for type of 8 px in 64
+SMALLEST = 96  # pixels of the short side below which the image is enlarged for the detector
+LARGEST = 736  # pixels of the long side above which it is reduced (RapidOCR's default)
+LEGIBLE = 512  # pixels of the short side that Tesseract needs for letters of 8 px in 64
 MOST_UPSCALE = 4
-LARGEST_UPSCALE = 16  # that may be asked for
-MOST_SIDE = 2000  # pixels of the long side that RapidOCR works on
-SPARSE_TEXT = 11  # tesseract's page segmentation: as much text as there is, anywhere
-TIMEOUT = 60.0  # seconds a picture; tesseract takes 0.1 to 0.5 of them
+LARGEST_UPSCALE = 16  # limit of the argument
+MOST_SIDE = 2000  # pixels of the long side, above which RapidOCR reduces the image
+SPARSE_TEXT = 11  # Tesseract's page segmentation mode for text anywhere in the image
+TIMEOUT = 60.0  # seconds for an image; 0.1 to 0.5 are usual
 
 
 class Reader:
-    """The texts of pictures: each is read once, by threads, and remembered by its bytes.
+    """Reads the texts of images in threads, and caches them by the bytes of the image.
 
-    `look` is called by several threads at once, each time with one picture, so that a text
-    depends on nothing but its picture.
+    `look` is called concurrently, each time with one image, so that a text depends on its image
+    only.
     """
 
     def __init__(self, look: Look) -> None:
@@ -57,7 +58,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, images: Tensor) -> list[str]:
-        """One string a picture, from float (n, 3, h, w) in [0, 1]."""
+        """One string for each of the images, float (n, 3, h, w) in [0, 1]."""
         pictures = to_uint8(images)
         keys = [hashlib.sha256(f"{p.shape}".encode() + p.tobytes()).digest() for p in pictures]
         with self._lock:
@@ -74,7 +75,7 @@ class Reader:
             for key in texts:
                 self._texts[key] = texts[key]
                 self._texts.move_to_end(key)
-            while len(self._texts) > REMEMBERED:
+            while len(self._texts) > CACHED:
                 self._texts.popitem(last=False)
         return [texts[key] for key in keys]
 
@@ -83,7 +84,7 @@ _READERS: WeakValueDictionary[Look, Reader] = WeakValueDictionary()
 
 
 def reader(look: Look) -> Reader:
-    """The reader of this engine and setting, shared by all rewards that read with it."""
+    """The reader of an engine with its settings, shared by all rewards that use it."""
     found = _READERS.get(look)
     if found is None:
         found = _READERS[look] = Reader(look)
@@ -91,11 +92,11 @@ def reader(look: Look) -> Reader:
 
 
 def reading_order(boxes: np.ndarray) -> list[int]:
-    """Which box (m, 4, 2) to read when: lines from the top, each from the left.
+    """The order in which to read boxes (m, 4, 2): lines from the top, each from the left.
 
-    Boxes stand on one line if every two of them share at least half the height of the lower one,
-    seen along the common slant of the text. So neither the order in which the boxes come nor the
-    scale matters; RapidOCR's own order puts on one line what begins within 10 pixels.
+    Boxes form a line if any two of them overlap by at least half the height of the smaller one,
+    measured along the common slant of the text. The result depends neither on the order of the
+    boxes nor on the scale, unlike RapidOCR's, which joins boxes that begin within 10 pixels.
     """
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4, 2)
     dx, dy = (boxes[:, 1] - boxes[:, 0] + boxes[:, 2] - boxes[:, 3]).sum(0)
@@ -121,12 +122,15 @@ def reading_order(boxes: np.ndarray) -> list[int]:
 
 @dataclass(frozen=True)
 class RapidOcr:
-    """RapidOCR (PP-OCRv6 small) with a detector fitted to small pictures.
+    """RapidOCR (PP-OCRv6 small) with settings of the detector for small images.
 
-    The picture is enlarged `upscale` times (bicubic). The detector then sees it enlarged until
-    its short side has `limit_side_len` pixels; None keeps its own size where that lies between
-    96 and 736. `detect=False` leaves the detector out and reads the picture as one line.
-    Every thread borrows an engine of its own, with one thread inside onnxruntime.
+    Each thread uses an engine of its own, which runs one thread inside onnxruntime.
+
+    Args:
+        limit_side_len: The detector sees the image enlarged until its short side has so many
+            pixels; None keeps the size if it is between 96 and 736.
+        upscale: Factor by which the image is enlarged first (bicubic).
+        detect: False leaves out the detector and reads the image as one line.
     """
 
     limit_side_len: int | None = None
@@ -156,11 +160,11 @@ class RapidOcr:
         picture = _enlarged(picture, self.upscale)
         height, width = picture.shape[:2]
         long, short = max(height, width), min(height, width)
-        # it shrinks the long side and rounds the other one to 32 pixels, or to none
+        # RapidOCR reduces the long side and rounds the other one to a multiple of 32, maybe to 0
         if long > MOST_SIDE and short * MOST_SIDE < 17 * long:
             raise ValueError(
-                f"RapidOCR cannot read a picture of {width} × {height} pixels, which is too long "
-                "and thin; cut it, or take engine=tesseract"
+                f"RapidOCR cannot read an image of {width} × {height} pixels, which is too long "
+                "and thin; crop it, or use engine=tesseract"
             )
         limit = self._limit(height, width)
         idle = self._idle.setdefault(limit, LifoQueue())
@@ -192,9 +196,9 @@ def _engine(limit: tuple[str, int], detect: bool) -> Any:
     settings = {
         "Global": {
             "log_level": "critical",
-            "text_score": 0.0,  # a doubtful reading still counts letter by letter
+            "text_score": 0.0,  # an uncertain reading still counts letter by letter
             "use_det": detect,
-            "use_cls": False,  # text is upright
+            "use_cls": False,  # text is assumed upright
             "use_rec": True,
             "use_preprocess_img": True,
             "min_side_len": 30,
@@ -222,7 +226,7 @@ def _engine(limit: tuple[str, int], detect: bool) -> Any:
         "EngineConfig.onnxruntime": {
             "intra_op_num_threads": 1,
             "inter_op_num_threads": 1,
-            "enable_cpu_mem_arena": True,  # a fifth faster at 512 px, for 100 MB an engine
+            "enable_cpu_mem_arena": True,  # a fifth faster at 512 px, for 100 MB per engine
             "use_cuda": False,
         },
     }
@@ -232,12 +236,14 @@ def _engine(limit: tuple[str, int], detect: bool) -> Any:
 
 @dataclass(frozen=True)
 class Tesseract:
-    """The program `tesseract` (its English LSTM model), one process a picture.
+    """The program `tesseract` with its English LSTM model, in one process for each image.
 
-    Args: psm is its page segmentation mode, 3 to 13: 11, the default, finds text anywhere, 6 is
-    for one block, 7 for one line; the picture is enlarged `upscale` times (bicubic), None: until
-    its short side has 512 pixels, but at most 4 times. Small type is lost without: of 40 words
-    in 8 px type in pictures of 64 px it read 3 as they were and 36 enlarged.
+    Args:
+        psm: Page segmentation mode, 3 to 13: 11 finds text anywhere, 6 reads one block, 7 one
+            line.
+        upscale: Factor by which the image is enlarged (bicubic); None enlarges it at most 4 times
+            until its short side has 512 pixels. Of 40 words in 8 px letters in images of 64 px,
+            Tesseract read 3 without enlargement and 36 with it.
     """
 
     psm: int = SPARSE_TEXT
@@ -268,13 +274,13 @@ class Tesseract:
                 input=png.getvalue(),
                 capture_output=True,
                 timeout=TIMEOUT,
-                env=os.environ | {"OMP_THREAD_LIMIT": "1"},  # the threads here are faster
+                env=os.environ | {"OMP_THREAD_LIMIT": "1"},  # threads of this process are faster
             )
         except subprocess.TimeoutExpired as error:
             height, width = picture.shape[:2]
             raise TimeoutError(
-                f"tesseract took over {TIMEOUT:g} s for a picture of {width} × {height} pixels; "
-                "give it a smaller upscale, or another psm"
+                f"tesseract took over {TIMEOUT:g} s for an image of {width} × {height} pixels; "
+                "use a smaller upscale, or another psm"
             ) from error
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
@@ -283,7 +289,7 @@ class Tesseract:
 
 
 def _text(table: str) -> str:
-    """The words of tesseract's TSV, whose rows of level 4 are lines and of level 5 their words."""
+    """The text of Tesseract's TSV, in which rows of level 4 are lines and of level 5 words."""
     boxes: list[np.ndarray] = []
     words: list[list[str]] = []
     for row in table.splitlines()[1:]:

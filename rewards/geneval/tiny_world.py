@@ -1,7 +1,8 @@
-"""The embedded world's coloured shapes: a detector of them, and the grammar of its prompts.
+"""A detector of the coloured shapes of the embedded models' world, and the grammar of its prompts.
 
-Pixels are explained as background mixed with one colour of the palette, connected pixels of one
-colour are a thing, and its shape is the template that overlaps it best after moment matching.
+Pixels are modelled as background mixed with one colour of the palette; connected pixels of one
+colour are an object, and its shape is the template that overlaps it most after moment matching.
+
 Legend: n images, h w their size.
 """
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..images import check_inputs, resize
-from .rules import DIRECTIONS, Detection, Entry, Expected, grammar, included, phrase, relations
+from .prompts import grammar, included, phrase
+from .rules import DIRECTIONS, Detection, Entry, Expected, relations
 
 __all__ = [
     "COLOURS",
@@ -31,7 +33,7 @@ __all__ = [
     "parse",
 ]
 
-# what scripts/tiny/world.py draws
+# the world on which the embedded models were trained
 SIZE = 64
 COLOURS = {
     "red": (220, 40, 40),
@@ -42,16 +44,16 @@ COLOURS = {
     "purple": (150, 60, 190),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SMALLEST = 40  # pixels of the 64x64 picture; things drawn in the world have 125 and more
-OVERLAP = 0.6  # intersection over union with its template that a thing must have
+SMALLEST = 40  # pixels of a 64x64 image; objects of the world have at least 125
+OVERLAP = 0.6  # least intersection over union of an object with its template
 
 GRAMMAR = grammar(SHAPES, tuple(COLOURS))
 
 
 def parse(prompt: str) -> Entry | None:
-    """The entry of a prompt of the embedded world, else None: nothing else may be there.
+    """The entry of a prompt of the embedded world, or None; no other shapes may be present.
 
-    Each shape is excluded from one more than is asked for, so that "at least" is "exactly".
+    One more of each shape than is asked for is excluded, so that counts are exact.
     """
     found = phrase(GRAMMAR, prompt.strip().lower())
     if found is None:
@@ -63,7 +65,7 @@ def parse(prompt: str) -> Entry | None:
 
 
 def expectations(prompt: str) -> tuple[list[Expected], str]:
-    """What a prompt asks for, and the relation of the first thing to the second ("" if none)."""
+    """The objects of a prompt, and the relation of the first to the second ("" if none)."""
     found = phrase(GRAMMAR, prompt.strip().lower())
     if found is None:
         raise ValueError(
@@ -74,7 +76,7 @@ def expectations(prompt: str) -> tuple[list[Expected], str]:
 
 
 def holds(prompt: str, found: Sequence[Detection]) -> list[bool]:
-    """Which of a prompt's conditions the detections meet: each count, no others, the relation."""
+    """Which conditions of a prompt hold: each count, no other objects, the relation."""
     wanted, relation = expectations(prompt)
     groups = [[d for d in found if d.name == e.name and e.colour in ("", d.colour)] for e in wanted]
     checks = [len(group) == e.count for group, e in zip(groups, wanted, strict=True)]
@@ -87,9 +89,9 @@ def holds(prompt: str, found: Sequence[Detection]) -> list[bool]:
 
 
 def detect(images: Tensor, names: Sequence[Sequence[str]] = ()) -> list[list[Detection]]:
-    """The things in each picture (n, 3, h, w), left to right; the score is the overlap.
+    """The objects in each image (n, 3, h, w), from left to right; the score is the overlap.
 
-    `names`, what to look for, is what other detectors need; all shapes are looked for here.
+    All shapes are detected, whatever `names` asks for.
     """
     check_inputs(images, [""] * len(images))
     h, w = images.shape[2:]
@@ -109,15 +111,15 @@ def detect(images: Tensor, names: Sequence[Sequence[str]] = ()) -> list[list[Det
 
 
 def _masks(x: Tensor) -> Tensor:
-    """(n, colours, h, w): the pixels that are more than half of that colour.
+    """Masks (n, colours, h, w) of the pixels with more than half of that colour.
 
-    A pixel is background + a·(colour - background), 0 <= a <= 1, for the colour that leaves the
-    smallest residual: so the soft edge of a yellow thing on black is not taken for green.
+    A pixel is background + a·(colour - background), 0 <= a <= 1, for the colour with the smallest
+    residual, so that the soft edge of a yellow object on black is not classified as green.
     """
     border = torch.cat([x[:, :, :2].flatten(2), x[:, :, -2:].flatten(2)], 2)
     border = torch.cat([border, x[..., :2].flatten(2), x[..., -2:].flatten(2)], 2)
     background = border.median(2).values[:, None, :, None, None]  # (n, 1, 3, 1, 1)
-    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)  # noise
+    x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)  # reduces noise
     palette = torch.tensor(list(COLOURS.values()), dtype=x.dtype).view(1, -1, 3, 1, 1) / 255
     towards = palette - background
     away = x[:, None] - background
@@ -129,7 +131,7 @@ def _masks(x: Tensor) -> Tensor:
 
 
 def _components(masks: Tensor) -> Tensor:
-    """Connected components (8 neighbours) of (n, c, h, w): 0 outside, else one number each."""
+    """Labels of the connected components (8 neighbours) of (n, c, h, w), 0 outside."""
     h, w = masks.shape[2:]
     labels = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, 1, h, w) * masks
     while True:
@@ -184,7 +186,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1)
     if shape == "triangle":
         return (v <= 0.8) & (abs(u) <= 0.95 * (v + 1) / 1.8)
-    # a five-pointed star: fold the plane to half of one point, then one edge decides
+    # a five-pointed star: fold the plane to half of a point, which one edge bounds
     angle = np.abs((np.arctan2(u, -v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     radius = np.hypot(u, v)
     along, across = radius * np.cos(angle), radius * np.sin(angle)

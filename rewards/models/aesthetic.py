@@ -1,8 +1,8 @@
-"""LAION's aesthetic predictors: how people rated pictures, from CLIP's image embedding alone.
+"""LAION's aesthetic predictors: ratings of images from CLIP's image embedding only.
 
-Three heads were published, and a file's keys tell which it holds: version 1, one linear layer
-(`weight`, `bias`); version 2, five linear layers with nothing between them, so that it is
-linear too (`layers.{0,2,4,6,7}`); and a variant with ReLU (`layers.{0,3,6,9,11}`).
+Three kinds of heads were published, which differ in their keys: version 1, one linear layer
+(`weight`, `bias`); version 2, five linear layers without activations, which is linear as well
+(`layers.{0,2,4,6,7}`); and a variant with ReLU (`layers.{0,3,6,9,11}`).
 
 Legend: n images, d the width of the embedding.
 """
@@ -26,7 +26,7 @@ from .base import Card, NetworkReward
 __all__ = ["AestheticHead", "AestheticReward", "collapse", "head_of"]
 
 TINY = Path(__file__).parents[1] / "tiny" / "aesthetic" / "aesthetic.safetensors"
-# LAION serves its files on GitHub only; these are what they are called there and on the hub
+# names of the files on GitHub, where LAION publishes them, and on the hub
 FILES = (
     "aesthetic.safetensors",
     "sac+logos+ava1-l14-linearMSE.pth",
@@ -37,7 +37,7 @@ FILES = (
     "sa_0_4_vit_b_32_linear.pth",
     "sa_0_4_vit_b_16_linear.pth",
 )
-# SHA-256 -> the file's name, and the tower whose embeddings it was trained on
+# SHA-256 -> name of the file, and source of the tower it was trained on
 PUBLISHED = {
     "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0": (
         "sac+logos+ava1-l14-linearMSE.pth",
@@ -142,7 +142,7 @@ def _tower(
 
 
 class AestheticHead(nn.Module):
-    """Version 2, with the published names of its layers: (n, d) -> (n, 1)."""
+    """Version 2, with the published names of its layers, (n, d) -> (n, 1)."""
 
     def __init__(self, width: int, relu: bool = False) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class AestheticHead(nn.Module):
         sizes = (width, 1024, 128, 64, 16, 1)
         for i in range(5):
             layers.append(nn.Linear(sizes[i], sizes[i + 1]))
-            # dropout stood where Identity does, so that the numbers of the layers agree
+            # Identity replaces dropout, which keeps the published numbers of the layers
             layers += [nn.ReLU()] * (relu and i < 4) + [nn.Identity()] * (i < 3)
         self.layers = nn.Sequential(*layers)
 
@@ -159,7 +159,7 @@ class AestheticHead(nn.Module):
 
 
 def head_of(state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
-    """The head that a state dict holds, told by its keys, frozen; ValueError if it is none."""
+    """The frozen head of a state dict, recognised by its keys; ValueError if it is none."""
     if set(state) == {"weight", "bias"} and state["weight"].ndim == 2:
         head: nn.Module = nn.Linear(state["weight"].shape[1], 1)
     elif "layers.0.weight" in state and state["layers.0.weight"].ndim == 2:
@@ -176,7 +176,7 @@ def head_of(state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
 
 
 def collapse(head: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """w (d,) and b of the affine map w·x + b that the head is, float64; None for the ReLU one."""
+    """w (d,) and b of a linear head w·x + b, float64; None for a head with ReLU."""
     if any(isinstance(module, nn.ReLU) for module in head.modules()):
         return None
     w = torch.eye(_width(head), dtype=torch.float64)
@@ -194,7 +194,7 @@ def _width(head: nn.Module) -> int:
 
 @untouched()
 def _open(source: str) -> tuple[nn.Module, str | None]:
-    """The head, and the source of the tower it was trained on, as far as that is known."""
+    """The head, and the source of the tower it was trained on, or None where that is unknown."""
     seed = seed_of(source)
     if seed is not None:
         return randomise(nn.Linear(32, 1), seed), source

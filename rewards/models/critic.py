@@ -1,14 +1,14 @@
-"""A critic: a reward that learned to tell reference pictures from a generator's samples.
+"""A critic: a reward that was trained to tell reference images from a model's samples.
 
-Two kinds, each kept in a folder as critic.json and critic.safetensors, and trained by
+There are two kinds, each saved in a folder as critic.json and critic.safetensors, and trained by
 finetune.critics:
 
-    features     a small head on CLS token and patches of a frozen DINO
-    preference   a CLIP, SigLIP or PickScore whose image tower's last layers are trained
+    features     a small head on the CLS token and the patches of a frozen DINO
+    preference   a CLIP, SigLIP or PickScore of which the image tower's last layers are trained
 
-Both come from Adv-GRPO (Mao et al. 2025, arXiv 2511.20256). Whatever is trained on goes through
-the same `features` and `logits` as what is scored. A rule (ocr, objects) cannot be trained; pair
-it with likeness to the references instead, `ocr + 0.5*dino(mode=hybrid)`.
+Both are from Adv-GRPO (Mao et al. 2025, arXiv 2511.20256). Training and scoring use the same
+`features` and `logits`. A rule such as ocr or objects cannot be trained; combine it with
+similarity to the references instead, `ocr + 0.5*dino(mode=hybrid)`.
 
 Legend: n images, p patches, d features, R the tower's input side.
 """
@@ -35,19 +35,19 @@ from .base import Card, NetworkReward
 __all__ = ["CriticHead", "CriticReward", "FeatureModel", "PreferenceModel"]
 
 FILES = ("critic.json", "critic.safetensors")
-# where open_clip, timm within it, and transformers keep the layers of an image tower
+# names of the layers of an image tower in open_clip, timm and transformers
 LAYERS = ("visual.transformer.resblocks", "visual.trunk.blocks", "vision_model.encoder.layers")
 
 
 class CriticHead(nn.Module):
-    """Linear, GELU, Linear: (..., d) -> (...), 0 for everything until it is trained. Float32."""
+    """Linear, GELU, Linear: (..., d) -> (...), float32; it returns 0 until it is trained."""
 
     @untouched()
     def __init__(self, width: int, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
         self.inner = nn.Linear(width, hidden)
         self.outer = nn.Linear(hidden, 1)
-        bound = width**-0.5  # nn.Linear's own
+        bound = width**-0.5  # as in nn.Linear
         for parameter in self.inner.parameters():
             draws = torch.rand(parameter.shape, generator=generator)
             parameter.data.copy_((2 * draws - 1) * bound)
@@ -59,11 +59,15 @@ class CriticHead(nn.Module):
 
 
 class FeatureModel:
-    """One head h for the CLS token and every patch of a frozen DINO; w₁ h(cls) + w₂ mean h(patch).
+    """w₁ h(cls) + w₂ mean h(patch), with one head h for the CLS token and all patches of a DINO.
 
-    Args: tower and size, see rewards.towers.dino_backbone; hidden, the width of h; weights, (w₁,
-    w₂); seed, of the head's first layer. Features are DINO's unit vectors times √d, so that a
-    number of them is about 1.
+    Features are DINO's unit vectors times √d, so that their elements are about 1.
+
+    Args:
+        tower, size: See `rewards.towers.dino_backbone`.
+        hidden: Width of h.
+        weights: (w₁, w₂).
+        seed: Seed of the head's first layer.
     """
 
     kind, paired = "features", False
@@ -107,16 +111,20 @@ class FeatureModel:
     def logits(
         self, features: Sequence[Tensor], prompts: Sequence[str], batch_size: int
     ) -> tuple[Tensor, ...]:
-        """h of each, (n,) and (n, p)."""
+        """h of the CLS tokens (n,) and of the patches (n, p)."""
         cls, patches = features
         return self.module(cls), self.module(patches)
 
 
 class PreferenceModel:
-    """exp(logit_scale) times the cosine of picture and prompt, the last `layers` layers trained.
+    """exp(logit_scale) times the cosine of image and prompt; the last `layers` layers are trained.
 
-    The tower is a copy of its own: other rewards of the same source keep theirs. Args: tower, see
-    rewards.towers.sources, for example yuvalkirstain/PickScore_v1. All weights are float32.
+    The towers are a copy, which no other reward of the same source shares. All weights are
+    float32.
+
+    Args:
+        tower: See `rewards.towers.sources`, for example yuvalkirstain/PickScore_v1.
+        layers: Number of trained layers.
     """
 
     kind, paired, weights = "preference", True, (1.0,)
@@ -142,13 +150,13 @@ class PreferenceModel:
         self.towers.to(device)
 
     def features(self, images: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-        """The pixels that the tower sees, (n, 3, R, R)."""
+        """The input of the tower, (n, 3, R, R)."""
         return (torch.cat([self.towers.pixels(chunk) for chunk in images.split(batch_size)]),)
 
     def logits(
         self, features: Sequence[Tensor], prompts: Sequence[str], batch_size: int
     ) -> tuple[Tensor, ...]:
-        """One score an image, (n,)."""
+        """One score for each image, (n,)."""
         text = self.towers.text_features(prompts)
         chunks = features[0].split(batch_size)
         image = torch.cat([F.normalize(self.towers.encode_image(x), dim=-1) for x in chunks])
@@ -202,16 +210,16 @@ class CriticReward(NetworkReward):
 
     @property
     def module(self) -> nn.Module:
-        """What training changes, and what is saved; frozen outside it."""
+        """The trained part, which is saved, and frozen outside of training."""
         return self.model.module
 
     @property
     def paired(self) -> bool:
-        """Whether a sample is compared with references of its own prompt."""
+        """Whether a sample is compared with references of the same prompt."""
         return self.model.paired
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What does not change in training, a row an image of (n, 3, h, w) in [0, 1], float32.
+        """The input of the trained part for images (n, 3, h, w) in [0, 1], float32.
 
         The CLS tokens (n, d) and patches (n, p, d), or the pixels (n, 3, R, R) of a preference.
         """
@@ -221,7 +229,7 @@ class CriticReward(NetworkReward):
             return self.model.features(images, self.batch_size)
 
     def logits(self, features: Sequence[Tensor], prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """What a loss takes: (n,), and (n, p) of patches, of any number of them."""
+        """The logits for a loss: (n,), and (n, p) for any number of patches."""
         with torch.autocast(features[0].device.type, enabled=False):
             return self.model.logits(features, prompts, self.batch_size)
 
@@ -231,7 +239,7 @@ class CriticReward(NetworkReward):
         return torch.stack([w * m for w, m in zip(self.model.weights, means, strict=True)]).sum(0)
 
     def save(self, folder: str | Path) -> None:
-        """Write what `critic(folder)` reads, each file whole or not at all."""
+        """Write the files that `critic(folder)` reads, each atomically."""
         from safetensors.torch import save_file
 
         folder = Path(folder)

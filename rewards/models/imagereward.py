@@ -1,8 +1,8 @@
-"""ImageReward (Xu et al. 2023): what people prefer, learned on BLIP. From transformers' modules.
+"""ImageReward (Xu et al. 2023): human preference, learned on BLIP, built from transformers.
 
     a folder          ImageReward.pt (or .safetensors) and BERT's vocab.txt
-    a file            the former; vocab.txt beside it
-    org/name          a hub repository, THUDM/ImageReward; vocab.txt then is bert-base-uncased's
+    a file            ImageReward.pt, with vocab.txt beside it
+    org/name          a hub repository, THUDM/ImageReward; vocab.txt is bert-base-uncased's
     random:<seed>     a small untrained model, for tests
 
 Legend: n images, p their patches and CLS token, l tokens of a prompt, d features of BERT.
@@ -32,13 +32,13 @@ __all__ = ["ImageRewardReward", "Network", "Sizes", "WordPieces", "renamed"]
 
 FILES = ("ImageReward.pt", "ImageReward.safetensors", "model.safetensors")
 VOCABULARY = "google-bert/bert-base-uncased"
-LENGTH = 35  # tokens; longer prompts are cut, as they were in training
+LENGTH = 35  # tokens; longer prompts are truncated, as in training
 HEAD = 64  # features of an attention head, in both towers
 # published constants, by which scores of the authors' images have mean 0 and standard deviation 1
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-# what the score does not need: heads of BLIP's contrastive loss, and a buffer of 0, 1, 2, ...
+# keys that the score does not need: heads of the contrastive loss, and a buffer of 0, 1, 2, ...
 IGNORED = (r"blip\.(vision|text)_proj\.", r"blip\.text_encoder\.embeddings\.position_ids$")
-# timm's names of the published vision tower -> those of BlipVisionModel
+# names of the published vision tower, which are timm's -> names of BlipVisionModel
 RENAMES = {
     r"cls_token$": "embeddings.class_embedding",
     r"pos_embed$": "embeddings.position_embedding",
@@ -54,7 +54,7 @@ VISION = "blip.visual_encoder."
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of BLIP; the defaults are the published ones (ViT-L/16 at 224 pixels, BERT-base)."""
+    """Sizes of BLIP; the defaults are the published ones (ViT-L/16 at 224 pixels, BERT-base)."""
 
     image: int = 224
     patch: int = 16
@@ -69,9 +69,9 @@ PUBLISHED = Sizes()
 
 
 class Network(nn.Module):
-    """BLIP's vision tower, its text tower that looks at the picture, and the scoring MLP.
+    """BLIP's vision tower, its text tower with cross-attention to the image, and the scoring MLP.
 
-    The parts carry the names of the published file; `renamed` maps what is left.
+    The parts have the names of the published file; `renamed` converts the others.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -86,7 +86,7 @@ class Network(nn.Module):
             image_size=sizes.image,
             patch_size=sizes.patch,
             hidden_act="gelu",
-            layer_norm_eps=1e-6,  # BLIP's; transformers' default is another
+            layer_norm_eps=1e-6,  # BLIP's, not the default of transformers
         )
         text = BlipTextConfig(
             vocab_size=sizes.vocabulary,
@@ -98,10 +98,10 @@ class Network(nn.Module):
             max_position_embeddings=512,
             hidden_act="gelu",
             layer_norm_eps=1e-12,
-            bos_token_id=None,  # generation's, of no use here
+            bos_token_id=None,  # these are for generation only
             eos_token_id=None,
             sep_token_id=None,
-            is_decoder=True,  # which gives it cross-attention; its mask stays that of an encoder
+            is_decoder=True,  # for cross-attention; the mask remains that of an encoder
         )
         text_encoder = BlipTextModel(text, add_pooling_layer=False)
         self.sizes = sizes
@@ -128,15 +128,15 @@ class Network(nn.Module):
         return self.blip["visual_encoder"](pixels).last_hidden_state
 
     def rate(self, seen: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Raw scores (n,), float32, of features `look` gave and tokens (n, l) with their mask."""
+        """Raw scores (n,), float32, of features from `look` and tokens (n, l) with their mask."""
         output = self.blip["text_encoder"](ids, attention_mask=mask, encoder_hidden_states=seen)
         with torch.autocast(seen.device.type, enabled=False):
-            h = output.last_hidden_state[:, 0].float()  # of [CLS]; BLIP's [ENC] is not used here
+            h = output.last_hidden_state[:, 0].float()  # [CLS]; BLIP's [ENC] is not used
             return self.mlp["layers"](h)[:, 0]
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published state dict with the names of `Network`; what is unknown keeps its own."""
+    """The published state dict with the names of `Network`; unknown names are kept."""
     return {_renamed(key): value for key, value in state.items()}
 
 
@@ -149,9 +149,9 @@ def _renamed(key: str) -> str:
 
 
 class WordPieces:
-    """BERT's uncased tokeniser with BLIP's two further tokens, cut and padded to 35.
+    """BERT's uncased tokenizer with BLIP's two additional tokens, truncated and padded to 35.
 
-    vocabulary: the lines of vocab.txt. Calling it with n prompts gives (ids, mask), int64 (n, 35).
+    `vocabulary` is the lines of vocab.txt. It maps n prompts to (ids, mask), int64 (n, 35).
     """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
@@ -266,7 +266,7 @@ def _published(source: str) -> Scorer:
 
 
 def _vocabulary(source: str) -> list[str]:
-    """The lines of vocab.txt beside the weights, else of bert-base-uncased on the hub."""
+    """The lines of vocab.txt beside the weights, or else of bert-base-uncased on the hub."""
     path = local(source)
     folder = path.parent if path.is_file() else path
     beside = folder / "vocab.txt"
@@ -274,10 +274,10 @@ def _vocabulary(source: str) -> list[str]:
         file = beside if beside.is_file() else fetch(VOCABULARY, "vocab.txt")
     except ValueError as error:
         raise ValueError(
-            f"ImageReward reads prompts with BERT's vocabulary, which is neither at {beside} nor "
-            f"to be had from the hub; put vocab.txt of {VOCABULARY} there"
+            f"ImageReward needs BERT's vocabulary, which is neither at {beside} nor available from "
+            f"the hub; put vocab.txt of {VOCABULARY} there"
         ) from error
-    # not splitlines(): a token may be one of Unicode's own line separators
+    # not splitlines(): a token may be a line separator of Unicode
     return file.read_text(encoding="utf-8").rstrip("\n").split("\n")
 
 

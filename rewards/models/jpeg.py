@@ -1,4 +1,4 @@
-"""How small or how large a picture is as a JPEG file (Black et al. 2023, "DDPO").
+"""The size of an image as a JPEG file (Black et al. 2023, "DDPO").
 
 Legend: n images.
 """
@@ -20,16 +20,16 @@ from .base import Card
 
 __all__ = ["JpegReward"]
 
-# the last three are what Pillow does unasked, and so what the published scores were made with
+# the last three are Pillow's defaults, with which the published scores were made
 JPEG: dict[str, Any] = {
     "quality": 95,
     "subsampling": "4:2:0",
     "optimize": False,
     "progressive": False,
 }
-LARGEST = 65500  # pixels of a side that libjpeg writes
+LARGEST = 65500  # pixels of a side, the limit of libjpeg
 SIGNS = {"compressibility": -1.0, "incompressibility": 1.0}
-# Flow-GRPO divides the one by 500 and leaves the other as it is
+# Flow-GRPO divides only compressibility by 500
 SCALES = {
     "kilobytes": {"compressibility": 1.0, "incompressibility": 1.0},
     "flow_grpo": {"compressibility": 1 / 500, "incompressibility": 1.0},
@@ -37,10 +37,10 @@ SCALES = {
 
 
 class JpegReward:
-    """-KB (compressibility) or +KB (incompressibility) at quality 95; 1 KB is 1000 bytes.
+    """-KB (compressibility) or +KB (incompressibility) at quality 95, where 1 KB is 1000 bytes.
 
-    scale: kilobytes as DDPO, or flow_grpo, where compressibility is -KB/500. The size depends on
-    the JPEG library that Pillow was built with, so compare it with itself.
+    The scale is kilobytes, as in DDPO, or flow_grpo, where compressibility is -KB/500. The size
+    depends on the JPEG library of Pillow, so compare scores of one installation only.
     """
 
     differentiable = False
@@ -68,8 +68,8 @@ class JpegReward:
         height, width = images.shape[2:]
         if max(height, width) > LARGEST:
             raise ValueError(
-                f"a picture of {width} × {height} pixels cannot be a JPEG, whose sides have at "
-                f"most {LARGEST}; give a smaller one"
+                f"an image of {width} × {height} pixels cannot be a JPEG, whose sides have at "
+                f"most {LARGEST}; pass a smaller one"
             )
         sizes = [_kilobytes(picture) for picture in to_uint8(images)]
         factor = SIGNS[self.mode] * SCALES[self.scale][self.mode]

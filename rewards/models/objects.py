@@ -1,17 +1,17 @@
-"""Does the picture show the things that the prompt asks for: GenEval's protocol, any detector.
+"""Whether an image shows the objects that its prompt asks for: GenEval's protocol.
 
-What a prompt asks for comes from a metadata file, or from its text where that is one of the
-embedded world (rewards.geneval.tiny_world) or made like GenEval's own (rewards.geneval.rules, which
-has the rules). What is there comes from a detector: `world`, the embedded world's; `owlv2` or
-`grounding_dino` for photographs (rewards.backends.detectors); or `module:function`, one of one's
-own.
+What a prompt asks for comes from a metadata file, or is parsed from a prompt of the embedded
+models' world (`rewards.geneval.tiny_world`) or of GenEval's form (`rewards.geneval.prompts`). The
+detector is `world`, that of the embedded world; `owlv2` or `grounding_dino` for photographs
+(`rewards.backends.detectors`); or `module:function`, a function of the user.
 
-GenEval's detector is a Mask2Former of COCO's classes, whose confidence it cuts at 0.3, and at
-0.9 for counting, and which gives a thing one box and a mask. Zero-shot detectors put their
-scores elsewhere, give boxes only, often several a thing, and tell apart only the classes that
-the prompt names. Their thresholds and overlaps below are starting points, NOT calibrated, as no
-weights were at hand: choose them on pictures of one's own, and do not compare scores with
-published figures of GenEval.
+GenEval's detector is a Mask2Former of COCO's classes with a confidence threshold of 0.3, or 0.9
+for counting, and it gives each object one box and a mask. Zero-shot detectors have other ranges
+of confidence, give boxes only, often several for an object, and distinguish only the classes that
+the prompt names. Their thresholds and overlaps below are NOT calibrated, as no weights were
+available: choose them on your own images, and do not compare scores with published GenEval
+figures.
+
 Legend: n images.
 """
 
@@ -32,6 +32,7 @@ from ..arguments import check_batch_size, check_choice
 from ..backends.detectors import Detector, GroundingDino, Owlv2
 from ..evaluation_cache import shared
 from ..geneval import rules, tiny_world
+from ..geneval.prompts import parse, read_metadata
 from ..geneval.rules import Detection, Entry, Expected
 from ..geneval.tiny_world import COLOURS, DIRECTIONS, SHAPES, SIZE, detect, expectations, holds
 from ..images import check_inputs
@@ -55,14 +56,14 @@ __all__ = [
     "holds",
 ]
 
-GREY = 0x99 / 255  # GenEval's background of a thing that is cut out by its mask
+GREY = 0x99 / 255  # GenEval's background of an object that is cropped by its mask
 TEMPLATES = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")
 MODES = {"strict": rules.strict, "exactly": rules.exactly, "share": rules.share}
 
 
 @dataclass(frozen=True)
 class Usual:
-    """A detector's own: weights, thresholds (also for counting), overlap of doubles to drop."""
+    """A detector's default weights, thresholds (also for counting) and overlap of duplicates."""
 
     source: str | None
     threshold: float
@@ -70,31 +71,36 @@ class Usual:
     overlap: float
 
 
-# GenEval's thresholds and overlap for a detector of one's own; the world's has no false alarms
+# GenEval's thresholds and overlap, for a detector of the user
 OWN = Usual(None, 0.3, 0.9, 1.0)
 DETECTORS = {
     "world": Usual(None, 0.0, 0.0, 1.0),
-    # transformers' example cuts at 0.1; every patch may propose the same thing again
+    # the example of transformers has 0.1; several patches may propose the same object
     "owlv2": Usual("google/owlv2-base-patch16-ensemble", 0.2, 0.3, 0.5),
-    # the authors' demonstration cuts at 0.35
+    # the authors' demonstration has 0.35
     "grounding_dino": Usual("IDEA-Research/grounding-dino-tiny", 0.35, 0.35, 0.7),
 }
 
 
 class ObjectsReward:
-    """Whether what is detected is what the prompt asks for, in [0, 1].
+    """Whether the detected objects are those that the prompt asks for, in [0, 1].
 
-    strict: 1 if the picture is correct by GenEval's evaluation (at least so many of each thing,
-    the most confident ones in their colours and places), else 0. exactly: 1 if the numbers are
-    equal, too. share: the mean of what is asked for, thing by thing. See rewards.geneval.rules. In
-    the embedded world, whose prompts leave out nothing, strict is exactly.
+    strict is 1 if the image is correct by GenEval's evaluation (at least so many of each object,
+    the most confident ones in their colours and positions), else 0; exactly also requires equal
+    counts; share is the mean over the requirements. See `rewards.geneval.rules`. Prompts of the
+    embedded world are complete, so strict equals exactly there.
 
-    Args: detector and source, see rewards.backends.detectors (None: the usual weights); metadata, a
-    file in GenEval's format, looked up by prompt; colours, the CLIP that names the colours where
-    the detector does not (see rewards.towers.sources); threshold and counting_threshold,
-    confidences to exceed, and overlap, the intersection over union at which the lesser of two
-    things of a class is dropped (None: the detector's usual); batch_size, images evaluated at once;
-    device, where the models live (None: where the images are).
+    Args:
+        mode: One of `MODES`.
+        detector, source: See `rewards.backends.detectors`; source None is the default weights.
+        metadata: A file in GenEval's format, in which prompts are looked up.
+        colours: The CLIP that names colours where the detector does not, see
+            `rewards.towers.sources`.
+        threshold, counting_threshold: Confidences to exceed; None is the detector's default.
+        overlap: Intersection over union at which the less confident of two objects of a class is
+            dropped; None is the detector's default.
+        batch_size: Number of images evaluated at once.
+        device: Device of the models; None follows the images.
     """
 
     differentiable = False
@@ -126,37 +132,22 @@ class ObjectsReward:
     ) -> None:
         check_choice("the objects mode", mode, MODES)
         check_batch_size(batch_size)
+        thresholds = {"threshold": threshold, "counting_threshold": counting_threshold}
+        given = {"source": source, **thresholds, "overlap": overlap}
+        rest = {"metadata": metadata, "colours": colours, "batch_size": batch_size}
         self.name = "objects"
-        self.spec = written(
-            "objects",
-            ObjectsReward,
-            mode=mode,
-            detector=detector,
-            source=source,
-            metadata=metadata,
-            colours=colours,
-            threshold=threshold,
-            counting_threshold=counting_threshold,
-            overlap=overlap,
-            batch_size=batch_size,
-        )
+        self.spec = written("objects", ObjectsReward, mode=mode, detector=detector, **given, **rest)
         self.mode, self.batch_size = mode, batch_size
-        given = {
-            "source": source,
-            "threshold": threshold,
-            "counting_threshold": counting_threshold,
-            "overlap": overlap,
-        }
         self.usual = _usual(detector, {k: v for k, v in given.items() if v is not None})
-        self.entries = {} if metadata is None else rules.read_metadata(metadata)
+        self.entries = {} if metadata is None else read_metadata(metadata)
         self.detector = _detector(detector, self.usual, device)
         self.colours = ClipColours(colours, device)
         self._settings = (metadata, colours, self.usual)
 
     def entry(self, prompt: str) -> Entry:
-        """What a prompt asks for; its `tag` is the task. ValueError where nothing is known."""
+        """What a prompt asks for, with the task as its `tag`; ValueError where that is unknown."""
         text = prompt.strip()
-        entry = self.entries.get(text) or tiny_world.parse(text) or rules.parse(text)
+        entry = self.entries.get(text) or tiny_world.parse(text) or parse(text)
         if entry is None:
             raise ValueError(
                 f"the objects reward cannot score the prompt {prompt!r}; it knows those of "
@@ -167,27 +158,27 @@ class ObjectsReward:
             )
         if self.detector is detect and not set(entry.names) <= set(SHAPES):
             raise ValueError(
-                f"the embedded world has no things such as the prompt {prompt!r} asks for; choose "
+                f"the embedded world lacks what the prompt {prompt!r} asks for; choose "
                 "a detector for photographs, as in objects(detector=owlv2)"
             )
         return entry
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts of which nobody knows what they ask for."""
+        """Raise ValueError for prompts that are not understood."""
         for prompt in prompts:
             self.entry(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
         found = self.detections(images, prompts)
-        judge = MODES[self.mode]
-        scores = [judge(self.entry(p), things) for p, things in zip(prompts, found, strict=True)]
+        score = MODES[self.mode]
+        scores = [score(self.entry(p), things) for p, things in zip(prompts, found, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def detections(self, images: Tensor, prompts: Sequence[str]) -> list[list[Detection]]:
-        """What is judged in each picture: the things its prompt names, the most confident first."""
+        """The detections by which each image is scored, the most confident first."""
         check_inputs(images, prompts)
         entries = [self.entry(prompt) for prompt in prompts]
-        # two modes of one setting look at the same pictures once
+        # detections are shared by rewards that differ only in their mode
         known = shared(self.detector, images, dict[Any, list[list[Detection]]])
         key = (tuple(prompts), self._settings)
         if key not in known:
@@ -208,7 +199,7 @@ class ObjectsReward:
         return [self._seen(*one) for one in zip(images, entries, found, strict=True)]
 
     def _seen(self, image: Tensor, entry: Entry, found: Sequence[Detection]) -> list[Detection]:
-        """GenEval's choice of the detections, with the colours that the entry asks about."""
+        """The detections that GenEval selects, with the colours that the entry needs."""
         counting = entry.tag == "counting"
         threshold = self.usual.counting_threshold if counting else self.usual.threshold
         chosen = rules.select(found, threshold, self.usual.overlap)
@@ -222,10 +213,10 @@ class ObjectsReward:
 
 
 class ClipColours:
-    """GenEval's colours of things: CLIP between ten words, of three phrases' mean features each.
+    """GenEval's colours of objects: CLIP's choice of ten words, each the mean of three phrases.
 
-    A thing is cut out by its box, and where it has a mask the rest of the box is made grey.
-    GenEval's masks come from its detector; a box alone shows some background too.
+    An object is cropped by its box, and where it has a mask the rest of the box becomes grey.
+    GenEval's detector gives masks; a box without one shows some background as well.
     """
 
     def __init__(self, source: str, device: torch.device | str | None = None) -> None:
@@ -235,7 +226,7 @@ class ClipColours:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, found: Sequence[Detection]) -> list[str]:
-        """The colour of each thing in the picture (3, h, w)."""
+        """The colour of each object in the image (3, h, w)."""
         clip = self._towers = self._towers or towers(self.source, self.device)
         device = self.device or image.device
         clip.to(device)
@@ -250,7 +241,7 @@ class ClipColours:
 
 
 def cut(image: Tensor, thing: Detection) -> Tensor:
-    """The picture (3, h, w) within a thing's box, to whole pixels, one of them at least."""
+    """The image (3, h, w) within an object's box, rounded to pixels, at least one of them."""
     h, w = image.shape[1:]
     left, top, right, bottom = (round(side) for side in thing.box)
     left, top = min(max(left, 0), w - 1), min(max(top, 0), h - 1)
@@ -261,7 +252,7 @@ def cut(image: Tensor, thing: Detection) -> Tensor:
 
 
 def _usual(detector: str, given: dict[str, Any]) -> Usual:
-    """The detector's settings, those given instead of its own."""
+    """The detector's defaults, replaced by the given values."""
     if not isinstance(detector, str) or (detector not in DETECTORS and ":" not in detector):
         close = get_close_matches(str(detector), DETECTORS, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"take one of {list(DETECTORS)}"
@@ -278,7 +269,7 @@ def _usual(detector: str, given: dict[str, Any]) -> Usual:
 
 
 def _detector(name: str, usual: Usual, device: torch.device | str | None) -> Detector:
-    """The detector of a name, loaded once for all rewards that look alike."""
+    """The detector of a name, loaded once for all rewards with the same settings."""
     if name == "world":
         return detect
     if ":" in name:

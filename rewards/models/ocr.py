@@ -1,4 +1,4 @@
-"""Does the picture show the words that the prompt quotes? Read by a program, without a network.
+"""How well the text in an image, read by an OCR engine, matches the text that the prompt quotes.
 
 Legend: n images; d an edit distance, L the length of the target.
 """
@@ -23,28 +23,28 @@ from .base import Card
 __all__ = ["MODES", "OcrReward", "distance", "nearest", "quoted_text"]
 
 DOUBLE = re.compile('["“”„‟«»]([^"“”„‟«»]*)["“”„‟«»]')
-# ’ is an apostrophe too, so these quotes must stand at the edges of words
+# ’ is an apostrophe as well, so these quotes must be at the edges of words
 SINGLE = re.compile(r"(?<!\w)[‘‚]([^‘‚]*?)[’‘](?!\w)")
 STRAIGHT = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
 
 
 def quoted_text(prompt: str) -> list[str]:
-    """The spans of a prompt in double quotes, straight, curly or angular, that are not blank.
+    """The non-blank spans of a prompt in double quotes, straight, curly or angular.
 
-    Only where there are none, those in single curly quotes. Straight single quotes are
-    apostrophes. Any double quote closes any other, so a span cannot hold one.
+    Where there are none, those in single curly quotes. Straight single quotes are apostrophes.
+    Any double quote closes any other, so a span cannot contain one.
     """
     spans = [span for span in DOUBLE.findall(prompt) if span.strip()]
     return spans or [span for span in SINGLE.findall(prompt) if span.strip()]
 
 
 def distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and substitutions that turn a into b."""
+    """Levenshtein distance: number of insertions, deletions and substitutions from a to b."""
     return _last_row(a, b, list(range(len(b) + 1)))[-1]
 
 
 def nearest(a: str, b: str) -> int:
-    """The least Levenshtein distance from a to any part of b (Sellers 1980), at most len(a)."""
+    """The smallest Levenshtein distance from a to any substring of b (Sellers 1980)."""
     return min(_last_row(a, b, [0] * (len(b) + 1)))
 
 
@@ -57,7 +57,7 @@ def _last_row(a: str, b: str, row: list[int]) -> list[int]:
 
 
 def _words(text: str) -> list[str]:
-    # casefolding may undo the normal form, hence twice
+    # casefolding may undo the normal form, so it is applied twice
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return folded.translate(STRAIGHT).split()
 
@@ -71,7 +71,7 @@ def _without_punctuation(text: str) -> str:
 
 
 def _flow_grpo(read: str, spans: list[str]) -> float:
-    # as published (Liu et al. 2025, "Flow-GRPO"): anything that contains the target is perfect
+    # as published (Liu et al. 2025, "Flow-GRPO"): text that contains the target scores 1
     read, target = (text.replace(" ", "").lower() for text in (read, spans[0]))
     missed = 0 if target in read else min(distance(read, target), len(target))
     return 1 - missed / len(target)
@@ -118,19 +118,22 @@ MODES: dict[str, Callable[[str, list[str]], float]] = {
 
 
 class OcrReward:
-    """How well the text that is read agrees with the text that the prompt quotes.
+    """How well the text that is read matches the text that the prompt quotes.
 
-    Case, width and spaces do not count, nor whether quotes are curly. The quoted spans, joined in
-    their order, are the target: strict 1 - min(d, L)/L; max_norm 1 - d/max(L, length read);
-    exact 1 or 0; cer -d/L, the character error rate; word_f1 the F1 of the words, in any order.
-    Two modes differ: each is the mean over the spans of 1 - d/L to the part of the text read
-    that is nearest to the span, so order and other text do not count; flow_grpo is as published,
-    strict on the first span, but 1 wherever the target occurs in what is read.
-    A prompt without quoted text is refused, see quoted_text.
+    Case, width, spaces and the kind of quotes are ignored. The target is the quoted spans, joined
+    in order. With the edit distance d and the length L of the target, the modes are strict,
+    1 - min(d, L)/L; max_norm, 1 - d/max(L, length read); exact, 1 or 0; cer, -d/L, the character
+    error rate; and word_f1, the F1 score of the words in any order. The mode each is the mean over
+    spans of 1 - d/L for the substring closest to the span, so order and other text are ignored;
+    flow_grpo is the published one, strict on the first span, but 1 wherever the target occurs in
+    the text. Prompts without quoted text are an error, see `quoted_text`.
 
-    Args: punctuation=False leaves punctuation out of both texts. engine is "rapidocr", read with
-    limit_side_len, upscale and detect (see readers.RapidOcr), or "tesseract", with psm and
-    upscale (see readers.Tesseract): a second engine judges what the first was steered by.
+    Args:
+        mode: One of `MODES`.
+        engine: "rapidocr", with limit_side_len, upscale and detect, or "tesseract", with psm and
+            upscale; see `rewards.backends.ocr_engines`. A second engine can evaluate what the
+            first was used to steer.
+        punctuation: False removes punctuation from both texts.
     """
 
     card = Card(
@@ -157,29 +160,22 @@ class OcrReward:
         check_choice("the OCR mode", mode, MODES)
         if type(punctuation) is not bool:
             raise ValueError(f"punctuation is {punctuation!r}; give true or false")
+        reading = {"limit_side_len": limit_side_len, "upscale": upscale}
+        reading |= {"detect": detect, "psm": psm}
+        given = {"mode": mode, "engine": engine, "punctuation": punctuation}
         self.name = "ocr"
-        self.spec = written(
-            "ocr",
-            OcrReward,
-            mode=mode,
-            engine=engine,
-            punctuation=punctuation,
-            limit_side_len=limit_side_len,
-            upscale=upscale,
-            detect=detect,
-            psm=psm,
-        )
+        self.spec = written("ocr", OcrReward, **given, **reading)
         self.mode, self.punctuation = mode, punctuation
         self.range: tuple[float | None, float | None] = (None, 0.0) if mode == "cer" else (0.0, 1.0)
         self.reader = _reader(engine, limit_side_len, upscale, detect, psm)
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that quote nothing, which this reward cannot score."""
+        """Raise ValueError for prompts without quoted text."""
         for prompt in prompts:
             self.targets(prompt)
 
     def targets(self, prompt: str) -> list[str]:
-        """The wanted texts, at least one; ValueError where the prompt quotes none."""
+        """The quoted texts of a prompt, at least one; ValueError where there is none."""
         spans = [self._kept(span) for span in quoted_text(prompt)]
         spans = [span for span in spans if span.strip()]
         if not spans:
@@ -199,7 +195,7 @@ class OcrReward:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def read(self, images: Tensor) -> list[str]:
-        """The text of each picture (n, 3, h, w): lines in reading order, joined by spaces."""
+        """The text of each image (n, 3, h, w): lines in reading order, joined by spaces."""
         check_inputs(images, [""] * len(images))
         return self.reader.read(images)
 
@@ -212,12 +208,12 @@ def _reader(
 ) -> Reader:
     if engine == "rapidocr":
         if psm is not None:
-            raise ValueError(f"psm is {psm!r}, a setting of tesseract; leave it out for rapidocr")
+            raise ValueError(f"psm is {psm!r}, an argument of tesseract; leave it out for rapidocr")
         return reader(RapidOcr(limit_side_len, 1 if upscale is None else upscale, detect))
     if engine == "tesseract":
         if limit_side_len is not None or detect is not True:
             raise ValueError(
-                f"limit_side_len is {limit_side_len!r} and detect {detect!r}, settings of "
+                f"limit_side_len is {limit_side_len!r} and detect {detect!r}, arguments of "
                 "rapidocr; leave them out for tesseract, and give psm=7 for one line"
             )
         return reader(Tesseract(SPARSE_TEXT if psm is None else psm, upscale))

@@ -1,7 +1,7 @@
-"""A vision-language model is asked a question about the picture; its answer is the score.
+"""The answer of a vision-language model to a question about an image, as its score.
 
     judge(url="http://127.0.0.1:8000/v1", model=NAME)     an OpenAI-compatible endpoint
-    judge(source=/a/folder)                               a transformers model, here
+    judge(source=/a/folder)                               a transformers model in this process
 
 Legend: n images.
 """
@@ -24,22 +24,22 @@ from torch import Tensor
 from ..arguments import check_choice
 from ..backends.chat_endpoint import Endpoint, EndpointError
 from ..backends.judge_presets import PRESETS, Preset
-from ..backends.local_vlm import Local
+from ..backends.local_vlm import LocalVlm
 from ..images import check_inputs, to_uint8
 from ..spec import written
 from .base import Card
 
 __all__ = ["PRESETS", "JudgeReward", "Preset"]
 
-REMEMBERED = 4096  # answers
+CACHED = 4096  # scores
 
 
 class NoScore(Exception):
-    """An answer that is none; the text says why."""
+    """An answer contains no score, for the reason that the message gives."""
 
 
-class Model(Protocol):
-    """What answers: one picture (h, w, 3) of bytes and one question at a time."""
+class AnswersQuestions(Protocol):
+    """A model that answers a question about an image (h, w, 3) of bytes."""
 
     concurrency: int
     reserved: tuple[str, ...]
@@ -50,25 +50,31 @@ class Model(Protocol):
 
 
 class JudgeReward:
-    """The number that a vision-language model's answer holds, or how much likelier yes is than no.
+    """The number in a vision-language model's answer, or how much likelier yes is than no.
 
-    `{prompt}` in the question stands for the prompt and nothing else is replaced. The last match
-    of the pattern counts, since models think aloud first. With low and high the number is mapped
-    to [0, 1] as (x - low)/(high - low), and outside of them it is no score. `yes_no` gives
-    P(yes)/(P(yes) + P(no)) of the first token. The presets are described in
-    rewards.backends.judge_presets; `flow_grpo` is Flow-GRPO's question and scale, but it squashes
-    the picture to 512 x 512 and counts a failure as 0, which is not done here.
+    `{prompt}` in the question is replaced by the prompt. The last match of the pattern counts,
+    because models may reason first. With low and high, the number is mapped to [0, 1] as
+    (x - low)/(high - low), and a number outside of them is no score. The preset `yes_no` gives
+    P(yes)/(P(yes) + P(no)) of the first token. Presets are described in
+    `rewards.backends.judge_presets`; `flow_grpo` has Flow-GRPO's question and scale, but neither
+    squashes the image to 512 x 512 nor counts a failure as 0.
 
-    An answer without a number, and a request that fails after all retries, is never 0:
-    `invalid="error"` raises ValueError, and what was answered until then is remembered;
-    `invalid="nan"` gives NaN. Scores are remembered by the picture's bytes and the prompt; a
-    pair that occurs twice is asked once. Greedy, seed 0: but a server that packs requests
-    together may still answer a close call differently. The picture keeps its size and shape.
+    An answer without a number, and a request that fails after all retries, is never 0. Scores are
+    cached by the bytes of the image and the prompt, and equal pairs of a call are asked once.
+    Decoding is greedy with seed 0, but a server that batches requests may still vary close
+    decisions. The image keeps its size.
 
-    Args: source, the folder or hub id of a transformers image-text-to-text model, or url and
-    model of an endpoint (see rewards.backends.chat_endpoint, with key_env, timeout, retries,
-    concurrency); preset, one of PRESETS; question, pattern (one group, the number), low and high
-    replace the preset's; max_tokens, the longest answer; device, where a local model lives.
+    Args:
+        source: Folder or hub id of an image-text-to-text model of transformers, or None.
+        preset: One of `PRESETS`.
+        url, model: An endpoint instead of source, see `rewards.backends.chat_endpoint`, which also
+            describes key_env, timeout, retries and concurrency.
+        question, pattern, low, high: Replace those of the preset. The pattern is a regular
+            expression with one group, the number.
+        invalid: "error" raises ValueError where there is no score, after caching all others;
+            "nan" returns NaN for it.
+        max_tokens: Length limit of an answer.
+        device: Device of a local model; None follows the images.
     """
 
     differentiable = False
@@ -101,33 +107,21 @@ class JudgeReward:
         device: torch.device | str | None = None,
     ) -> None:
         _check(source, preset, url, model, invalid)
-        _check_texts(source=source, question=question, pattern=pattern, key_env=key_env)
+        texts = {"source": source, "question": question, "pattern": pattern, "key_env": key_env}
+        _check_texts(**texts)
         remote = {"timeout": timeout, "retries": retries, "concurrency": concurrency}
-        _check_sizes(max_tokens=max_tokens, **remote)
+        sizes = {"max_tokens": max_tokens, **remote}
+        _check_sizes(**sizes)
+        own = {"preset": preset, "url": url, "model": model, "low": low, "high": high}
         self.name = "judge"
-        self.spec = written(
-            "judge",
-            JudgeReward,
-            source=source,
-            preset=preset,
-            url=url,
-            model=model,
-            key_env=key_env,
-            question=question,
-            pattern=pattern,
-            low=low,
-            high=high,
-            invalid=invalid,
-            max_tokens=max_tokens,
-            **remote,
-        )
+        self.spec = written("judge", JudgeReward, invalid=invalid, **own, **texts, **sizes)
         self.task = _task(PRESETS[preset], question, pattern, low, high)
         self.invalid = invalid
         self.device = None if device is None else torch.device(device)
         bounded = not self.task.patterns or self.task.low is not None
         self.range: tuple[float | None, float | None] = (0.0, 1.0) if bounded else (None, None)
-        self.model: Model = (
-            Local(source, max_tokens)
+        self.model: AnswersQuestions = (
+            LocalVlm(source, max_tokens)
             if source is not None
             else Endpoint(str(url), str(model), key_env=key_env, max_tokens=max_tokens, **remote)
         )
@@ -135,19 +129,19 @@ class JudgeReward:
         self._lock = threading.Lock()
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that hold a token by which the local model is steered."""
+        """Raise ValueError for prompts with special tokens of the local model."""
         for prompt in prompts:
             for token in self.model.reserved:
                 if token in prompt:
                     raise ValueError(
-                        f"the prompt {prompt!r} holds {token!r}, which the judge's model reads "
-                        "as a command; leave it out"
+                        f"the prompt {prompt!r} holds {token!r}, a special token of the judge's "
+                        "model; leave it out"
                     )
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
         check_inputs(images, prompts)
         self.check(prompts)
-        if isinstance(self.model, Local):
+        if isinstance(self.model, LocalVlm):
             self.model.to(self.device or images.device)
         pairs = list(zip(to_uint8(images), prompts, strict=True))
         keys = [_key(*pair) for pair in pairs]
@@ -166,7 +160,7 @@ class JudgeReward:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _ask(self, pair: tuple[np.ndarray, str]) -> float | str:
-        """The score, or why there is none."""
+        """The score, or the reason why there is none."""
         picture, prompt = pair
         question = self.task.question.replace("{prompt}", prompt)
         try:
@@ -182,7 +176,7 @@ class JudgeReward:
                 if isinstance(score, float):
                     self._scores[key] = score
                     self._scores.move_to_end(key)
-            while len(self._scores) > REMEMBERED:
+            while len(self._scores) > CACHED:
                 self._scores.popitem(last=False)
 
     def _valid(self, score: float | str, prompt: str) -> float:
@@ -203,7 +197,7 @@ def _share(yes: float, no: float) -> float:
 
 
 def _number(answer: str, task: Preset) -> float:
-    """The mean of the numbers that the patterns find, on the scale of the task."""
+    """The mean of the numbers that the patterns match, on the scale of the task."""
     shown = repr(answer if len(answer) <= 80 else "..." + answer[-80:])
     numbers = []
     for pattern in task.patterns:
@@ -270,7 +264,7 @@ def _task(
     low: float | None,
     high: float | None,
 ) -> Preset:
-    """The preset with what the user gave instead; a new pattern has no scale but the given one."""
+    """The preset with the given replacements; a new pattern has only the scale given with it."""
     if question is None:
         question = preset.question
     if pattern is None and low is None and high is None:

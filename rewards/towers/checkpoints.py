@@ -1,7 +1,7 @@
-"""Where weights come from, and whether they are the right ones.
+"""Files of weights: finding, reading and checking them.
 
 A source is a file, a folder that holds the file, or a hub id `organisation/name`. Files are
-safetensors, or torch files read with `weights_only=True`; nothing here unpickles code.
+safetensors, or torch files read with `weights_only=True`; no code is unpickled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
     "untouched",
 ]
 
-# what the keys of well-known checkpoints start with; the first that occurs names the file
+# prefixes of the keys of well-known checkpoints; the first match describes a file
 LAYOUTS = {
     r"blip\.visual_encoder\.": "ImageReward",
     r"(base_model\.model\..*|.*)lora_(A|B|down|up)\.": "a LoRA adapter",
@@ -46,13 +46,13 @@ LAYOUTS = {
     r"layers\.0\.weight": "a LAION aesthetic head, version 2",
     r"bert\.|text_encoder\.": "a text encoder",
 }
-# how torch's restricted unpickler says that a file wants to build something; what it says of
-# a file that is cut short is different
+# parts of the messages by which torch's restricted unpickler refuses Python objects, which differ
+# from those for a truncated file
 PICKLED = "GLOBAL |allowlisted|TorchScript"
 
 
 def looks_like(keys: Iterable[str]) -> str:
-    """What kind of checkpoint has such keys, in words; "" where none is known."""
+    """A description of the checkpoint that has such keys, or "" where it is not known."""
     keys = list(keys)
     if sorted(keys) == ["bias", "weight"]:
         return "a single linear layer, such as a LAION aesthetic head, version 1"
@@ -63,22 +63,22 @@ def looks_like(keys: Iterable[str]) -> str:
 
 
 def local(source: str | Path) -> Path:
-    """The file or folder that a source names, if it is one; ValueError where none could be."""
+    """The source as a path, which may not exist; ValueError where it cannot be looked up."""
     path = Path(os.path.expanduser(source))
     try:
         path.exists()
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise ValueError(
-            f"weights {str(source)!r:.80} cannot be looked for ({error.strerror}); give a file, a "
+            f"weights {str(source)!r:.80} cannot be looked up ({error.strerror}); give a file, a "
             "folder that exists or a hub id ORGANISATION/NAME"
         ) from None
     return path
 
 
 def fetch(source: str | Path, *names: str) -> Path:
-    """The file of a source: itself, the first of `names` in its folder, or that file of the hub.
+    """The file of a source: itself, or the first of `names` in its folder or hub repository.
 
-    ValueError where it is not there, in a sentence that says what was looked for.
+    ValueError where there is none.
     """
     found = find(source, *names)
     if found is not None:
@@ -89,7 +89,7 @@ def fetch(source: str | Path, *names: str) -> Path:
 
 
 def find(source: str | Path, *names: str) -> Path | None:
-    """As `fetch`, with None where the folder or the hub's repository holds none of `names`."""
+    """As `fetch`, but None where the folder or the hub repository holds none of `names`."""
     path = local(source)
     if path.is_file():
         return path
@@ -109,7 +109,7 @@ def find(source: str | Path, *names: str) -> Path | None:
         for name in names:
             try:
                 return Path(hf_hub_download(text, name))
-            except LocalEntryNotFoundError as error:  # no network: the hub may well hold it
+            except LocalEntryNotFoundError as error:  # without a network; the hub may have it
                 unreached = error
             except EntryNotFoundError:
                 continue
@@ -120,9 +120,9 @@ def find(source: str | Path, *names: str) -> Path | None:
 
 @contextmanager
 def hub(repository: str) -> Iterator[None]:
-    """Turn a failure to fetch into one sentence; without a network at once, not after retries.
+    """Turn a failure to download into one sentence, without retries if there is no network.
 
-    A folder that exists needs no hub, and what goes wrong with it stays as it is.
+    Errors of a folder that exists are not changed.
     """
     if Path(repository).is_dir():
         yield
@@ -146,8 +146,8 @@ def hub(repository: str) -> Iterator[None]:
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU, by key.
 
-    A torch file may wrap them once, in "state_dict" or "model". ValueError for a truncated
-    download, a file that is no checkpoint, or one that needs unpickling.
+    A torch file may nest them once, in "state_dict" or "model". ValueError for a truncated
+    download, a file that is no checkpoint, or one that contains Python objects.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -159,7 +159,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     tables = path.suffix == ".safetensors"
     if head and not (head[8:9] == b"{" if tables else head.startswith((b"PK", b"\x80"))):
         raise ValueError(
-            f"{path} is no file of weights{_picture(path)}; give what torch or safetensors saved"
+            f"{path} is no file of weights{_picture(path)}; save it by torch or safetensors"
         )
     try:
         if path.suffix == ".safetensors":
@@ -170,7 +170,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         if re.search(PICKLED, str(error)):
             raise ValueError(
-                f"{path} holds Python objects besides tensors, which Tilt does not unpickle; "
+                f"{path} holds Python objects besides tensors, which are not unpickled; "
                 "save its state dict as safetensors"
             ) from error
         reason = str(error).partition("\n")[0][:120] or type(error).__name__
@@ -189,7 +189,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 def _picture(path: Path) -> str:
     try:
         with Image.open(path) as picture:
-            return f" but a picture ({picture.format})"
+            return f" but an image ({picture.format})"
     except OSError:
         return ""
 
@@ -201,10 +201,13 @@ def fit(
     *,
     ignore: Iterable[str] = (),
 ) -> None:
-    """Load every key into the module, and refuse what is missing, left over or misshapen.
+    """Load a state dict; ValueError for missing or unknown keys and for wrong shapes.
 
-    Args: where, what the error calls the checkpoint; ignore, patterns of keys that the score
-    does not need. Each key is explained: taken, or ignored by name, or an error.
+    Args:
+        module: The module to load into.
+        state: The tensors by key.
+        where: Name of the checkpoint in the error message.
+        ignore: Patterns of keys that are not needed.
     """
     skip = [re.compile(pattern) for pattern in ignore]
     kept = {key: value for key, value in state.items() if not any(p.match(key) for p in skip)}
@@ -228,10 +231,10 @@ def built(
     *,
     ignore: Iterable[str] = (),
 ) -> Any:
-    """A model of a transformers class with these weights, every one of them used; float32.
+    """A model of a transformers class with exactly these weights, float32.
 
-    transformers' own loader knows the names that published files have, which its classes have
-    changed since, and ties what is tied; what it would only log is an error here, as in `fit`.
+    transformers' own loader converts the names of published files and ties weights; mismatches,
+    which it would only log, are an error here as in `fit`.
     """
     skip = [re.compile(pattern) for pattern in ignore]
     with _quietly():
@@ -269,10 +272,10 @@ def _refuse(
 
 @contextmanager
 def untouched() -> Iterator[None]:
-    """What is built in it, or by a function that it decorates, is the same whoever builds it.
+    """Builds modules outside inference mode and leaves the global RNG untouched.
 
-    Outside the caller's inference mode, whose tensors would bar gradients for good; and the
-    global generator, which libraries fill a new module from, goes on as if nothing had happened.
+    A context manager or decorator. Tensors made in the caller's inference mode could never take
+    part in autograd, and libraries initialise new modules from the global RNG.
     """
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         yield
@@ -280,7 +283,7 @@ def untouched() -> Iterator[None]:
 
 @torch.inference_mode(False)
 def moved(module: nn.Module, device: torch.device) -> Any:
-    """The module on that device, fit for gradients even if the caller wants none now."""
+    """Move the module, outside inference mode, so that it may take part in autograd later."""
     return module.to(device)
 
 

@@ -1,9 +1,11 @@
-"""DINO backbones, transformers' own models, and where their weights come from (`source`).
+"""DINO backbones, which are models of transformers, and their sources.
 
-    tiny                   the embedded 64x64 model of the rendered world, no network
+A source is
+
+    tiny                   the embedded 64x64 model of the rendered world, without a network
     a folder               config.json and model.safetensors of transformers' DINOv2 or DINOv3
     org/name               a hub repository of either kind, or timm's of DINOv2
-    a file                 DINOv2 as timm or facebookresearch/dinov2 name its weights
+    a file                 DINOv2 with the weight names of timm or facebookresearch/dinov2
     random:<seed>          a small untrained model, for tests
 
 Legend: n images, p patches of an image, d features.
@@ -38,10 +40,10 @@ __all__ = ["MEAN", "STD", "Backbone", "Tokens", "View", "from_timm", "view"]
 TINY = Path(__file__).parents[1] / "tiny" / "dino"
 FILES = ("model.safetensors", "pytorch_model.bin")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-SIDE = 224  # pixels; DINOv2 was trained at this and finished at 518
-LARGEST = 2048  # pixels; attention over the patches grows with the fourth power of the side
+SIDE = 224  # pixels; DINOv2 was trained at 224 and finished at 518
+LARGEST = 2048  # pixels; the cost of attention grows with the fourth power of the side
 HEAD = 64  # features of an attention head in every DINOv2
-REFERENCES = 128  # remembered
+REFERENCES = 128  # cached
 RANDOM_CONFIG: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -49,7 +51,7 @@ RANDOM_CONFIG: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
-# model_type of config.json -> the class of transformers that has its backbone
+# model_type of config.json -> class of transformers
 CLASSES = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
@@ -66,9 +68,12 @@ class Tokens(NamedTuple):
 
 @dataclass(eq=False)
 class Backbone:
-    """A frozen DINO. Its output begins with `prefix` tokens that are no patches: CLS, registers.
+    """A frozen DINO.
 
-    patch and side: pixels of a patch, and of the pictures that its positions were made for.
+    Attributes:
+        patch: Side of a patch in pixels.
+        prefix: Number of leading output tokens that are no patches: CLS and registers.
+        side: Side in pixels of the images that its position embeddings are for.
     """
 
     model: nn.Module
@@ -82,9 +87,9 @@ class Backbone:
 
 @dataclass(eq=False)
 class View:
-    """A backbone that looks at the centre square of pictures, `size` x `size` pixels.
+    """A backbone applied to the centre square of images, at `size` x `size` pixels.
 
-    References are kept by their bytes; they pass no gradient.
+    Features of references are cached by the bytes of the image and pass no gradient.
     """
 
     backbone: Backbone
@@ -93,20 +98,20 @@ class View:
     _lock: Any = field(default_factory=threading.RLock, repr=False)
 
     def to(self, device: torch.device) -> None:
-        """Move the backbone; remembered references follow when they are next used."""
+        """Move the backbone; cached references are moved when they are next used."""
         with self._lock:
             if next(self.backbone.model.parameters()).device != device:
                 moved(self.backbone.model, device)
 
     def tokens(self, images: Tensor, batch_size: int = 32) -> Tokens:
-        """Of images (n, 3, h, w) in [0, 1] of any size, `batch_size` at once.
+        """Tokens of images (n, 3, h, w) in [0, 1] of any size, `batch_size` at once.
 
-        Within `rewards.evaluation_cache.sharing()` the same tensor is looked at once.
+        Within `rewards.evaluation_cache.sharing()` the tokens of a tensor are computed once.
         """
         return shared(self, images, lambda: self._look(images, batch_size))
 
     def image_features(self, images: Tensor, batch_size: int = 32) -> Tensor:
-        """The CLS tokens of images as unit vectors (n, d), what `rewards.sets` asks of a tower."""
+        """The CLS tokens of images as unit vectors (n, d), for `rewards.sets`."""
         return self.tokens(images, batch_size).cls
 
     def _look(self, images: Tensor, batch_size: int) -> Tokens:
@@ -118,12 +123,11 @@ class View:
         return Tokens(unit[:, 0], unit[:, self.backbone.prefix :])
 
     def reference(self, picture: Tensor) -> Tokens:
-        """Of one picture (1, 3, h, w), without the dimension of images; computed once, in full
-        precision."""
+        """Tokens of one image (1, 3, h, w), without the batch dimension, in full precision."""
         device = next(self.backbone.model.parameters()).device
         x = picture.detach().float().cpu().contiguous()
         key = hashlib.sha256(x.numpy().tobytes() + str(tuple(x.shape)).encode()).digest()
-        # outside inference mode, so that gradients can pass beside them later
+        # outside inference mode, because the cached tokens may take part in autograd later
         with self._lock, torch.inference_mode(False), torch.no_grad():
             found = self._references.get(key)
             if found is None:
@@ -137,7 +141,7 @@ class View:
 
 
 def _unit(features: Tensor) -> Tensor:
-    # half precision, of weights or of autocast, would round rankings away in the last product
+    # in half precision, by weights or autocast, rounding could change the order of scores
     with torch.autocast(features.device.type, enabled=False):
         return F.normalize(features.float(), dim=-1)
 
@@ -149,7 +153,7 @@ def view(source: str, size: int | None = None, device: torch.device | str | None
     for a source that does not exist or is no DINO, and for a size that is no multiple of its
     patch.
     """
-    seed_of(source)  # refuses what is no text
+    seed_of(source)  # raises for a source that is no text
     place = str(TINY) if source == "tiny" else source
     backbone = loaded_once("dino", place, device, lambda: _open(source))
     size = min(SIDE, backbone.side) if size is None else size
@@ -204,7 +208,7 @@ def _open_random(seed: int) -> Backbone:
 
 
 def _built(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> Any:
-    """A model of transformers with these weights, every one of them used; float32."""
+    """A model of transformers with exactly these weights, float32."""
     import transformers
 
     if config.get("model_type") not in CLASSES:
@@ -218,7 +222,7 @@ def _built(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) 
     return built(cls, config, state, source)
 
 
-# what follows "blocks.<i>." in timm's and the original's names -> transformers'
+# names after "blocks.<i>." in timm and in the original code -> names in transformers
 RENAMES = {
     r"norm(\d)\.": r"norm\1.",
     r"attn\.proj\.": "attention.output.dense.",
@@ -231,9 +235,9 @@ RENAMES = {
 def from_timm(
     state: Mapping[str, Tensor], source: str = "the file"
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config, state) for transformers of DINOv2's weights named as in timm or the original.
+    """Convert DINOv2 weights of timm or the original code to transformers' (config, state).
 
-    Widths and depths are read from the shapes. ValueError where it is no DINOv2.
+    Widths and depths are taken from the shapes. ValueError where the weights are no DINOv2.
     """
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.ls1.gamma")
     missing = [key for key in needed if key not in state]
@@ -246,7 +250,7 @@ def from_timm(
     cls, position = rest.pop("cls_token"), rest.pop("pos_embed")
     registers = rest.pop("reg_token", rest.pop("register_tokens", None))
     if math.isqrt(position.shape[1]) ** 2 == position.shape[1]:
-        # timm folds the CLS token's position into the token where there are registers
+        # with registers, timm adds the position embedding of the CLS token to the token
         position = torch.cat([torch.zeros_like(cls), position], dim=1)
     width, patch = cls.shape[-1], rest["patch_embed.proj.weight"].shape[-1]
     fc1, fc2 = (rest.get(f"blocks.0.mlp.{name}.weight") for name in ("fc1", "fc2"))

@@ -1,6 +1,6 @@
-"""Pairs of towers, one for pictures and one for text, that CLIP and its kin consist of.
+"""Dual encoders: the image tower and the text tower of CLIP and similar models.
 
-`rewards.towers.sources` opens them.
+`rewards.towers.sources` loads them.
 
 Legend: n images, d features, R the tower's input side.
 """
@@ -32,11 +32,11 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(eq=False)
 class Towers:
-    """An image and a text tower with the preprocessing they were trained with.
+    """An image tower and a text tower with the preprocessing they were trained with.
 
-    `encode_image` takes pixels (n, 3, R, R), normalised; `encode_text` one list of strings.
-    Both give (n, width) before L2 normalisation. Text features are kept by prompt. `filter`,
-    `mode` and `floor` are those of `prepare`.
+    `encode_image` takes normalised pixels (n, 3, R, R) and `encode_text` a list of n strings;
+    both return (n, width) before L2 normalisation. Text features are cached by prompt. `filter`,
+    `mode` and `floor` are arguments of `prepare`.
     """
 
     model: nn.Module
@@ -65,7 +65,7 @@ class Towers:
         return torch.zeros(()) if found is None else found.detach().float().reshape(())
 
     def to(self, device: torch.device) -> None:
-        """Move both towers; remembered text features follow when they are next used."""
+        """Move both towers; cached text features are moved when they are next used."""
         with self._lock:
             if self.device != device:
                 moved(self.model, device)
@@ -73,7 +73,7 @@ class Towers:
     def image_features(self, images: Tensor, batch_size: int = 32) -> Tensor:
         """Unit vectors (n, d), float32, of images in [0, 1] of any size, `batch_size` at once.
 
-        Within `rewards.evaluation_cache.sharing()` the same tensor is looked at once.
+        Within `rewards.evaluation_cache.sharing()` the features of a tensor are computed once.
         """
         return shared(self, images, lambda: self._look(images, batch_size))
 
@@ -82,16 +82,15 @@ class Towers:
         return torch.cat([_unit(self.encode_image(self.pixels(chunk))) for chunk in chunks])
 
     def pixels(self, images: Tensor) -> Tensor:
-        """What `encode_image` takes, on its device, of images in [0, 1] of any size."""
+        """The input of `encode_image`, on its device, for images in [0, 1] of any size."""
         x = prepare(images.to(self.device), self.size, self.filter, self.mode, self.floor)
         return normalize(x, self.mean, self.std)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (n, d), float32; equal prompts are encoded once.
 
-        Each prompt is encoded by itself, in full precision, so that its features are the same
-        bits whatever else is asked for, and outside inference mode, so that gradients can pass
-        beside them later.
+        Each prompt is encoded by itself and in full precision, so that its features do not depend
+        on other prompts, and outside inference mode, so that they may take part in autograd later.
         """
         device = self.device
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -106,7 +105,7 @@ class Towers:
         return rows
 
     def cosines(self, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """The cosine (n,) of each picture and its prompt, float32, on the towers' device."""
+        """The cosine (n,) of each image and its prompt, float32, on the towers' device."""
         text = self.text_features(prompts)
         image = self.image_features(images, batch_size)
         with torch.autocast(image.device.type, enabled=False):
@@ -114,7 +113,7 @@ class Towers:
 
 
 def _unit(features: Tensor) -> Tensor:
-    # half precision, of weights or of autocast, would round rankings away in the last product
+    # in half precision, by weights or autocast, rounding could change the order of scores
     with torch.autocast(features.device.type, enabled=False):
         return F.normalize(features.float(), dim=-1)
 
@@ -122,15 +121,15 @@ def _unit(features: Tensor) -> Tensor:
 def prepare(
     images: Tensor, size: tuple[int, int], filter: str, mode: str, floor: bool = False
 ) -> Tensor:
-    """Bring (n, 3, h, w) to (n, 3, *size), float32, before normalisation.
+    """Resize and crop (n, 3, h, w) to (n, 3, *size), float32, before normalisation.
 
     `shortest` resizes the shortest side and crops the centre, as OpenAI's CLIP does; `squash`
-    ignores the proportions; `longest` resizes the longest side and fills up with black. Where
-    the crop lies between two pixels, `floor` takes the lesser one, as transformers does, else
-    the even one, as torchvision, which OpenAI, open_clip, timm and ImageReward use.
+    changes the aspect ratio; `longest` resizes the longest side and pads with black. Where the
+    crop begins between two pixels, `floor` takes the lower one, as transformers does; otherwise
+    the even one is taken, as by torchvision, which OpenAI, open_clip, timm and ImageReward use.
     """
     if mode not in MODES:
-        raise ValueError(f"pictures are resized by one of {list(MODES)} but this is {mode!r}")
+        raise ValueError(f"the resize mode is {mode!r} but must be one of {list(MODES)}")
     images = images.float()
     if mode == "squash":
         return resize(images, size, filter)
@@ -138,17 +137,17 @@ def prepare(
         return _longest(images, size, filter)
     h, w = images.shape[2:]
     height, width = size
-    # everybody rounds the longer side down
+    # all these libraries round the longer side down
     by_height = height * w >= width * h
     tall, wide = (height, height * w // h) if by_height else (width * h // w, width)
     top, left = ((n // 2) if floor else round(n / 2) for n in (tall - height, wide - width))
-    # only what the crop keeps is resized: the rest of a long, thin picture has no end
+    # only the part inside the crop is resized, since an elongated image may be huge
     window = (top, top + height), (left, left + width)
     return resize(images, (tall, wide), filter, window=window)
 
 
 def _longest(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
-    """As HPSv2's ResizeMaxSize, on float tensors: antialiased, and nothing is clipped."""
+    """HPSv2's ResizeMaxSize on float tensors: antialiased and without clipping."""
     h, w = images.shape[2:]
     side = max(size)
     scale = side / max(h, w)

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP towers of open_clip, from its folders, its hub repositories and its tags."""
+"""CLIP and SigLIP towers of open_clip, from folders, hub repositories and pretrained tags."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ __all__ = [
 ]
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-POSITION_IDS = (r".*\bposition_ids$",)  # older libraries saved the numbers 0, 1, 2, ...
+POSITION_IDS = (r".*\bposition_ids$",)  # older libraries saved this buffer of 0, 1, 2, ...
 
 
 @lru_cache
 def bpe_tokenizer(context_length: int) -> Any:
-    """CLIP's own words, which open_clip brings along: n strings -> ids (n, context_length)."""
+    """CLIP's BPE tokenizer, which is part of open_clip: n strings -> ids (n, context_length)."""
     import open_clip
 
     return open_clip.SimpleTokenizer(context_length=context_length)
 
 
 class WordTokenizer:
-    """A `tokenizer.json` of words (tokenizers' WordLevel), padded and cut to one length.
+    """A word-level `tokenizer.json` of the library tokenizers, padded and truncated to one length.
 
-    Its post-processor adds the start and end tokens; `<pad>` fills up. Calling it with n strings
-    gives ids (n, context_length), int64.
+    Its post-processor adds the start and end tokens, and `<pad>` is the padding. It maps n strings
+    to ids (n, context_length), int64.
     """
 
     def __init__(self, path: str | Path, context_length: int) -> None:
@@ -58,13 +58,13 @@ class WordTokenizer:
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """An untrained, frozen open_clip model from its configuration (the file or its model_cfg)."""
+    """An untrained, frozen open_clip model from a configuration file or its model_cfg."""
     import open_clip
 
     settings = dict(config.get("model_cfg", config))
     text = settings["text_cfg"] = dict(settings["text_cfg"])
     if "hf_model_name" in text:
-        text["hf_model_pretrained"] = False  # or it would fetch what the checkpoint replaces
+        text["hf_model_pretrained"] = False  # or open_clip would download weights
     custom = settings.pop("custom_text", False) or "hf_model_name" in text
     model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**settings)
     _check_quick_gelu(model, bool(settings.get("quick_gelu", False)), "the configuration")
@@ -72,7 +72,7 @@ def build(config: Mapping[str, Any]) -> Any:
 
 
 def _check_quick_gelu(model: nn.Module, quick: bool, where: str) -> None:
-    """QuickGELU and GELU differ by so little that a wrong one is never noticed in the scores."""
+    """Check the activation, because a wrong one changes scores too little to be noticed."""
     from open_clip.transformer import QuickGELU
 
     if quick != any(isinstance(module, QuickGELU) for module in model.modules()):
@@ -83,7 +83,7 @@ def _check_quick_gelu(model: nn.Module, quick: bool, where: str) -> None:
 
 
 def open_place(place: str, config: Mapping[str, Any]) -> Towers:
-    """The towers of a folder or hub repository that holds open_clip_config.json, here parsed."""
+    """The towers of a folder or hub repository with this parsed open_clip_config.json."""
     try:
         model = build(config)
     except (TypeError, KeyError) as error:
@@ -91,7 +91,7 @@ def open_place(place: str, config: Mapping[str, Any]) -> Towers:
     path = fetch(place, *FILES)
     state = read_state(path)
     wanted = model.state_dict()
-    for name in ("logit_scale", "logit_bias"):  # some save a number as a list of one
+    for name in ("logit_scale", "logit_bias"):  # some files hold a list of one number
         if name in state and name in wanted and state[name].numel() == 1:
             state[name] = state[name].reshape(wanted[name].shape)
     fit(model, state, path, ignore=POSITION_IDS)
@@ -110,14 +110,14 @@ def _tokenizer(place: str, config: Mapping[str, Any]) -> Callable[[list[str]], T
             return WordTokenizer(path, config["model_cfg"]["text_cfg"]["context_length"])
     kind = "local-dir" if Path(place).is_dir() else "hf-hub"
     foreign = config.get("model_cfg", config)["text_cfg"].get("hf_tokenizer_name")
-    # or a line of the configuration, tokenizer_kwargs, could have the folder's own code run
+    # otherwise tokenizer_kwargs of the configuration could execute code of the folder
     safely: dict[str, Any] = {"trust_remote_code": False} if foreign else {}
     with hub(place):
         return open_clip.get_tokenizer(f"{kind}:{place}", **safely)
 
 
 def open_tag(name: str, tag: str) -> Towers:
-    """An open_clip architecture with the weights of one of its tags."""
+    """The towers of an open_clip architecture with the weights of one of its tags."""
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -126,7 +126,7 @@ def open_tag(name: str, tag: str) -> Towers:
             f"open_clip's {name} has no weights {tag!r}; write {name}/TAG with one of {tags}"
         )
     trained = open_clip.get_pretrained_cfg(name, tag)
-    # the tag says which activation it was trained with; the architecture may say another
+    # the activation that the tag was trained with, which may differ from the architecture's
     quick = bool(trained.get("quick_gelu", False))
     with hub(trained.get("hf_hub", "").rstrip("/") or f"{name}/{tag}"):
         model: Any = open_clip.create_model(
@@ -145,7 +145,7 @@ def open_clip_towers(
     preprocess: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Towers:
-    """An open_clip model with its preprocess_cfg; what that leaves out is as OpenAI's CLIP."""
+    """Towers of an open_clip model; values missing in preprocess_cfg are those of OpenAI's CLIP."""
 
     def encode_text(prompts: list[str]) -> Tensor:
         return model.encode_text(tokenizer(prompts).to(model.logit_scale.device))
@@ -154,7 +154,7 @@ def open_clip_towers(
     resize_mode = given.get("resize_mode", "shortest")
     if resize_mode not in ("shortest", "squash"):
         raise ValueError(
-            f"this CLIP resizes its pictures by {resize_mode!r}; "
+            f"this CLIP resizes images by {resize_mode!r}; "
             "only 'shortest' and 'squash' are known, use another model"
         )
     side = model.visual.image_size

@@ -1,15 +1,15 @@
-"""Where CLIP and SigLIP towers come from.
+"""Sources of CLIP and SigLIP towers.
 
-`towers(source)` loads a pair once for all rewards that look through it; `source` is
+`towers(source)` loads the towers once for all rewards that use them; `source` is
 
-    tiny                        the embedded 64x64 model of the rendered world, no network
+    tiny                        the embedded 64x64 model of the rendered world, without a network
     a folder, org/name          open_clip_config.json, or config.json of a transformers
                                 CLIPModel or SiglipModel; hf-hub:org/name is the same
     ViT-B-32/laion2b_s34b_b79k  an open_clip architecture and its pretrained tag
     random:<seed>               a small untrained model, for tests
 
-Every constant of the preprocessing is written in these modules, or in a file beside the weights;
-none is what the installed libraries happen to default to.
+Every constant of the preprocessing is defined in these modules or in a file beside the weights;
+none is a default of the installed libraries.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ RANDOM_CONFIG = {
 
 
 def towers(source: str, device: torch.device | str | None = None) -> Towers:
-    """The towers of a source (see the module), loaded once for all rewards that use them.
+    """The towers of a source, loaded once for all rewards that use them.
 
-    Raises ValueError for a source that is not there, or that is neither CLIP nor SigLIP.
+    ValueError for a source that does not exist, or that is neither a CLIP nor a SigLIP.
     """
-    seed_of(source)  # refuses what is no text
+    seed_of(source)  # raises for a source that is no text
     place = str(TINY) if source == "tiny" else source
     return shared_towers("", place, device, lambda: open_source(source))
 
 
 def open_source(source: str) -> Towers:
-    """The towers of a source, loaded anew; ValueError if it is none."""
+    """A new copy of the towers of a source; ValueError as in `towers`."""
     seed = seed_of(source)
     if seed is not None:
         return _open_random(seed)
@@ -68,7 +68,7 @@ def open_source(source: str) -> Towers:
 
 
 def seed_of(source: str) -> int | None:
-    """The seed of a source `random:<seed>`; None for any other source."""
+    """The seed of a source `random:<seed>`, or None for any other source."""
     if not isinstance(source, str):
         raise ValueError(f"the source is {source!r}; give its name as text, as in clip(tiny)")
     kind, _, text = source.partition(":")
@@ -80,7 +80,7 @@ def seed_of(source: str) -> int | None:
 
 
 def randomise(model: nn.Module, seed: int) -> Any:
-    """Fill a model's weights from a generator of its own; the libraries use the global one."""
+    """Fill a model's weights from a new generator of this seed, and freeze it."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and parameter.ndim:
@@ -96,7 +96,7 @@ def _open_random(seed: int) -> Towers:
 
 
 def _open_place(place: str) -> Towers:
-    """A folder or a hub id."""
+    """Open a folder or a hub id."""
     if (path := find(place, "open_clip_config.json")) is not None:
         return openclip.open_place(place, json.loads(path.read_text(encoding="utf-8")))
     if (path := find(place, "config.json")) is not None:

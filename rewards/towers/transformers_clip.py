@@ -1,4 +1,4 @@
-"""CLIP and SigLIP towers of transformers: a CLIPModel or SiglipModel in a folder or on the hub."""
+"""CLIP and SigLIP towers of transformers: a CLIPModel or SiglipModel from a folder or the hub."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-POSITION_IDS = (r".*\bposition_ids$",)  # older libraries saved the numbers 0, 1, 2, ...
+POSITION_IDS = (r".*\bposition_ids$",)  # older libraries saved this buffer of 0, 1, 2, ...
 HALF = (0.5, 0.5, 0.5)
-FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessing files give them
-GEMMA_WORDS = 256_000  # entries of SigLIP 2's vocabulary; SigLIP's have 32k or 250k
+FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL's constants, as in preprocessing files
+GEMMA_WORDS = 256_000  # size of SigLIP 2's vocabulary; those of SigLIP have 32k or 250k
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -44,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def open_place(place: str, config: Mapping[str, Any]) -> Towers:
-    """The towers of a folder or hub repository that holds config.json, here parsed."""
+    """The towers of a folder or hub repository with this parsed config.json."""
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
     kind = str(config.get("model_type"))
@@ -74,7 +74,7 @@ def open_place(place: str, config: Mapping[str, Any]) -> Towers:
 
 
 def _state(place: str) -> dict[str, Tensor]:
-    """The tensors of a transformers model, in one file or in several that an index names."""
+    """The tensors of a transformers model, from one file or the files of an index."""
     path = fetch(place, *FILES)
     if path.suffix != ".json":
         return read_state(path)
@@ -100,7 +100,7 @@ def load_tokenizer(place: str) -> Any:
 def check_hidden_act(
     model: nn.Module, config: Mapping[str, Any], default: str, where: object
 ) -> None:
-    """Refuse a built model whose activations are not those that its configuration names."""
+    """Require that a model's activations are those that its configuration names."""
     x = torch.linspace(-4, 4, 33)
     for part in ("text", "vision"):
         settings = config.get(f"{part}_config") or {}
@@ -121,15 +121,15 @@ def check_hidden_act(
 
 
 def lower(prompt: str) -> str:
-    """As SigLIP 2 was trained: in lower case (Tschannen et al. 2025, §2).
+    """Convert to lower case, as in the training of SigLIP 2 (Tschannen et al. 2025, §2).
 
-    The hub's tokenizer files are plain Gemma's and leave that out.
+    The tokenizer files on the hub are Gemma's, which do not.
     """
     return prompt.lower()
 
 
 def canonical(prompt: str) -> str:
-    """As SigLIP's tokenizer does: lower case, no punctuation, single spaces."""
+    """Lower case, no punctuation, single spaces, as by SigLIP's tokenizer."""
     return " ".join(prompt.lower().translate(PUNCTUATION).split())
 
 
@@ -141,11 +141,11 @@ def transformers_towers(
     std: Sequence[float] = OPENAI_STD,
     clean: Callable[[str], str] = str,
 ) -> Towers:
-    """A CLIPModel or SiglipModel with the entries of its preprocessing file.
+    """Towers of a CLIPModel or SiglipModel with the entries of its preprocessing file.
 
-    What the file leaves out is `mean`, `std`, bicubic and the shortest side. Text is padded to
-    the model's length on the right, as both families were trained: SigLIP reads its last
-    position. `clean` comes before the tokenizer.
+    Missing entries default to `mean`, `std`, bicubic and the shortest side. Text is padded on the
+    right to the model's length, as both families were trained; SigLIP reads the last position.
+    `clean` is applied before the tokenizer.
     """
     length = model.config.text_config.max_position_embeddings
     side = model.config.vision_config.image_size
@@ -179,7 +179,7 @@ def transformers_towers(
 
 
 def _resize_mode(given: Mapping[str, Any], side: int) -> str:
-    """How a preprocessing file brings pictures to the tower's side, if in one of the two ways."""
+    """The resize mode of a preprocessing file; ValueError where `prepare` has none like it."""
     size, crop = given.get("size", side), given.get("crop_size", side)
     sides = {
         pixels
@@ -190,7 +190,7 @@ def _resize_mode(given: Mapping[str, Any], side: int) -> str:
     if sides - {side, None} or (given.get("do_center_crop") is False and not squash):
         raise ValueError(
             f"a CLIP that resizes to {size} and crops to {crop} (do_center_crop "
-            f"{given.get('do_center_crop')}) for a tower of {side} pixels is not known; only its "
-            "shortest or both sides to that many, with a centre crop"
+            f"{given.get('do_center_crop')}) for a tower of {side} pixels is not supported; resize "
+            "the shortest side or both sides to that many, with a centre crop"
         )
     return "squash" if squash else "shortest"
