@@ -25,14 +25,13 @@ from tilt import loading
 from tilt.measures import (
     Measure,
     compared,
-    interval,
     markdown,
     numbers,
     of_tasks,
     of_text,
     spread,
-    wins,
 )
+from tilt.statistics import bootstrap, wins
 
 PROMPTS = ('the word "CAT"', "three stars", "a red circle")
 CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
@@ -50,7 +49,7 @@ def test_the_interval_is_that_of_all_resamples():
     v, w = tensor(0.0, 1.0, 3.0, 7.0), tensor(1.0, 2.0, 1.5, 0.5)
     every = [torch.tensor(rows) for rows in itertools.product(range(4), repeat=4)]
     means = torch.stack([(w[i] * v[i]).sum() / w[i].sum() for i in every])
-    found = interval(v, draws(), weights=w, samples=40_000)
+    found = bootstrap(v, draws(), weights=w, samples=40_000)
     assert found.mean == pytest.approx(float((w * v).sum() / w.sum()))
     slack = 4 * math.sqrt(0.025 * 0.975 / 40_000)
     for end, share in ((found.low, 0.025), (found.high, 0.975)):
@@ -60,7 +59,7 @@ def test_the_interval_is_that_of_all_resamples():
 
 def test_the_interval_of_many_prompts_is_the_normal_one():
     v = torch.randn(400, generator=draws(1), dtype=torch.float64)
-    found = interval(v, draws(), samples=8000)
+    found = bootstrap(v, draws(), samples=8000)
     half = 1.96 * float(v.std()) / 20
     assert found.low == pytest.approx(found.mean - half, abs=0.06 * half)
     assert found.high == pytest.approx(found.mean + half, abs=0.06 * half)
@@ -89,20 +88,20 @@ def test_tasks_count_the_same_whatever_their_sizes_and_each_keeps_its_prompts():
     assert [m.name for m in measures] == [*TASKS, "mean of 6 tasks"]
     assert measures[1].rows == [2, 3, 4]
     level = tensor(*(float(TASKS.index(tag)) for tag in tags))
-    steady = interval(level, draws(), strata=tags)
+    steady = bootstrap(level, draws(), strata=tags)
     assert (steady.low, steady.high) == (steady.mean, steady.mean)
 
 
 def test_wins_count_ties_half():
-    assert wins(tensor(1, 0, 2)[:, None], tensor(0, 0, 3)[:, None]).tolist() == [1, 0.5, 0]
+    assert wins(tensor(1, 0, 2), tensor(0, 0, 3)).tolist() == [1, 0.5, 0]
     a = torch.randint(3, (50, 4), generator=draws(3))
     b = torch.randint(3, (50, 4), generator=draws(4))
     each = [
         sum(1 if x > y else 0.5 if x == y else 0 for x, y in zip(*row, strict=True)) / 4
         for row in zip(a.tolist(), b.tolist(), strict=True)
     ]
-    assert wins(a, b).tolist() == each
-    assert torch.equal(wins(a, b) + wins(b, a), torch.ones(50).double())
+    assert wins(a, b).mean(-1).tolist() == each
+    assert torch.equal(wins(a, b) + wins(b, a), torch.ones(50, 4).double())
 
 
 def test_a_difference_is_paired():
@@ -149,7 +148,7 @@ def test_one_prompt_has_a_mean_and_no_interval():
     told = numbers(measure, 0)["variants"]["base"]
     assert told == {"mean": {"mean": 0.5, "low": None, "high": None}, "values": [0.5]}
     with pytest.raises(ValueError, match="finite values"):
-        interval(tensor(1, math.nan), draws())
+        bootstrap(tensor(1, math.nan), draws())
 
 
 @pytest.fixture(scope="module")

@@ -14,72 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .statistics import Interval, bootstrap, wins
+
 __all__ = [
-    "Interval",
     "Measure",
     "compared",
-    "interval",
     "markdown",
     "numbers",
     "of_tasks",
     "of_text",
     "spread",
-    "wins",
 ]
-
-SAMPLES, TAILS = 4000, (0.025, 0.975)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and the ends of its 95 % interval, NaN where there are too few prompts for one."""
-
-    mean: float
-    low: float
-    high: float
-
-    def text(self, sign: str = "") -> str:
-        """As "0.500 [0.400, 0.600]"; sign "+" writes one before positive numbers, too."""
-        ends = "" if math.isnan(self.low) else f" [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
-        return f"{self.mean:{sign}.3f}{ends}"
-
-
-def interval(
-    values: Tensor,
-    generator: torch.Generator,
-    *,
-    weights: Tensor | None = None,
-    strata: Sequence[str] = (),
-    samples: int = SAMPLES,
-) -> Interval:
-    """The mean of values (p,), one a prompt, with its percentile bootstrap over prompts.
-
-    weights (p,) make it Σwv/Σw: of character error rates and lengths, all errors over all letters.
-    strata, a label a prompt, make it the mean of the labels' means, and prompts are drawn within
-    their label: GenEval's overall score. ValueError for values that are not finite.
-    """
-    if values.ndim != 1 or not len(values) or not values.isfinite().all():
-        raise ValueError(
-            "an interval needs finite values, one a prompt, but got "
-            f"{tuple(values.shape)}{'' if values.isfinite().all() else ', some not finite'}"
-        )
-    v, labels = values.double().cpu(), list(strata) or [""] * len(values)
-    w = torch.ones_like(v) if weights is None else weights.double().cpu()
-    groups = [torch.tensor([i for i, x in enumerate(labels) if x == y]) for y in sorted({*labels})]
-
-    def mean(groups: list[Tensor]) -> Tensor:
-        return torch.stack([(w[i] * v[i]).sum(-1) / w[i].sum(-1) for i in groups]).mean(0)
-
-    if min(map(len, groups)) < 2:
-        return Interval(float(mean(groups)), math.nan, math.nan)
-    drawn = [i[torch.randint(len(i), (samples, len(i)), generator=generator)] for i in groups]
-    ends = mean(drawn).quantile(torch.tensor(TAILS, dtype=torch.float64))
-    return Interval(float(mean(groups)), *ends.tolist())
-
-
-def wins(a: Tensor, b: Tensor) -> Tensor:
-    """How often a is above b, ties counting ½: (p, m) in pairs of pictures -> (p,), float64."""
-    return ((a > b).double() + (a == b).double() / 2).mean(-1)
 
 
 def spread(features: Tensor) -> Tensor:
@@ -94,7 +39,7 @@ def spread(features: Tensor) -> Tensor:
 class Measure:
     """One quantity of every variant, the base first: (p, m), or (p, 1) of a prompt's whole set.
 
-    rows: which of all prompts they are; weights, strata: see `interval`; less: less is better.
+    rows: which of all prompts they are; weights, strata: see `bootstrap`; less: less is better.
     """
 
     name: str
@@ -131,7 +76,7 @@ def compared(measure: Measure, seed: int) -> dict[str, dict[str, Interval]]:
     def over(values: Tensor, weights: Tensor | None = None) -> Interval:
         # the same draws each time, so that no figure depends on what else is reported
         draws = torch.Generator().manual_seed(seed)
-        return interval(values, draws, weights=weights, strata=measure.strata)
+        return bootstrap(values, draws, weights=weights, strata=measure.strata)
 
     base, *_ = measure.values.values()
     found = {}
@@ -140,7 +85,7 @@ def compared(measure: Measure, seed: int) -> dict[str, dict[str, Interval]]:
         if values is not base:
             better = wins(base, values) if measure.less else wins(values, base)
             found[name]["difference"] = over((values - base).mean(-1), measure.weights)
-            found[name]["wins"] = over(better)
+            found[name]["wins"] = over(better.mean(-1))
     return found
 
 
