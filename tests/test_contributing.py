@@ -25,21 +25,20 @@ def copy(folder: Path, *names: str) -> Path:
     return folder
 
 
-def run(folder: Path, *words: str, **options: object) -> str:
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, **options)  # pyright: ignore
+def run(folder: Path, *words: str, given: str | None = None) -> str:
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, input=given)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def apply(diff: str, folder: Path) -> None:
     """Apply a diff whose hunks need not know their line numbers, as in a text that is read."""
-    run(folder, "git", "apply", "--unidiff-zero", "--recount", "-", input=diff)
+    run(folder, "git", "apply", "--unidiff-zero", "--recount", "-", given=diff)
 
 
 @pytest.mark.parametrize("diff", DIFFS, ids=lambda diff: diff.splitlines()[0].split()[-1])
 def test_a_diff_of_the_text_applies(diff, tmp_path):
-    names = [name for name in re.findall(r"^--- a/(.+)", diff, re.MULTILINE)]
-    apply(diff, copy(tmp_path, *names))
+    apply(diff, copy(tmp_path, *re.findall(r"^--- a/(.+)", diff, re.MULTILINE)))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,12 @@ from rewards.backends import detectors
 from rewards.evaluation_cache import sharing
 from rewards.geneval import rules
 from rewards.geneval import tiny_world as shapes
-from rewards.geneval.prompts import CLASSES
+from rewards.geneval.prompts import CLASSES, phrase
+from rewards.geneval.rules import Detection, Expected, relations
+from rewards.geneval.tiny_world import detect
 from rewards.images import normalize, to_images
 from rewards.models import objects
-from rewards.models.objects import Detection, Expected, ObjectsReward, detect, expectations, holds
+from rewards.models.objects import ObjectsReward
 from rewards.towers.dino_backbone import MEAN, STD
 from rewards.towers.dual_encoder import OPENAI_MEAN, OPENAI_STD
 from rewards.towers.sources import randomise
@@ -100,6 +103,26 @@ def test_a_soft_edge_is_not_taken_for_another_colour():
     wrong = shapes._masks(blurred).sum((2, 3))
     assert (wrong * other).sum(1).float().mean() < 2
     assert (rim * other).sum(1).float().mean() > 20
+
+
+def expectations(prompt: str) -> tuple[list[Expected], str]:
+    """The things that a prompt asks for, and the relation of the first to the second."""
+    found = phrase(shapes.GRAMMAR, prompt)
+    assert found is not None
+    return found[1], found[2]
+
+
+def holds(prompt: str, found: Sequence[Detection]) -> list[bool]:
+    """Which conditions of a prompt hold, by itself: each count, nothing else, the relation."""
+    wanted, relation = expectations(prompt)
+    groups = [[d for d in found if d.name == e.name and e.colour in ("", d.colour)] for e in wanted]
+    checks = [len(group) == e.count for group, e in zip(groups, wanted, strict=True)]
+    checks.append(len(found) == sum(e.count for e in wanted))
+    if relation:
+        checks.append(
+            any(relation in relations(a.box, b.box) for a in groups[0] for b in groups[1])
+        )
+    return checks
 
 
 @pytest.mark.parametrize(

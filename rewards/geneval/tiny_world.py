@@ -18,20 +18,9 @@ from torch import Tensor
 
 from ..images import check_inputs, resize
 from .prompts import grammar, included, phrase
-from .rules import DIRECTIONS, Detection, Entry, Expected, relations
+from .rules import Detection, Entry, Expected
 
-__all__ = [
-    "COLOURS",
-    "DIRECTIONS",
-    "SHAPES",
-    "SIZE",
-    "Detection",
-    "Expected",
-    "detect",
-    "expectations",
-    "holds",
-    "parse",
-]
+__all__ = ["COLOURS", "SHAPES", "SIZE", "detect", "parse"]
 
 # the world on which the embedded models were trained
 SIZE = 64
@@ -62,30 +51,6 @@ def parse(prompt: str) -> Entry | None:
     asked = {shape: sum(e.count for e in wanted if e.name == shape) for shape in SHAPES}
     exclude = tuple(Expected(shape, "", count + 1) for shape, count in asked.items())
     return Entry(tag, included(wanted, relation), exclude)
-
-
-def expectations(prompt: str) -> tuple[list[Expected], str]:
-    """The objects of a prompt, and the relation of the first to the second ("" if none)."""
-    found = phrase(GRAMMAR, prompt.strip().lower())
-    if found is None:
-        raise ValueError(
-            f"the objects reward cannot score the prompt {prompt!r}; it knows those of the "
-            "embedded world, as in 'three stars' or 'a red circle left of a blue square'"
-        )
-    return found[1], found[2]
-
-
-def holds(prompt: str, found: Sequence[Detection]) -> list[bool]:
-    """Which conditions of a prompt hold: each count, no other objects, the relation."""
-    wanted, relation = expectations(prompt)
-    groups = [[d for d in found if d.name == e.name and e.colour in ("", d.colour)] for e in wanted]
-    checks = [len(group) == e.count for group, e in zip(groups, wanted, strict=True)]
-    checks.append(len(found) == sum(e.count for e in wanted))
-    if relation:
-        checks.append(
-            any(relation in relations(a.box, b.box) for a in groups[0] for b in groups[1])
-        )
-    return checks
 
 
 def detect(images: Tensor, names: Sequence[Sequence[str]] = ()) -> list[list[Detection]]:

@@ -33,8 +33,8 @@ from ..backends.detectors import Detector, GroundingDino, Owlv2
 from ..evaluation_cache import shared
 from ..geneval import rules, tiny_world
 from ..geneval.prompts import parse, read_metadata
-from ..geneval.rules import Detection, Entry, Expected
-from ..geneval.tiny_world import COLOURS, DIRECTIONS, SHAPES, SIZE, detect, expectations, holds
+from ..geneval.rules import Detection, Entry
+from ..geneval.tiny_world import SHAPES, detect
 from ..images import check_inputs
 from ..spec import written
 from ..towers.dual_encoder import Towers
@@ -42,19 +42,7 @@ from ..towers.model_cache import loaded_once
 from ..towers.sources import towers
 from .base import Card
 
-__all__ = [
-    "COLOURS",
-    "DIRECTIONS",
-    "SHAPES",
-    "SIZE",
-    "ClipColours",
-    "Detection",
-    "Expected",
-    "ObjectsReward",
-    "detect",
-    "expectations",
-    "holds",
-]
+__all__ = ["ClipColours", "ObjectsReward", "cut"]
 
 GREY = 0x99 / 255  # GenEval's background of an object that is cropped by its mask
 TEMPLATES = ("a photo of a {c} {n}", "a photo of a {c}-colored {n}", "a photo of a {c} object")

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards.models.objects import COLOURS, DIRECTIONS, SHAPES, SIZE
+from rewards.geneval.rules import DIRECTIONS
+from rewards.geneval.tiny_world import COLOURS, SHAPES, SIZE
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "text")
 INKS = COLOURS | {"black": (20, 20, 20), "white": (250, 250, 250)}
