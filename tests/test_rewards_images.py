@@ -126,7 +126,7 @@ def test_to_images_reads_every_form_of_one_picture():
     [
         ([], "empty"),
         ([noise(4, 4), noise(4, 5)], "one size"),
-        (np.zeros((4, 4)), "colour channels"),
+        (np.zeros((4, 4)), "three channels"),
         (np.zeros((4, 4, 3), dtype=np.int64), "bytes or floats"),
         (np.full((4, 4, 3), 200.0), "lie in"),
         (np.full((4, 4, 3), -1.0), "lie in"),

@@ -299,7 +299,7 @@ def test_a_metadata_file_says_what_any_prompt_asks_for(pictures, tmp_path):
     )
     with pytest.raises(ValueError, match="its metadata file"):
         reward.check(["three unicorns"])
-    with pytest.raises(ValueError, match="the embedded world has no things"):
+    with pytest.raises(ValueError, match="the embedded world lacks what"):
         ObjectsReward(metadata=str(file)).check(["two unicorns in a field"])
 
 

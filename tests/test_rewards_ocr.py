@@ -486,9 +486,9 @@ def test_a_missing_package_names_the_pip_install(monkeypatch, missing):
     ("spec", "message"),
     [
         ("ocr(engine=paddle)", "'paddle' is unknown; take 'rapidocr' or 'tesseract'"),
-        ("ocr(engine=tesseract, limit_side_len=96)", "settings of rapidocr"),
-        ("ocr(engine=tesseract, detect=false)", "settings of rapidocr"),
-        ("ocr(psm=7)", "a setting of tesseract"),
+        ("ocr(engine=tesseract, limit_side_len=96)", "arguments of rapidocr"),
+        ("ocr(engine=tesseract, detect=false)", "arguments of rapidocr"),
+        ("ocr(psm=7)", "an argument of tesseract"),
         ("ocr(engine=tesseract, psm=2)", "psm is 2"),
         ("ocr(engine=tesseract, psm=word)", "psm is 'word'"),
         ("ocr(engine=tesseract, upscale=0)", "upscale is 0"),

@@ -276,7 +276,7 @@ def test_the_sentence_says_what_to_pass():
         ("clip(tiny, batch_size=9223372036854775807)", "batch_size"),
         ("lcb(a=jpeg, jpeg, kappa=1e999)", "must be a finite"),
         ("augmented(jpeg, draws=1000000000)", "from 1 to 64"),
-        ("augmented(mean(augmented(jpeg), clip(tiny)))", "holds another"),
+        ("augmented(mean(augmented(jpeg), clip(tiny)))", "contains another"),
         ("ocr(limit_side_len=1000000)", "limit_side_len"),
         ("ocr(upscale=1000000)", "upscale"),
         ("dino(tiny, size=8000000)", "up to 2048"),

@@ -211,7 +211,7 @@ def test_references_are_features_pictures_or_captions():
         (lambda: frechet(normal(3, 4), normal(3, 5)), "4 and 5 dimensions"),
         (lambda: mmd(normal(3, 4), normal(3, 5)), "4 and 5 dimensions"),
         (lambda: mmd(normal(3, 4), normal(3, 4) / 0), "not finite"),
-        (lambda: vendi(torch.zeros(3, 4)), "picture 0 are all 0"),
+        (lambda: vendi(torch.zeros(3, 4)), "image 0 are all 0"),
         (lambda: vendi(torch.ones(4)), "shape"),
     ],
 )

@@ -141,7 +141,7 @@ def test_the_folders_own_preprocessing_counts_and_else_openais(copied, monkeypat
     assert open_source(str(folder)).mode == "squash"
     for wrong in ('{"size": 40, "crop_size": 32}', '{"do_center_crop": false}'):
         (folder / "preprocessor_config.json").write_text(wrong)
-        with pytest.raises(ValueError, match="is not known"):
+        with pytest.raises(ValueError, match="is not supported"):
             open_source(str(folder))
 
 

@@ -160,7 +160,7 @@ def test_a_picture_in_their_place_is_named_and_nobody_is_told_to_delete_it(tmp_p
             ValueError, match=rf"{name} is no file of weights but an image \({kind}"
         ):
             read_state(tmp_path / name)
-        with pytest.raises(ValueError, match=f"a picture .{kind}.; give what"):
+        with pytest.raises(ValueError, match=f"an image .{kind}.; give one"):
             AestheticReward(str(tmp_path / name))
 
 
@@ -171,7 +171,7 @@ class Thing:
 @pytest.mark.parametrize("content", [nn.Linear(2, 2), {"state_dict": STATE, "args": Thing()}])
 def test_nothing_is_unpickled_but_tensors(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="Python objects besides tensors, which Tilt does not"):
+    with pytest.raises(ValueError, match="Python objects besides tensors, which are not unpickled"):
         read_state(tmp_path / "weights.pt")
 
 

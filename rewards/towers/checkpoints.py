@@ -159,7 +159,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     tables = path.suffix == ".safetensors"
     if head and not (head[8:9] == b"{" if tables else head.startswith((b"PK", b"\x80"))):
         raise ValueError(
-            f"{path} is no file of weights{_picture(path)}; save it by torch or safetensors"
+            f"{path} is no file of weights{_picture(path)}; give one of torch or safetensors"
         )
     try:
         if path.suffix == ".safetensors":
