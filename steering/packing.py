@@ -8,12 +8,14 @@ the run beside itself and once beside its longest, and what the networks say of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
 
 from steering.call import WAYS, PipelineCall
+from steering.denoiser import networks
 from steering.probe import apart
 from steering.tape import SHARED, view_of
 
@@ -24,6 +26,7 @@ __all__ = ["check_alone", "first_step", "no_rows"]
 
 _ALIKE = 2e-3  # of their norm; another number of rows is rounded otherwise, more so in half
 _ROUNDINGS = 8  # of the dtype, as guidance enlarges them
+_FINE = 1e-4  # a dtype that rounds more is half precision
 
 
 class _Stepped(BaseException):
@@ -43,19 +46,36 @@ def check_alone(
     stand_ins: for the networks of a call of two rows, where its batch has to be cut.
     """
     order = sorted(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
+    eps = _rounding(pipe)
+    texts = list(call.prompts)
+    if eps > _FINE:
+        texts[order[-1]] = _longer(texts[order[-1]])
+    asked = replace(call, prompts=tuple(texts))
     # as many rows in both calls: other numbers of rows are rounded otherwise
     same, many = [order[0]] * 2, [order[0], order[-1]]
     way = max(way, WAYS.index("texts"))  # as several prompts are written out
     alone, beside = (
-        first_step(pipe, scheduler, call, rows, 1, way, stand_ins) for rows in (same, many)
+        first_step(pipe, scheduler, asked, rows, 1, way, stand_ins) for rows in (same, many)
     )
     change = apart(alone[:1], beside[:1])
-    if change > max(_ALIKE, _ROUNDINGS * torch.finfo(alone.dtype).eps):
+    if change > max(_ALIKE, _ROUNDINGS * eps):
         raise ValueError(
             f"{type(pipe).__name__} lets a prompt see how long the other texts of its call are: "
-            f"its first step of {call.prompts[order[0]]!r:.60} is another beside "
-            f"{call.prompts[order[-1]]!r:.60}; leave prompts_per_call at 1."
+            f"its first step of {texts[order[0]]!r:.60} is another beside "
+            f"{texts[order[-1]]!r:.60}; leave prompts_per_call at 1."
         )
+
+
+def _rounding(pipe: DiffusionPipeline) -> float:
+    """The relative rounding of the coarsest of the pipeline's networks."""
+    dtypes = [getattr(net, "dtype", torch.float32) for net in networks(pipe).values()]
+    floats = [dtype for dtype in (*dtypes, torch.float32) if dtype.is_floating_point]
+    return max(torch.finfo(dtype).eps for dtype in floats)
+
+
+def _longer(text: str) -> str:
+    """At least 60 words, which is as much as CLIP reads, and twice the text."""
+    return " ".join([text] * max(2, 60 // max(1, len(text.split()))))
 
 
 def no_rows(

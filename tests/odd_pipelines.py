@@ -93,6 +93,8 @@ class OddPipeline(DiffusionPipeline):
         embeds = torch.stack([embedding(text) for text in texts]).repeat_interleave(count, 0)
         if "sees the longest" in self.odd:
             embeds = embeds + max(len(text.split()) for text in texts)
+        if "sees it a little" in self.odd:
+            embeds = embeds + 0.005 * max(len(text.split()) for text in texts)
         return embeds, torch.stack([embedding(negative)] * len(embeds))
 
     def prepare_latents(self, rows, generator):

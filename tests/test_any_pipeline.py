@@ -251,6 +251,17 @@ def test_prompts_that_see_how_long_the_others_of_their_call_are_are_refused():
     assert packed(pipe, prompts, prompts_per_call=1).isfinite().all()
 
 
+def test_half_precision_hides_no_sight_of_the_others_lengths():
+    """There a few words change less than rounding may, so many more are tried."""
+    pipe, prompts = odd_pipeline("sees it a little"), ["dots", "two dots"]
+    pipe.unet.dtype = torch.bfloat16  # by which the threshold goes; computed in float32
+    with pytest.raises(ValueError, match=r"first step of 'dots' is another beside 'two dots two"):
+        packed(pipe, prompts)
+    pipe = odd_pipeline()
+    pipe.unet.dtype = torch.bfloat16
+    assert packed(pipe, prompts).isfinite().all()
+
+
 @pytest.mark.parametrize("odd", [(), ("ignores count late",)])
 def test_prompts_that_do_not_see_one_another_are_packed_and_tried_once(odd):
     pipe, prompts = odd_pipeline(*odd), ["a red cube", "dots", "two small dots here", "x"]
