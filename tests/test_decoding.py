@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import AutoencoderTiny
 from diffusers.image_processor import VaeImageProcessor
 from middle import Settings
@@ -239,3 +240,23 @@ def test_a_tail_that_lets_rows_see_one_another_is_refused_at_the_first_step(funn
             steer(pipe, "a red cube", brightness, **run)
     else:
         assert steer(pipe, "a red cube", brightness, **run).latents.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["by model", "by layer"])
+def test_networks_that_come_to_the_device_on_demand_are_steered_alike(kind):
+    """The tail is tried, and pictures are decoded, between the steps of the network."""
+    pipe, keywords = family("img2img")
+    settings = FeynmanKac(num_scores=2, reward_scale=300.0, min_ess=1.0)
+    run = {"settings": settings, "progress": False, **keywords}
+    plain = steer(pipe, PROMPT, brightness, 3, **run)
+    pipe, _ = family("img2img")
+    if kind == "by model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    else:
+        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+            cpu_offload(part, "cpu", offload_buffers=True)
+        assert pipe.unet.device.type == "meta"
+    out = steer(pipe, PROMPT, brightness, 3, **run)
+    assert torch.equal(out.latents, plain.latents)
+    assert torch.equal(out.rewards, plain.rewards)
+    assert all(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae, pipe.text_encoder))

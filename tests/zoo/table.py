@@ -123,7 +123,7 @@ def _count(tried: list[Row]) -> str:
         "that no\nseed sets, give each token a timestep of its own, run several chains a call, or "
         f"need a scheduler\nthat is no Gaussian chain. Of the other {able}, {len(runs)} run "
         f"({len(runs) / able:.1%}); the rest make one row a call.\n"
-        f"Of those that run hold: {said}.\n{faults} classes have a *no*.\n"
+        f"Of those that run hold: {said}.\nClasses with a *no*: {faults}.\n"
     )
 
 
