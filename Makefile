@@ -59,11 +59,11 @@ $(BROWSER): $(DEV)
 
 # A second call finds the pictures of the first and says where they are.
 demo: $(READY)
-	$(BIN)/python scripts/steer.py 'the word "ANTS"' 'the word "DUNE"' 'the word "JADE"' 'the word "LOAF"' \
+	$(BIN)/tilt steer 'the word "ANTS"' 'the word "DUNE"' 'the word "JADE"' 'the word "LOAF"' \
 	  --model tiny-sd3 --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
 
 demo-objects: $(READY)
-	$(BIN)/python scripts/steer.py 'an orange star and a purple triangle' 'an orange star and a green square' \
+	$(BIN)/tilt steer 'an orange star and a purple triangle' 'an orange star and a green square' \
 	  'a green circle and an orange square' --model tiny-sd3 --guidance-scale 1 --reward 'objects(mode=share)' \
 	  --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
 
@@ -73,15 +73,15 @@ demo-tuned: $(READY)
 	head -n 2 scripts/tiny/words.txt | xargs printf 'the word "%s"\n' > $(TUNED_OF)/prompts.txt
 	printf 'the word "%s"\n' FERN HAWK LIME YARN > $(TUNED_OF)/checks.txt
 	printf 'the word "%s"\n' ROSE CRAB HIVE SOAP MINT TUBE > $(TUNED_OF)/unseen.txt
-	$(BIN)/python scripts/rollout.py prompts=$(TUNED_OF)/prompts.txt out=$(TUNED_OF)/rollouts \
-	  images=$(TUNED_IMAGES) call.guidance_scale=1.0 resume=true
-	$(BIN)/python scripts/score.py $(TUNED_OF)/rollouts --reward 'ocr + 0*clip(tiny)' --resume
-	$(BIN)/python scripts/train_gdro.py scripts/configs/gdro_tiny.yaml rollouts=$(TUNED_OF)/rollouts \
-	  out=$(TUNED) gdro.steps=$(TUNED_STEPS) check.every=10 check.prompts=$(TUNED_OF)/checks.txt \
-	  check.train_prompts=4 resume=true
-	$(BIN)/python scripts/evaluate.py prompts=$(TUNED_OF)/unseen.txt out=$(TUNED)/eval lora=$(TUNED)/lora \
-	  'reward=ocr + 0*clip(tiny)' call.guidance_scale=1.0 resume=true
-	$(BIN)/python scripts/steer.py 'the word "NAIL"' 'the word "RIDE"' --model tiny-sd3 --lora $(TUNED)/lora \
+	$(BIN)/tilt rollout --prompts $(TUNED_OF)/prompts.txt --out $(TUNED_OF)/rollouts \
+	  --images $(TUNED_IMAGES) --call.guidance-scale 1.0 --resume
+	$(BIN)/tilt score $(TUNED_OF)/rollouts --reward 'ocr + 0*clip(tiny)' --resume
+	$(BIN)/tilt train gdro --config scripts/configs/gdro_tiny.yaml --rollouts $(TUNED_OF)/rollouts \
+	  --out $(TUNED) --gdro.steps $(TUNED_STEPS) --check.every 10 --check.prompts $(TUNED_OF)/checks.txt \
+	  --check.train-prompts 4 --resume
+	$(BIN)/tilt evaluate --prompts $(TUNED_OF)/unseen.txt --out $(TUNED)/eval --lora $(TUNED)/lora \
+	  --reward 'ocr + 0*clip(tiny)' --call.guidance-scale 1.0 --resume
+	$(BIN)/tilt steer 'the word "NAIL"' 'the word "RIDE"' --model tiny-sd3 --lora $(TUNED)/lora \
 	  --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/tuned-steered
 
 test: $(DEV)
@@ -104,7 +104,7 @@ test-docs: $(DEV)
 	$(BIN)/python -m pytest -q -m slow tests/test_commands.py
 
 app: $(APP)
-	$(BIN)/python scripts/app.py
+	$(BIN)/tilt app
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from steering.pipeline import steer_each
 
-from .ranges import KEYWORDS, NAME, SEED, TEXT, Range, check, whole
+from .ranges import KEYWORDS, NAME, SEED, TEXT, check, setting, whole
 from .rollouts import PLAIN, nothing
 
 __all__ = [
@@ -47,34 +47,29 @@ GRID_ROWS = 8  # prompts that a grid shows
 
 @dataclass
 class Check:
-    """When and at what to look; scripts/train_gdro.py explains each."""
+    """When and at what to look."""
 
-    every: int = 0
-    prompts: str = ""
-    train_prompts: int = 8
-    images: int = 4
-    reward: str = ""
-    quality: str = ""
-    best: str = "held_out/reward"
-    patience: int = 0
-    seed: int = 1
-    call: dict[str, Any] = field(default_factory=dict)
-
-    RANGES: ClassVar[dict[str, Range]] = {
-        "every": whole(0),
-        "prompts": TEXT,
-        "train_prompts": whole(0),
-        "images": whole(1, 10_000),
-        "reward": TEXT,
-        "quality": TEXT,
-        "best": NAME,
-        "patience": whole(0),
-        "seed": SEED,
-        "call": KEYWORDS,
-    }
+    every: int = setting(
+        0, whole(0), "steps between checks: pictures are drawn and scored; 0: never"
+    )
+    prompts: str = setting("", TEXT, "a file of prompts that are not trained on")
+    train_prompts: int = setting(
+        8, whole(0), "how many of the prompts that are trained on are checked too"
+    )
+    images: int = setting(4, whole(1, 10_000), "pictures of a prompt")
+    reward: str = setting("", TEXT, "what scores them; by default what is trained on")
+    quality: str = setting(
+        "", TEXT, "a reward from 1 to 5, for the corrected score r (q - 3) + 0.2"
+    )
+    best: str = setting("held_out/reward", NAME, "the metric whose best check gives lora/")
+    patience: int = setting(0, whole(0), "stop after so many checks without a new best; 0: never")
+    seed: int = setting(1, SEED, "seed of the checks' noise")
+    call: dict[str, Any] = setting(
+        dict, KEYWORDS, "keywords of the pipeline's call; by default those of the images trained on"
+    )
 
     def __post_init__(self) -> None:
-        check(self, self.RANGES)
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from .ranges import Range
 
-__all__ = ["explain", "read", "write"]
+__all__ = ["read", "write"]
 
 T = TypeVar("T")
 
@@ -159,19 +159,6 @@ def write(config: Any, path: Path) -> None:
     """The resolved settings as YAML, which `read` reads back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(config), path)
-
-
-def explain(kind: type, notes: dict[str, str]) -> str:
-    """`key: default` lines with a note each, for a script's --help."""
-    values, allowed = OmegaConf.structured(kind), _ranges(kind)
-    width = max(map(len, _names(kind)))
-    lines = []
-    for name in _names(kind):
-        default = OmegaConf.select(values, name)
-        said = allowed[name].said if name in allowed else ""
-        may = f"; {said}" if "number" in said else ""  # choices are in the notes
-        lines.append(f"  {name:{width}}  {notes.get(name, '')} (default: {default}{may})")
-    return "\n".join(lines)
 
 
 def _ranges(kind: type, prefix: str = "") -> dict[str, Range]:

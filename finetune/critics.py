@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from .ranges import Range, check, number, one_of, whole
+from .ranges import check, number, one_of, setting, whole
 from .replay import Parts, Replay
 
 __all__ = [
@@ -150,36 +150,35 @@ class CriticSettings:
     share of n; trigger, every, below: see `due`.
     """
 
-    lr: float = 1e-4
-    loss: str = ""
-    patches: int = 64
-    patch_weight: float = 0.3
-    smoothing: float = 0.0
-    r1: float = 0.0
-    spectral: float = 0.0
-    replay: int = 0
-    replay_share: float = 0.5
-    trigger: str = "always"
-    every: int = 1
-    below: float = 0.8
-
-    RANGES: ClassVar[dict[str, Range]] = {
-        "lr": number(0, ends="(]"),
-        "loss": one_of("", *LOSSES),
-        "patches": whole(1),
-        "patch_weight": number(0),
-        "smoothing": number(0, 0.5, "[)"),
-        "r1": number(0),
-        "spectral": number(0),
-        "replay": whole(0),
-        "replay_share": number(0),
-        "trigger": one_of(*TRIGGERS),
-        "every": whole(1),
-        "below": number(0, 1),
-    }
+    lr: float = setting(
+        1e-4,
+        number(0, ends="(]"),
+        "learning rate of the critic's Adam; 5e-6 is usual for a preference",
+    )
+    loss: str = setting(
+        "",
+        one_of("", *LOSSES),
+        "hinge, bce or pairwise; by default pairwise for a preference, else hinge",
+    )
+    patches: int = setting(64, whole(1), "patches drawn of each picture at each step")
+    patch_weight: float = setting(
+        0.3, number(0), "weight of the patches' loss beside the whole picture's"
+    )
+    smoothing: float = setting(0.0, number(0, 0.5, "[)"), "the share of labels taken to be wrong")
+    r1: float = setting(0.0, number(0), "factor of the gradient penalty at the references")
+    spectral: float = setting(0.0, number(0), "the largest singular value of a layer; 0: any")
+    replay: int = setting(0, whole(0), "how many older samples of all processes are kept")
+    replay_share: float = setting(
+        0.5, number(0), "how many of them are added to a step, as a share of its samples"
+    )
+    trigger: str = setting(
+        "always", one_of(*TRIGGERS), "when it learns: always, every_n, when_fooled or acc_below"
+    )
+    every: int = setting(1, whole(1), "the n of every_n")
+    below: float = setting(0.8, number(0, 1), "the accuracy of acc_below")
 
     def __post_init__(self) -> None:
-        check(self, self.RANGES)
+        check(self)
 
 
 class Critic:

@@ -74,9 +74,7 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
         columns = shard.rewards()
         if reward not in columns:
             known = f"those there are {sorted(columns)}" if columns else "there is none yet"
-            raise ValueError(
-                f"{shard.folder} has no rewards {reward!r}; {known}; add some with scripts/score.py"
-            )
+            raise ValueError(f"{shard.folder} has no rewards {reward!r}; {known}; score them first")
         shards.append(shard.tensors())
         prompts += [row["group"] for row in shard.table(["group"])]
         rewards += columns[reward]
@@ -86,7 +84,7 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
         what = f"specs, {specs}" if specs[1:] else f"versions of {specs[0]}"
         raise ValueError(
             f"the shards' rewards {reward!r} are of different {what}; finish scoring with "
-            "scripts/score.py --resume"
+            "scoring them again"
         )
     groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards, dtype=torch.float64), k)
     rows = {name: Rows([tensors[name] for tensors in shards]) for name in shards[0]}

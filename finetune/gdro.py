@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,46 +22,41 @@ from .groups import NORMS, draw_groups, target_entropy
 from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .losses import FORMS, best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, predict
-from .ranges import FLAG, NAME, Range, number, one_of, whole
+from .ranges import FLAG, NAME, number, one_of, setting, whole
 
 __all__ = ["Gdro", "Trainer"]
 
 
 @dataclass
 class Gdro(Tuning):
-    """The settings of a training run; scripts/train_gdro.py explains each."""
+    """The settings of a training run."""
 
-    steps: int = 200
-    groups: int = 8
-    k: int = 6
-    micro_groups: int = 2
-    beta: float = 12.0
-    temperature: float = 0.05
-    form: str = "full"
-    hold_best: float = 1.0  # γ
-    weight: str = "constant"
-    times: str = "logit_normal"
-    shift: float = 1.0
-    shared_noise: bool = True
-    reward: str = "reward"
-    reward_norm: str = "none"
-
-    RANGES: ClassVar[dict[str, Range]] = Tuning.RANGES | {
-        "steps": whole(1),
-        "groups": whole(1),
-        "k": whole(2),
-        "micro_groups": whole(1),
-        "beta": number(0, ends="(]"),
-        "temperature": number(0, ends="(]"),
-        "form": one_of(*FORMS),
-        "hold_best": number(0),
-        "weight": one_of("constant", "velocity", "elbo"),
-        "times": one_of(*TIMES),
-        "shift": number(0, ends="(]"),
-        "shared_noise": FLAG,
-        "reward": NAME,
-        "reward_norm": one_of(*NORMS),
-    }
+    steps: int = setting(200, whole(1), "updates")
+    groups: int = setting(8, whole(1), "prompts of an update, over all processes")
+    k: int = setting(6, whole(2), "images of a group")
+    micro_groups: int = setting(2, whole(1), "groups that a process evaluates at once")
+    beta: float = setting(12.0, number(0, ends="(]"), "β: less lets the model move further")
+    temperature: float = setting(
+        0.05, number(0, ends="(]"), "τ: β τ sets how strongly the reward tilts"
+    )
+    form: str = setting("full", one_of(*FORMS), "full, top1 or rank")
+    hold_best: float = setting(1.0, number(0), "γ: weight of the error on the best image")
+    weight: str = setting(
+        "constant",
+        one_of("constant", "velocity", "elbo"),
+        "weight of a timestep's errors: constant, velocity (as if v was predicted) or elbo",
+    )
+    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform")
+    shift: float = setting(
+        1.0,
+        number(0, ends="(]"),
+        "above 1 times lean to noise, where a picture's content is settled",
+    )
+    shared_noise: bool = setting(True, FLAG, "one noise for a group; false shrinks what is learned")
+    reward: str = setting("reward", NAME, "the rewards' column")
+    reward_norm: str = setting(
+        "none", one_of(*NORMS), "none, minmax, rank, group_std or global_std"
+    )
 
 
 @dataclass(frozen=True)

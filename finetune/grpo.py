@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,17 @@ from steering.transitions import Transition, log_prob
 
 from .chains import Move, Policy
 from .learner import Learner, Tuning, check_shares
-from .losses import clipped, policy_loss
+from .losses import SPREADS, clipped, policy_loss
 from .models import Family
-from .online import SAMPLED, Batch, Compared, Samples, Score, Task, advantages_of, only
-from .ranges import FLAG, Range, number, whole
+from .online import Batch, Compared, Samples, Score, Task, advantages_of, only
+from .ranges import FLAG, number, one_of, optional, setting, whole
 
 __all__ = ["Grpo", "Score", "Trainer", "advantages_of", "mean_log_prob"]
 
 
 @dataclass
 class Grpo(Tuning):
-    """The settings of a run; scripts/train_adversarial.py explains each.
+    """The settings of a run.
 
     DDPO's importance-weighted form (Black et al. 2023) is window_size = num_inference_steps - 1,
     noise = 1 (with betas DDIM's ancestral sampler) and share_start = False, with the clip of 1e-4.
@@ -38,36 +38,41 @@ class Grpo(Tuning):
     here, is not trained on.
     """
 
-    steps: int = 200
-    groups: int = 4
-    k: int = 8
-    micro_groups: int = 1
-    updates: int = 1
-    num_inference_steps: int = 10
-    window_start: int = 0
-    window_size: int = 2
-    window_moves: bool = False
-    noise: float = 0.8
-    share_start: bool = True
-    guidance_scale: float | None = None  # 1, or that which a distilled network was told
-    clip: float = 1e-4
-    advantage_clip: float = 5.0
-    spread: str = "group"
-    each_reward: bool = False
-    kl: float = 0.0
-
-    RANGES: ClassVar[dict[str, Range]] = (
-        Tuning.RANGES
-        | SAMPLED
-        | {
-            "window_start": whole(0),
-            "window_size": whole(1),
-            "window_moves": FLAG,
-            "noise": number(0, 1, "(]"),
-            "share_start": FLAG,
-            "clip": number(0, ends="(]"),
-        }
+    steps: int = setting(200, whole(1), "epochs: sample, score, update")
+    groups: int = setting(4, whole(1), "prompts of an epoch, over all processes")
+    k: int = setting(8, whole(2), "images of a prompt")
+    micro_groups: int = setting(1, whole(1), "groups that a process evaluates at once")
+    updates: int = setting(1, whole(1), "moves of the optimiser on the same samples")
+    num_inference_steps: int = setting(10, whole(1, 10_000), "steps of the sampler")
+    window_start: int = setting(0, whole(0), "the first step that draws noise and is learned from")
+    window_size: int = setting(2, whole(1), "how many steps are stochastic")
+    window_moves: bool = setting(False, FLAG, "slide it on by a step an epoch (MixGRPO)")
+    noise: float = setting(
+        0.8,
+        number(0, 1, "(]"),
+        "noise of the stochastic steps: DDIM's eta, or the share of a flow's noise that is "
+        "drawn afresh",
     )
+    share_start: bool = setting(
+        True, FLAG, "a group's images branch off from one start, at the window"
+    )
+    guidance_scale: float | None = setting(
+        None,
+        optional(number(0)),
+        "guidance of sampling and of what is differentiated; by default none, or what the "
+        "pipeline tells a distilled network (FLUX.1-dev)",
+    )
+    clip: float = setting(
+        1e-4, number(0, ends="(]"), "PPO clip range of the per-element probability ratio"
+    )
+    advantage_clip: float = setting(5.0, number(0, ends="(]"), "advantages are cut to this range")
+    spread: str = setting(
+        "group",
+        one_of(*SPREADS),
+        "what advantages are divided by: the deviation of the group, global, or none",
+    )
+    each_reward: bool = setting(False, FLAG, "normalise each reward by itself before adding them")
+    kl: float = setting(0.0, number(0), "weight of the divergence from the reference")
 
     def window(self, epoch: int) -> range:
         """The stochastic steps of an epoch; a moving window slides on by one step an epoch."""

@@ -6,20 +6,19 @@ that is resumed, or split among processes, takes the very same steps.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import lora, zero
 from .models import Family
-from .ranges import FLAG, SEED, TEXTS, Range, check, number, whole
+from .ranges import FLAG, SEED, TEXTS, check, number, setting, whole
 
 __all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws"]
 
@@ -31,38 +30,33 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's nam
 class Tuning:
     """The settings of an adapter and its optimiser."""
 
-    rank: int = 16
-    alpha: int = 16
-    targets: list[str] = dataclasses.field(default_factory=list)
-    lr: float = 1e-4
-    warmup: int = 10
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    ema: float = 0.5
-    refresh: int = 0
-    eight_bit: bool = False
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    seed: int = 0
-
-    RANGES: ClassVar[dict[str, Range]] = {
-        "rank": whole(1),
-        "alpha": whole(1),
-        "targets": TEXTS,
-        "lr": number(0, ends="(]"),
-        "warmup": whole(0),
-        "weight_decay": number(0),
-        "max_grad_norm": number(0, ends="(]"),
-        "ema": number(0, 1, "[)"),
-        "refresh": whole(0),
-        "eight_bit": FLAG,
-        "gradient_checkpointing": FLAG,
-        "compile": FLAG,
-        "seed": SEED,
-    }
+    rank: int = setting(16, whole(1), "LoRA rank")
+    alpha: int = setting(16, whole(1), "LoRA alpha; the scale of the adapter is alpha/rank")
+    targets: list[str] = setting(
+        list, TEXTS, "names of the layers to adapt; by default the attention layers"
+    )
+    lr: float = setting(1e-4, number(0, ends="(]"), "learning rate")
+    warmup: int = setting(10, whole(0), "steps over which the learning rate rises")
+    weight_decay: float = setting(0.0, number(0), "weight decay of AdamW")
+    max_grad_norm: float = setting(
+        1.0, number(0, ends="(]"), "gradients that are longer are cut to this norm"
+    )
+    ema: float = setting(
+        0.5,
+        number(0, 1, "[)"),
+        "highest decay of the average of the weights, which is min((1 + s)/(10 + s), ema) at "
+        "update s",
+    )
+    refresh: int = setting(
+        0, whole(0), "steps between moves of the reference to the present weights; 0: never"
+    )
+    eight_bit: bool = setting(False, FLAG, "AdamW of bitsandbytes, in 8 bits")
+    gradient_checkpointing: bool = setting(False, FLAG, "less memory, a third more time")
+    compile: bool = setting(False, FLAG, "torch.compile the network")
+    seed: int = setting(0, SEED, "seed of everything")
 
     def __post_init__(self) -> None:
-        check(self, self.RANGES)
+        check(self)
 
 
 def draws(seed: int, step: int, purpose: str) -> torch.Generator:

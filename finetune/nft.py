@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from torch import Tensor
 from . import lora
 from .chains import Policy
 from .learner import TIMES, Learner, Tuning, check_shares, draws
-from .losses import nft_loss
+from .losses import SPREADS, nft_loss
 from .models import Conditioning, Family, predict
-from .online import SAMPLED, Batch, Samples, Task, only
-from .ranges import Range, number, one_of, whole
+from .online import Batch, Samples, Task, only
+from .ranges import FLAG, number, one_of, optional, setting, whole
 
 __all__ = ["Nft", "Trainer", "draw_times"]
 
@@ -38,34 +38,45 @@ class Nft(Tuning):
     the loss with x0, each half over its own mean error; here it is the paper's eq. 5.
     """
 
-    steps: int = 200
-    groups: int = 4
-    k: int = 8
-    micro_groups: int = 1
-    updates: int = 1
-    noisings: int = 2
-    num_inference_steps: int = 10
-    guidance_scale: float | None = None  # 1, or that which a distilled network was told
-    beta: float = 1.0
-    advantage_clip: float = 5.0
-    spread: str = "global"
-    each_reward: bool = False
-    old_decay: float = 0.5
-    times: str = "logit_normal"
-    shift: float = 1.0
-    kl: float = 0.0
-
-    RANGES: ClassVar[dict[str, Range]] = (
-        Tuning.RANGES
-        | SAMPLED
-        | {
-            "noisings": whole(1),
-            "beta": number(0, ends="(]"),
-            "old_decay": number(0, 1, "[)"),
-            "times": one_of(*TIMES),
-            "shift": number(0, ends="(]"),
-        }
+    steps: int = setting(200, whole(1), "epochs: sample, score, update")
+    groups: int = setting(4, whole(1), "prompts of an epoch, over all processes")
+    k: int = setting(8, whole(2), "images of a prompt")
+    micro_groups: int = setting(1, whole(1), "groups that a process evaluates at once")
+    updates: int = setting(1, whole(1), "moves of the optimiser on the same samples")
+    noisings: int = setting(
+        2, whole(1), "noised copies of an image in an update, each at a time of its own"
     )
+    num_inference_steps: int = setting(10, whole(1, 10_000), "steps of the sampler")
+    guidance_scale: float | None = setting(
+        None,
+        optional(number(0)),
+        "guidance of sampling; what is trained is the conditional prediction; by default none, "
+        "or what the pipeline tells a distilled network",
+    )
+    beta: float = setting(
+        1.0,
+        number(0, ends="(]"),
+        "how far the good and the bad policy lie from the one that sampled",
+    )
+    advantage_clip: float = setting(5.0, number(0, ends="(]"), "advantages are cut to this range")
+    spread: str = setting(
+        "global",
+        one_of(*SPREADS),
+        "what advantages are divided by: the deviation of the group, global, or none",
+    )
+    each_reward: bool = setting(False, FLAG, "normalise each reward by itself before adding them")
+    old_decay: float = setting(
+        0.5,
+        number(0, 1, "[)"),
+        "the one that samples is an average of those before; its highest decay",
+    )
+    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform")
+    shift: float = setting(
+        1.0,
+        number(0, ends="(]"),
+        "above 1 times lean to noise, where a picture's content is settled",
+    )
+    kl: float = setting(0.0, number(0), "weight of the divergence from the reference")
 
 
 def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:

@@ -19,12 +19,10 @@ from torch import Tensor
 from .chains import Move, Policy, Schedule, sample
 from .groups import MOST_DROPPED
 from .learner import Learner, draws
-from .losses import SPREADS, group_advantages
+from .losses import group_advantages
 from .models import Conditioning
-from .ranges import FLAG, number, one_of, optional, whole
 
 __all__ = [
-    "SAMPLED",
     "Batch",
     "Compared",
     "Samples",
@@ -53,22 +51,6 @@ class Settings(Protocol):
     each_reward: bool
     kl: float
     guidance_scale: float | None
-
-
-# what both ways of training have among their settings; a group of one image has no advantage
-SAMPLED = {
-    "steps": whole(1),
-    "groups": whole(1),
-    "k": whole(2),
-    "micro_groups": whole(1),
-    "updates": whole(1),
-    "num_inference_steps": whole(1, 10_000),
-    "guidance_scale": optional(number(0)),
-    "advantage_clip": number(0, ends="(]"),
-    "spread": one_of(*SPREADS),
-    "each_reward": FLAG,
-    "kl": number(0),
-}
 
 
 def advantages_of(

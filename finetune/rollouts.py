@@ -7,7 +7,7 @@ A run is a folder of shards, a few prompts each:
                                    settings, image (PNG); `datasets.load_dataset("parquet", ...)`
     00012/tensors.safetensors      latents (rows, ...) and conditioning (a row a prompt)
     00012/shard.json               sha256 of both
-    00012/rewards.parquet          columns that scripts/score.py adds, in the rows' order
+    00012/rewards.parquet          columns that scoring adds, in the rows' order
 
 A shard is written under another name and renamed, so it is there whole or not at all. Which images
 a prompt gets depends on the seed and the prompt alone, not on shards or processes: each prompt is

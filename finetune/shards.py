@@ -19,7 +19,7 @@ from torch import Tensor
 
 __all__ = ["Rollouts", "Shard", "add_rewards", "is_whole", "read_manifest", "sha256"]
 
-AGAIN = "delete it and score again with scripts/score.py"
+AGAIN = "delete it and score the rollouts again"
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
@@ -102,7 +102,7 @@ class Rollouts:
         if broken:
             raise ValueError(
                 f"{folder} lacks, or has damaged, the shards {', '.join(broken[:5])}"
-                f"{' and more' if broken[5:] else ''}; repeat scripts/rollout.py with resume=true"
+                f"{' and more' if broken[5:] else ''}; make the rollouts again with resume=true"
             )
 
     def digest(self, column: str) -> str:
@@ -133,7 +133,7 @@ def read_manifest(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fits = False
     if not fits:
-        raise ValueError(f"{file.parent} holds no rollouts; make some with scripts/rollout.py")
+        raise ValueError(f"{file.parent} holds no rollouts; make some first")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Open the page to play in: the command `tilt app`."""
+"""The command `tilt app`, as a file."""
 
 import sys
 

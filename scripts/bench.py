@@ -25,12 +25,11 @@
 
 from __future__ import annotations
 
-from tilt import started
-
-# isort: split
 import argparse
 import importlib
 import sys
+
+from tilt import started
 
 COMMANDS = {
     "closed-forms": "closed_forms",
@@ -68,4 +67,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    started.begin("bench")
     sys.exit(started.run(main))

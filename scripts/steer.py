@@ -1,4 +1,4 @@
-"""Steer a diffusion model toward a reward: the command `tilt steer`, for `accelerate launch`."""
+"""The command `tilt steer`, as a file for `accelerate launch`."""
 
 import sys
 

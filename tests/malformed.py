@@ -63,7 +63,7 @@ def said(main: Callable[[list[str]], int], words: Sequence[str]) -> tuple[int, l
         except SystemExit as end:
             status = int(end.code or 0)
     lines = [line for line in err.getvalue().splitlines() if line.strip()]
-    progress = re.compile(r"^\S+\.py: (loading|starting|drawing) |%\||\[00:")
+    progress = re.compile(r"^tilt [a-z ]+: (loading|starting|drawing) |%\||\[00:")
     return status, [line for line in lines if not progress.search(line)]
 
 

@@ -13,13 +13,13 @@ from test_launch import logged
 import rewards
 from finetune.adversarial import likened
 from finetune.references import load_references
-from scripts import train_adversarial
+from tilt.commands import train_adversarial
 
 PROMPTS = ['the word "CAT"', 'the word "SUN"']
 pytestmark = pytest.mark.usefixtures("no_curves")
 SMALL = [
-    *("grpo.groups=2", "grpo.k=2", "grpo.rank=2", "grpo.num_inference_steps=3"),
-    *("grpo.window_size=1", "log_every=1"),
+    *("--grpo.groups=2", "--grpo.k=2", "--grpo.rank=2", "--grpo.num-inference-steps=3"),
+    *("--grpo.window-size=1", "--log-every=1"),
 ]
 
 
@@ -35,7 +35,11 @@ def words(tmp_path):
     files = [[f"{name}{i}.png" for i in range(2)] for name in ("red", "stripes")]
     (tmp_path / "pairs.json").write_text(json.dumps(dict(zip(PROMPTS, files, strict=True))))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    return [f"prompts={tmp_path / 'prompts.txt'}", f"references={tmp_path / 'pairs.json'}", *SMALL]
+    return [
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--references={tmp_path / 'pairs.json'}",
+        *SMALL,
+    ]
 
 
 def run(*words: str) -> None:
@@ -44,11 +48,11 @@ def run(*words: str) -> None:
 
 def test_a_preference_critic_resumes_exactly_and_another_run_begins_with_it(words, tmp_path):
     whole, parts, later = (tmp_path / name for name in ("whole", "parts", "later"))
-    kind = ["critic_kind=preference", "critic_layers=1", "critic.lr=1e-4"]
-    learning = [*words, "paired=true", *kind, "critic.replay=2"]
-    run(*learning, f"out={whole}", "grpo.steps=2")
-    run(*learning, f"out={parts}", "grpo.steps=1")
-    run(*learning, f"out={parts}", "grpo.steps=2", "resume=true")
+    kind = ["--critic-kind=preference", "--critic-layers=1", "--critic.lr=1e-4"]
+    learning = [*words, "--paired", *kind, "--critic.replay=2"]
+    run(*learning, f"--out={whole}", "--grpo.steps=2")
+    run(*learning, f"--out={parts}", "--grpo.steps=1")
+    run(*learning, f"--out={parts}", "--grpo.steps=2", "--resume")
     for name in ("lora/pytorch_lora_weights.safetensors", "critic/critic.safetensors"):
         one, two = (load_file(folder / name) for folder in (whole, parts))
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -57,7 +61,7 @@ def test_a_preference_critic_resumes_exactly_and_another_run_begins_with_it(word
     assert [row["critic_updated"] for row in rows] == [1.0, 1.0]
     config = json.loads((whole / "critic" / "critic.json").read_text())
     assert config == {"kind": "preference", "tower": "tiny", "layers": 1}
-    run(*words, "paired=true", f"critic_from={whole / 'critic'}", f"out={later}", "grpo.steps=1")
+    run(*words, "--paired", f"--critic-from={whole / 'critic'}", f"--out={later}", "--grpo.steps=1")
     (first,) = logged(later)
     assert first["critic_real"] != rows[0]["critic_real"]  # that of the tower before it learned
     learned = rewards.load(f"critic({whole / 'critic'})", imports=True)
@@ -91,7 +95,13 @@ def test_likeness_is_to_references_of_the_samples_own_prompt_or_of_the_style(wor
 
 def test_a_rule_and_likeness_train_without_a_critic(words, tmp_path):
     out = tmp_path / "out"
-    run(*words, f"out={out}", "reward=jpeg + 0.5*dino(tiny)", "critic_weight=0", "grpo.steps=1")
+    run(
+        *words,
+        f"--out={out}",
+        "--reward=jpeg + 0.5*dino(tiny)",
+        "--critic-weight=0",
+        "--grpo.steps=1",
+    )
     (row,) = logged(out)
     assert row["reward"] == pytest.approx(row["jpeg"] + 0.5 * row["dino"], abs=1e-5)
     assert not [name for name in row if name.startswith("critic")]
@@ -101,12 +111,19 @@ def test_a_rule_and_likeness_train_without_a_critic(words, tmp_path):
 
 def test_what_cannot_be_compared_is_refused(words, tmp_path, capsys):
     (tmp_path / "unseen.txt").write_text('the word "OWL"\n')
-    checks = ["reward=dino(tiny)", "check.every=1", f"check.prompts={tmp_path / 'unseen.txt'}"]
+    checks = [
+        "--reward=dino(tiny)",
+        "--check.every=1",
+        f"--check.prompts={tmp_path / 'unseen.txt'}",
+    ]
     for given, message in (
         (checks, "checks have no references to compare with; set check.reward="),
-        ([*checks, "check.reward=jpeg", "check.quality=dino(tiny)"], "checks have no references"),
-        (["reward=critic(random:0)"], "name it"),
+        (
+            [*checks, "--check.reward=jpeg", "--check.quality=dino(tiny)"],
+            "checks have no references",
+        ),
+        (["--reward=critic(random:0)"], "name it"),
     ):
-        assert train_adversarial.main([*words, f"out={tmp_path / 'out'}", *given]) == 2
+        assert train_adversarial.main([*words, f"--out={tmp_path / 'out'}", *given]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "out").exists()

@@ -10,8 +10,8 @@ from pictures import assert_same_pictures
 import rewards
 from finetune import checks
 from finetune.checks import Check, Sheet, Watch
-from scripts.training import metrics
 from steering import tiny
+from tilt.training import metrics
 
 CALL = tiny.call_defaults("tiny-sd3") | {"num_inference_steps": 2, "guidance_scale": 1.0}
 PROMPTS = ["a red star", "two circles", 'the word "CAT"']

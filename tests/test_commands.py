@@ -30,24 +30,22 @@ from scripts.tiny import styles
 
 pytestmark = pytest.mark.slow  # each begins a process of its own
 
-# what makes a script's work small; the last of two equal settings counts
+# what makes a command's work small; the last of two equal options counts
 SMALL = {
-    "steer.py": "--steps 6",
-    "rollout.py": "images=4 call.num_inference_steps=2",
-    "train_gdro.py": "gdro.steps=2 gdro.groups=2 gdro.k=2 gdro.micro_groups=1 log_every=1",
-    "train_adversarial.py": (
-        "grpo.steps=2 grpo.groups=2 grpo.k=2 grpo.micro_groups=1 grpo.num_inference_steps=3"
-    ),
-    "train_critic.py": "steps=2 batch=2",
-    "evaluate.py": "images=2 call.num_inference_steps=6",
-    "score.py": "",
-    "custom_reward.py": "",
+    "steer": "--steps 6",
+    "rollout": "--images 4 --call.num-inference-steps 2",
+    "train gdro": "--gdro.steps 2 --gdro.groups 2 --gdro.k 2 --gdro.micro-groups 1 --log-every 1",
+    "train adversarial": "--grpo.steps 2 --grpo.groups 2 --grpo.k 2 --grpo.micro-groups 1"
+    " --grpo.num-inference-steps 3",
+    "train critic": "--steps 2 --batch 2",
+    "evaluate": "--images 2 --call.num-inference-steps 6",
 }
-# as on a GPU, where dtype=auto is it; a script that trains has nothing else that says so
+# as on a GPU, where --dtype auto is it; a command that trains has nothing else that says so
 HALF = dict.fromkeys(
-    ["rollout.py", "train_gdro.py", "train_adversarial.py", "evaluate.py"], "dtype=bfloat16"
-) | {"steer.py": "--dtype bfloat16"}
-ALSO = {"recipes.md": {"train_adversarial.py": "tower=tiny call.height=16 call.width=16"}}
+    ["steer", "rollout", "train gdro", "train adversarial", "evaluate"], "--dtype bfloat16"
+)
+SMALLER = "--tower tiny --call.height 16 --call.width 16"
+ALSO = {"recipes.md": {"train adversarial": SMALLER}}
 REWARDS = {"pickscore": "jpeg", "clip": "clip(tiny)", "aesthetic": "aesthetic(tiny)"}
 MODELS: dict[str, Callable] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny_pipelines.sd,
@@ -57,7 +55,7 @@ MODELS: dict[str, Callable] = {
 }
 # what is not run here: the file that runs it, and how that reads there
 ELSEWHERE = {
-    r"^make app|^python scripts/app\.py": ("tests/test_app_browser.py", r"\"scripts/app\.py\""),
+    r"^make app|^tilt app": ("tests/test_app_browser.py", r"\"scripts/app\.py\""),
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
     r"^pip install deepspeed$": ("tests/test_launch_deepspeed.py", r"reason=\"needs deepspeed\""),
@@ -69,11 +67,9 @@ ELSEWHERE = {
     ),
 }
 # a word of the shell that holds a reward, in quotes or none
-SPEC = re.compile(
-    r"""--reward (?:"[^"]*"|'[^']*'|\S+)|"reward=[^"]*"|'reward=[^']*'|\breward=\S+"""
-)
-COMMAND = re.compile(r"(\w+=\S+ )*(make|python|accelerate|pip|source|\S+/python|for|printf) ")
-FRAGMENT = re.compile(r"\.\.\.|--help|^accelerate launch( scripts/steer\.py)?$")
+SPEC = re.compile(r"""--reward (?:"[^"]*"|'[^']*'|\S+)""")
+COMMAND = re.compile(r"(\w+=\S+ )*(make|python|tilt|accelerate|pip|source|\S+/python|for|printf) ")
+FRAGMENT = re.compile(r"\.\.\.|--help|^accelerate launch( scripts/steer\.py)?$|^tilt( train)? \w+$")
 BENCHES = {
     "closed-forms": "--runs 20",
     "lift": "--prompts 2 --particles 2 --seeds 0",
@@ -145,12 +141,13 @@ def todo(page: Path) -> list[str]:
 
 def small(line: str, page: str, half: bool = False) -> str:
     """The same command with little to do, and in half precision where that is asked for."""
-    script = re.search(r"scripts/(?:examples/)?(\w+\.py)", line)
+    found = re.match(r"tilt ((?:train )?\w+)", line)
+    name = found[1] if found else ""
     line = SPEC.sub(_embedded, line)
-    line = re.sub(r"call\.(height|width)=512", r"call.\1=16", line)
-    more = [SMALL[script[1]], ALSO.get(page, {}).get(script[1], "")] if script else []
-    more += [HALF.get(script[1], "")] if script and half else []
-    more += ["check.images=1"] if "check.prompts=" in line else []
+    line = re.sub(r"--call\.(height|width) 512", r"--call.\1 16", line)
+    more = [SMALL.get(name, ""), ALSO.get(page, {}).get(name, "")]
+    more += [HALF.get(name, "")] if half else []
+    more += ["--check.images 1"] if "--check.prompts " in line else []
     return " ".join([line, *more])
 
 
@@ -179,9 +176,9 @@ def results(tmp_path_factory) -> Path:
     (folder / "scripts").symlink_to(ROOT / "scripts")
     (folder / "shapes.txt").write_text("".join(f"{prompt}\n" for prompt in SHAPES))
     for line in (
-        "python scripts/rollout.py prompts=shapes.txt out=a call.guidance_scale=1.0",
-        "python scripts/score.py a --reward objects",
-        "python scripts/train_gdro.py rollouts=a out=tuned",
+        "tilt rollout --prompts shapes.txt --out a --call.guidance-scale 1.0",
+        "tilt score a --reward objects",
+        "tilt train gdro --rollouts a --out tuned",
     ):
         run(small(line, ""), folder)
     return folder
@@ -235,7 +232,7 @@ def test_the_commands_of_a_page_run(page, folder, results):
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if any("scripts/train_" in x for x in todo(p))], ids=lambda p: p.name
+    "page", [p for p in PAGES if any("tilt train " in x for x in todo(p))], ids=lambda p: p.name
 )
 def test_the_commands_of_a_page_that_trains_run_in_bfloat16(page, folder, results):
     for name, made in EARLIER.get(page.name, {}).items():
@@ -263,10 +260,10 @@ def test_every_benchmark_is_named_in_the_documentation():
 @pytest.mark.parametrize("name", BENCHES)
 def test_the_benchmarks_that_are_named_run(name, tmp_path, monkeypatch):
     def little(script: str, words: Sequence[str], processes: int) -> list[str]:
-        less = (
-            ["check.images=1"] if any(word.startswith("check.prompts=") for word in words) else []
-        )
-        return command(script, [*words, *shlex.split(SMALL[script]), *less], processes)
+        name = script.removesuffix(".py").replace("_", " ")
+        checked = any(word.startswith("--check.prompts=") for word in words)
+        less = ["--check.images=1"] if checked else []
+        return command(script, [*words, *shlex.split(SMALL.get(name, "")), *less], processes)
 
     command, points = tuning.command, frontier.points
     few = {"best of 16", "FK 16", "funnel 8 to 2"}

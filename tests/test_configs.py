@@ -12,8 +12,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from scripts import command, train_adversarial, train_gdro
 from scripts.benchmarks import memory
+from tilt.commands import train_adversarial, train_gdro
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "scripts/configs").glob("*.yaml"))
@@ -22,42 +22,42 @@ ZERO = LAUNCH.with_name("deepspeed.yaml")  # too
 GPUS = LAUNCH.with_name("gpus.yaml")  # too
 RECIPES = [file for file in CONFIGS if file not in (LAUNCH, ZERO, GPUS)]
 KINDS = {
-    "gdro": train_gdro.Train,
-    "grpo": train_adversarial.Train,
-    "adversarial": train_adversarial.Train,
+    "gdro": train_gdro.OPTIONS,
+    "grpo": train_adversarial.OPTIONS,
+    "adversarial": train_adversarial.OPTIONS,
 }
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_holds_settings_of_its_script(file):
     kind = KINDS[file.stem.split("_")[0]]
-    settings = command.settings_of([str(file)], kind, {}, "")
-    method = settings.gdro if kind is train_gdro.Train else settings.grpo
+    settings = kind.read(["--config", str(file)])
+    method = settings.gdro if kind is train_gdro.OPTIONS else settings.grpo
     assert method.steps > 0
 
 
 def test_accelerate_launch_takes_the_configuration_of_fsdp():
-    line = ["--config_file", str(LAUNCH), "train_gdro.py", "gdro.groups=4"]
+    line = ["--config_file", str(LAUNCH), "train_gdro.py", "--gdro.groups=4"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
-    assert arguments.training_script_args == ["gdro.groups=4"]
+    assert arguments.training_script_args == ["--gdro.groups=4"]
     assert (arguments.use_fsdp, arguments.fsdp_version) == (True, 2)
     assert arguments.mixed_precision == "no"
     assert arguments.fsdp_auto_wrap_policy == "TRANSFORMER_BASED_WRAP"
 
 
 def test_accelerate_launch_has_nothing_to_guess_on_several_gpus(caplog):
-    line = ["--config_file", str(GPUS), "--num_processes", "8", "rollout.py", "images=4"]
+    line = ["--config_file", str(GPUS), "--num_processes", "8", "rollout.py", "--images=4"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
-    assert arguments.training_script_args == ["images=4"]
+    assert arguments.training_script_args == ["--images=4"]
     assert (arguments.multi_gpu, arguments.num_processes, arguments.num_machines) == (True, 8, 1)
     assert (arguments.mixed_precision, arguments.dynamo_backend) == ("no", "no")
     assert not caplog.records  # what it says of values that were not passed
 
 
 def test_accelerate_launch_takes_the_configuration_of_deepspeed():
-    line = ["--config_file", str(ZERO), "train_gdro.py", "gdro.groups=4"]
+    line = ["--config_file", str(ZERO), "train_gdro.py", "--gdro.groups=4"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
-    assert arguments.training_script_args == ["gdro.groups=4"]
+    assert arguments.training_script_args == ["--gdro.groups=4"]
     assert (arguments.use_deepspeed, arguments.zero_stage) == (True, 2)
     assert arguments.mixed_precision == "no"
     assert arguments.offload_optimizer_device == "none"

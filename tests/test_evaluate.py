@@ -19,9 +19,9 @@ from finetune import checks, lora
 from finetune.models import family_of
 from rewards.geneval.rules import TASKS, overall
 from rewards.models.ocr import MODES, distance
-from scripts import evaluate as script
 from steering import generators, tiny
 from tilt import loading
+from tilt.commands import evaluate as script
 from tilt.measures import (
     Measure,
     compared,
@@ -34,7 +34,7 @@ from tilt.measures import (
 from tilt.statistics import bootstrap, wins
 
 PROMPTS = ('the word "CAT"', "three stars", "a red circle")
-CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
+CALL = ["--call.num-inference-steps=4", "--call.guidance-scale=1.0"]
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -219,7 +219,7 @@ def test_the_numbers_are_those_of_the_pictures(done):
         assert ("wins" in row) == (variant != "base")
     text = (done / "out" / "evaluation.md").read_text()
     assert text.count("\n## ") == 4
-    assert "python scripts/evaluate.py prompts=" in text
+    assert "tilt evaluate --prompts=" in text
     with Image.open(done / "out" / "grid.png") as page:
         assert page.width > 4 * 2 * 128
 
@@ -231,7 +231,7 @@ def test_resuming_draws_what_is_missing_and_scores_by_another_reward(done, capsy
     lost.unlink()
     kept = done / "out" / "both" / "0001-01.png"
     stamp = kept.stat().st_mtime_ns
-    assert script.main([*words(done, reward="clip(tiny)"), "resume=true"]) == 0
+    assert script.main([*words(done, reward="clip(tiny)"), "--resume"]) == 0
     assert lost.read_bytes() == content
     assert kept.stat().st_mtime_ns == stamp
     after = json.loads((done / "out" / "evaluation.json").read_text())
@@ -239,7 +239,7 @@ def test_resuming_draws_what_is_missing_and_scores_by_another_reward(done, capsy
     assert after["sections"]["Diversity"] == before["sections"]["Diversity"]
     capsys.readouterr()
     for changed, message in (({}, "add resume=true"), ({"seed": 1}, "another seed")):
-        more = ["resume=true"] if changed else []
+        more = ["--resume"] if changed else []
         assert script.main([*words(done, **changed), *more]) == 2
         assert message in capsys.readouterr().err
 
@@ -248,13 +248,13 @@ def test_the_report_of_the_training_around_it_gets_the_table(done, capsys, monke
     def never(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    assert script.main([*words(done), "resume=true"]) == 0
+    assert script.main([*words(done), "--resume"]) == 0
     capsys.readouterr()
     checks.append(done / "log.csv", {"step": 1, "loss": 0.5})
     monkeypatch.setattr(loading, "load_pipeline", never)
-    assert script.main([*words(done), "resume=true"]) == 0  # it is finished
+    assert script.main([*words(done), "--resume"]) == 0  # it is finished
     with pytest.raises(AssertionError, match="was loaded"):
-        script.main([*words(done, images=3), "resume=true"])
+        script.main([*words(done, images=3), "--resume"])
     assert str(done / "report.html") in capsys.readouterr().out
     text = (done / "report.html").read_text(encoding="utf-8")
     told = json.loads((done / "out" / "evaluation.json").read_text())["sections"]
@@ -311,7 +311,7 @@ def test_other_folders_are_left_alone(done, capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     assert script.main(words(done, out=tmp_path)) == 2
     (tmp_path / "manifest.json").write_text('{"plan": {}}')
-    assert script.main([*words(done, out=tmp_path), "resume=true"]) == 2
+    assert script.main([*words(done, out=tmp_path), "--resume"]) == 2
     told = capsys.readouterr().err
     assert "is not empty" in told
     assert "holds something else" in told

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from test_configs import RECIPES
 
-from finetune import config
 from finetune.ranges import refuse_idle
-from scripts import evaluate, idle, rollout, train_adversarial, train_critic, train_gdro
 from scripts.benchmarks import adversarial
+from tilt import idle
+from tilt.commands import evaluate, rollout, train_adversarial, train_critic, train_gdro
 
 MAIN = {
     "gdro": train_gdro.main,
@@ -20,42 +20,57 @@ MAIN = {
     "evaluate": evaluate.main,
 }
 GIVEN = {
-    "gdro": ["rollouts=x"],
-    "adversarial": ["prompts={prompts}", "reward=jpeg"],
-    "critic": ["rollouts=x", "references=y"],
-    "rollout": ["prompts={prompts}"],
-    "evaluate": ["prompts={prompts}", "reward=jpeg"],
+    "gdro": ["--rollouts=x"],
+    "adversarial": ["--prompts={prompts}", "--reward=jpeg"],
+    "critic": ["--rollouts=x", "--references=y"],
+    "rollout": ["--prompts={prompts}"],
+    "evaluate": ["--prompts={prompts}", "--reward=jpeg"],
 }
-LEARNS = ["references=y"]
-EVERY = ["critic.trigger=every_n", "critic.every=3"]
+LEARNS = ["--references=y"]
+EVERY = ["--critic.trigger=every_n", "--critic.every=3"]
 IDLE = [
-    ("gdro", ["check.prompts=x.txt"], "check.prompts", "check.every is 0"),
-    ("gdro", ["check.reward=clip"], "check.reward", "check.every is 0"),
-    ("gdro", ["check.call.height=64"], "check.call.height", "check.every is 0"),
-    ("gdro", ["gdro.form=rank", "gdro.temperature=1"], "gdro.temperature", "gdro.form is 'rank'"),
-    ("adversarial", ["check.patience=2"], "check.patience", "check.every is 0"),
-    ("adversarial", ["nft.lr=1"], "nft.lr", "method is 'grpo'"),
-    ("adversarial", ["method=nft", "grpo.steps=3"], "grpo.steps", "method is 'nft'"),
-    ("adversarial", ["grpo.clip=1"], "grpo.clip", "grpo.updates is 1"),
-    ("adversarial", ["paired=true"], "paired", "references= is not set"),
-    ("adversarial", ["critic_weight=2"], "critic_weight", "references= is not set"),
-    ("adversarial", ["tower=a/b"], "tower", "a critic needs references="),
-    ("adversarial", ["critic.r1=1"], "critic.r1", "a critic needs references="),
-    ("adversarial", [*LEARNS, "critic_weight=0", "critic.lr=1"], "critic.lr", "a critic needs"),
-    ("adversarial", [*LEARNS, "critic_layers=1"], "critic_layers", "critic_kind is 'features'"),
+    ("gdro", ["--check.prompts=x.txt"], "check.prompts", "check.every is 0"),
+    ("gdro", ["--check.reward=clip"], "check.reward", "check.every is 0"),
+    ("gdro", ["--check.call.height=64"], "check.call.height", "check.every is 0"),
+    (
+        "gdro",
+        ["--gdro.form=rank", "--gdro.temperature=1"],
+        "gdro.temperature",
+        "gdro.form is 'rank'",
+    ),
+    ("adversarial", ["--check.patience=2"], "check.patience", "check.every is 0"),
+    ("adversarial", ["--nft.lr=1"], "nft.lr", "method is 'grpo'"),
+    ("adversarial", ["--method=nft", "--grpo.steps=3"], "grpo.steps", "method is 'nft'"),
+    ("adversarial", ["--grpo.clip=1"], "grpo.clip", "grpo.updates is 1"),
+    ("adversarial", ["--paired"], "paired", "--references= is not set"),
+    ("adversarial", ["--critic-weight=2"], "critic_weight", "--references= is not set"),
+    ("adversarial", ["--tower=a/b"], "tower", "a critic needs references="),
+    ("adversarial", ["--critic.r1=1"], "critic.r1", "a critic needs references="),
+    ("adversarial", [*LEARNS, "--critic-weight=0", "--critic.lr=1"], "critic.lr", "a critic needs"),
+    ("adversarial", [*LEARNS, "--critic-layers=1"], "critic_layers", "critic_kind is 'features'"),
     (
         "adversarial",
-        [*LEARNS, "critic_kind=preference", "critic.patches=3"],
+        [*LEARNS, "--critic-kind=preference", "--critic.patches=3"],
         "critic.patches",
         "critic_kind is 'preference'",
     ),
-    ("adversarial", [*LEARNS, "critic.replay_share=1"], "critic.replay_share", "critic.replay is"),
-    ("critic", ["kind=preference", "critic.patch_weight=1"], "critic.patch_weight", "kind is"),
-    ("critic", ["critic.patch_weight=0", "critic.patches=3"], "critic.patches", "patch_weight is"),
-    ("critic", ["critic.every=2"], "critic.every", "critic.trigger is 'always'"),
-    ("critic", ["critic.trigger=every_n", "critic.below=0.1"], "critic.below", "is 'every_n'"),
-    ("rollout", ["filter.reward_scale=3"], "filter.reward_scale", "steered is 0"),
-    ("evaluate", ["filter.noise=0.5"], "filter.noise", "steer= is not set"),
+    (
+        "adversarial",
+        [*LEARNS, "--critic.replay-share=1"],
+        "critic.replay_share",
+        "critic.replay is",
+    ),
+    ("critic", ["--kind=preference", "--critic.patch-weight=1"], "critic.patch_weight", "kind is"),
+    (
+        "critic",
+        ["--critic.patch-weight=0", "--critic.patches=3"],
+        "critic.patches",
+        "patch_weight is",
+    ),
+    ("critic", ["--critic.every=2"], "critic.every", "critic.trigger is 'always'"),
+    ("critic", ["--critic.trigger=every_n", "--critic.below=0.1"], "critic.below", "is 'every_n'"),
+    ("rollout", ["--filter.reward-scale=3"], "filter.reward_scale", "steered is 0"),
+    ("evaluate", ["--filter.noise=0.5"], "filter.noise", "--steer= is not set"),
 ]
 
 
@@ -65,9 +80,9 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
 ):
     (tmp_path / "prompts.txt").write_text("a star\n")
     given = [word.format(prompts=tmp_path / "prompts.txt") for word in GIVEN[script]]
-    assert MAIN[script]([*given, f"out={tmp_path / 'out'}", *words]) == 2
+    assert MAIN[script]([*given, f"--out={tmp_path / 'out'}", *words]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert f": {name} is " in told
+    assert f": --{name.replace('_', '-')} is " in told
     assert "but does nothing, as " in told
     assert why in told
     assert not (tmp_path / "out").exists()
@@ -76,38 +91,51 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
 @pytest.mark.parametrize(
     ("check", "kind", "words"),
     [
-        (idle.of_gdro, train_gdro.Train, ["check.every=5", "check.prompts=x", "check.patience=2"]),
-        (idle.of_gdro, train_gdro.Train, ["gdro.form=top1", "gdro.temperature=1"]),
-        (idle.of_adversarial, train_adversarial.Train, ["method=nft", "nft.lr=1", "grpo.lr=1e-4"]),
-        (idle.of_adversarial, train_adversarial.Train, ["grpo.updates=2", "grpo.clip=1"]),
+        (
+            idle.of_gdro,
+            train_gdro.OPTIONS,
+            ["--check.every=5", "--check.prompts=x", "--check.patience=2"],
+        ),
+        (idle.of_gdro, train_gdro.OPTIONS, ["--gdro.form=top1", "--gdro.temperature=1"]),
         (
             idle.of_adversarial,
-            train_adversarial.Train,
-            [*LEARNS, "critic_weight=3", "critic.patches=3", "tower=x", "paired=true"],
+            train_adversarial.OPTIONS,
+            ["--method=nft", "--nft.lr=1", "--grpo.lr=1e-4"],
+        ),
+        (idle.of_adversarial, train_adversarial.OPTIONS, ["--grpo.updates=2", "--grpo.clip=1"]),
+        (
+            idle.of_adversarial,
+            train_adversarial.OPTIONS,
+            [*LEARNS, "--critic-weight=3", "--critic.patches=3", "--tower=x", "--paired"],
         ),
         (
             idle.of_adversarial,
-            train_adversarial.Train,
-            [*LEARNS, "critic_kind=preference", "critic_layers=1", "critic.trigger=acc_below"],
+            train_adversarial.OPTIONS,
+            [
+                *LEARNS,
+                "--critic-kind=preference",
+                "--critic-layers=1",
+                "--critic.trigger=acc_below",
+            ],
         ),
         (
             lambda settings: idle.of_critic(settings, "kind"),
-            train_critic.Train,
-            ["critic.replay=3", "critic.replay_share=1", *EVERY],
+            train_critic.OPTIONS,
+            ["--critic.replay=3", "--critic.replay-share=1", *EVERY],
         ),
     ],
 )
 def test_what_does_something_is_not_refused(check, kind, words):
-    check(config.read(kind, None, words))
+    check(kind.read(words))
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_has_no_setting_that_does_nothing(file):
     if file.stem.startswith("gdro"):
-        idle.of_gdro(config.read(train_gdro.Train, file))
+        idle.of_gdro(train_gdro.OPTIONS.read(["--config", str(file)]))
     else:
         pictures = [] if file.stem.startswith("grpo") else LEARNS
-        idle.of_adversarial(config.read(train_adversarial.Train, file, pictures))
+        idle.of_adversarial(train_adversarial.OPTIONS.read(["--config", str(file), *pictures]))
 
 
 @pytest.mark.parametrize(
@@ -116,11 +144,11 @@ def test_a_recipe_has_no_setting_that_does_nothing(file):
 def test_the_benchmarks_runs_have_no_setting_that_does_nothing(name, words):
     words = [*words, *(LEARNS if "critic" in name else [])]
     (file,) = (file for file in RECIPES if file.stem == "adversarial_tiny")
-    idle.of_adversarial(config.read(train_adversarial.Train, file, words))
+    idle.of_adversarial(train_adversarial.OPTIONS.read(["--config", str(file), *words]))
 
 
 def test_settings_of_checks_are_those_of_the_run_where_there_were_some(tmp_path):
-    settings = config.read(train_gdro.Train, None, [f"out={tmp_path}", "check.best=train/reward"])
+    settings = train_gdro.OPTIONS.read([f"--out={tmp_path}", "--check.best=train/reward"])
     with pytest.raises(ValueError, match=r"check\.best is 'train/reward' but does nothing"):
         idle.of_gdro(settings)
     Path(tmp_path / "checks.csv").touch()
@@ -128,7 +156,7 @@ def test_settings_of_checks_are_those_of_the_run_where_there_were_some(tmp_path)
 
 
 def test_every_setting_of_a_group_is_looked_at():
-    settings = config.read(train_gdro.Train, None, ["check.call.height=64"])
+    settings = train_gdro.OPTIONS.read(["--check.call.height=64"])
     with pytest.raises(ValueError, match=r"^check\.call\.height is 64 but does nothing, as so"):
         refuse_idle(settings, ["model", "check"], "so it is")
     refuse_idle(settings, ["model", "check.every", "gdro"], "so it is")

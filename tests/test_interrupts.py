@@ -13,17 +13,34 @@ import pytest
 from tilt import started
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if "__main__" in p.read_text("utf-8"))
-CRITIC = ["paired=false", "held_out=0", "steps=9999", "save_every=1"]
+NAMES = sorted(p.stem for p in SCRIPTS.glob("*.py") if "tilt.main" in p.read_text("utf-8"))
+CRITIC = ["--no-paired", "--held-out=0", "--steps=9999", "--save-every=1"]
 # What keeps each of them busy for a while after its imports.
 BUSY = {
     "steer": ["a red star", "--model", "tiny-sd", "--reward", "jpeg", "--steps", "400"],
     "score": ["pictures", "--prompt", 'the word "CAT"', "--reward", "ocr", "--batch-size", "1"],
-    "rollout": ["prompts=prompts.txt", "out=runs", "model=tiny-sd", "images=64"],
-    "evaluate": ["prompts=prompts.txt", "out=eval", "model=tiny-sd", "reward=jpeg", "images=32"],
-    "train_gdro": ["rollouts=rolled", "out=gdro", "gdro.steps=1000", "gdro.k=2", "save_every=1"],
-    "train_adversarial": ["prompts=prompts.txt", "out=online", "reward=jpeg", "model=tiny-sd3"],
-    "train_critic": ["rollouts=rolled", "out=critic", "references=pictures", *CRITIC],
+    "rollout": ["--prompts=prompts.txt", "--out=runs", "--model=tiny-sd", "--images=64"],
+    "evaluate": [
+        "--prompts=prompts.txt",
+        "--out=eval",
+        "--model=tiny-sd",
+        "--reward=jpeg",
+        "--images=32",
+    ],
+    "train_gdro": [
+        "--rollouts=rolled",
+        "--out=gdro",
+        "--gdro.steps=1000",
+        "--gdro.k=2",
+        "--save-every=1",
+    ],
+    "train_adversarial": [
+        "--prompts=prompts.txt",
+        "--out=online",
+        "--reward=jpeg",
+        "--model=tiny-sd3",
+    ],
+    "train_critic": ["--rollouts=rolled", "--out=critic", "--references=pictures", *CRITIC],
     "app": ["--port", "17863"],
     "bench": ["soak"],
 }
@@ -31,7 +48,7 @@ BUSY = {
 
 def interrupted(folder: Path, name: str, seconds: float) -> tuple[int, str]:
     """Exit status and stderr of a script that gets SIGINT after so many seconds."""
-    command = [sys.executable, SCRIPTS / f"{name}.py", *BUSY.get(name, ["out=runs"])]
+    command = [sys.executable, SCRIPTS / f"{name}.py", *BUSY.get(name, ["--out=runs"])]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -45,12 +62,12 @@ def interrupted(folder: Path, name: str, seconds: float) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def rolled(tmp_path_factory) -> Path:
     """Scored rollouts, for the trainers."""
-    from scripts import rollout, score
+    from tilt.commands import rollout, score
 
     folder = tmp_path_factory.mktemp("rollouts")
     (folder / "one.txt").write_text("a red star\n", encoding="utf-8")
-    words = [f"prompts={folder / 'one.txt'}", f"out={folder / 'rolled'}", "images=2"]
-    assert rollout.main([*words, "call.num_inference_steps=4"]) == 0
+    words = [f"--prompts={folder / 'one.txt'}", f"--out={folder / 'rolled'}", "--images=2"]
+    assert rollout.main([*words, "--call.num-inference-steps=4"]) == 0
     assert score.main([str(folder / "rolled"), "--reward", "jpeg", "--device", "cpu"]) == 0
     return folder / "rolled"
 
@@ -71,7 +88,7 @@ def check(status: int, said: str, name: str, may_end: bool) -> None:
     if status == 130:
         lines = [line for line in said.splitlines() if "interrupted" in line]
         assert len(lines) == 1, said
-        assert f"{name}.py: " in lines[0] or f"tilt {name}: " in lines[0]
+        assert f"tilt {name.replace('_', ' ')}: " in lines[0]
     else:  # it was over before
         assert may_end, said
         assert status in (0, 2), (status, said)

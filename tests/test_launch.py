@@ -20,8 +20,14 @@ from finetune.shards import Rollouts
 pytestmark = pytest.mark.slow  # a process takes ten seconds to import all it needs
 
 ROOT = Path(__file__).parents[1]
-CALL = ["call.num_inference_steps=2", "call.guidance_scale=1.0"]
-TRAIN = ["gdro.groups=3", "gdro.k=2", "gdro.rank=2", "gdro.micro_groups=1", "gdro.lr=1e-3"]
+CALL = ["--call.num-inference-steps=2", "--call.guidance-scale=1.0"]
+TRAIN = [
+    "--gdro.groups=3",
+    "--gdro.k=2",
+    "--gdro.rank=2",
+    "--gdro.micro-groups=1",
+    "--gdro.lr=1e-3",
+]
 
 
 def command(script: str, *words: str, processes: int = 1) -> list[str]:
@@ -61,12 +67,12 @@ def runs(tmp_path_factory):
     (folder / "prompts.txt").write_text("".join(f'the word "{word}"\n' for word in words))
     for processes in (1, 2):
         out = folder / f"run{processes}"
-        plan = ["images=2", "prompts_per_shard=1", *CALL]
+        plan = ["--images=2", "--prompts-per-shard=1", *CALL]
         ran(
             command(
                 "rollout.py",
-                f"prompts={folder / 'prompts.txt'}",
-                f"out={out}",
+                f"--prompts={folder / 'prompts.txt'}",
+                f"--out={out}",
                 *plan,
                 processes=processes,
             )
@@ -85,7 +91,7 @@ def test_two_processes_make_the_rollouts_of_one(runs):
 def test_two_processes_train_what_one_trains(runs, tmp_path):
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        words = [f"rollouts={runs / 'run1'}", f"out={out}", "gdro.steps=3", *TRAIN]
+        words = [f"--rollouts={runs / 'run1'}", f"--out={out}", "--gdro.steps=3", *TRAIN]
         ran(command("train_gdro.py", *words, processes=processes))
     assert_alike(tmp_path / "1", tmp_path / "2")
 
@@ -121,14 +127,20 @@ def killed(line: list[str], ready: Path) -> None:
 
 
 def test_a_rollout_that_was_killed_keeps_its_finished_shards(runs, tmp_path):
-    words = [f"prompts={runs / 'prompts.txt'}", f"out={tmp_path / 'run'}", "images=2"]
-    line = [sys.executable, str(ROOT / "scripts/rollout.py"), *words, "prompts_per_shard=1", *CALL]
+    words = [f"--prompts={runs / 'prompts.txt'}", f"--out={tmp_path / 'run'}", "--images=2"]
+    line = [
+        sys.executable,
+        str(ROOT / "scripts/rollout.py"),
+        *words,
+        "--prompts-per-shard=1",
+        *CALL,
+    ]
     killed(line, tmp_path / "run" / "00001" / "shard.json")
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("0*/*")}
     assert len({path.parent for path in kept}) >= 2
     with pytest.raises(ValueError, match="resume"):
         Rollouts(tmp_path / "run")
-    ran([*line, "resume=true"])
+    ran([*line, "--resume"])
     whole, again = Rollouts(runs / "run1"), Rollouts(tmp_path / "run")
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     for a, b in zip(whole.shards, again.shards, strict=True):
@@ -136,11 +148,17 @@ def test_a_rollout_that_was_killed_keeps_its_finished_shards(runs, tmp_path):
 
 
 def test_training_that_was_killed_loses_the_steps_since_its_checkpoint(runs, tmp_path):
-    words = [f"rollouts={runs / 'run1'}", "gdro.steps=40", "save_every=5", "log_every=1", *TRAIN]
+    words = [
+        f"--rollouts={runs / 'run1'}",
+        "--gdro.steps=40",
+        "--save-every=5",
+        "--log-every=1",
+        *TRAIN,
+    ]
     line = [sys.executable, str(ROOT / "scripts/train_gdro.py"), *words]
-    killed([*line, f"out={tmp_path / 'cut'}"], tmp_path / "cut" / "state.pt")
-    ran([*line, f"out={tmp_path / 'cut'}", "resume=true"])
-    ran([*line, f"out={tmp_path / 'whole'}"])
+    killed([*line, f"--out={tmp_path / 'cut'}"], tmp_path / "cut" / "state.pt")
+    ran([*line, f"--out={tmp_path / 'cut'}", "--resume"])
+    ran([*line, f"--out={tmp_path / 'whole'}"])
     one, two = (
         load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors")
         for name in ("cut", "whole")
@@ -152,8 +170,8 @@ def test_training_that_was_killed_loses_the_steps_since_its_checkpoint(runs, tmp
 @pytest.mark.parametrize("script", ["rollout", "evaluate"])
 def test_a_process_that_has_done_waits_longer_than_a_collectives_patience(script, runs, tmp_path):
     """The default group's, ten minutes with NCCL, here two seconds."""
-    words = [f"prompts={runs / 'prompts.txt'}", f"out={tmp_path / 'out'}", "images=2", *CALL]
-    words += ["reward=jpeg"] if script == "evaluate" else []
+    words = [f"--prompts={runs / 'prompts.txt'}", f"--out={tmp_path / 'out'}", "--images=2", *CALL]
+    words += ["--reward=jpeg"] if script == "evaluate" else []
     slow = {"rollout": "generate", "evaluate": "draw"}[script]
     program = (
         "import os, sys, time\n"

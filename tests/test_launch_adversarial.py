@@ -12,14 +12,15 @@ from torch.utils._pytree import tree_leaves
 from two_processes import run_pair
 
 SMALL = [
-    *("grpo.groups=2", "grpo.k=2", "grpo.rank=2", "grpo.num_inference_steps=3"),
-    *("grpo.window_size=1", "grpo.lr=1e-3"),
+    *("--grpo.groups=2", "--grpo.k=2", "--grpo.rank=2", "--grpo.num-inference-steps=3"),
+    *("--grpo.window-size=1", "--grpo.lr=1e-3"),
 ]
 # the script, and what each process holds at its end
 SCRIPT = """
 import sys
 import torch
-from scripts import train_adversarial, training
+from tilt.commands import train_adversarial
+from tilt import training
 
 begin, held = training.begin, []
 training.begin = lambda trainer, *rest: (held.append(trainer), begin(trainer, *rest))
@@ -33,7 +34,7 @@ sys.exit(status)
 @pytest.fixture
 def words(tmp_path) -> list[str]:
     (tmp_path / "prompts.txt").write_text('the word "CAT"\nthe word "SUN"\nthe word "DOG"\n')
-    return [f"prompts={tmp_path / 'prompts.txt'}", *SMALL]
+    return [f"--prompts={tmp_path / 'prompts.txt'}", *SMALL]
 
 
 def same(one: Any, two: Any) -> bool:
@@ -47,7 +48,7 @@ def same(one: Any, two: Any) -> bool:
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(words, tmp_path):
     for processes in (1, 2):
-        own = [f"out={tmp_path / str(processes)}", "reward=jpeg", "grpo.steps=2"]
+        own = [f"--out={tmp_path / str(processes)}", "--reward=jpeg", "--grpo.steps=2"]
         ran(command("train_adversarial.py", *words, *own, processes=processes))
     assert_alike(tmp_path / "1", tmp_path / "2")
 
@@ -59,10 +60,14 @@ def test_two_processes_hold_one_state_and_resume_as_if_nothing_had_happened(word
         Image.new("RGB", (64, 64), (250, 20 * i, 0)).save(tmp_path / "pictures" / f"{i}.png")
     (tmp_path / "script.py").write_text(SCRIPT)
     # more samples than the replay holds, so that chance decides which are kept
-    words += [f"references={tmp_path / 'pictures'}", "critic.replay=3", "critic.replay_share=1"]
+    words += [
+        f"--references={tmp_path / 'pictures'}",
+        "--critic.replay=3",
+        "--critic.replay-share=1",
+    ]
     for name, steps in (("whole", 3), ("cut", 1), ("cut", 3)):
-        own = [str(tmp_path / name), *words, f"out={tmp_path / name}", f"grpo.steps={steps}"]
-        ran(command(str(tmp_path / "script.py"), *own, "resume=true", processes=2))
+        own = [str(tmp_path / name), *words, f"--out={tmp_path / name}", f"--grpo.steps={steps}"]
+        ran(command(str(tmp_path / "script.py"), *own, "--resume", processes=2))
     states = [
         torch.load(tmp_path / f"{name}.{rank}.pt", weights_only=True)
         for name in ("whole", "cut")

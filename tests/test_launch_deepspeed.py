@@ -20,7 +20,8 @@ ZERO = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
 SCRIPT = """
 import sys
 from deepspeed import DeepSpeedEngine
-from scripts import {name}, training
+from scripts import {name}
+from tilt import training
 
 loop = training.loop
 
@@ -52,12 +53,15 @@ def test_two_processes_train_what_one_trains_and_resume(folder, tmp_path):  # no
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(name="train_gdro"))
     one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
-    more = ["gdro.refresh=2", "gdro.weight_decay=0.1"]  # the reference is swapped in from step 2 on
+    more = [
+        "--gdro.refresh=2",
+        "--gdro.weight-decay=0.1",
+    ]  # the reference is swapped in from step 2 on
     ran(command("train_gdro.py", *words_of(folder, one, 4), *more))
     ran(command(str(script), *words_of(folder, two, 4), *more, processes=2), **ZERO)
     close(one, two)
     for steps in (3, 4):
-        own = [*words_of(folder, cut, steps), *more, "resume=true"]
+        own = [*words_of(folder, cut, steps), *more, "--resume"]
         ran(command(str(script), *own, processes=2), **ZERO)
     states = [torch.load(out / "state.pt", weights_only=True) for out in (two, cut, one)]
     for name, value in states[0]["weights"].items():
@@ -70,14 +74,14 @@ def test_two_processes_train_what_one_trains_and_resume(folder, tmp_path):  # no
             torch.testing.assert_close(moments[0][i][name], value, atol=1e-5, rtol=1e-3)
     # another number of processes goes on from it, as from its own
     for out in (one, two):
-        ran(command("train_gdro.py", *words_of(folder, out, 5), *more, "resume=true"))
+        ran(command("train_gdro.py", *words_of(folder, out, 5), *more, "--resume"))
     close(one, two)
 
 
 def test_a_network_in_bfloat16_too(folder, tmp_path):  # noqa: F811
     one, two = tmp_path / "one", tmp_path / "two"
-    ran(command("train_gdro.py", *words_of(folder, one, 4), "dtype=bfloat16"))
-    more = ["dtype=bfloat16"]
+    ran(command("train_gdro.py", *words_of(folder, one, 4), "--dtype=bfloat16"))
+    more = ["--dtype=bfloat16"]
     ran(command("train_gdro.py", *words_of(folder, two, 4), *more, processes=2), **ZERO)
     for a, b in zip(logged(one), logged(two), strict=True):
         assert a == pytest.approx(b, abs=2e-3, rel=1e-2)
@@ -88,10 +92,15 @@ def test_a_network_in_bfloat16_too(folder, tmp_path):  # noqa: F811
 def test_online_grpo_too(folder, tmp_path):  # noqa: F811
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(name="train_adversarial"))
-    words = [f"prompts={folder / 'prompts.txt'}", "method=grpo", "reward=jpeg", "log_every=1"]
-    words += ["grpo.groups=2", "grpo.k=2", "grpo.rank=2", "grpo.lr=1e-3", "grpo.steps=2"]
-    words += ["grpo.num_inference_steps=3", "grpo.warmup=1"]
+    words = [
+        f"--prompts={folder / 'prompts.txt'}",
+        "--method=grpo",
+        "--reward=jpeg",
+        "--log-every=1",
+    ]
+    words += ["--grpo.groups=2", "--grpo.k=2", "--grpo.rank=2", "--grpo.lr=1e-3", "--grpo.steps=2"]
+    words += ["--grpo.num-inference-steps=3", "--grpo.warmup=1"]
     one, two = tmp_path / "one", tmp_path / "two"
-    ran(command("train_adversarial.py", *words, f"out={one}"))
-    ran(command(str(script), *words, f"out={two}", processes=2), **ZERO)
+    ran(command("train_adversarial.py", *words, f"--out={one}"))
+    ran(command(str(script), *words, f"--out={two}", processes=2), **ZERO)
     close(one, two)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_launch import CALL, ROOT, command, logged
 
-from scripts import rollout, score
+from tilt.commands import rollout, score
 
 pytestmark = pytest.mark.slow  # a process takes ten seconds to import all it needs
 
@@ -20,13 +20,20 @@ SHARDED = {
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
 }
-WORDS = ["gdro.k=2", "gdro.rank=2", "gdro.micro_groups=1", "gdro.lr=1e-3", "gdro.groups=4"]
-WORDS += ["log_every=1", "check.every=2", "check.images=2", "check.train_prompts=0"]
+WORDS = [
+    "--gdro.k=2",
+    "--gdro.rank=2",
+    "--gdro.micro-groups=1",
+    "--gdro.lr=1e-3",
+    "--gdro.groups=4",
+]
+WORDS += ["--log-every=1", "--check.every=2", "--check.images=2", "--check.train-prompts=0"]
 # the script, which first says how the network lies
 SCRIPT = """
 import sys
 from torch.distributed.tensor import DTensor
-from scripts import train_gdro, training
+from tilt.commands import train_gdro
+from tilt import training
 
 loop = training.loop
 
@@ -59,25 +66,28 @@ def folder(tmp_path_factory) -> Path:
     (made / "prompts.txt").write_text("".join(f'the word "{word}"\n' for word in words))
     (made / "unseen.txt").write_text("".join(f'the word "{word}"\n' for word in ("HAT", "BOX")))
     (made / "script.py").write_text(SCRIPT)
-    own = [f"prompts={made / 'prompts.txt'}", f"out={made / 'run'}", "images=3"]
+    own = [f"--prompts={made / 'prompts.txt'}", f"--out={made / 'run'}", "--images=3"]
     assert rollout.main([*own, *CALL]) == 0
     assert score.main([str(made / "run"), "--reward", "jpeg", "--device", "cpu"]) == 0
     return made
 
 
 def words_of(folder: Path, out: Path, steps: int) -> list[str]:
-    own = [f"rollouts={folder / 'run'}", f"check.prompts={folder / 'unseen.txt'}"]
-    return [*own, f"out={out}", f"gdro.steps={steps}", *WORDS]
+    own = [f"--rollouts={folder / 'run'}", f"--check.prompts={folder / 'unseen.txt'}"]
+    return [*own, f"--out={out}", f"--gdro.steps={steps}", *WORDS]
 
 
 def test_two_shares_of_a_network_train_what_a_whole_one_trains_and_resume(folder, tmp_path):
     script = str(folder / "script.py")
     one, two, cut = (tmp_path / name for name in ("one", "two", "cut"))
-    more = ["gdro.refresh=2", "gdro.weight_decay=0.1"]  # the reference is swapped in from step 2 on
+    more = [
+        "--gdro.refresh=2",
+        "--gdro.weight-decay=0.1",
+    ]  # the reference is swapped in from step 2 on
     ran(command("train_gdro.py", *words_of(folder, one, 4), *more))
     ran(command(script, *words_of(folder, two, 4), *more, processes=2), **SHARDED)
     for steps in (3, 4):
-        own = [*words_of(folder, cut, steps), *more, "resume=true"]
+        own = [*words_of(folder, cut, steps), *more, "--resume"]
         ran(command(script, *own, processes=2), **SHARDED)
     file = "lora/pytorch_lora_weights.safetensors"
     whole, halves, again = (load_file(out / file) for out in (one, two, cut))
@@ -92,12 +102,12 @@ def test_two_shares_of_a_network_train_what_a_whole_one_trains_and_resume(folder
         assert torch.equal(states[1]["weights"][name], value)
         torch.testing.assert_close(states[2]["weights"][name], value, atol=1e-5, rtol=1e-3)
     # another number of processes goes on from it
-    ran(command("train_gdro.py", *words_of(folder, two, 5), *more, "resume=true"))
+    ran(command("train_gdro.py", *words_of(folder, two, 5), *more, "--resume"))
 
 
 def test_two_shares_of_a_network_in_bfloat16_train_what_a_whole_one_trains(folder, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    more = ["gdro.refresh=2", "dtype=bfloat16"]
+    more = ["--gdro.refresh=2", "--dtype=bfloat16"]
     ran(command("train_gdro.py", *words_of(folder, one, 4), *more))
     script = str(folder / "script.py")
     ran(command(script, *words_of(folder, two, 4), *more, processes=2), **SHARDED)
@@ -111,12 +121,29 @@ def test_a_swapped_adapter_is_gathered_again(folder, tmp_path):
     """DiffusionNFT samples with one adapter and learns another, between which it goes to and fro;
     weights that stay gathered from one to the other would not be seen to change.
     """
-    words = [f"prompts={folder / 'prompts.txt'}", "method=nft", "reward=jpeg", "log_every=1"]
-    words += ["nft.groups=2", "nft.k=2", "nft.rank=2", "nft.num_inference_steps=2", "nft.lr=1e-2"]
-    words += ["nft.steps=2", "nft.updates=2", "nft.warmup=1", "nft.kl=1e-2", "nft.old_decay=0.9"]
+    words = [
+        f"--prompts={folder / 'prompts.txt'}",
+        "--method=nft",
+        "--reward=jpeg",
+        "--log-every=1",
+    ]
+    words += [
+        "--nft.groups=2",
+        "--nft.k=2",
+        "--nft.rank=2",
+        "--nft.num-inference-steps=2",
+        "--nft.lr=1e-2",
+    ]
+    words += [
+        "--nft.steps=2",
+        "--nft.updates=2",
+        "--nft.warmup=1",
+        "--nft.kl=1e-2",
+        "--nft.old-decay=0.9",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
-    ran(command("train_adversarial.py", *words, f"out={one}"))
-    ran(command("train_adversarial.py", *words, f"out={two}", processes=2), **SHARDED)
+    ran(command("train_adversarial.py", *words, f"--out={one}"))
+    ran(command("train_adversarial.py", *words, f"--out={two}", processes=2), **SHARDED)
     for a, b in zip(logged(one), logged(two), strict=True):
         # A grey level that rounds the other way changes a JPEG's size, and few pictures are drawn;
         # an adapter that is not seen makes `moved` 0, which is far beyond this.
@@ -125,6 +152,6 @@ def test_a_swapped_adapter_is_gathered_again(folder, tmp_path):
 
 
 def test_groups_that_do_not_divide_are_refused(folder, tmp_path):
-    words = [*words_of(folder, tmp_path / "out", 1), "gdro.groups=3"]
+    words = [*words_of(folder, tmp_path / "out", 1), "--gdro.groups=3"]
     with pytest.raises(AssertionError, match="groups is 3 but 2 processes need as many for each"):
         ran(command("train_gdro.py", *words, processes=2), **SHARDED)

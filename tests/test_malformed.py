@@ -25,21 +25,20 @@ from PIL import Image
 from tiny_pipelines import family
 
 import rewards
-from scripts import evaluate, rollout, score
-from scripts import train_adversarial as online
-from scripts import train_critic as critic
-from scripts import train_gdro as gdro
 from steering import FeynmanKac, Steered, generators, particle_filter, pipeline
 from steering.schedulers import stochastic
 from tilt import loading
-from tilt.commands import app, steer, steer_options
+from tilt.commands import app, evaluate, rollout, score, steer, steer_options
+from tilt.commands import train_adversarial as online
+from tilt.commands import train_critic as critic
+from tilt.commands import train_gdro as gdro
 
 SHARED = [True]  # whether a model is loaded once; trainers change it
 EVERY = 17  # of the calls one in so many runs by default
-ALONE = ["held_out=0", "paired=false"]  # one prompt, and references without any
-SHORT = ["grpo.steps=1", "grpo.groups=1", "grpo.k=2", "grpo.num_inference_steps=4"]
-USUAL = ["grpo.steps=200", "grpo.groups=4", "grpo.k=8", "grpo.num_inference_steps=10"]  # defaults
-CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
+ALONE = ["--held-out=0", "--no-paired"]  # one prompt, and references without any
+SHORT = ["--grpo.steps=1", "--grpo.groups=1", "--grpo.k=2", "--grpo.num-inference-steps=4"]
+USUAL = ["--grpo.steps=200", "--grpo.groups=4", "--grpo.k=8", "--grpo.num-inference-steps=10"]
+CALL = ["--call.num-inference-steps=4", "--call.guidance-scale=1.0"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(place):
     """Rollouts of two images, with their rewards, for the trainers."""
-    assert rollout.main(["prompts=prompts.txt", "out=run", "images=2", *CALL]) == 0
+    assert rollout.main(["--prompts=prompts.txt", "--out=run", "--images=2", *CALL]) == 0
     assert score.main(["run", "--reward", "jpeg", "--device", "cpu"]) == 0
     return "run"
 
@@ -76,46 +75,59 @@ SCRIPTS = {  # a command that works, and what any text may be given to
     "steer": (steer.main, [*STEER, "--out", "steered"], {"negative_prompt"}),
     "score": (score.main, ["pictures", "--prompt", "a", "--reward", "jpeg"], {"prompt"}),
     "app": (app.main, [], {"lora", "reward", "host"}),  # those are for the page to refuse
-    "rollout": (rollout.main, ["prompts=prompts.txt", "out=rolled", "images=2", *CALL], set()),
-    "evaluate": (
-        evaluate.main,
-        ["prompts=prompts.txt", "out=eval", "reward=jpeg", "images=1", *CALL],
+    "rollout": (
+        rollout.main,
+        ["--prompts=prompts.txt", "--out=rolled", "--images=2", *CALL],
         set(),
     ),
-    "train_gdro": (gdro.main, ["rollouts=run", "out=gdro", "gdro.steps=1", "gdro.k=2"], set()),
+    "evaluate": (
+        evaluate.main,
+        ["--prompts=prompts.txt", "--out=eval", "--reward=jpeg", "--images=1", *CALL],
+        set(),
+    ),
+    "train_gdro": (
+        gdro.main,
+        ["--rollouts=run", "--out=gdro", "--gdro.steps=1", "--gdro.k=2"],
+        set(),
+    ),
     "train_adversarial": (
         online.main,
-        ["prompts=prompts.txt", "out=online", "reward=jpeg", "model=tiny-sd3", *SHORT],
+        ["--prompts=prompts.txt", "--out=online", "--reward=jpeg", "--model=tiny-sd3", *SHORT],
         {"negative_prompt"},
     ),
     "train_critic": (
         critic.main,
-        ["rollouts=run", "out=critic", "references=pictures", "steps=1", *ALONE],
+        ["--rollouts=run", "--out=critic", "--references=pictures", "--steps=1", *ALONE],
         set(),
     ),
 }
 PARSERS = {"score": score.parser, "app": app.parser}
 SETTINGS = {
-    "rollout": rollout.Rollout,
-    "evaluate": evaluate.Evaluate,
-    "train_gdro": gdro.Train,
-    "train_adversarial": online.Train,
-    "train_critic": critic.Train,
+    "steer": steer_options.OPTIONS,
+    "rollout": rollout.OPTIONS,
+    "evaluate": evaluate.OPTIONS,
+    "train_gdro": gdro.OPTIONS,
+    "train_adversarial": online.OPTIONS,
+    "train_critic": critic.OPTIONS,
 }
 # Settings that only serve beside others, by how their names begin: what is set with them.
 BESIDE = {
-    "train_gdro check.": ["check.every=1", "check.prompts=other.txt", "check.images=1"],
-    "train_adversarial check.": ["check.every=1", "check.prompts=other.txt", "check.images=1"],
-    "train_adversarial nft.": ["method=nft", *USUAL, *(w.replace("grpo", "nft") for w in SHORT)],
-    "train_adversarial references": ["references=pictures", "paired=false"],
-    "train_adversarial tower": ["references=pictures", "paired=false"],
-    "train_adversarial critic": ["references=pictures", "paired=false"],
-    "evaluate embed": ["images=2"],
-    "evaluate steer": ["particles=2"],
-    "evaluate particles": ["steer=jpeg"],
-    "evaluate filter": ["steer=jpeg", "particles=2"],
-    "rollout filter": ["reward=jpeg", "steered=2"],
-    "rollout reward": ["steered=2"],
+    "train_gdro check.": ["--check.every=1", "--check.prompts=other.txt", "--check.images=1"],
+    "train_adversarial check.": [
+        "--check.every=1",
+        "--check.prompts=other.txt",
+        "--check.images=1",
+    ],
+    "train_adversarial nft.": ["--method=nft", *USUAL, *(w.replace("grpo", "nft") for w in SHORT)],
+    "train_adversarial references": ["--references=pictures", "--no-paired"],
+    "train_adversarial tower": ["--references=pictures", "--no-paired"],
+    "train_adversarial critic": ["--references=pictures", "--no-paired"],
+    "evaluate embed": ["--images=2"],
+    "evaluate steer": ["--particles=2"],
+    "evaluate particles": ["--steer=jpeg"],
+    "evaluate filter": ["--steer=jpeg", "--particles=2"],
+    "rollout filter": ["--reward=jpeg", "--steered=2"],
+    "rollout reward": ["--steered=2"],
 }
 
 
@@ -125,15 +137,11 @@ def calls() -> list[tuple[str, str, str]]:
         for script, parser in PARSERS.items()
         for option, value in of_parser(parser(), SCRIPTS[script][2])
     ]
-    found += [
-        ("steer", steer_options.OPTIONS.flags()[key], value)
-        for key, value in of_settings(steer_options.Steer, SCRIPTS["steer"][2])
-        if key in steer_options.OPTIONS.flags()
-    ]
     return found + [
-        (script, f"{key}=", value)
-        for script, kind in SETTINGS.items()
-        for key, value in of_settings(kind, SCRIPTS[script][2])
+        (script, options.flags()[key], value)
+        for script, options in SETTINGS.items()
+        for key, value in of_settings(options.kind, SCRIPTS[script][2])
+        if key in options.flags()
     ]
 
 
@@ -165,15 +173,15 @@ def refused(script: str, option: str, value: str) -> None:
     main, base, _ = SCRIPTS[script]
     clean()
     SHARED[:] = [True] * (not script.startswith("train"))
-    word = option + value if "=" in option else f"{option}={value}"
+    plain = option.removeprefix("--").replace("-", "_")
     for begins, words in BESIDE.items():
-        base = [*base, *words] if f"{script} {option}".startswith(begins) else base
-    status, lines = said(main, [*base, word])
+        base = [*base, *words] if f"{script} {plain}".startswith(begins) else base
+    status, lines = said(main, [*base, f"{option}={value}"])
     assert status == 2, (status, lines)
     (line,) = lines
-    assert line.startswith((f"{script}.py: ", f"tilt {script}: "))
+    assert line.startswith(f"tilt {script.replace('_', ' ')}: ")
     assert len(line) < 2000
-    name, shown = option.rstrip("=").rpartition(".")[2], " ".join(value.strip("[]{} ").split())[:12]
+    name, shown = option.rpartition(".")[2], " ".join(value.strip("[]{} ").split())[:12]
     assert name in line or (shown and shown in line) or repr(value)[1:9] in line, line
 
 
@@ -276,7 +284,7 @@ def test_a_file_of_prompts_is_refused_by_name(place, name):
     file.write_bytes(FILES[name])
     for main, words in (
         (steer.main, [*STEER[1:], "--prompt-file", "bad.jsonl"]),
-        (rollout.main, ["prompts=bad.jsonl", "out=rolled"]),
+        (rollout.main, ["--prompts=bad.jsonl", "--out=rolled"]),
         (score.main, ["bad.jsonl", "--reward", "jpeg", "--prompt", "a"]),
     ):
         status, lines = said(main, words)
@@ -314,10 +322,10 @@ def test_a_damaged_table_is_refused_by_name(place, name, part):
         ["steer", "a", "--steps", "100000000", "--reward", "jpeg"],
         ["score", "nowhere", "--reward", "jpeg"],
         ["app", "--port", "99999"],
-        ["evaluate", "prompts=prompts.txt", "out=e", "reward=jpeg", "dtype=foo"],
-        ["rollout", "prompts=prompts.txt", "out=r", "dtype=float64"],
-        ["rollout", "prompts=prompts.txt", "out=r", "call.guidance_scale=high"],
-        ["train_gdro", "rollouts=nowhere", "out=t"],
+        ["evaluate", "--prompts=prompts.txt", "--out=e", "--reward=jpeg", "--dtype=foo"],
+        ["rollout", "--prompts=prompts.txt", "--out=r", "--dtype=float64"],
+        ["rollout", "--prompts=prompts.txt", "--out=r", "--call.guidance-scale=high"],
+        ["train_gdro", "--rollouts=nowhere", "--out=t"],
         ["score", "a.png", "--prompt", "a", "--reward", "jpeg", "--calibrate", "~no-such-user/c"],
     ],
     ids=" ".join,
@@ -330,7 +338,7 @@ def test_a_process_says_one_line(place, words):
     lines = [line for line in done.stderr.splitlines() if ": loading" not in line]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1, done.stderr
-    assert lines[0].startswith((f"{words[0]}.py: ", f"tilt {words[0]}: "))
+    assert lines[0].startswith(f"tilt {words[0].replace('_', ' ')}: ")
 
 
 def test_the_campaign_notices(monkeypatch):

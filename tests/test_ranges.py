@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 import finetune
-from finetune import config, critics, grpo, ranges, rollouts
+from finetune import critics, grpo, ranges, rollouts
 from finetune.ranges import Range, number, whole
 from steering import FeynmanKac
-from tilt import variants
+from tilt import options, variants
 
-SCRIPTS = ("evaluate", "rollout", "train_adversarial", "train_critic", "train_gdro", "training")
+COMMANDS = ("evaluate", "rollout", "train_adversarial", "train_critic", "train_gdro")
 MODULES = [f"finetune.{found.name}" for found in pkgutil.iter_modules(finetune.__path__)]
-MODULES += [f"scripts.{name}" for name in SCRIPTS]
+MODULES += ["tilt.training", *(f"tilt.commands.{name}" for name in COMMANDS)]
 NEEDED = {
     rollouts.Plan: {"prompts": ("a",)},
     variants.Plan: {"prompts": ("a",), "references": ((),), "images": 2, "seed": 0},
@@ -42,6 +42,12 @@ WRONG = (
 WRONG += (object(), b"x", {"": 1}, 1j)
 
 
+def ranges_of(kind: Any) -> dict[str, Any]:
+    """What each field may be: beside it, or for plans in a table."""
+    beside = {f.name: f.metadata["range"] for f in dataclasses.fields(kind) if f.metadata}
+    return getattr(kind, "RANGES", None) or beside
+
+
 def kinds() -> Any:
     """The dataclasses of settings: those that are not frozen, and plans."""
     for module in map(importlib.import_module, MODULES):
@@ -59,22 +65,28 @@ KINDS = sorted(kinds(), key=lambda kind: (kind.__module__, kind.__name__))
 
 def test_the_settings_are_found():
     names = {f"{kind.__module__}.{kind.__name__}" for kind in KINDS}
-    assert {"finetune.gdro.Gdro", "scripts.train_critic.Train", "finetune.checks.Check"} <= names
+    assert {
+        "finetune.gdro.Gdro",
+        "tilt.commands.train_critic.Train",
+        "finetune.checks.Check",
+    } <= names
     assert len(KINDS) >= 13
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_field_has_a_range_that_its_default_is_in(kind):
-    assert set(kind.RANGES) == {field.name for field in dataclasses.fields(kind)}
+    assert set(ranges_of(kind)) == {field.name for field in dataclasses.fields(kind)}
     kind(**NEEDED.get(kind, {}))
     if kind not in NEEDED:
-        said = config.explain(kind, {})
-        assert all(one.said in said for one in kind.RANGES.values() if "number" in one.said)
+        assert all(field.metadata["help"] for field in dataclasses.fields(kind))
+        said = " ".join(options.Options("x", kind, "").parser().format_help().split())
+        for one in ranges_of(kind).values():
+            assert "number" not in one.said or one.said in said
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_outside_is_refused_by_name(kind):
-    for name, allowed in kind.RANGES.items():
+    for name, allowed in ranges_of(kind).items():
         for value in WRONG:
             if allowed.allows(value):
                 # text, flags, what is optional, tuples of nothing, and large numbers
@@ -88,7 +100,7 @@ def test_what_is_outside_is_refused_by_name(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_range_takes_what_is_not_finite_or_of_another_type(kind):
     settings = kind(**NEEDED.get(kind, {}))
-    for name, allowed in kind.RANGES.items():
+    for name, allowed in ranges_of(kind).items():
         default = getattr(settings, name)
         others = [math.nan, math.inf, -math.inf, -1, 1j]
         if isinstance(default, bool):

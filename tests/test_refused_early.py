@@ -7,9 +7,9 @@ import torch
 from tiny_pipelines import family
 
 import rewards
-from scripts import training
 from steering import FeynmanKac, steer
 from steering.filter import Transition, particle_filter
+from tilt import training
 from tilt.prompts import Prompt, read
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("selenium")
 
 from browser import SHOTS, Tab  # noqa: E402
 
-from scripts import evaluate, rollout, score, steer, train_gdro  # noqa: E402
+from tilt.commands import evaluate, rollout, score, steer, train_gdro  # noqa: E402
 
 # what is far below comes late, else
 AT_ONCE = """
@@ -35,14 +35,21 @@ def reports(tmp_path_factory) -> dict[str, Path]:
     prompts, unseen, tuned = folder / "prompts.txt", folder / "unseen.txt", folder / "tuned"
     prompts.write_text("\n".join(WORDS))
     unseen.write_text('the word "HAT"\nthe word "BOX"')
-    call = ["call.guidance_scale=1.0", f"call.num_inference_steps={steps}"]
-    assert rollout.main([f"prompts={prompts}", f"out={folder / 'made'}", "images=4", *call]) == 0
+    call = ["--call.guidance-scale=1.0", f"--call.num-inference-steps={steps}"]
+    assert (
+        rollout.main([f"--prompts={prompts}", f"--out={folder / 'made'}", "--images=4", *call]) == 0
+    )
     assert score.main([str(folder / "made"), "--reward", "ocr + 0*clip(tiny)"]) == 0
-    words = [f"rollouts={folder / 'made'}", f"out={tuned}", "gdro.steps=12", "gdro.k=4"]
-    words += ["gdro.groups=2", "gdro.lr=2e-3", "gdro.warmup=1", "log_every=1"]
-    assert train_gdro.main([*words, "check.every=3", f"check.prompts={unseen}"]) == 0
-    words = [f"prompts={unseen}", f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}", "images=2"]
-    assert evaluate.main([*words, "reward=ocr + 0*clip(tiny)", *call]) == 0
+    words = [f"--rollouts={folder / 'made'}", f"--out={tuned}", "--gdro.steps=12", "--gdro.k=4"]
+    words += ["--gdro.groups=2", "--gdro.lr=2e-3", "--gdro.warmup=1", "--log-every=1"]
+    assert train_gdro.main([*words, "--check.every=3", f"--check.prompts={unseen}"]) == 0
+    words = [
+        f"--prompts={unseen}",
+        f"--out={tuned / 'eval'}",
+        f"--lora={tuned / 'lora'}",
+        "--images=2",
+    ]
+    assert evaluate.main([*words, "--reward=ocr + 0*clip(tiny)", *call]) == 0
     return {"report": folder / "steered/report.html", "training": tuned / "report.html"}
 
 

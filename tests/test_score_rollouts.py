@@ -9,7 +9,7 @@ from test_rollouts import made
 
 import rewards
 from finetune.shards import Rollouts, add_rewards
-from scripts import score
+from tilt.commands import score
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_rollouts_are_calibrated_on_too(folder, tmp_path):
     [
         ("jpeg", ["--out", "scores.csv"], "leave out --out"),
         ("jpeg", ["--prompt", "x"], "leave out --prompt"),
-        ("reward=jpeg + 2*clip(tiny)", [], "is called 'reward'"),
+        ("--reward=jpeg + 2*clip(tiny)", [], "is called 'reward'"),
         ("dino(tiny)", [], "which rollouts lack"),
         ("jpeg", ["--calibrate", "."], "cannot be written"),
     ],

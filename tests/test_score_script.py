@@ -10,7 +10,7 @@ from PIL import Image
 
 import rewards
 from rewards.images import to_images
-from scripts import score
+from tilt.commands import score
 from tilt.score_table import Table, read_table
 
 PROMPTS = ["a red circle", "two blue stars", "a green square"]
@@ -18,7 +18,7 @@ PROMPTS = ["a red circle", "two blue stars", "a green square"]
 
 def refusal(told: str) -> str:
     """What stderr holds besides the lines on what is being loaded."""
-    return re.sub(r"^.*\.py: loading .*\n", "", told, flags=re.M)
+    return re.sub(r"^tilt score: loading .*\n", "", told, flags=re.M)
 
 
 @pytest.fixture
@@ -257,7 +257,7 @@ def test_a_full_disk_is_told_in_one_sentence(folder, monkeypatch, capsys):
     monkeypatch.setattr(Table, "add", full)
     assert score.main([str(folder), "--reward", "jpeg", "--device", "cpu"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "score.py: [Errno 28] No space left on device"
+        "tilt score: [Errno 28] No space left on device"
     )
 
 
@@ -273,7 +273,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(folder, room, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("score.py: ")
+    assert last.startswith("tilt score: ")
     assert "scores.csv" in last
     assert score.main([*command, "--resume"]) == 0
     assert len(read_table(folder / "scores.csv")) == 3

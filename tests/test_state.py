@@ -17,7 +17,8 @@ from finetune import checks, config, lora, nft
 from finetune.nft import Nft
 from finetune.shards import Rollouts, Shard, add_rewards
 from finetune.state import MAY_CHANGE, check_out, load_state, save_state
-from scripts import command, train_adversarial, train_critic, train_gdro
+from tilt import command
+from tilt.commands import train_adversarial, train_critic, train_gdro
 
 
 class Trainer:

@@ -17,7 +17,7 @@ from finetune import checks
 from finetune.shards import Rollouts
 from rewards.images import to_images
 from rewards.models.critic import CriticReward, FeatureModel
-from scripts import train_critic
+from tilt.commands import train_critic
 
 PROMPTS = tuple(
     f"{number} {thing}" for number in ("one", "two") for thing in ("cats", "stars", "a")
@@ -54,7 +54,7 @@ def style(samples, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def words(samples, style) -> list[str]:
-    return [f"rollouts={samples}", f"references={style}", "batch=4", "tower=random:0"]
+    return [f"--rollouts={samples}", f"--references={style}", "--batch=4", "--tower=random:0"]
 
 
 def run(*words: str) -> None:
@@ -73,7 +73,14 @@ def test_another_style_is_told_apart_on_prompts_that_are_not_trained_on(
     words, samples, style, tmp_path, capsys
 ):
     out = tmp_path / "critic"
-    run(*words, f"out={out}", "steps=30", "log_every=15", "critic.lr=1e-2", "held_out=0.34")
+    run(
+        *words,
+        f"--out={out}",
+        "--steps=30",
+        "--log-every=15",
+        "--critic.lr=1e-2",
+        "--held-out=0.34",
+    )
     rows = checks.read(out / "log.csv")
     assert [row["step"] for row in rows] == [15, 30]
     assert rows[1]["held_out_accuracy"] > 0.9
@@ -92,23 +99,35 @@ def test_samples_like_their_references_are_not_told_apart(words, samples, style,
     for i, (_, picture) in enumerate(pictures_of(samples)):
         picture.save(tmp_path / f"{i}.png")
     out = tmp_path / "critic"
-    run(*words, f"references={tmp_path}", f"out={out}", "steps=10", "held_out=0.5", "batch=12")
+    run(
+        *words,
+        f"--references={tmp_path}",
+        f"--out={out}",
+        "--steps=10",
+        "--held-out=0.5",
+        "--batch=12",
+    )
     (row,) = checks.read(out / "log.csv")
     assert 0.2 < row["held_out_accuracy"] < 0.8
 
 
 @pytest.mark.parametrize(
-    "kind", [[], ["kind=preference", "paired=true", "references={style}/pairs.json"]]
+    "kind", [[], ["--kind=preference", "--paired", "--references={style}/pairs.json"]]
 )
 def test_six_steps_are_three_and_a_resumed_three_bit_for_bit(
     words, style, tmp_path, kind, monkeypatch, capsys
 ):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    words = [*words, *(word.format(style=style) for word in kind), "critic.replay=3", "log_every=1"]
-    run(*words, f"out={whole}", "steps=6")
-    run(*words, f"out={parts}", "steps=3")
+    words = [
+        *words,
+        *(word.format(style=style) for word in kind),
+        "--critic.replay=3",
+        "--log-every=1",
+    ]
+    run(*words, f"--out={whole}", "--steps=6")
+    run(*words, f"--out={parts}", "--steps=3")
     half = weights(parts)
-    run(*words, f"out={parts}", "steps=6", "resume=true")
+    run(*words, f"--out={parts}", "--steps=6", "--resume")
     assert not same(half, weights(parts))
     assert same(weights(whole), weights(parts))
     rows = checks.read(whole / "log.csv")
@@ -116,7 +135,7 @@ def test_six_steps_are_three_and_a_resumed_three_bit_for_bit(
     assert rows == checks.read(parts / "log.csv")
     text = (whole / "settings.yaml").read_text()
     assert "replay: 3" in text
-    again = [str(whole / "settings.yaml"), "resume=true"]
+    again = [str(whole / "settings.yaml"), "--resume"]
     before = weights(whole)
     monkeypatch.setattr(train_critic.training, "critic_of", never)  # nothing is left to do
     capsys.readouterr()
@@ -126,7 +145,7 @@ def test_six_steps_are_three_and_a_resumed_three_bit_for_bit(
         f"training accuracy {rows[-1]['accuracy']:.3f}: {whole}\n"
     )
     with pytest.raises(AssertionError, match="was loaded"):
-        train_critic.main([*again, "steps=7"])
+        train_critic.main([*again, "--steps=7"])
 
 
 def never(*_, **__):
@@ -134,10 +153,10 @@ def never(*_, **__):
 
 
 def test_references_that_changed_under_the_same_name_are_refused(words, style, tmp_path, capsys):
-    copied = [*words, f"references={shutil.copytree(style, tmp_path / 'style')}"]
-    run(*copied, f"out={tmp_path / 'out'}", "steps=1")
+    copied = [*words, f"--references={shutil.copytree(style, tmp_path / 'style')}"]
+    run(*copied, f"--out={tmp_path / 'out'}", "--steps=1")
     Image.new("RGB", (64, 64)).save(tmp_path / "style" / "03.png")
-    again = [*copied, f"out={tmp_path / 'out'}", "steps=2", "resume=true"]
+    again = [*copied, f"--out={tmp_path / 'out'}", "--steps=2", "--resume"]
     assert train_critic.main(again) == 2
     assert "was begun when references held something else" in capsys.readouterr().err
 
@@ -146,8 +165,15 @@ def test_a_critic_goes_on_from_another_with_older_samples(words, samples, tmp_pa
     first, second = tmp_path / "first", tmp_path / "second"
     CriticReward(FeatureModel("random:0", hidden=8, seed=5)).save(first)
     made(tmp_path / "later", prompts=(*PROMPTS[:2], "new"), images=2, call=CALL)
-    several = f"rollouts=[{samples},{tmp_path / 'later'}]"
-    run(*words, several, f"out={second}", f"critic_from={first}", "steps=1", "critic.lr=1e-6")
+    several = f"--rollouts=[{samples},{tmp_path / 'later'}]"
+    run(
+        *words,
+        several,
+        f"--out={second}",
+        f"--critic-from={first}",
+        "--steps=1",
+        "--critic.lr=1e-6",
+    )
     one, two = weights(first), weights(second)
     assert not same(one, two)
     for name, value in one.items():  # Adam moves a weight by its rate at most
@@ -171,23 +197,23 @@ def test_a_prompt_is_on_one_side_and_stays_there():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["rollouts=null"], "rollouts is None but must be a folder, or a list of folders"),
-        (["rollouts={tmp}"], "holds no rollouts; make some with scripts/rollout.py"),
-        (["references={tmp}"], "at least two reference pictures but got 0"),
-        (["paired=true"], "holds pictures but not their prompts"),
-        (["paired=true", "references={tmp}/few.json"], "5 prompts have no reference picture"),
-        (["kind=features2"], "kind is 'features2' but must be 'features' or 'preference'"),
-        (["kind=preference"], "set paired=true"),
+        (["--rollouts=null"], "rollouts is None but must be a folder, or a list of folders"),
+        (["--rollouts={tmp}"], "holds no rollouts; make some with scripts/rollout.py"),
+        (["--references={tmp}"], "at least two reference pictures but got 0"),
+        (["--paired"], "holds pictures but not their prompts"),
+        (["--paired", "--references={tmp}/few.json"], "5 prompts have no reference picture"),
+        (["--kind=features2"], "kind is 'features2' but must be 'features' or 'preference'"),
+        (["--kind=preference"], "set paired=true"),
         (
-            ["critic_from=random:1"],
+            ["--critic-from=random:1"],
             "keeps its own kind, tower and layers, of which tower is random:1",
         ),
-        (["critic_from={tmp}"], "holds none of ['critic.json']"),
+        (["--critic-from={tmp}"], "holds none of ['critic.json']"),
         (["stesp=3"], "did you mean 'steps'"),
-        (["batch=0"], "batch is 0 but must be a whole number"),
-        (["held_out=1"], "held_out is 1.0 but must be a number in [0, 1)"),
-        (["held_out=0.95"], "leaves none of 6 prompts to train on"),
-        (["out={tmp}/done"], "is not empty and holds no training; give another out="),
+        (["--batch=0"], "batch is 0 but must be a whole number"),
+        (["--held-out=1"], "held_out is 1.0 but must be a number in [0, 1)"),
+        (["--held-out=0.95"], "leaves none of 6 prompts to train on"),
+        (["--out={tmp}/done"], "is not empty and holds no training; give another out="),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(words, style, tmp_path, given, message, capsys):
@@ -196,7 +222,7 @@ def test_mistakes_are_refused_in_one_sentence(words, style, tmp_path, given, mes
     few = {PROMPTS[0]: [str(style / "00.png"), str(style / "01.png")]}
     (tmp_path / "few.json").write_text(json.dumps(few))
     given = [word.format(tmp=tmp_path) for word in given]
-    assert train_critic.main([*words, f"out={tmp_path / 'out'}", *given]) == 2
+    assert train_critic.main([*words, f"--out={tmp_path / 'out'}", *given]) == 2
     told = capsys.readouterr().err.splitlines()
     assert message in told[-1]
     assert all("loading" in line for line in told[:-1])
@@ -206,8 +232,8 @@ def test_mistakes_are_refused_in_one_sentence(words, style, tmp_path, given, mes
 def test_runs_of_several_sizes_are_refused(words, samples, tmp_path, capsys):
     small = tmp_path / "small"
     made(small, prompts=PROMPTS[:1], call=CALL | {"height": 32, "width": 48})
-    several = f"rollouts=[{samples},{small}]"
-    assert train_critic.main([*words, several, f"out={tmp_path / 'out'}"]) == 2
+    several = f"--rollouts=[{samples},{small}]"
+    assert train_critic.main([*words, several, f"--out={tmp_path / 'out'}"]) == 2
     assert "rollouts must be of one size (h, w) but are" in capsys.readouterr().err
 
 

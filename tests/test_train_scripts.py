@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 import rewards
 from finetune import checks, zero
 from finetune.shards import Rollouts, Shard
-from scripts import rollout, score, train_gdro, training
 from steering import tiny
-from tilt import loading
+from tilt import loading, training
+from tilt.commands import rollout, score, train_gdro
 
-CALL = ["call.num_inference_steps=4", "call.guidance_scale=1.0"]
+CALL = ["--call.num-inference-steps=4", "--call.guidance-scale=1.0"]
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     (folder / "prompts.txt").write_text('the word "CAT"\nthe word "SUN"\n')
-    words = [f"prompts={folder / 'prompts.txt'}", f"out={folder / 'run'}", "images=3", *CALL]
-    assert rollout.main([*words, "steered=2", "reward=jpeg", "filter.num_scores=1"]) == 0
+    words = [f"--prompts={folder / 'prompts.txt'}", f"--out={folder / 'run'}", "--images=3", *CALL]
+    assert rollout.main([*words, "--steered=2", "--reward=jpeg", "--filter.num-scores=1"]) == 0
     assert score.main([str(folder / "run"), "--reward", "jpeg", "--device", "cpu"]) == 0
     return folder
 
@@ -53,18 +53,23 @@ def never(*args, **kwargs):
 def test_rollouts_that_are_there_are_found_without_a_model(scored, capsys, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", never)
     monkeypatch.setattr(rewards, "load", never)
-    words = [f"prompts={scored / 'prompts.txt'}", f"out={scored / 'run'}", "images=3", *CALL]
-    words += ["steered=2", "reward=jpeg", "filter.num_scores=1", "resume=true"]
+    words = [f"--prompts={scored / 'prompts.txt'}", f"--out={scored / 'run'}", "--images=3", *CALL]
+    words += ["--steered=2", "--reward=jpeg", "--filter.num-scores=1", "--resume"]
     assert rollout.main(words) == 0
     told = capsys.readouterr()
     assert told.out.splitlines()[-1] == str(scored / "run")
     with pytest.raises(AssertionError, match="was loaded"):  # it is asked what is different
-        rollout.main([*words, "seed=1"])
+        rollout.main([*words, "--seed=1"])
 
 
 def test_the_bar_of_rollouts_counts_images(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text('the word "CAT"\n')
-    words = [f"prompts={tmp_path / 'prompts.txt'}", f"out={tmp_path / 'run'}", "images=2", *CALL]
+    words = [
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--out={tmp_path / 'run'}",
+        "--images=2",
+        *CALL,
+    ]
     assert rollout.main(words) == 0
     bar = capsys.readouterr().err
     assert " 1/2 [" in bar
@@ -75,28 +80,28 @@ def test_training_resumes_where_it_stopped_and_its_lora_loads(
     scored, tmp_path, capsys, monkeypatch
 ):
     common = [
-        f"rollouts={scored / 'run'}",
-        "gdro.groups=2",
-        "gdro.k=3",
-        "gdro.rank=2",
-        "log_every=1",
+        f"--rollouts={scored / 'run'}",
+        "--gdro.groups=2",
+        "--gdro.k=3",
+        "--gdro.rank=2",
+        "--log-every=1",
     ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train_gdro.main([*common, f"out={whole}", "gdro.steps=2"]) == 0
-    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=1"]) == 0
-    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=2", "resume=true"]) == 0
+    assert train_gdro.main([*common, f"--out={whole}", "--gdro.steps=2"]) == 0
+    assert train_gdro.main([*common, f"--out={parts}", "--gdro.steps=1"]) == 0
+    assert train_gdro.main([*common, f"--out={parts}", "--gdro.steps=2", "--resume"]) == 0
     monkeypatch.setattr(loading, "load_pipeline", never)  # it is finished
     capsys.readouterr()
-    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=2", "resume=true"]) == 0
+    assert train_gdro.main([*common, f"--out={parts}", "--gdro.steps=2", "--resume"]) == 0
     assert capsys.readouterr().out.endswith("pytorch_lora_weights.safetensors\n")
     with pytest.raises(AssertionError, match="was loaded"):
-        train_gdro.main([*common, f"out={parts}", "gdro.steps=3", "resume=true"])
+        train_gdro.main([*common, f"--out={parts}", "--gdro.steps=3", "--resume"])
     monkeypatch.undo()
     capsys.readouterr()
-    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=1", "resume=true"]) == 2
+    assert train_gdro.main([*common, f"--out={parts}", "--gdro.steps=1", "--resume"]) == 2
     assert "has taken 2 steps already, more than steps=1" in capsys.readouterr().err
     (parts / "state.pt").unlink()  # as it is advised, to begin anew
-    assert train_gdro.main([*common, f"out={parts}", "gdro.steps=2", "resume=true"]) == 0
+    assert train_gdro.main([*common, f"--out={parts}", "--gdro.steps=2", "--resume"]) == 0
     assert (parts / "state.pt").exists()
     one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
     assert one.keys() == two.keys()
@@ -109,9 +114,24 @@ def test_training_resumes_where_it_stopped_and_its_lora_loads(
 def test_checks_choose_the_weights_and_a_card_tells_of_them(scored, tmp_path, capsys):
     (tmp_path / "unseen.txt").write_text('the word "OWL"\n')
     words = [
-        *(f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.groups=2", "gdro.k=3"),
-        *("gdro.steps=6", "gdro.rank=2", "check.every=2", "check.images=2", "check.patience=1"),
-        *(f"check.prompts={tmp_path / 'unseen.txt'}", "check.train_prompts=1", "gdro.lr=1e-30"),
+        *(
+            f"--rollouts={scored / 'run'}",
+            f"--out={tmp_path / 'out'}",
+            "--gdro.groups=2",
+            "--gdro.k=3",
+        ),
+        *(
+            "--gdro.steps=6",
+            "--gdro.rank=2",
+            "--check.every=2",
+            "--check.images=2",
+            "--check.patience=1",
+        ),
+        *(
+            f"--check.prompts={tmp_path / 'unseen.txt'}",
+            "--check.train-prompts=1",
+            "--gdro.lr=1e-30",
+        ),
     ]
     assert train_gdro.main(words) == 0
     out = tmp_path / "out"
@@ -132,10 +152,15 @@ def test_checks_choose_the_weights_and_a_card_tells_of_them(scored, tmp_path, ca
 
 
 def test_prompts_that_are_trained_on_are_no_held_out_ones(scored, tmp_path, capsys):
-    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3", "check.every=1"]
+    words = [
+        f"--rollouts={scored / 'run'}",
+        f"--out={tmp_path / 'out'}",
+        "--gdro.k=3",
+        "--check.every=1",
+    ]
     assert train_gdro.main(words) == 2
     assert "needs check.prompts" in capsys.readouterr().err
-    assert train_gdro.main([*words, f"check.prompts={scored / 'prompts.txt'}"]) == 2
+    assert train_gdro.main([*words, f"--check.prompts={scored / 'prompts.txt'}"]) == 2
     assert "trained on, as 'the word \"CAT\"'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -144,32 +169,42 @@ def test_what_only_the_rollouts_say_is_not_imported(scored, tmp_path, capsys, mo
     """Rollouts may be somebody's: a reward of theirs is code that nobody here has asked for."""
     monkeypatch.setattr(Shard, "scored_by", lambda self, column="": "clip(tiny) + os:getcwd")
     (tmp_path / "unseen.txt").write_text('the word "OWL"\n')
-    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3", "check.every=1"]
-    assert train_gdro.main([*words, f"check.prompts={tmp_path / 'unseen.txt'}"]) == 2
+    words = [
+        f"--rollouts={scored / 'run'}",
+        f"--out={tmp_path / 'out'}",
+        "--gdro.k=3",
+        "--check.every=1",
+    ]
+    assert train_gdro.main([*words, f"--check.prompts={tmp_path / 'unseen.txt'}"]) == 2
     told = capsys.readouterr().err
     assert "the reward os:getcwd would import code" in told
-    assert "check.reward='clip(tiny) + os:getcwd'" in told
+    assert "--check.reward='clip(tiny) + os:getcwd'" in told
     assert not (tmp_path / "out").exists()
 
 
 def test_another_round_starts_from_the_lora_of_the_last(scored, tmp_path, capsys):
-    words = [f"rollouts={scored / 'run'}", "gdro.k=3", "gdro.groups=2", "gdro.steps=1"]
-    small = [*words, "gdro.rank=2", "gdro.lr=1e-2", "log_every=1"]
+    words = [f"--rollouts={scored / 'run'}", "--gdro.k=3", "--gdro.groups=2", "--gdro.steps=1"]
+    small = [*words, "--gdro.rank=2", "--gdro.lr=1e-2", "--log-every=1"]
     first, second = tmp_path / "first", tmp_path / "second"
-    assert train_gdro.main([*small, f"out={first}"]) == 0
-    assert train_gdro.main([*small, f"out={second}", f"lora={first / 'lora'}"]) == 0
+    assert train_gdro.main([*small, f"--out={first}"]) == 0
+    assert train_gdro.main([*small, f"--out={second}", f"--lora={first / 'lora'}"]) == 0
     (row,) = checks.read(second / "log.csv")
     assert row["loss"] == pytest.approx(math.log(6), abs=1e-4)  # its start is the reference
     one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (first, second))
     assert any(not torch.equal(one[name], two[name]) for name in one)
-    assert train_gdro.main([*small, "out=x", f"lora={first / 'lora'}", "gdro.rank=3"]) == 2
+    assert train_gdro.main([*small, "--out=x", f"--lora={first / 'lora'}", "--gdro.rank=3"]) == 2
     assert "another rank" in capsys.readouterr().err
 
 
 def test_a_filter_that_cannot_work_leaves_no_folder(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text('the word "CAT"\n')
-    words = [f"prompts={tmp_path / 'prompts.txt'}", f"out={tmp_path / 'run'}", "images=2", *CALL]
-    steered = ["steered=2", "reward=jpeg", "filter.noise=0"]
+    words = [
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--out={tmp_path / 'run'}",
+        "--images=2",
+        *CALL,
+    ]
+    steered = ["--steered=2", "--reward=jpeg", "--filter.noise=0"]
     assert rollout.main([*words, *steered]) == 2
     assert "noise=0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -180,12 +215,17 @@ def test_a_full_disk_is_told_in_a_sentence(scored, tmp_path, capsys, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checks, "append", full)
-    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3", "log_every=1"]
-    assert train_gdro.main([*words, "gdro.steps=2", "gdro.groups=2"]) == 1
+    words = [
+        f"--rollouts={scored / 'run'}",
+        f"--out={tmp_path / 'out'}",
+        "--gdro.k=3",
+        "--log-every=1",
+    ]
+    assert train_gdro.main([*words, "--gdro.steps=2", "--gdro.groups=2"]) == 1
     assert "No space left on device; nothing is kept yet" in capsys.readouterr().err
 
 
-WORDS = f"prompts={Path(rollout.__file__).with_name('tiny') / 'words.txt'}"
+WORDS = f"--prompts={Path(rollout.__file__).with_name('tiny') / 'words.txt'}"
 
 
 def refused(monkeypatch, message, **made):
@@ -253,8 +293,8 @@ def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypa
     monkeypatch.setattr(train_gdro, "loading", SimpleNamespace(**vars(loading)))
     monkeypatch.setattr(train_gdro.loading, "load_pipeline", load)
     monkeypatch.setattr(training, "loop", look)
-    words = [f"rollouts={scored / 'run'}", f"out={tmp_path / 'out'}", "gdro.k=3"]
-    assert train_gdro.main([*words, "gdro.steps=1", "gdro.groups=2"]) == 0
+    words = [f"--rollouts={scored / 'run'}", f"--out={tmp_path / 'out'}", "--gdro.k=3"]
+    assert train_gdro.main([*words, "--gdro.steps=1", "--gdro.groups=2"]) == 0
     assert alive == [False, False, True]
 
 
@@ -263,15 +303,15 @@ def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypa
     [
         (rollout, [], "set prompts=FILE and out=FOLDER"),
         (rollout, ["imags=3"], "did you mean 'images'"),
-        (rollout, ["prompts=nowhere.txt", "out=x"], "nowhere.txt"),
-        (rollout, ["prompts=nowhere.txt", "out=x", "steered=4"], "belong together"),
-        (rollout, [WORDS, "out=x", "call.seed=3"], "call.seed is no keyword of the pipeline"),
-        (rollout, [WORDS, "out=x", "call.particles=3"], "call.particles is no keyword"),
+        (rollout, ["--prompts=nowhere.txt", "--out=x"], "nowhere.txt"),
+        (rollout, ["--prompts=nowhere.txt", "--out=x", "--steered=4"], "belong together"),
+        (rollout, [WORDS, "--out=x", "--call.seed=3"], "call.seed is no keyword of the pipeline"),
+        (rollout, [WORDS, "--out=x", "--call.particles=3"], "call.particles is no keyword"),
         (train_gdro, [], "set rollouts=FOLDER and out=FOLDER"),
-        (train_gdro, ["rollouts=nowhere", "out=x"], "holds no rollouts"),
-        (train_gdro, ["gdro.bta=3"], "did you mean 'gdro.beta'"),
-        (train_gdro, ["gdro.k=1"], "k is 1"),
-        (train_gdro, ["check.images=0"], "images is 0"),
+        (train_gdro, ["--rollouts=nowhere", "--out=x"], "holds no rollouts"),
+        (train_gdro, ["--gdro.bta=3"], "did you mean 'gdro.beta'"),
+        (train_gdro, ["--gdro.k=1"], "k is 1"),
+        (train_gdro, ["--check.images=0"], "images is 0"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(

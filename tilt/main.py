@@ -14,6 +14,12 @@ __all__ = ["COMMANDS", "main", "run"]
 # name -> what it does; the module is tilt.commands and the name, blanks as underscores
 COMMANDS = {
     "steer": "draw pictures steered toward a reward",
+    "score": "score pictures that are there by any rewards, into a table",
+    "rollout": "make the images that fine-tuning learns from",
+    "train gdro": "fine-tune a model on scored rollouts, offline",
+    "train adversarial": "fine-tune a model on its own samples, by a reward or by references",
+    "train critic": "fit a critic on stored rollouts and reference pictures",
+    "evaluate": "compare a fine-tuned model with its base on the same noise",
     "report": "write report.html of a run that is there",
     "rewards": "list the rewards",
     "compare": "compare rewards, and images in a tournament",

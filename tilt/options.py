@@ -111,9 +111,8 @@ class _Option:
         if positional:
             group.add_argument(self.path, nargs="*", metavar=self.path.upper(), help=said)
         elif self.hint is bool:
-            both: Any = argparse.BooleanOptionalAction if self.default else "store_const"
-            true = {} if self.default else {"const": True}
-            group.add_argument(self.flag, dest=self.path, action=both, help=said, **true)
+            act = argparse.BooleanOptionalAction
+            group.add_argument(self.flag, dest=self.path, action=act, help=said)
         elif self.is_free:
             group.add_argument(f"{self.flag}.NAME", dest=self.path, metavar="VALUE", help=said)
         else:
@@ -174,9 +173,12 @@ class Options:
     def in_words(self, message: str) -> str:
         """A library's sentence, its arguments as the options that set them."""
         flags = self.flags()
-        return in_words(
-            message, {flag[2:].replace("-", "_"): flag for flag in flags.values()} | flags
-        )
+        names = {flag[2:].replace("-", "_"): flag for flag in flags.values()}
+        said = in_words(message, names | flags)
+        for option in _options(self.kind):
+            if option.hint is bool:
+                said = said.replace(f"{option.flag} true", option.flag)
+        return said
 
     def flags(self) -> dict[str, str]:
         """The option of each setting, by the path of its field."""

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 __all__ = ["begin", "run", "say"]
@@ -20,8 +19,6 @@ _name = ""  # of the command of this process, "tilt steer"; "" where a program c
 def begin(name: str) -> None:
     """Say that the command `name` has begun, and listen for an interrupt while modules load."""
     global _name
-    if _name:
-        return
     _name = name
     _listen(_leave)
     say("loading PyTorch and what else is needed")
@@ -82,9 +79,3 @@ def _unraisable(what: Any) -> None:
         return
     say("interrupted")
     os._exit(130)
-
-
-_script = Path(sys.argv[0]).resolve()
-_is_one = _script.parent == Path(__file__).resolve().parents[1] / "scripts"
-if _is_one and _script.name not in ("steer.py", "app.py"):
-    begin(_script.name)  # one that is no command yet

@@ -39,12 +39,12 @@ from .tuning import ROOT, command, prepare, timed
 THINGS = [task for task in TASKS if task != "text"]
 SHAPES = "objects(mode=share)"
 # of each case: the references' style, the reward that is looked at, and each run's settings
-STYLE = {"with a critic": [f"reward={SHAPES}"]}
-PREFERENCE = ["critic_kind=preference", "paired=true", "critic.lr=5e-6", "critic_weight=2"]
+STYLE = {"with a critic": [f"--reward={SHAPES}"]}
+PREFERENCE = ["--critic-kind=preference", "--paired", "--critic.lr=5e-6", "--critic-weight=2"]
 HACKING = {
-    "reward alone": ["reward=jpeg", "critic_weight=1"],  # there is no critic to weigh
-    "with a critic": ["reward=jpeg"],
-    "with a preference critic": ["reward=jpeg", "grpo.each_reward=true", *PREFERENCE],
+    "reward alone": ["--reward=jpeg", "--critic-weight=1"],  # there is no critic to weigh
+    "with a critic": ["--reward=jpeg"],
+    "with a preference critic": ["--reward=jpeg", "--grpo.each-reward", *PREFERENCE],
 }
 CASES = {"style": ("night", STYLE), "hacking": ("plain", HACKING)}
 WATCHED = f"{SHAPES} + 0*clip(tiny) + 0*jpeg"
@@ -63,15 +63,18 @@ def run(case: str, out: Path, images: int, changes: Sequence[str]) -> None:
     by_prompt.write_text(json.dumps(drawn_for(tune.read_text().splitlines(), out / "by-prompt")))
     for name, words in runs.items():
         tuned = out / f"{case}-{name.replace(' ', '-')}"
-        settings = [str(ROOT / "scripts/configs/adversarial_tiny.yaml"), f"prompts={tune}"]
-        settings += [f"out={tuned}", "resume=true", *words, *changes]
+        settings = [
+            f"--config={ROOT / 'scripts/configs/adversarial_tiny.yaml'}",
+            f"--prompts={tune}",
+        ]
+        settings += [f"--out={tuned}", "--resume", *words, *changes]
         if "critic" in name:
             pictures_of = by_prompt if "preference" in name else references
-            settings += [f"references={pictures_of}"]
+            settings += [f"--references={pictures_of}"]
         timed(out, tuned.name, command("train_adversarial.py", settings, 1))
-        judged = ["model=tiny-sd3", "call.guidance_scale=1.0", f"prompts={test}", "resume=true"]
-        judged += [f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}", f"images={images}"]
-        line = command("evaluate.py", [*judged, f"reward={WATCHED}"], 1)
+        judged = ["--model=tiny-sd3", "--call.guidance-scale=1.0", f"--prompts={test}", "--resume"]
+        judged += [f"--out={tuned / 'eval'}", f"--lora={tuned / 'lora'}", f"--images={images}"]
+        line = command("evaluate.py", [*judged, f"--reward={WATCHED}"], 1)
         timed(out, f"{tuned.name}-eval", line)
 
 

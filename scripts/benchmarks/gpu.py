@@ -51,19 +51,18 @@ MICRO_BATCHES = (
     ("sd35m", "gdro", True),
 )
 WORDS = 'the word "CRAB"\nthe word "HIVE"\nthe word "SOAP"\n'
-# a user's own words, one after another in one folder; dtype=auto is bfloat16 on CUDA
+# a user's own words, one after another in one folder; --dtype auto is bfloat16 on CUDA
 COMMANDS = (
-    "python scripts/rollout.py prompts=words.txt out=words images=8"
-    " dtype={dtype} call.guidance_scale=1.0",
-    "python scripts/score.py words --reward ocr",
-    "python scripts/train_gdro.py scripts/configs/gdro_tiny.yaml"
-    " rollouts=words out=tuned dtype={dtype} gdro.steps=4",
-    "python scripts/train_adversarial.py"
-    " scripts/configs/grpo_tiny.yaml prompts=words.txt reward=ocr out=online dtype={dtype}"
-    " grpo.steps=2",
-    "python scripts/evaluate.py prompts=words.txt out=judged lora=tuned/lora reward=ocr images=2"
-    " dtype={dtype} call.guidance_scale=1.0",
-    "python scripts/steer.py --prompt-file words.txt --lora online/lora --reward ocr --out steered"
+    "tilt rollout --prompts words.txt --out words --images 8 --dtype {dtype}"
+    " --call.guidance-scale 1.0",
+    "tilt score words --reward ocr",
+    "tilt train gdro --config scripts/configs/gdro_tiny.yaml"
+    " --rollouts words --out tuned --dtype {dtype} --gdro.steps 4",
+    "tilt train adversarial --config scripts/configs/grpo_tiny.yaml"
+    " --prompts words.txt --reward ocr --out online --dtype {dtype} --grpo.steps 2",
+    "tilt evaluate --prompts words.txt --out judged --lora tuned/lora --reward ocr --images 2"
+    " --dtype {dtype} --call.guidance-scale 1.0",
+    "tilt steer --prompt-file words.txt --lora online/lora --reward ocr --out steered"
     " --particles 4 --dtype {dtype}",
 )
 

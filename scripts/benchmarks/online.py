@@ -47,22 +47,30 @@ def run(args: argparse.Namespace) -> None:
     """Train by one method, with a look at the held-out prompts now and then."""
     folder = args.out
     (tune, *_), test = prepare("words", folder)
-    words = [str(ROOT / "scripts/configs" / CONFIGS[args.method]), f"out={folder / args.method}"]
-    words += [f"check.prompts={test}", "check.images=4", "check.train_prompts=0", "log_every=5"]
-    words += [f"check.reward={LOOKED_AT}", f"check.every={args.every}", "resume=true"]
-    words += ["check.quality=scripts.benchmarks.online:quality", *args.changes]
+    words = [
+        f"--config={ROOT / 'scripts/configs' / CONFIGS[args.method]}",
+        f"--out={folder / args.method}",
+    ]
+    words += [
+        f"--check.prompts={test}",
+        "--check.images=4",
+        "--check.train-prompts=0",
+        "--log-every=5",
+    ]
+    words += [f"--check.reward={LOOKED_AT}", f"--check.every={args.every}", "--resume"]
+    words += ["--check.quality=scripts.benchmarks.online:quality", *args.changes]
     if args.method == "grpo":
-        words += [f"prompts={tune}", f"reward={REWARD}"]
+        words += [f"--prompts={tune}", f"--reward={REWARD}"]
         timed(folder, "grpo-train", command("train_adversarial.py", words, 1))
         return
     made, (images, steps) = folder / f"{args.method}-rollouts", ROLLOUTS[args.method]
-    plan = ["model=tiny-sd3", "call.guidance_scale=1.0", f"call.num_inference_steps={steps}"]
-    plan += [f"prompts={tune}", f"out={made}", f"images={images}", "resume=true"]
+    plan = ["--model=tiny-sd3", "--call.guidance-scale=1.0", f"--call.num-inference-steps={steps}"]
+    plan += [f"--prompts={tune}", f"--out={made}", f"--images={images}", "--resume"]
     timed(folder, made.name, command("rollout.py", plan, 1))
     scored = [str(made), "--reward", REWARD]
     timed(folder, f"{args.method}-scores", command("score.py", scored, 1))
-    words += [f"rollouts={made}", "check.call.guidance_scale=1.0"]
-    words += ["check.call.num_inference_steps=20"]
+    words += [f"--rollouts={made}", "--check.call.guidance-scale=1.0"]
+    words += ["--check.call.num-inference-steps=20"]
     timed(folder, f"{args.method}-train", command("train_gdro.py", words, 1))
 
 

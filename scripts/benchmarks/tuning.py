@@ -55,18 +55,18 @@ ROUNDS = "2 rounds"
 SPLIT_BY_CHANCE = ("single_object", "two_object", "counting")
 # one setting changed at a time, at equal images a step
 VARIATIONS = {
-    "k=2": ["gdro.k=2", "gdro.groups=24", "gdro.micro_groups=12"],
-    "k=12": ["gdro.k=12", "gdro.groups=4"],
-    "γ=0": ["gdro.hold_best=0"],
-    "τ=0.01": ["gdro.temperature=0.01"],
-    "τ=0.5": ["gdro.temperature=0.5"],
-    "rank": ["gdro.form=rank"],
-    "top1": ["gdro.form=top1"],
-    "noise for each": ["gdro.shared_noise=false"],
-    "β÷3": ["gdro.beta=3"],
-    "β×3": ["gdro.beta=30"],
-    "shift 1": ["gdro.shift=1"],
-    "unweighted": ["gdro.weight=constant", "gdro.beta=100", "gdro.hold_best=200"],  # tiny-sd
+    "k=2": ["--gdro.k=2", "--gdro.groups=24", "--gdro.micro-groups=12"],
+    "k=12": ["--gdro.k=12", "--gdro.groups=4"],
+    "γ=0": ["--gdro.hold-best=0"],
+    "τ=0.01": ["--gdro.temperature=0.01"],
+    "τ=0.5": ["--gdro.temperature=0.5"],
+    "rank": ["--gdro.form=rank"],
+    "top1": ["--gdro.form=top1"],
+    "noise for each": ["--no-gdro.shared-noise"],
+    "β÷3": ["--gdro.beta=3"],
+    "β×3": ["--gdro.beta=30"],
+    "shift 1": ["--gdro.shift=1"],
+    "unweighted": ["--gdro.weight=constant", "--gdro.beta=100", "--gdro.hold-best=200"],  # tiny-sd
 }
 
 
@@ -132,20 +132,24 @@ def one(args: argparse.Namespace, name: str, changes: Sequence[str]) -> dict:
     """Make rollouts, unless there are some, train and evaluate; the figures of it."""
     folder = args.out / args.task / args.model
     prompts, test = prepare(args.task, folder)
-    plan = [f"images={args.images}"]
+    plan = [f"--images={args.images}"]
     rollouts, tuned = folder / "rollouts", folder / name.replace(" ", "-")
     if name == STEERED:
         rollouts = folder / "steered"
-        plan = ["images=8", "steered=4", f"reward={REWARDS[args.task]}"]
+        plan = ["--images=8", "--steered=4", f"--reward={REWARDS[args.task]}"]
     first = folder / "default" if name == ROUNDS else tuned
     took = trained(args, prompts[0], rollouts, first, plan, changes)
     if name == ROUNDS:
-        onwards = [f"lora={first / 'lora'}"]
-        again = [*plan, *onwards, "seed=1"]
+        onwards = [f"--lora={first / 'lora'}"]
+        again = [*plan, *onwards, "--seed=1"]
         took += trained(args, prompts[1], folder / "rollouts-2", tuned, again, [*changes, *onwards])
-    words = [f"model={args.model}", f"call.guidance_scale={args.guidance}", f"prompts={test}"]
-    words += [f"out={tuned / 'eval'}", f"lora={tuned / 'lora'}", f"reward={REWARDS[args.task]}"]
-    words += [f"images={args.test_images}", "resume=true"]
+    words = [f"--model={args.model}", f"--call.guidance-scale={args.guidance}", f"--prompts={test}"]
+    words += [
+        f"--out={tuned / 'eval'}",
+        f"--lora={tuned / 'lora'}",
+        f"--reward={REWARDS[args.task]}",
+    ]
+    words += [f"--images={args.test_images}", "--resume"]
     timed(folder, f"{tuned.name}-eval", command("evaluate.py", words, args.processes))
     row = {"model": args.model, "task": args.task, "name": name, "guidance": args.guidance}
     row |= {"seconds": took, "changes": list(changes)} | figures(tuned / "eval")
@@ -162,10 +166,20 @@ def trained(
 ) -> float:
     """A LoRA in out/lora from rollouts of the prompts; the seconds that all of it took."""
     folder, reward, n = out.parent, REWARDS[args.task], args.processes
-    words = [f"model={args.model}", f"call.guidance_scale={args.guidance}", f"prompts={prompts}"]
-    words += [f"out={rollouts}", *plan, "resume=true"]
+    words = [
+        f"--model={args.model}",
+        f"--call.guidance-scale={args.guidance}",
+        f"--prompts={prompts}",
+    ]
+    words += [f"--out={rollouts}", *plan, "--resume"]
     scored = [str(rollouts), "--reward", reward]
-    settings = [str(args.config), f"rollouts={rollouts}", f"out={out}", "resume=true", *changes]
+    settings = [
+        f"--config={args.config}",
+        f"--rollouts={rollouts}",
+        f"--out={out}",
+        "--resume",
+        *changes,
+    ]
     return (
         timed(folder, rollouts.name, command("rollout.py", words, n))
         + timed(folder, f"{rollouts.name}-scores", command("score.py", scored, 1))

@@ -91,7 +91,7 @@ def write(out: Path) -> Path:
 
 
 def _looked_at(out: Path) -> list[str]:
-    """The held-out prompts of the checks, as scripts/training.py writes them down."""
+    """The held-out prompts of the checks, as the training writes them down."""
     file = out / "checks.json"
     return json.loads(file.read_text(encoding="utf-8"))["held_out"] if file.exists() else []
 
@@ -241,7 +241,7 @@ def _some(steps: Sequence[int], wanted: set[int]) -> list[int]:
 
 
 def _evaluation(path: Path, out: Path) -> str:
-    """The tables of scripts/evaluate.py: a line a measure, a column a variant."""
+    """The tables of `tilt evaluate`: a line a measure, a column a variant."""
     content = json.loads(path.read_text(encoding="utf-8"))
     parts = ["<h2>Evaluation</h2>"]
     parts.append(

@@ -1,4 +1,4 @@
-"""What the scripts with `key=value` settings share: reading them, and how a script ends."""
+"""What commands make of their settings (the filter, the call, digests), and how a command ends."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import torch
 from safetensors import SafetensorError
 
 import rewards
-from finetune import config
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 from tilt.loading import pick_dtype
-from tilt.options import check_words, one_line
+from tilt.options import Options, one_line
 from tilt.processes import Stopped
 from tilt.prompts import read
 
 __all__ = [
     "call_of",
+    "check_folder",
     "counted",
     "digest",
     "digest_of",
@@ -33,26 +33,10 @@ __all__ = [
     "made_of",
     "prompts_of",
     "resolved",
-    "settings_of",
 ]
 
 
-def settings_of(words: Sequence[str], kind: type, notes: dict[str, str], about: str | None) -> Any:
-    """Settings from [FILE.yaml] and key=value words; prints help and leaves for --help.
-
-    ValueError for what is wrong with them, and where the folder `out` could not be made.
-    """
-    check_words(words)
-    if any(word in ("-h", "--help") for word in words):
-        print(about, "settings:", config.explain(kind, notes), sep="\n")
-        raise SystemExit(0)
-    file = Path(words[0]) if words and words[0].endswith((".yaml", ".yml")) else None
-    settings = config.read(kind, file, list(words[file is not None :]))
-    _check_folder(settings.out)
-    return settings
-
-
-def _check_folder(out: str) -> None:
+def check_folder(out: str) -> None:
     """ValueError for a folder that cannot be made; "" is for the script to refuse."""
     if out and not out.strip():
         raise ValueError(f"out is {out!r}; name a folder")
@@ -146,34 +130,40 @@ def digest_of(texts: Sequence[str]) -> str:
 
 
 def finish(
-    name: str, read: Callable[[], Any], run: Callable[[Any], None], kept: str, pattern: str
+    options: Options, argv: Sequence[str], run: Callable[[Any], None], kept: str, pattern: str
 ) -> int:
-    """Read a script's settings and run it; exit status 0, 2 for what was refused, 1 if it broke,
-    130 on Ctrl-C. 1 as well where another process of the run has ended.
+    """Read a command's settings and run it.
 
-    kept: what is not lost, for the message, where `pattern` finds a file in the folder `out`.
+    The exit status is 0; 2 for what was refused; 1 if it broke, or another process of the run has
+    ended; 130 on Ctrl-C. kept: what is not lost, for the message, where `pattern` finds a file in
+    the folder `out`.
     """
-    settings = None
+    settings: Any = None
+
+    def said(error: BaseException) -> str:
+        return options.in_words(one_line(error))
 
     def left() -> str:
         there = settings is not None and any(Path(settings.out).glob(pattern))
         return kept if there else "nothing is kept yet"
 
+    name = options.name
     try:
-        settings = read()
+        settings = options.read(argv)
+        check_folder(settings.out)
         run(settings)
     except SafetensorError as error:  # no OSError, though it is that of a full disk
-        print(f"{name}: {one_line(error)}; {left()}", file=sys.stderr)
+        print(f"{name}: {said(error)}; {left()}", file=sys.stderr)
         return 1
     except ValueError as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: {said(error)}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"{name}: {one_line(error)}; {left()}", file=sys.stderr)
+        print(f"{name}: {said(error)}; {left()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as cut:
         died = isinstance(cut, Stopped)
         why = "another process ended" if died else "interrupted"
-        print(f"{name}: {why}; {left()}: repeat with resume=true", file=sys.stderr)
+        print(f"{name}: {why}; {left()}: repeat with --resume", file=sys.stderr)
         return 1 if died else 130
     return 0

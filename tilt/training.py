@@ -7,9 +7,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -21,15 +21,14 @@ import rewards
 from finetune import checks, config, lora, ranges
 from finetune.checks import Check, Watch
 from finetune.learner import Learner
-from finetune.ranges import FLAG, NAME, TEXT, Range, group, one_of, optional, whole
+from finetune.ranges import FLAG, NAME, TEXT, one_of, optional, part, setting, whole
 from finetune.sharding import shard
 from finetune.state import FILE, FINISHED, is_finished, load_state, save_state
 from rewards.catalogue import OutsideError
 from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
-from scripts import command
 from steering.call import PipelineCall
-from tilt import model_card
+from tilt import command, model_card
 from tilt.loading import DTYPES
 from tilt.processes import is_main
 from tilt.report import training as page
@@ -45,7 +44,6 @@ __all__ = [
     "finished",
     "loop",
     "metrics",
-    "notes",
     "show",
     "watch_of",
 ]
@@ -55,71 +53,24 @@ __all__ = [
 class Run:
     """The settings that every training run has."""
 
-    out: str = ""
-    model: str | None = None
-    lora: str | None = None
-    dtype: str = "auto"
-    save_every: int = 50
-    log_every: int = 10
-    wandb: bool = False
-    resume: bool = False
-    check: Check = field(default_factory=Check)
-
-    RANGES: ClassVar[dict[str, Range]] = {
-        "out": TEXT,
-        "model": optional(NAME),
-        "lora": optional(NAME),
-        "dtype": one_of("auto", *DTYPES),
-        "save_every": whole(1),
-        "log_every": whole(1),
-        "wandb": FLAG,
-        "resume": FLAG,
-        "check": group(Check),
-    }
+    out: str = setting("", TEXT, "the folder to make")
+    model: str | None = setting(None, optional(NAME), "hub id, folder, tiny-sd3 or tiny-sd")
+    lora: str | None = setting(None, optional(NAME), "a LoRA to go on from: another round")
+    dtype: str = setting(
+        "auto",
+        one_of("auto", *DTYPES),
+        "type of the frozen network; auto is float32 on a CPU, else a half type",
+    )
+    save_every: int = setting(50, whole(1), "steps between checkpoints")
+    log_every: int = setting(10, whole(1), "steps between lines of the log")
+    wandb: bool = setting(False, FLAG, "log to Weights & Biases too")
+    resume: bool = setting(
+        False, FLAG, "carry on from the last checkpoint, and further if steps is higher"
+    )
+    check: Check = part(Check, "checks while training")
 
     def __post_init__(self) -> None:
-        ranges.check(self, self.RANGES)
-
-
-def notes(name: str) -> dict[str, str]:
-    """What --help says of the shared settings; name: the field that holds those of the method."""
-    tuning = {
-        "rank": "of the LoRA",
-        "alpha": "of the LoRA; its scale is alpha/rank",
-        "targets": "layers to adapt; by default the family's attention",
-        "lr": "learning rate",
-        "warmup": "steps of a rising rate",
-        "weight_decay": "of AdamW",
-        "max_grad_norm": "longer gradients are cut to it",
-        "ema": "the average's highest decay",
-        "refresh": "steps between moves of the reference to the present weights; 0: never",
-        "eight_bit": "AdamW of bitsandbytes",
-        "gradient_checkpointing": "less memory, a third more time",
-        "compile": "torch.compile the network",
-        "seed": "of everything",
-    }
-    return {
-        "out": "the folder to make",
-        "model": "hub id, folder, tiny-sd3 or tiny-sd",
-        "lora": "a LoRA to go on from: another round",
-        "dtype": "of the frozen network; auto: float32 on a CPU, else a half type",
-        "save_every": "steps between checkpoints",
-        "log_every": "steps between lines of the log",
-        "wandb": "log to Weights & Biases too",
-        "resume": "carry on from the last checkpoint, further if steps= is higher; save_every, "
-        "log_every, wandb, check.every, check.patience, micro_groups, compile and "
-        "gradient_checkpointing may differ, too",
-        "check.every": "steps between checks: pictures are drawn and scored; 0: never",
-        "check.prompts": "a file of prompts that are not trained on",
-        "check.train_prompts": "how many of the prompts that are trained on are checked too",
-        "check.images": "pictures of a prompt",
-        "check.reward": "what scores them; by default what is trained on",
-        "check.quality": "a reward from 1 to 5, for the corrected score r (q - 3) + 0.2",
-        "check.best": "the metric whose best check gives lora/",
-        "check.patience": "stop after so many checks without a new best; 0: never",
-        "check.seed": "of the checks' noise",
-        "check.call": "keywords of the pipeline's call; by default those of the images trained on",
-    } | {f"{name}.{key}": note for key, note in tuning.items()}
+        ranges.check(self)
 
 
 def accelerator_of(settings: Run) -> Accelerator:

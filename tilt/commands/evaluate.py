@@ -1,0 +1,368 @@
+"""Evaluate a fine-tuned model: base, tuned, steered and both, at the same prompts and seeds.
+
+The folder --out gets evaluation.md, evaluation.json and grid.png; docs/evaluate.md says what they
+hold. Where it lies inside the folder of a training run, that run's report.html gets the table too.
+An evaluation that was cut off goes on when the command is repeated with --resume.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import rewards
+from finetune import ranges
+from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, one_of, optional, setting, whole
+from rewards.combine import component_names
+from rewards.geneval.rules import TASKS
+from rewards.images import to_images
+from rewards.models.objects import ObjectsReward
+from rewards.models.ocr import quoted_text
+from rewards.samples import Sample
+from rewards.sets import vendi
+from steering import tiny
+from steering.manifest import fingerprint, versions
+from tilt import command, loading, measures, started
+from tilt.commands.score import load, needs_references, score, texts, versioned
+from tilt.measures import Measure
+from tilt.options import Options
+from tilt.processes import is_main, join
+from tilt.prompts import read
+from tilt.report import training as page
+from tilt.score_table import Table
+from tilt.variants import (
+    Plan,
+    Variant,
+    draw,
+    grid,
+    is_finished,
+    open_folder,
+    pending,
+    picture,
+    pictures,
+    start,
+    write,
+)
+
+# two detector sizes of the reader, which errs at each in its own way
+READERS = {"": "", "_160": ", detector at 160 px"}
+READ = (
+    "exact=ocr(mode=exact) + exact_160=ocr(mode=exact, limit_side_len=160)"
+    " + cer=ocr(mode=cer) + cer_160=ocr(mode=cer, limit_side_len=160)"
+)
+TITLES = {"rewards": "Rewards", "text": "Text", "tasks": "GenEval's tasks"}
+BATCH = 32
+
+
+@dataclass
+class Evaluate:
+    """What to compare, on which prompts, by what."""
+
+    prompts: str = setting(
+        "", ranges.TEXT, "a file, one prompt a line, or .jsonl; none that training saw"
+    )
+    out: str = setting("", ranges.TEXT, "the folder to make")
+    model: str = setting("tiny-sd3", NAME, "hub id, folder, tiny-sd3 or tiny-sd")
+    lora: str | None = setting(
+        None, optional(NAME), "LoRA weights of the tuned model; without, there is none"
+    )
+    images: int = setting(4, whole(1, 10_000), "pictures of a prompt in every variant")
+    reward: str = setting("", ranges.TEXT, "what judges them, as in 'ocr + 0*clip'")
+    steer: str | None = setting(
+        None, optional(NAME), "the reward of the steered variants; without, there are none"
+    )
+    particles: int = setting(
+        0, whole(0, 10_000), "of the run that each steered picture is the best of"
+    )
+    filter: dict[str, Any] = setting(
+        dict, KEYWORDS, "fields of FeynmanKac, as in filter.reward_scale=30"
+    )
+    call: dict[str, Any] = setting(
+        dict, KEYWORDS, "keywords of the pipeline's call, as in call.guidance_scale=4.5"
+    )
+    objects: str = setting(
+        "objects",
+        NAME,
+        "the detector for prompts of GenEval's kind, as in 'objects(detector=owlv2)'",
+    )
+    embed: str | None = setting(
+        None,
+        optional(NAME),
+        "a reward whose features tell diversity; embedded models have dino(tiny)",
+    )
+    seed: int = setting(0, SEED, "of the pictures and of the bootstrap")
+    max_batch: int | None = setting(
+        None, optional(whole(1)), "rows that the network evaluates at once"
+    )
+    dtype: str = setting(
+        "auto",
+        one_of("auto", *loading.DTYPES),
+        "of the networks; auto: float32 on a CPU, else a half type",
+    )
+    resume: bool = setting(False, FLAG, "draw and score only what is missing")
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
+
+EXAMPLES = """\
+examples:
+  tilt evaluate --prompts unseen.txt --out runs/tuned/eval --lora runs/tuned/lora \\
+    --reward "ocr + 0*clip(tiny)" --steer ocr --particles 4 --call.guidance-scale 1
+"""
+OPTIONS = Options("tilt evaluate", Evaluate, __doc__ or "", EXAMPLES)
+
+
+class Job(NamedTuple):
+    """A table of scores that every variant gets: by a reward, of the prompts `rows`."""
+
+    name: str
+    reward: rewards.WeightedSum
+    rows: list[int]
+
+
+def plan_of(settings: Evaluate) -> Plan:
+    """The prompts, each once, and how they are drawn."""
+    if not settings.prompts or not settings.out or not settings.reward:
+        raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC")
+    known: dict[str, tuple[str, ...]] = {}
+    for prompt in read(Path(settings.prompts)):
+        known.setdefault(prompt.text, prompt.references)
+    defaults = tiny.call_defaults(settings.model) if settings.model in tiny.NAMES else {}
+    return Plan(
+        prompts=tuple(known),
+        references=tuple(known.values()),
+        images=settings.images,
+        seed=settings.seed,
+        max_batch=settings.max_batch,
+        call=command.call_of(settings.call, defaults),
+    )
+
+
+def judge(spec: str, plan: Plan, device: torch.device) -> rewards.WeightedSum:
+    """The reward, if it can score every prompt."""
+    reward = load(spec, device, plan.prompts)
+    if needs_references(reward.parts) and not all(plan.references):
+        raise ValueError(f"{spec!r} compares with reference pictures; name some for every prompt")
+    return reward
+
+
+def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Variant]:
+    """base; tuned, where there is a LoRA; and both of them steered, where there is a reward."""
+    k, plain, fk = settings.particles, [Variant("base")], command.filter_of(settings.filter)
+    if bool(settings.steer) != bool(k) or k < 0 or k == 1:
+        raise ValueError(
+            f"steer is {settings.steer!r} and particles {k}, which belong together; set both, "
+            "with two particles or more, or neither"
+        )
+    if not settings.steer:
+        ranges.refuse_idle(settings, ["filter"], "steer= is not set")
+    if settings.lora:
+        plain.append(Variant("tuned", adapted=True))
+    if not settings.steer:
+        return plain
+    reward = judge(settings.steer, plan, device)
+    names = {"base": "steered", "tuned": "both"}
+    steered = [
+        replace(v, name=names[v.name], reward=reward, particles=k, settings=fk) for v in plain
+    ]
+    return plain + steered
+
+
+def jobs_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Job]:
+    """The reward asked for on all prompts; readers and detector on those that they can judge."""
+    detector = rewards.load(settings.objects, device, imports=True)
+    if [type(part.reward) for part in detector.parts] != [ObjectsReward]:
+        raise ValueError(f"objects is {settings.objects!r} but must be one objects(...)")
+    jobs = [Job("rewards", judge(settings.reward, plan, device), list(range(len(plan.prompts))))]
+    for name, reward in (("text", rewards.load(READ, device)), ("tasks", detector)):
+        rows = [i for i, prompt in enumerate(plan.prompts) if _applies(reward, prompt)]
+        jobs += [Job(name, reward, rows)] if rows else []
+    return jobs
+
+
+def _applies(reward: rewards.WeightedSum, prompt: str) -> bool:
+    try:
+        reward.check([prompt])
+    except ValueError:
+        return False
+    return True
+
+
+def tower_of(settings: Evaluate, device: torch.device) -> Any:
+    """What embeds pictures to tell their diversity, or None."""
+    if settings.embed and settings.images < 2:
+        raise ValueError(
+            f"embed is {settings.embed!r:.80} but images 1: diversity is told from two pictures of "
+            "a prompt or more; set images=2, or leave embed out"
+        )
+    spec = settings.embed or ("dino(tiny)" if settings.model in tiny.NAMES else "")
+    if not spec or settings.images < 2:
+        return None
+    reward = rewards.load(spec, device, imports=True).parts[0].reward
+    tower = reward if hasattr(reward, "image_features") else getattr(reward, "towers", None)
+    if tower is None:
+        raise ValueError(f"embed is {spec!r}, which has no features; take dino or clip")
+    return tower
+
+
+def run(settings: Evaluate, line: str) -> None:
+    """Check everything; draw this process's pictures; the main process judges them all."""
+    plan, settings = plan_of(settings), command.resolved(settings)
+    out, lora = Path(settings.out).resolve(), command.digest(settings.lora)
+    if settings.resume and is_finished(out, plan, asdict(settings), lora):
+        if is_main():
+            show(Path(settings.out))
+        return
+    processes = join("auto")
+    device = processes.device or loading.pick_device("auto")
+    variants, jobs, tower, pipe, preview = processes.agree(lambda: ready(settings, plan, device))
+    networks = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
+    about = asdict(plan) | {
+        "model": settings.model,
+        "weights": {name: fingerprint(part) for name, part in networks.items()},
+        "variants": [asdict(replace(v, reward=v.reward and v.reward.spec)) for v in variants],
+    }
+    if settings.steer:
+        about["steer"] = versioned(settings.steer)
+    scorers = {"folder": str(out)} | {job.name: versioned(job.reward.spec) for job in jobs}
+    processes.told(lambda: open_folder(out, about, scorers, settings.resume))
+    for variant in variants:
+        if settings.lora:
+            (pipe.enable_lora if variant.adapted else pipe.disable_lora)()
+        folder = out / variant.name
+        mine = range(processes.index, len(plan.prompts), processes.count)
+        which = [i for i in pending(folder, plan) if i in mine]
+        work = draw(folder, pipe, variant, plan, which, preview)
+        for _ in tqdm(work, variant.name, len(which), disable=not processes.is_main):
+            pass
+    processes.finish()
+    if processes.is_main:
+        del pipe, networks
+        names = [variant.name for variant in variants]
+        found = {j.name: {n: scored(j, out / n, plan, device) for n in names} for j in jobs}
+        sections = {TITLES[j.name]: measures_of(j, found[j.name], plan.prompts) for j in jobs}
+        if tower is not None:
+            sections["Diversity"] = diversity(tower, out, names, plan, device)
+        grid(out, plan, {n: found["rewards"][n]["reward"] for n in names}).save(out / "grid.png")
+        report(settings, plan, {t: [m.finite() for m in ms] for t, ms in sections.items()}, line)
+
+
+def ready(settings: Evaluate, plan: Plan, device: torch.device) -> tuple[Any, ...]:
+    """Variants, jobs, what embeds pictures, the pipeline and the preview decoder, all checked."""
+    variants = variants_of(settings, plan, device)
+    jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)
+    dtype = loading.DTYPES[settings.dtype]
+    started.say(f"loading {settings.model}")
+    pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    preview = loading.load_preview("auto", settings.model, dtype)
+    preview = preview and preview.to(device)
+    for variant in variants:
+        start(pipe, variant, plan, [], preview)
+    return variants, jobs, tower, pipe, preview
+
+
+def scored(job: Job, folder: Path, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    """{component: (prompts, images)} of a variant's pictures; what is on disk is not done again."""
+    samples = [
+        Sample(picture(folder, i, j), plan.prompts[i], tuple(map(Path, plan.references[i])))
+        for i in job.rows
+        for j in range(plan.images)
+    ]
+    table = Table(folder / f"{job.name}.csv", versioned(job.reward.spec), resume=True)
+    rows = [texts(sample, job.reward.wants_references) for sample in samples]
+    score(job.reward, [samples[i] for i in table.missing(rows)], table, BATCH, device)
+    table.finish(rows)
+    names = ["reward", *component_names(job.reward.parts)]
+    columns = {n: torch.tensor([row[n] for row in table.rows], dtype=torch.float64) for n in names}
+    return {name: column.view(len(job.rows), plan.images) for name, column in columns.items()}
+
+
+def measures_of(
+    job: Job, found: dict[str, dict[str, Tensor]], prompts: Sequence[str]
+) -> list[Measure]:
+    """What is reported of a job's scores, {variant: {component: (prompts, images)}}."""
+    own, names = [prompts[i] for i in job.rows], list(found["base"])
+    columns = {n: {variant: scores[n] for variant, scores in found.items()} for n in names}
+    if job.name == "text":
+        letters = [len("".join("".join(quoted_text(prompt)).split())) for prompt in own]
+        return measures.of_text(columns, READERS, job.rows, letters)
+    if job.name == "tasks":
+        (detector,) = job.reward.parts
+        tags = [detector.reward.entry(prompt).tag for prompt in own]
+        return measures.of_tasks(columns[detector.name], job.rows, tags, TASKS)
+    # of one component, the total says nothing more
+    alone = [part.weight for part in job.reward.parts if part.weight] == [1]
+    return [Measure(name, columns[name], job.rows) for name in names[alone:]]
+
+
+@torch.no_grad()
+def diversity(
+    tower: Any, out: Path, names: Sequence[str], plan: Plan, device: torch.device
+) -> list[Measure]:
+    """How much the pictures of one prompt differ, in the tower's features."""
+    distances, vendis = {}, {}
+    for name in names:
+        sets = (pictures(out / name, i, plan.images) for i in range(len(plan.prompts)))
+        x = torch.stack([tower.image_features(to_images(each, device)).cpu() for each in sets])
+        distances[name] = measures.spread(x)[:, None]
+        vendis[name] = torch.stack([vendi(features) for features in x])[:, None]
+    rows = list(range(len(plan.prompts)))
+    return [Measure("cosine distance", distances, rows), Measure("Vendi score", vendis, rows)]
+
+
+def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], line: str) -> None:
+    """Write the tables as evaluation.md and all numbers as evaluation.json."""
+    out, seed = Path(settings.out), settings.seed
+    tables = [f"## {t}\n\n{measures.markdown(ms, seed)}" for t, ms in sections.items()]
+    used = {k: v for k, v in asdict(settings).items() if k != "resume" and v not in ("", None, {})}
+    about = [
+        f"# Evaluation of {settings.model}{f' with {settings.lora}' if settings.lora else ''}",
+        f"{command.counted(len(plan.prompts), 'prompt')}, "
+        f"{command.counted(plan.images, 'picture')} of each in every variant, paired by "
+        "their noise. Means over prompts with 95 % percentile bootstrap intervals over prompts; "
+        "wins are pictures above the base's of the same noise, ties counting ½."
+        + f" A steered picture is the best of {settings.particles} particles."
+        * bool(settings.steer),
+        f"    {line}",
+    ]
+    end = [
+        "![the first prompts](grid.png)",
+        "Settings: " + ", ".join(f"`{k}={v}`" for k, v in used.items()),
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions().items()),
+    ]
+    write(out / "evaluation.md", "\n\n".join([*about, *tables, *end]))
+    every = {
+        "command": line,
+        "settings": asdict(settings),
+        "lora": command.digest(settings.lora),
+        "versions": versions(),
+        "prompts": plan.prompts,
+        "sections": {t: [measures.numbers(m, seed) for m in ms] for t, ms in sections.items()},
+    }
+    write(out / "evaluation.json", json.dumps(every, indent=1, ensure_ascii=False))
+    show(out)
+
+
+def show(out: Path) -> None:
+    """Print the tables, and where the pictures are."""
+    made = [out / "grid.png"]
+    if (out.parent / "log.csv").exists():  # inside a training run, whose report shows it too
+        made.append(page.write(out.parent))
+    print((out / "evaluation.md").read_text(encoding="utf-8"), *made, sep="\n")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status as `command.finish`."""
+    work = partial(run, line=shlex.join(["tilt", "evaluate", *argv]))
+    return command.finish(OPTIONS, argv, work, "what is drawn is kept", "*/*.png")

@@ -1,0 +1,148 @@
+"""Make the images that fine-tuning learns from: prompts x images, plain or steered, once.
+
+Several processes share the shards. A run that was cut off goes on when the command is repeated with
+--resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import rewards
+from finetune import ranges
+from finetune.ranges import (
+    FLAG,
+    KEYWORDS,
+    NAME,
+    SEED,
+    TEXT,
+    one_of,
+    optional,
+    setting,
+    whole,
+)
+from finetune.rollouts import Plan, check, generate, is_complete, open_run
+from steering import tiny
+from tilt import command, loading, started
+from tilt.options import Options
+from tilt.processes import is_main, join
+from tilt.prompts import read
+
+
+@dataclass
+class Rollout:
+    """What to make, of which model."""
+
+    prompts: str = setting("", TEXT, "a file, one prompt a line, or .jsonl")
+    out: str = setting("", TEXT, "the folder to make")
+    model: str = setting("tiny-sd3", NAME, "hub id, folder, tiny-sd3 or tiny-sd")
+    lora: str | None = setting(None, optional(NAME), "LoRA weights to load: another round")
+    images: int = setting(16, whole(0, 10_000), "plain images a prompt")
+    steered: int = setting(
+        0, whole(0, 10_000), "images a prompt from the particle filter, with reward="
+    )
+    reward: str | None = setting(None, optional(NAME), "what steers them, as in 'clip + 0.5*ocr'")
+    filter: dict[str, Any] = setting(
+        dict, KEYWORDS, "fields of FeynmanKac, as in filter.reward_scale=30"
+    )
+    call: dict[str, Any] = setting(
+        dict, KEYWORDS, "keywords of the pipeline's call, as in call.guidance_scale=4.5"
+    )
+    seed: int = setting(0, SEED, "of the whole run")
+    prompts_per_shard: int = setting(4, whole(1), "prompts in one file")
+    max_batch: int | None = setting(
+        None, optional(whole(1)), "rows that the network evaluates at once"
+    )
+    dtype: str = setting(
+        "auto",
+        one_of("auto", *loading.DTYPES),
+        "of the networks; auto: float32 on a CPU, else a half type",
+    )
+    resume: bool = setting(False, FLAG, "make only what is missing or damaged")
+
+    def __post_init__(self) -> None:
+        ranges.check(self)
+
+
+EXAMPLES = """\
+examples:
+  tilt rollout --prompts prompts.txt --out runs/words --images 12
+  tilt score runs/words --reward "ocr(mode=strict)"
+"""
+OPTIONS = Options("tilt rollout", Rollout, __doc__ or "", EXAMPLES)
+
+
+def plan_of(settings: Rollout) -> Plan:
+    """The prompts, each once, and what is made of each."""
+    if not settings.prompts or not settings.out:
+        raise ValueError("set prompts=FILE and out=FOLDER")
+    if bool(settings.steered) != bool(settings.reward):
+        raise ValueError("steered= and reward= belong together; set both or neither")
+    if not settings.steered:
+        ranges.refuse_idle(settings, ["filter"], "steered is 0")
+    prompts = [prompt.text for prompt in read(Path(settings.prompts))]
+    defaults = tiny.call_defaults(settings.model) if settings.model in tiny.NAMES else {}
+    return Plan(
+        prompts=tuple(dict.fromkeys(prompts)),
+        images=settings.images,
+        steered=settings.steered,
+        settings=command.filter_of(settings.filter),
+        seed=settings.seed,
+        prompts_per_shard=settings.prompts_per_shard,
+        max_batch=settings.max_batch,
+        call=command.call_of(settings.call, defaults),
+    )
+
+
+def run(settings: Rollout) -> None:
+    """Check everything, then make this process's shards."""
+    plan, settings = plan_of(settings), command.resolved(settings)
+    out, lora = Path(settings.out), command.digest(settings.lora)
+    if settings.resume and is_complete(out, plan, settings.reward, settings.model, lora):
+        started.say("all of it is there already")
+        if is_main():
+            print(out)
+        return
+    processes = join("auto")
+    pipe, reward, preview = processes.agree(lambda: ready(settings, plan, processes.device))
+    again, name = settings.resume, settings.model
+    processes.told(lambda: open_run(out, pipe, plan, settings.reward, again, name, lora))
+    with tqdm(unit="image", disable=not processes.is_main) as bar:
+
+        def drawn(done: float, total: int) -> None:
+            bar.total, bar.n = total, int(done)
+            bar.refresh()
+
+        rank, world = processes.index, processes.count
+        for _ in generate(out, pipe, plan, reward, rank, world, preview, drawn):
+            pass
+    processes.finish()
+    if processes.is_main:
+        print(out)
+
+
+def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[Any, Any, Any]:
+    """The pipeline, what steers it and the preview decoder, checked with the plan."""
+    device = device or loading.pick_device("auto")
+    started.say(f"loading {settings.model}")
+    reward = rewards.load(settings.reward, device, True) if settings.reward else None
+    if reward:
+        reward.check(plan.prompts)
+    dtype = loading.DTYPES[settings.dtype]
+    pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    preview = loading.load_preview("auto", settings.model, dtype)
+    preview = preview and preview.to(device)
+    check(pipe, plan, reward, preview)
+    return pipe, reward, preview
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status as `command.finish`."""
+    return command.finish(OPTIONS, argv, run, "finished shards are kept", "*/shard.json")

@@ -1,0 +1,323 @@
+"""Fine-tune a model on its own samples by Flow-GRPO or DiffusionNFT, into a LoRA.
+
+The reward is fixed, or a critic that learns to tell references from samples (Adv-GRPO), or both.
+References serve the critic, and whatever in --reward compares with some; each prompt has a fixed
+few of them there. With --critic-weight 0 there is no critic.
+
+A run that was cut off goes on from its last checkpoint when the command is repeated with --resume.
+The folder --out gets what `tilt train gdro` makes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rewards
+from finetune import grpo, models, nft, references
+from finetune.adversarial import Adversary, likened
+from finetune.chains import schedule_of
+from finetune.critics import Critic, CriticSettings
+from finetune.grpo import Grpo
+from finetune.models import encode, encode_negative, family_of, noising_of
+from finetune.nft import Nft
+from finetune.online import Task
+from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, number, one_of, part, setting, whole
+from finetune.state import check_out, finish
+from rewards.models.critic import KINDS
+from steering import tiny
+from steering.manifest import fingerprint
+from tilt import command, idle, loading, started, training
+from tilt.options import Options
+
+
+@dataclass
+class Train(training.Run):
+    """A training run."""
+
+    prompts: str = setting("", TEXT, "a file, one prompt a line, or .jsonl")
+    reward: str = setting("", TEXT, "what samples are scored by, as in 'ocr + 0*clip'")
+    references: str = setting(
+        "",
+        TEXT,
+        "a folder of pictures, a .json {prompt: [files]} or a data set: for a critic, and for "
+        "rewards that compare, as 'ocr + 0.5*dino(mode=hybrid)'",
+    )
+    paired: bool = setting(
+        False,
+        FLAG,
+        "references belong to prompts, as a preference needs; false: they are of one style",
+    )
+    critic_weight: float = setting(
+        1.0, number(0), "of the critic's score beside the reward; 0: no critic"
+    )
+    critic_kind: str = setting(
+        "features",
+        one_of(*KINDS),
+        "features: a head on a frozen DINO; preference: the last layers of a CLIP",
+    )
+    tower: str = setting("tiny", NAME, "that DINO, or that CLIP: tiny, a hub id or a folder")
+    critic_layers: int = setting(
+        2, whole(1), "how many layers of a preference's image tower are trained"
+    )
+    critic_from: str = setting(
+        "", TEXT, "a folder of a critic to begin with, whose kind and tower it keeps"
+    )
+    negative_prompt: str = setting("", TEXT, "of guidance")
+    call: dict[str, Any] = setting(
+        dict,
+        KEYWORDS,
+        "keywords of the pipeline's call that say what is drawn, as in call.height=512",
+    )
+    method: str = setting(
+        "grpo",
+        one_of("grpo", "nft"),
+        "grpo (policy gradients, Flow-GRPO) or nft (regression, DiffusionNFT)",
+    )
+    grpo: Grpo = part(Grpo, "Flow-GRPO")
+    nft: Nft = part(Nft, "DiffusionNFT")
+    critic: CriticSettings = part(CriticSettings, "critic")
+
+    @property
+    def tuned(self) -> Any:
+        """The settings of the method that is taken."""
+        return getattr(self, self.method)
+
+
+EXAMPLES = """\
+examples:
+  tilt train adversarial --prompts prompts.txt --out runs/grpo --reward ocr
+  tilt train adversarial --prompts prompts.txt --out runs/style \\
+    --references pictures --reward "0.5*ocr"
+  tilt train adversarial --prompts prompts.txt --out runs/alike \\
+    --references pictures --critic-weight 0 --reward "ocr + 0.5*dino(mode=hybrid)"
+"""
+OPTIONS = Options("tilt train adversarial", Train, __doc__ or "", EXAMPLES)
+
+
+# what samples take of the pipeline's call; the rest of it is the trainer's own
+CALL = ("height", "width", "max_sequence_length", "clip_skip")
+CALL += ("original_size", "target_size", "crops_coords_top_left")
+METHODS = {"grpo": (grpo.Trainer, "Flow-GRPO"), "nft": (nft.Trainer, "DiffusionNFT")}
+
+
+def run(settings: Train) -> None:
+    """Check everything, then train."""
+    if not (settings.prompts and settings.out and (settings.reward or settings.references)):
+        raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC, or references=, or both")
+    idle.of_adversarial(settings)
+    settings = command.resolved(settings)
+    name, out, tuned = settings.model or "tiny-sd3", Path(settings.out), settings.tuned
+    check_out(settings, ignore=METHODS.keys() - {settings.method})
+    check_call(settings)
+    prompts = command.prompts_of(settings.prompts)
+    made_of = command.made_of(settings, settings.reward, **contents(settings, prompts))
+    if training.finished(settings, tuned.steps, made_of):
+        training.show(settings)
+        return
+    defaults = tiny.call_defaults(name) if name in tiny.NAMES else {}
+    stated = {k: v for k, v in (defaults | settings.call).items() if k != "guidance_scale"}
+    accelerator = training.accelerator_of(settings)
+    fixed = rewards.load(settings.reward, accelerator.device, True) if settings.reward else None
+    if fixed:
+        fixed.check(prompts)
+        if not (settings.references and settings.critic_weight):
+            training.check_weights(fixed)
+    load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
+    watch = training.watch_of(
+        settings, prompts, settings.reward, stated, load, accelerator, own=True
+    )
+    check_references(settings, fixed, watch)
+    started.say(f"loading {name}")
+    pipe = load()
+    guided = guidance_of(settings, pipe)
+    if watch and not settings.check.call:
+        negative = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
+        watch = replace(watch, call=stated | guided | negative)
+    call = stated | guided | {"num_inference_steps": tuned.num_inference_steps}
+    training.check_keywords(pipe, watch, prompts, call)
+    weighed = made_of | {"model": fingerprint(getattr(pipe, family_of(pipe).network))}
+    trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
+    training.begin(trainer, settings, tuned, weighed)
+    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), weighed)
+    about = [
+        f"{command.counted(len(prompts), 'prompt')}, {tuned.k} images of {tuned.groups} of them an "
+        f"epoch, call {json.dumps(call)}",
+        f"rewards: `{settings.reward or 'none but the critic'}`",
+    ]
+    if trainer.samples.dropped:
+        counts = f"{trainer.samples.dropped} of {trainer.samples.drawn}"
+        about.append(f"{counts} images were left out: their reward is not a finite number")
+        if accelerator.is_main_process:
+            print(about[-1])
+    if settings.references:
+        about.append(f"references: {settings.references}")
+    if isinstance(score, Adversary):
+        if accelerator.is_main_process:
+            score.critic.save(out / "critic")
+        about.append(f"a critic of {len(score.references)} pictures, in {out / 'critic'}")
+    title = METHODS[settings.method][1]
+    file = training.export(trainer, type(pipe), settings, about, name, title)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        finish(file.parent, tuned.steps, made_of)
+        print(file)
+
+
+def contents(settings: Train, prompts: list[str]) -> dict[str, str]:
+    """Digests of the files that are this script's own, by setting."""
+    found = {"prompts": command.digest_of(prompts)}
+    if settings.reward:
+        found["reward"] = rewards.identity(settings.reward)
+    if settings.references:
+        found["references"] = references.digest(settings.references, paired=settings.paired)
+    if settings.critic_from:
+        found["critic_from"] = command.digest(settings.critic_from) or ""
+    return found
+
+
+def trainer_of(
+    settings: Train,
+    pipe: Any,
+    prompts: list[str],
+    call: dict[str, Any],
+    fixed: Any,
+    accelerator: Any,
+) -> tuple[Any, Any]:
+    """The trainer of the method that is taken, and what scores its samples.
+
+    The pipeline loses its text encoders, whose work is done here; of the rest the decoder goes to
+    the device here, the network as the trainer prepares it.
+    """
+    family, device = family_of(pipe), accelerator.device
+    given, empty, encoded = conditioning_of(settings, pipe, prompts, call, device)
+    schedule = schedule_of(pipe, noising_of(pipe), prompts[0], encoded, **call)
+    pipe.vae.to(device)
+    with torch.no_grad():  # a picture's size
+        height, width = models.decode(
+            pipe, torch.zeros(1, *schedule.shape, device=device), call
+        ).shape[2:]
+    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
+    decode = torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call)))
+    task = Task(schedule, prompts, given, decode, score, weights, empty)
+    network, kind = getattr(pipe, family.network), METHODS[settings.method][0]
+    return kind(network, family, task, settings.tuned, accelerator), score
+
+
+def conditioning_of(
+    settings: Train, pipe: Any, prompts: list[str], call: dict[str, Any], device: torch.device
+) -> tuple[models.Conditioning, models.Conditioning | None, Any]:
+    """That of all prompts, on the CPU, of the negative one, and the encoders' output for one.
+
+    The encoders are on the device for this alone, before the network is, and then gone.
+    """
+    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
+    for name in encoders:
+        if getattr(pipe, name) is not None:
+            getattr(pipe, name).to(device)
+    call = call | {"device": device}
+    parts = [encode(pipe, prompts[i : i + 16], **call) for i in range(0, len(prompts), 16)]
+    given = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+    guided = call.get("guidance_scale", 1.0) > 1 and "guidance" not in given
+    if settings.negative_prompt and not guided:
+        raise ValueError(
+            f"negative_prompt is {settings.negative_prompt!r} but serves nothing without "
+            f"guidance; set {settings.method}.guidance_scale above 1, or leave it out"
+        )
+    empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
+    with torch.no_grad():
+        encoded = models.encoded(pipe, prompts[:1], call)
+    for name in pipe.components:
+        if name.startswith(("text_encoder", "tokenizer")):
+            setattr(pipe, name, None)
+    return given, empty, encoded
+
+
+def check_call(settings: Train) -> None:
+    """ValueError for keywords of the pipeline's call that samples would not follow."""
+    own = {name: f"{settings.method}.{name}" for name in ("guidance_scale", "num_inference_steps")}
+    own |= {"negative_prompt": "negative_prompt"}
+    for name in settings.call:
+        if name in own:
+            raise ValueError(f"call.{name} says nothing to training; set {own[name]}= instead")
+        if name not in CALL:
+            raise ValueError(f"call.{name} says nothing to training, which takes {list(CALL)}")
+
+
+def guidance_of(settings: Train, pipe: Any) -> dict[str, float]:
+    """What the call is told of guidance: as set, else none, or a distilled network's own."""
+    scale = settings.tuned.guidance_scale
+    if scale is None and models.distilled(pipe):
+        return {}
+    return {"guidance_scale": 1.0 if scale is None else scale}
+
+
+def check_references(settings: Train, fixed: Any, watch: Any) -> None:
+    """ValueError where references are missing, or would serve nothing."""
+    compares = fixed is not None and fixed.wants_references
+    if compares and not settings.references:
+        raise ValueError(
+            f"the reward {settings.reward} compares with references; set references=, or say "
+            "wants_references = False in a reward of your own"
+        )
+    learns = bool(settings.references and settings.critic_weight)
+    if settings.references and not (compares or learns):
+        raise ValueError(
+            f"references={settings.references} serve nothing: critic_weight is 0, and reward= "
+            "compares with none; leave them out"
+        )
+    if watch and any(reward.wants_references for reward in watch.rewards.values()):
+        raise ValueError(
+            "checks have no references to compare with; set check.reward=, and check.quality= if "
+            "it is wanted, to rewards that need none"
+        )
+
+
+def reward_of(
+    settings: Train, fixed: Any, prompts: list[str], size: tuple[int, int], accelerator: Any
+) -> tuple[Any, dict[str, float]]:
+    """What scores samples, and the weight of each component."""
+    weights = {part.name: part.weight for part in fixed.parts} if fixed else {}
+    if not settings.references:
+        return fixed.evaluate, weights
+    s, device = settings, accelerator.device
+    model = None
+    if s.critic_weight:
+        model = training.critic_of(
+            s.critic_from,
+            s.critic_kind,
+            s.tower,
+            s.paired,
+            s.tuned.seed,
+            device,
+            s.critic_layers,
+        )
+    likes = references.load_references(settings.references, size, paired=settings.paired)
+    likes.check(prompts)
+    rank, seed = accelerator.process_index, settings.tuned.seed
+    judge = fixed.evaluate if fixed else None
+    if fixed and fixed.wants_references:
+        judge = likened(fixed, likes, seed)
+    if model is None:
+        return judge, weights
+    if "critic" in weights:
+        raise ValueError("reward= has a 'critic' beside the one that learns; name it, old=critic()")
+    critic = Critic(model, settings.critic, accelerator)
+    found = Adversary(critic, likes, settings.critic_weight, judge, seed, rank)
+    return found, weights | {"critic": settings.critic_weight}
+
+
+def _eight_bits(images: torch.Tensor) -> torch.Tensor:
+    """As they will be saved, and as references are: a critic could learn the difference."""
+    return (images * 255).round() / 255
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status as `command.finish`."""
+    return command.finish(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")

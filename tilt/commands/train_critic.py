@@ -1,0 +1,254 @@
+"""Fit a critic on stored rollouts, against reference pictures: adversarial training, offline.
+
+Rounds of these need no stochastic sampler. A share of the prompts is not trained on, and the
+critic's accuracy on their samples is logged. Unpaired references have no prompt and are all
+trained on, so that it does not tell whether a critic knows them by heart.
+
+One process. A run that was cut off goes on from its last checkpoint when the command is repeated
+with --resume. The folder --out gets critic.json and critic.safetensors (what `critic(out)` scores
+with), log.csv, settings.yaml and state.pt (for --resume).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from finetune import checks, config, references
+from finetune.critics import Critic, CriticSettings, accuracy
+from finetune.learner import draws
+from finetune.ranges import (
+    FLAG,
+    NAME,
+    SEED,
+    TEXT,
+    TEXTS,
+    Range,
+    check,
+    number,
+    one_of,
+    part,
+    setting,
+    whole,
+)
+from finetune.references import References
+from finetune.shards import Rollouts
+from finetune.state import (
+    FILE,
+    FINISHED,
+    check_out,
+    finish,
+    is_finished,
+    load_state,
+    save_state,
+)
+from rewards.images import to_images
+from rewards.models.critic import KINDS
+from tilt import command, idle, started, training
+from tilt.loading import pick_device
+from tilt.options import Options
+
+Sample = tuple[str, bytes]  # a prompt and a PNG
+
+
+def _are_folders(value: Any) -> bool:
+    return TEXT.allows(value) or (TEXTS.allows(value) and bool(value))
+
+
+@dataclass
+class Train:
+    """A fit of a critic."""
+
+    rollouts: list[str] = setting(
+        "",
+        Range("a folder, or a list of folders", _are_folders),
+        "a folder of `tilt rollout`, or several, that older samples stay in",
+    )
+    references: str = setting(
+        "", TEXT, "a folder of pictures, a .json {prompt: [files]} or a data set"
+    )
+    out: str = setting("", TEXT, "the folder to make")
+    paired: bool = setting(
+        False,
+        FLAG,
+        "references belong to prompts, as a preference needs; false: they are of one style",
+    )
+    kind: str = setting(
+        "features",
+        one_of(*KINDS),
+        "features: a head on a frozen DINO; preference: the last layers of a CLIP",
+    )
+    tower: str = setting("tiny", NAME, "that DINO, or that CLIP: tiny, a hub id or a folder")
+    critic_from: str = setting(
+        "", TEXT, "a folder of a critic to begin with, whose kind and tower it keeps"
+    )
+    held_out: float = setting(
+        0.1, number(0, 1, "[)"), "the share of prompts that are not trained on; 0: none"
+    )
+    steps: int = setting(300, whole(1), "updates")
+    batch: int = setting(16, whole(1), "samples of a step, with a reference each")
+    seed: int = setting(0, SEED, "of everything")
+    save_every: int = setting(50, whole(1), "steps between checkpoints")
+    log_every: int = setting(50, whole(1), "steps between lines of the log")
+    resume: bool = setting(
+        False,
+        FLAG,
+        "carry on from the last checkpoint, further if steps= is higher; save_every and "
+        "log_every may differ, too",
+    )
+    critic: CriticSettings = part(CriticSettings, "critic")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+EXAMPLES = """\
+examples:
+  tilt train critic --rollouts runs/a --references pictures --out runs/critic
+  tilt score runs/a --reward "objects + 0.1*critic(runs/critic)"
+  tilt train gdro --rollouts runs/a --out runs/tuned
+  tilt rollout --prompts prompts.txt --out runs/b --lora runs/tuned/lora
+  tilt train critic --rollouts runs/a runs/b --references pictures \\
+    --out runs/critic2 --critic-from runs/critic
+"""
+OPTIONS = Options("tilt train critic", Train, __doc__ or "", EXAMPLES)
+
+
+def run(settings: Train) -> None:
+    """Check everything, then train."""
+    if not (settings.rollouts and settings.references and settings.out):
+        raise ValueError("set rollouts=FOLDER, references=PICTURES and out=FOLDER")
+    idle.of_critic(settings, "kind")
+    out = Path(settings.out)
+    check_out(settings)
+    given = settings.rollouts
+    samples, size = read_samples([str(folder) for folder in given])
+    seen, unseen = split(samples, settings.held_out, settings.seed)
+    made_of = {
+        "rollouts": digest(samples),
+        "references": references.digest(settings.references, paired=settings.paired),
+    }
+    s, begun = settings, (out / FILE).exists()
+    if s.resume and begun and is_finished(out, s.steps, made_of):
+        show(out, bool(unseen))
+        return
+    source, device = s.out if begun else s.critic_from, pick_device("auto")
+    started.say(f"loading the critic, with its tower {s.tower}")
+    model = training.critic_of(source, s.kind, s.tower, s.paired, s.seed, device)
+    critic = Critic(model, settings.critic)
+    likes = references.load_references(s.references, size, paired=s.paired)
+    likes.check([prompt for prompt, _ in samples])
+    if s.resume:
+        load_state(critic, out, made_of, s.steps)
+    config.write(s, out / "settings.yaml")
+    checks.rewind(out / "log.csv", critic.step)
+    (out / FINISHED).unlink(missing_ok=True)  # of fewer steps
+    loop(critic, likes, seen, unseen, s, made_of)
+    finish(out, s.steps, made_of)
+    show(out, bool(unseen))
+
+
+def show(out: Path, held_out: bool) -> None:
+    """Print how right the critic was in the end."""
+    for row in checks.read(out / "log.csv")[-1:]:
+        told = f"held-out accuracy {row['held_out_accuracy']:.3f}, " if held_out else ""
+        print(f"{told}training accuracy {row['accuracy']:.3f}: {out}")
+
+
+def read_samples(folders: Sequence[str]) -> tuple[list[Sample], tuple[int, int]]:
+    """All samples of the runs, and their (h, w); ValueError if they have several."""
+    samples: list[Sample] = []
+    sizes: dict[str, tuple[int, int]] = {}
+    for folder in folders:
+        for shard in Rollouts(Path(folder)).shards:
+            rows = shard.table(["prompt", "image"])
+            samples += [(row["prompt"], row["image"]["bytes"]) for row in rows]
+        with Image.open(io.BytesIO(samples[-1][1])) as picture:
+            sizes[folder] = picture.height, picture.width
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"rollouts must be of one size (h, w) but are {sizes}; leave some out")
+    return samples, sizes[folders[0]]
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """What tells these samples from others, in any order."""
+    every = sorted(hashlib.sha256(f"{p}\n".encode() + png).hexdigest() for p, png in samples)
+    return hashlib.sha256("".join(every).encode()).hexdigest()
+
+
+def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Samples of the prompts that are trained on, and of those that are not.
+
+    A prompt's place depends on the seed and its text, so that it mostly stays in another round.
+    """
+    prompts = {prompt for prompt, _ in samples}
+    order = sorted(prompts, key=lambda p: draws(seed, 0, f"held out {p}").initial_seed())
+    count = max(1, round(share * len(order))) if share else 0
+    if count == len(order):
+        raise ValueError(
+            f"held_out={share} leaves none of {len(order)} prompts to train on; set held_out=0, "
+            "or give rollouts of more prompts"
+        )
+    left_out = set(order[:count])
+    return [s for s in samples if s[0] not in left_out], [s for s in samples if s[0] in left_out]
+
+
+def loop(
+    critic: Critic,
+    references: References,
+    seen: list[Sample],
+    unseen: list[Sample],
+    s: Train,
+    made_of: Mapping[str, str],
+) -> None:
+    """Take the remaining steps, logging and saving on the way."""
+    out = Path(s.out)
+    recent: list[dict[str, float]] = []
+    for step in tqdm(range(critic.step, s.steps), initial=critic.step, total=s.steps):
+        generator = draws(s.seed, step, "samples")
+        rows = torch.randperm(len(seen), generator=generator)[: s.batch].tolist()
+        real, fake, prompts = beside([seen[row] for row in rows], references, generator)
+        recent.append(critic.train_step(real, fake, prompts, generator))
+        done = step + 1
+        if done % s.log_every == 0 or done == s.steps:
+            means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}
+            held_out = look(critic, references, unseen, s) if unseen else {}
+            checks.append(out / "log.csv", {"step": done} | means | held_out)
+            recent.clear()
+        if done % s.save_every == 0 or done == s.steps:
+            critic.save(out)
+            save_state(critic, out, made_of=made_of)
+
+
+def beside(samples: Sequence[Sample], references: References, generator: torch.Generator) -> Any:
+    """A reference for each sample, the samples, (n, 3, h, w) each, and their prompts."""
+    prompts = [prompt for prompt, _ in samples]
+    fake = to_images([Image.open(io.BytesIO(png)) for _, png in samples])
+    return references.draw(prompts, generator), fake, prompts
+
+
+@torch.no_grad()
+def look(
+    critic: Critic, references: References, samples: list[Sample], s: Train
+) -> dict[str, float]:
+    """What the critic thinks of samples that it is not trained on, beside the same references."""
+    generator, reward, scores = draws(s.seed, 0, "held out"), critic.reward, []
+    for i in range(0, len(samples), s.batch):
+        real, fake, prompts = beside(samples[i : i + s.batch], references, generator)
+        scores.append(torch.stack([reward(real, prompts), reward(fake, prompts)]))
+    real, fake = torch.cat(scores, 1)
+    right = accuracy(real, fake, paired=reward.paired)
+    return {"held_out_accuracy": float(right), "held_out_margin": float((real - fake).mean())}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status as `command.finish`."""
+    return command.finish(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")

@@ -1,0 +1,111 @@
+"""Fine-tune a model on scored rollouts by offline GDRO, into a LoRA that diffusers loads.
+
+The rollouts come from `tilt rollout`, their rewards from `tilt score`. A run that was cut off goes
+on from its last checkpoint when the command is repeated with --resume.
+
+The folder --out gets lora/ (the best checked, else the last, with a model card), log.csv,
+checks.csv, grids/, tensorboard/, settings.yaml and state.pt (for --resume).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from finetune.data import check_fits, load_data
+from finetune.gdro import Gdro, Trainer
+from finetune.models import family_of, noising_of
+from finetune.outlook import of_rollouts
+from finetune.ranges import NAME, TEXT, optional, part, setting
+from finetune.shards import Rollouts
+from finetune.state import check_out, finish
+from steering.manifest import fingerprint
+from tilt import command, idle, loading, started, training
+from tilt.options import Options
+from tilt.processes import is_main
+
+
+@dataclass
+class Train(training.Run):
+    """A training run."""
+
+    lora: str | None = setting(
+        None, optional(NAME), "a LoRA to go on from, which the rollouts come from: another round"
+    )
+    model: str | None = setting(None, optional(NAME), "by default that of the rollouts")
+    rollouts: str = setting("", TEXT, "the scored folder of `tilt rollout`")
+    gdro: Gdro = part(Gdro, "GDRO")
+
+
+EXAMPLES = """\
+examples:
+  tilt train gdro --rollouts runs/words --out runs/tuned --gdro.steps 200
+  tilt train gdro --config scripts/configs/gdro_tiny.yaml --rollouts runs/words --out runs/tuned
+  tilt train gdro --rollouts runs/words --out runs/tuned \\
+    --check.every 50 --check.prompts unseen.txt --check.patience 3
+"""
+OPTIONS = Options("tilt train gdro", Train, __doc__ or "", EXAMPLES)
+
+
+def run(settings: Train) -> None:
+    """Check everything, then train."""
+    if not settings.rollouts or not settings.out:
+        raise ValueError("set rollouts=FOLDER and out=FOLDER")
+    idle.of_gdro(settings)
+    settings = command.resolved(settings)
+    check_out(settings)
+    made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
+    plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
+    made_of = command.made_of(settings, spec, rollouts=made.digest(gdro.reward))
+    if training.finished(settings, gdro.steps, made_of):
+        training.show(settings)
+        return
+    data = load_data(made, gdro.reward, gdro.reward_norm, gdro.k)
+    if is_main() and (little := of_rollouts(made, gdro.reward)):
+        print(f"{gdro.reward!r} of {made.folder}: {little}", flush=True)
+    accelerator = training.accelerator_of(settings)
+    name = settings.model or made.manifest["model"]
+    if not name:
+        raise ValueError("the rollouts do not say their model; set model=")
+    load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
+    unscored = (
+        f"{command.counted(data.unscored, 'image')} left out, whose reward is not a finite number"
+    )
+    watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
+    started.say(f"loading {name}")
+    pipe = load()
+    family = family_of(pipe)
+    network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
+    check_fits(data, network, made.manifest["pipeline"], kind.__name__)
+    training.check_keywords(pipe, watch, plan["prompts"], plan["call"])
+    del pipe  # neither decoder nor text encoder stays in memory
+    weighed = made_of | {"model": fingerprint(network)}
+    trainer = Trainer(network, family, noising, data, gdro, accelerator)
+    training.begin(trainer, settings, gdro, weighed)
+    if accelerator.is_main_process:
+        count = command.counted(len(data.groups), "prompt")
+        print(f"{count}; {data.dropped} left out, whose rewards are all equal")
+        if data.unscored:
+            print(f"{unscored}")
+    training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), weighed)
+    about = [
+        f"{command.counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
+        f"{plan['steered']} steered images each, seed {plan['seed']}, "
+        f"call {json.dumps(plan['call'])}",
+        f"the network that drew them has the fingerprint {made.manifest['weights']}",
+        f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
+    ]
+    about += [unscored] if data.unscored else []
+    file = training.export(trainer, kind, settings, about, name, "offline GDRO")
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        finish(Path(settings.out) / "lora", gdro.steps, made_of)
+        print(file)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status as `command.finish`."""
+    return command.finish(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")
