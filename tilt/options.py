@@ -178,6 +178,9 @@ class Options:
         for option in _options(self.kind):
             if option.hint is bool:
                 said = said.replace(f"{option.flag} true", option.flag)
+            if option.is_free:
+                key = rf"(?<![\w.-]){re.escape(option.path)}\.(\w+)"
+                said = re.sub(key, lambda m, o=option: f"{o.flag}.{_dashed(m[1])}", said)
         return said
 
     def flags(self) -> dict[str, str]:
@@ -221,6 +224,10 @@ class Options:
         return file, words
 
 
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def _options(kind: type, prefix: str = "", flat: bool = True, group: str = "") -> Iterator[_Option]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -232,7 +239,7 @@ def _options(kind: type, prefix: str = "", flat: bool = True, group: str = "") -
             continue
         default = inner() if callable(inner) else field.default
         shown = field.name if flat else name
-        flag = "--" + shown.replace("_", "-")
+        flag = f"--{_dashed(shown)}"
         heading = field.metadata.get("heading", group)
         said = field.metadata.get("help", "")
         allowed = field.metadata.get("range")

@@ -31,7 +31,6 @@ from finetune.ranges import (
     SEED,
     TEXT,
     TEXTS,
-    Range,
     check,
     number,
     one_of,
@@ -59,17 +58,13 @@ from tilt.options import Options
 Sample = tuple[str, bytes]  # a prompt and a PNG
 
 
-def _are_folders(value: Any) -> bool:
-    return TEXT.allows(value) or (TEXTS.allows(value) and bool(value))
-
-
 @dataclass
 class Train:
     """A fit of a critic."""
 
     rollouts: list[str] = setting(
-        "",
-        Range("a folder, or a list of folders", _are_folders),
+        list,
+        TEXTS,
         "a folder of `tilt rollout`, or several, that older samples stay in",
     )
     references: str = setting(
@@ -129,8 +124,7 @@ def run(settings: Train) -> None:
     idle.of_critic(settings, "kind")
     out = Path(settings.out)
     check_out(settings)
-    given = settings.rollouts
-    samples, size = read_samples([str(folder) for folder in given])
+    samples, size = read_samples(settings.rollouts)
     seen, unseen = split(samples, settings.held_out, settings.seed)
     made_of = {
         "rollouts": digest(samples),
