@@ -117,7 +117,7 @@ def test_what_cannot_be_compared_is_refused(words, tmp_path, capsys):
         f"--check.prompts={tmp_path / 'unseen.txt'}",
     ]
     for given, message in (
-        (checks, "checks have no references to compare with; set check.reward="),
+        (checks, "checks have no references to compare with; set --check.reward"),
         (
             [*checks, "--check.reward=jpeg", "--check.quality=dino(tiny)"],
             "checks have no references",

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 import resource
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +18,7 @@ from finetune.nft import Nft
 from finetune.shards import Rollouts, Shard, add_rewards
 from finetune.state import MAY_CHANGE, check_out, load_state, save_state
 from tilt import command
-from tilt.commands import train_adversarial, train_critic, train_gdro
+from tilt.commands import rollout, train_adversarial, train_critic, train_gdro
 
 
 class Trainer:
@@ -56,9 +56,9 @@ def others(kind):
     }  # fmt: skip
 
     def walk(settings, prefix=""):
-        for name in type(settings).RANGES:
+        for name in (one.name for one in fields(settings)):
             value, full = getattr(settings, name), prefix + name
-            if hasattr(value, "RANGES"):
+            if is_dataclass(value):
                 yield from walk(value, f"{full}.")
             elif full in odd:
                 yield full, odd[full]
@@ -144,11 +144,11 @@ def test_a_folder_under_another_name_is_the_same(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("script", [train_gdro, train_adversarial, train_critic])
 def test_what_may_differ_is_said_by_help(script):
-    own = config.explain(script.Train, script.NOTES).split()
+    own = script.OPTIONS.flags()
     may = {name for name in MAY_CHANGE if name in own and name not in ("out", "resume")}
     for name in ("steps", "micro_groups", "compile", "gradient_checkpointing"):
         may |= {name} if any(word.endswith(f".{name}") for word in own) else set()
-    said = script.NOTES["resume"]
+    (said,) = (one.metadata["help"] for one in fields(script.Train) if one.name == "resume")
     assert {n for n in MAY_CHANGE if re.search(rf"(?<![.\w]){re.escape(n)}\b", said)} == may
 
 
@@ -237,15 +237,16 @@ def test_a_full_disk_that_safetensors_meets_is_no_traceback(tmp_path, capsys):
         with full_disk():
             save_file({"a": torch.zeros(10_000)}, tmp_path / "a")
 
-    settings, files = train_gdro.Train(out=str(tmp_path)), ("finished shards are kept", "0*/x")
-    assert command.finish("rollout.py", lambda: settings, work, *files) == 1
+    files = "finished shards are kept", "0*/x"
+    words = [f"--out={tmp_path}"]
+    assert command.finish(rollout.OPTIONS, words, work, *files) == 1
     told = capsys.readouterr().err
-    assert told.startswith("rollout.py: ")
+    assert told.startswith("tilt rollout: ")
     assert told.count("\n") == 1
     assert told.endswith("; nothing is kept yet\n")
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000" / "x").touch()
-    assert command.finish("rollout.py", lambda: settings, work, *files) == 1
+    assert command.finish(rollout.OPTIONS, words, work, *files) == 1
     assert capsys.readouterr().err.endswith("; finished shards are kept\n")
 
 
@@ -256,8 +257,8 @@ def test_an_interrupt_tells_of_a_checkpoint_where_there_is_one(tmp_path, capsys)
     settings = train_gdro.Train(out=str(tmp_path / "a"))
     for told in ("nothing is kept yet", "the last checkpoint is kept"):
         kept = "the last checkpoint is kept", "state.pt"
-        assert command.finish("train_gdro.py", lambda: settings, work, *kept) == 130
-        said = f"train_gdro.py: interrupted; {told}: repeat with resume=true\n"
+        assert command.finish(train_gdro.OPTIONS, [f"--out={settings.out}"], work, *kept) == 130
+        said = f"tilt train gdro: interrupted; {told}: repeat with --resume\n"
         assert capsys.readouterr().err == said
         begun(settings)
 

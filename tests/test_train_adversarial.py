@@ -78,7 +78,7 @@ def test_a_distilled_network_is_told_the_guidance_of_its_pipeline_or_that_asked_
     (tmp_path / "unseen.txt").write_text("a star\n")
     monkeypatch.setattr(train_adversarial.loading, "load_pipeline", lambda *_, **__: flux())
     monkeypatch.setattr(training, "loop", look)
-    more = ["--grpo.targets=[to_q]", "--call.height=16", "--call.width=16", "--check.every=1"]
+    more = ["--grpo.targets=to_q", "--call.height=16", "--call.width=16", "--check.every=1"]
     more += [f"--check.prompts={tmp_path / 'unseen.txt'}", f"--out={tmp_path / 'out'}", *words]
     assert train_adversarial.main([*prompts, *SMALL, *more]) == 0
     assert seen[0].tolist() == [told, told]
@@ -140,7 +140,7 @@ def test_a_run_is_not_carried_on_with_other_files_under_the_same_names(prompts, 
     for name, change in changes.items():  # each is told before those that changed already
         change()
         assert train_adversarial.main([*words, "--grpo.steps=2", "--resume"]) == 2
-        assert f"was begun when {name} held something else" in capsys.readouterr().err
+        assert f"was begun when --{name} held something else" in capsys.readouterr().err
 
 
 def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures):
@@ -165,7 +165,7 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
     ("words", "message"),
     [
         ([], "set prompts=FILE, out=FOLDER and reward=SPEC, or references="),
-        (["--grpo.kk=2"], "did you mean 'grpo.k'"),
+        (["--grpo.kk=2"], "did you mean --grpo.k?"),
         (["--grpo.k=1"], "grpo.k is 1 but must be a whole number, 2 or more"),
         (["--grpo.window-start=8", "--grpo.num-inference-steps=4"], "no moves to learn from"),
         (["--reward=nothing"], "nothing"),
@@ -188,7 +188,7 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
         (["--references={folder}", "--critic-from=/nowhere"], "/nowhere"),
         (
             ["--call.guidance-scale=4"],
-            "call.guidance_scale says nothing to training; set grpo.guid",
+            "call.guidance_scale says nothing to training; set grpo.guidance_scale=",
         ),
         (["--call.guidance-scale=4", "--method=nft"], "set nft.guidance_scale= instead"),
         (["--call.num-inference-steps=4"], "set grpo.num_inference_steps= instead"),
@@ -207,12 +207,5 @@ def test_mistakes_are_refused_in_one_sentence(prompts, tmp_path, words, message,
     words = [word.format(folder=tmp_path) for word in words]
     assert train_adversarial.main([*given, *words]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
-    assert message in told
+    assert train_adversarial.OPTIONS.in_words(message) in told
     assert not (tmp_path / "out").exists()
-
-
-def test_help_explains_every_setting(capsys):
-    with pytest.raises(SystemExit):
-        train_adversarial.main(["--help"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "(default:" in line]
-    assert len(lines) == len(train_adversarial.NOTES)

@@ -159,7 +159,7 @@ def test_prompts_that_are_trained_on_are_no_held_out_ones(scored, tmp_path, caps
         "--check.every=1",
     ]
     assert train_gdro.main(words) == 2
-    assert "needs check.prompts" in capsys.readouterr().err
+    assert "needs --check.prompts" in capsys.readouterr().err
     assert train_gdro.main([*words, f"--check.prompts={scored / 'prompts.txt'}"]) == 2
     assert "trained on, as 'the word \"CAT\"'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -178,7 +178,7 @@ def test_what_only_the_rollouts_say_is_not_imported(scored, tmp_path, capsys, mo
     assert train_gdro.main([*words, f"--check.prompts={tmp_path / 'unseen.txt'}"]) == 2
     told = capsys.readouterr().err
     assert "the reward os:getcwd would import code" in told
-    assert "--check.reward='clip(tiny) + os:getcwd'" in told
+    assert "--check.reward 'clip(tiny) + os:getcwd'" in told
     assert not (tmp_path / "out").exists()
 
 
@@ -225,7 +225,7 @@ def test_a_full_disk_is_told_in_a_sentence(scored, tmp_path, capsys, monkeypatch
     assert "No space left on device; nothing is kept yet" in capsys.readouterr().err
 
 
-WORDS = f"--prompts={Path(rollout.__file__).with_name('tiny') / 'words.txt'}"
+WORDS = f"--prompts={Path(__file__).parents[1] / 'scripts/tiny/words.txt'}"
 
 
 def refused(monkeypatch, message, **made):
@@ -301,15 +301,16 @@ def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("script", "words", "message"),
     [
-        (rollout, [], "set prompts=FILE and out=FOLDER"),
-        (rollout, ["imags=3"], "did you mean 'images'"),
+        (rollout, [], "set --prompts FILE and --out FOLDER"),
+        (rollout, ["images=3"], "'images=3' belongs to no option: write --images 3"),
+        (rollout, ["--imags=3"], "did you mean --images?"),
         (rollout, ["--prompts=nowhere.txt", "--out=x"], "nowhere.txt"),
         (rollout, ["--prompts=nowhere.txt", "--out=x", "--steered=4"], "belong together"),
-        (rollout, [WORDS, "--out=x", "--call.seed=3"], "call.seed is no keyword of the pipeline"),
-        (rollout, [WORDS, "--out=x", "--call.particles=3"], "call.particles is no keyword"),
-        (train_gdro, [], "set rollouts=FOLDER and out=FOLDER"),
+        (rollout, [WORDS, "--out=x", "--call.seed=3"], "--call.seed is no keyword of the pipeline"),
+        (rollout, [WORDS, "--out=x", "--call.particles=3"], "--call.particles is no keyword"),
+        (train_gdro, [], "set --rollouts FOLDER and --out FOLDER"),
         (train_gdro, ["--rollouts=nowhere", "--out=x"], "holds no rollouts"),
-        (train_gdro, ["--gdro.bta=3"], "did you mean 'gdro.beta'"),
+        (train_gdro, ["--gdro.bta=3"], "did you mean --gdro.beta?"),
         (train_gdro, ["--gdro.k=1"], "k is 1"),
         (train_gdro, ["--check.images=0"], "images is 0"),
     ],
@@ -322,13 +323,3 @@ def test_bad_input_is_refused_in_one_sentence(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", [rollout, train_gdro])
-def test_help_explains_every_setting(script, capsys):
-    with pytest.raises(SystemExit) as left:
-        script.main(["--help"])
-    assert left.value.code == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "(default:" in line]
-    assert len(lines) == len(script.NOTES)
-    assert not [line for line in lines if len(line.split("(default")[0].split()) < 2]

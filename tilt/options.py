@@ -134,7 +134,7 @@ class _Option:
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
             raise ValueError(
-                f"{self.path} is {given!r:.80} but must be {what} with commas between"
+                f"{self.flag} is {given!r:.80} but must be {what} with commas between"
             ) from None
 
 
@@ -164,8 +164,8 @@ class Options:
     def read(self, argv: Sequence[str]) -> Any:
         """The settings; ValueError, in words of options, for what is wrong with these words."""
         check_words(argv)
+        file, words = self._words(argv)
         try:
-            file, words = self._words(argv)
             return config.read(self.kind, file, words)
         except ValueError as error:
             raise ValueError(self.in_words(str(error))) from None

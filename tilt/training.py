@@ -65,7 +65,11 @@ class Run:
     log_every: int = setting(10, whole(1), "steps between lines of the log")
     wandb: bool = setting(False, FLAG, "log to Weights & Biases too")
     resume: bool = setting(
-        False, FLAG, "carry on from the last checkpoint, and further if steps is higher"
+        False,
+        FLAG,
+        "carry on from the last checkpoint, and further if steps is higher; save_every, log_every, "
+        "wandb, check.every, check.patience, micro_groups, compile and gradient_checkpointing may "
+        "differ, too",
     )
     check: Check = part(Check, "checks while training")
 

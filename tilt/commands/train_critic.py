@@ -96,7 +96,7 @@ class Train:
     resume: bool = setting(
         False,
         FLAG,
-        "carry on from the last checkpoint, further if steps= is higher; save_every and "
+        "carry on from the last checkpoint, and further if steps is higher; save_every and "
         "log_every may differ, too",
     )
     critic: CriticSettings = part(CriticSettings, "critic")
