@@ -177,7 +177,7 @@ def test_a_process_that_has_done_waits_longer_than_a_collectives_patience(script
         "import os, sys, time\n"
         "from datetime import timedelta\n"
         "from torch import distributed\n"
-        f"from scripts import {script}\n"
+        f"from tilt.commands import {script}\n"
         f"work = {script}.{slow}\n"
         "def slowly(*arguments):\n"
         "    time.sleep(8 * (os.environ['RANK'] == '0'))\n"

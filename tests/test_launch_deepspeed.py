@@ -20,7 +20,7 @@ ZERO = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
 SCRIPT = """
 import sys
 from deepspeed import DeepSpeedEngine
-from scripts import {name}
+from tilt.commands import {name}
 from tilt import training
 
 loop = training.loop

@@ -181,7 +181,7 @@ def test_a_spread_that_cannot_be_is_refused_before_a_folder_is_made(
 def test_a_process_that_waits_hears_that_another_died():
     program = (
         "import os, time\n"
-        "from scripts import launched\n"
+        "from tilt import processes as launched\n"
         "processes = launched.join('cpu')\n"
         "assert processes.count == 2\n"
         "if processes.index == 1:\n"
