@@ -37,7 +37,9 @@ class Interval:
 def percentile_interval(mean: float, resampled: Tensor, confidence: float = CONFIDENCE) -> Interval:
     """The percentile interval of a mean, from means (samples,) of resampled data."""
     tail = round((1 - confidence) / 2, 12)  # 0.025 exactly
-    low, high = resampled.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = (
+        resampled.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    )
     return Interval(mean, low, high)
 
 

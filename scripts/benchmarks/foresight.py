@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+import torch
 
 from steering import FeynmanKac, tiny
+from tilt.statistics import percentile_interval
 
 from .lift import TASKS, prompts_of, steered
 
@@ -40,8 +42,9 @@ def interval(a: np.ndarray, b: np.ndarray, seed: int = 0) -> str:
     """The correlation and its 95 % bootstrap interval over prompts."""
     rng = np.random.default_rng(seed)
     draws = [rng.integers(len(a), size=len(a)) for _ in range(1000)]
-    low, high = np.percentile([correlation(a[rows], b[rows]) for rows in draws], [2.5, 97.5])
-    return f"{correlation(a, b):.2f} [{low:.2f}, {high:.2f}]"
+    resampled = torch.tensor([correlation(a[rows], b[rows]) for rows in draws])
+    found = percentile_interval(correlation(a, b), resampled)
+    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,6 +32,7 @@ from rewards.models.objects import ObjectsReward
 from rewards.models.ocr import OcrReward
 from steering import FeynmanKac, Steered, steer, tiny
 from steering.manifest import fingerprint
+from tilt.statistics import percentile_interval
 
 from ..tiny.world import scene
 
@@ -153,8 +154,7 @@ def interval(values: np.ndarray, seed: int = 0) -> str:
     """Mean and 95 % bootstrap interval over prompts."""
     rng = np.random.default_rng(seed)
     means = values[rng.integers(len(values), size=(4000, len(values)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+    return percentile_interval(float(values.mean()), torch.from_numpy(means)).text()
 
 
 def _group(row: dict) -> tuple:
