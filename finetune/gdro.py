@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from . import zero
-from .data import Ahead, Data
+from .data import Ahead, Data, check_fits
 from .groups import NORMS, draw_groups, target_entropy
 from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .losses import FORMS, best_image_loss, gdro_loss, implicit_scores
-from .models import Family, Noising, predict
+from .models import Family, Noising, family_of, noising_of, predict
 from .ranges import FLAG, NAME, number, one_of, setting, whole
 
 __all__ = ["Gdro", "Trainer"]
@@ -57,6 +57,17 @@ class Gdro(Tuning):
     reward_norm: str = setting(
         "none", one_of(*NORMS), "none, minmax, rank, group_std or global_std"
     )
+
+
+def trainer_of(pipe: Any, data: Data, settings: Gdro, accelerator: Any) -> Trainer:
+    """The trainer of a pipeline's network, an `accelerate.Accelerator` beside it.
+
+    ValueError for a pipeline that cannot be trained, and for rollouts that it cannot have drawn.
+    """
+    family, kind = family_of(pipe), type(pipe).__name__
+    network = getattr(pipe, family.network)
+    check_fits(data, network, kind, kind)
+    return Trainer(network, family, noising_of(pipe), data, settings, accelerator)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import runpy
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -323,3 +325,19 @@ def test_bad_input_is_refused_in_one_sentence(
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_the_example_trains_goes_on_and_gives_what_the_command_gives(scored, tmp_path, monkeypatch):
+    example = Path(__file__).parents[1] / "scripts/examples/train_in_ten_lines.py"
+    mine, told = tmp_path / "mine", tmp_path / "told"
+    for steps in (2, 4):  # the second time it goes on
+        text = example.read_text(encoding="utf-8").replace("steps=4", f"steps={steps}")
+        (tmp_path / "example.py").write_text(text, encoding="utf-8")
+        monkeypatch.setattr(sys, "argv", ["example.py", str(scored / "run"), str(mine)])
+        runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
+    words = [f"--rollouts={scored / 'run'}", f"--out={told}", "--gdro.groups=2", "--gdro.k=2"]
+    assert train_gdro.main([*words, "--gdro.steps=4"]) == 0
+    one, two = (load_file(next((f / "lora").glob("*.safetensors"))) for f in (mine, told))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [row["step"] for row in checks.read(mine / "log.csv")] == [1, 2, 3, 4]

@@ -1,29 +1,24 @@
-"""What training scripts share: settings, the loop with log, checks and checkpoints, the export."""
+"""What the commands of training share: settings, what is looked at, and what is exported."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from tqdm import tqdm
 
 import rewards
-from finetune import checks, config, lora, ranges
+from finetune import config, ranges
 from finetune.checks import Check, Watch
-from finetune.learner import Learner
+from finetune.loop import begin as start
+from finetune.loop import export as save
+from finetune.loop import run
 from finetune.ranges import FLAG, NAME, TEXT, one_of, optional, part, setting, whole
 from finetune.sharding import shard
-from finetune.state import FILE, FINISHED, is_finished, load_state, save_state
+from finetune.state import FILE, is_finished
 from rewards.catalogue import OutsideError
 from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
@@ -194,20 +189,13 @@ def begin(trainer: Any, settings: Run, method: Any, made_of: Mapping[str, str]) 
 
     made_of: digests of what is trained, and on what, by name.
     """
-    learner: Learner = trainer.learner
-    out, main = Path(settings.out), learner.accelerator.is_main_process
-    if settings.lora:
-        part, alpha = learner.family.network, learner.settings.alpha
-        learner.start_from(lora.read(Path(settings.lora), part, learner.weights, alpha))
-    if settings.resume:
-        load_state(trainer, out, made_of, method.steps)
-    if main:
+    out, accelerator = Path(settings.out), trainer.learner.accelerator
+    given = {"resume": settings.resume, "adapter": settings.lora, "made_of": made_of}
+    start(trainer, out, method.steps, **given)
+    if accelerator.is_main_process:
         config.write(settings, out / "settings.yaml")
-        for table in ("log.csv", "checks.csv"):
-            checks.rewind(out / table, trainer.step)
     plain = {k: v if isinstance(v, int | float) else str(v) for k, v in asdict(method).items()}
-    learner.accelerator.init_trackers("tensorboard", plain)
-    learner.accelerator.wait_for_everyone()  # all read the table of checks next
+    accelerator.init_trackers("tensorboard", plain)
 
 
 def loop(
@@ -218,64 +206,9 @@ def loop(
     shown: Sequence[str],
     made_of: Mapping[str, str],
 ) -> None:
-    """Take the remaining steps, logging, checking and saving on the way.
-
-    trainer has `learner`, `step`, `train_step()` and `state_dict()`; shown: on the progress bar;
-    made_of: as in `begin`.
-    """
-    learner: Learner = trainer.learner
-    out, main = Path(settings.out), learner.accelerator.is_main_process
-    recent: list[dict[str, float]] = []
-    bar = tqdm(range(trainer.step, steps), initial=trainer.step, total=steps, disable=not main)
-    if watch and main:
-        prompts = {"held_out": list(watch.unseen), "trained_on": list(watch.seen)}
-        text = json.dumps(prompts, indent=1, ensure_ascii=False)
-        (out / "checks.json").write_text(text + "\n", encoding="utf-8")
-    if watch and trainer.step == 0:
-        bar.set_description("first check")
-        _check(learner, 0, watch, out)
-    for step in bar:
-        if watch and checks.is_over(checks.read(out / "checks.csv"), watch.check):
-            tqdm.write(f"stopped at step {step}: {watch.check.best} has not risen any more")
-            break
-        bar.set_description("training")
-        start = time.monotonic()
-        recent.append(trainer.train_step() | {"seconds": time.monotonic() - start})
-        done = step + 1
-        if done % settings.log_every == 0 and main:
-            means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}
-            checks.append(out / "log.csv", {"step": done} | means)
-            learner.accelerator.log(means, done)
-            bar.set_postfix({k: f"{means[k]:.3g}" for k in shown})
-            recent.clear()
-        if watch and (done % watch.check.every == 0 or done == steps):
-            bar.set_description("check")
-            _check(learner, done, watch, out)
-        if done % settings.save_every == 0 or done == steps:
-            save_state(trainer, out, main, made_of)
-
-
-def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
-    """Look at the averaged weights; keep the row, the pictures, and the weights if they are best.
-
-    The weights are kept before the row, so that the best row's weights are always there.
-    """
-    accelerator = learner.accelerator
-    with learner.averaged():
-        row, grid = watch.look(learner.family.network, learner.bare, accelerator)
-    weights = lora.whole(learner.average.weights)
-    row = {"step": step} | row
-    rows = [*checks.read(out / "checks.csv"), row]
-    best = checks.best_row(rows, watch.check.best)  # an error, where there is one, in all processes
-    if accelerator.is_main_process:
-        if best["step"] == step:
-            save_file(lora.copy(weights), out / "best.safetensors")
-        checks.append(out / "checks.csv", row)
-        (out / "grids").mkdir(exist_ok=True)
-        grid.save(out / "grids" / f"{step:06d}.png")
-        accelerator.log({name: row[name] for name in row if name != "step"}, step)
-        tqdm.write(json.dumps({k: round(v, 4) for k, v in row.items()}), file=sys.stdout)
-    accelerator.wait_for_everyone()
+    """Take the remaining steps; the arguments are those of `finetune.loop.run`."""
+    every = {"save_every": settings.save_every, "log_every": settings.log_every}
+    run(trainer, Path(settings.out), steps, watch=watch, shown=shown, made_of=made_of, **every)
 
 
 def finished(settings: Run, steps: int, made_of: Mapping[str, str]) -> bool:
@@ -296,42 +229,18 @@ def show(settings: Run) -> None:
 def export(
     trainer: Any, kind: Any, settings: Run, about: Sequence[str], base: str, method: str
 ) -> Path:
-    """Write lora/ with its card: the best of the checks, else the last average; the weights' file.
+    """Write lora/ with its card, and the report; the weights' file.
 
     Every process has to call it; the main one writes. kind: the pipeline's class; about: lines on
     the data; base, method: for the card's title.
     """
-    learner: Learner = trainer.learner
-    part, main = learner.family.network, learner.accelerator.is_main_process
-    out, step, chosen = Path(settings.out), trainer.step, learner.average.weights
-    rows = checks.read(out / "checks.csv")
-    if rows:
-        step = int(checks.best_row(rows, settings.check.best)["step"])
-        chosen = _best(out / "best.safetensors")
-    if main:
-        (out / "lora" / FINISHED).unlink(missing_ok=True)  # of fewer steps
-    with lora.swapped(learner.weights, chosen):
-        file = lora.save(kind, part, learner.bare, out / "lora", main)
-    if main:
-        _card(out, kind, base, method, about, step)
+    out, accelerator = Path(settings.out), trainer.learner.accelerator
+    file, step = save(trainer, kind, out, settings.check.best)
+    if accelerator.is_main_process:
+        text = (out / "settings.yaml").read_text(encoding="utf-8")
+        said = model_card.About(base, kind.__name__, method, text, about, step)
+        model_card.write(out / "lora", said, out)
         if (out / "log.csv").exists():
             page.write(out)
-    learner.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
     return file
-
-
-def _best(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{file}, the weights of the best check, cannot be read ({error}); train once more, "
-            "into another out="
-        ) from None
-
-
-def _card(out: Path, kind: Any, base: str, method: str, about: Sequence[str], step: int) -> None:
-    text = (out / "settings.yaml").read_text(encoding="utf-8")
-    model_card.write(
-        out / "lora", model_card.About(base, kind.__name__, method, text, about, step), out
-    )

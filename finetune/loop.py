@@ -1,0 +1,154 @@
+"""The loop of training: steps with a log, checks, checkpoints and resume, and the LoRA at the end.
+
+A trainer has `learner`, `step`, `train_step()`, `state_dict()` and `load_state_dict()`, as those of
+`finetune.gdro`, `finetune.grpo` and `finetune.nft`. Its folder gets log.csv, checks.csv, grids/,
+best.safetensors, state.pt and lora/.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from . import checks, lora
+from .checks import Watch
+from .learner import Learner
+from .state import FINISHED, load_state, save_state
+
+__all__ = ["begin", "export", "run"]
+
+
+def begin(
+    trainer: Any,
+    out: Path,
+    steps: int,
+    *,
+    resume: bool = False,
+    adapter: str | None = None,
+    made_of: Mapping[str, str] | None = None,
+) -> None:
+    """Start from a LoRA's weights, if one is named, and go on from the folder's checkpoint.
+
+    resume: whether to go on; without, a folder is begun anew. made_of: digests of what is trained,
+    and on what, by name; a checkpoint of something else is refused. ValueError as for `load_state`.
+    """
+    learner: Learner = trainer.learner
+    if adapter:
+        part, alpha = learner.family.network, learner.settings.alpha
+        learner.start_from(lora.read(Path(adapter), part, learner.weights, alpha))
+    if resume:
+        load_state(trainer, out, made_of or {}, steps)
+    if learner.accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        for table in ("log.csv", "checks.csv"):
+            checks.rewind(out / table, trainer.step)
+    learner.accelerator.wait_for_everyone()  # all read the table of checks next
+
+
+def run(
+    trainer: Any,
+    out: Path,
+    steps: int,
+    *,
+    watch: Watch | None = None,
+    save_every: int = 50,
+    log_every: int = 10,
+    shown: Sequence[str] = (),
+    made_of: Mapping[str, str] | None = None,
+) -> None:
+    """Take the remaining steps, logging, checking and saving on the way.
+
+    Every process has to call it, and the main one writes. watch: what is drawn and scored on the
+    way; shown: columns of the log for the progress bar; made_of: as for `begin`.
+    """
+    learner: Learner = trainer.learner
+    main, recent = learner.accelerator.is_main_process, []
+    bar = tqdm(range(trainer.step, steps), initial=trainer.step, total=steps, disable=not main)
+    if watch and main:
+        prompts = {"held_out": list(watch.unseen), "trained_on": list(watch.seen)}
+        text = json.dumps(prompts, indent=1, ensure_ascii=False)
+        (out / "checks.json").write_text(text + "\n", encoding="utf-8")
+    if watch and trainer.step == 0:
+        bar.set_description("first check")
+        _check(learner, 0, watch, out)
+    for step in bar:
+        if watch and checks.is_over(checks.read(out / "checks.csv"), watch.check):
+            tqdm.write(f"stopped at step {step}: {watch.check.best} has not risen any more")
+            break
+        bar.set_description("training")
+        start = time.monotonic()
+        recent.append(trainer.train_step() | {"seconds": time.monotonic() - start})
+        done = step + 1
+        if done % log_every == 0 and main:
+            means = {k: sum(r[k] for r in recent) / len(recent) for k in recent[0]}
+            checks.append(out / "log.csv", {"step": done} | means)
+            learner.accelerator.log(means, done)
+            bar.set_postfix({k: f"{means[k]:.3g}" for k in shown})
+            recent.clear()
+        if watch and (done % watch.check.every == 0 or done == steps):
+            bar.set_description("check")
+            _check(learner, done, watch, out)
+        if done % save_every == 0 or done == steps:
+            save_state(trainer, out, main, made_of or {})
+
+
+def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
+    """Look at the averaged weights; keep the row, the pictures, and the weights if they are best.
+
+    The weights are kept before the row, so that the best row's weights are always there.
+    """
+    accelerator = learner.accelerator
+    with learner.averaged():
+        row, grid = watch.look(learner.family.network, learner.bare, accelerator)
+    weights = lora.whole(learner.average.weights)
+    row = {"step": step} | row
+    rows = [*checks.read(out / "checks.csv"), row]
+    best = checks.best_row(rows, watch.check.best)  # an error, where there is one, in all processes
+    if accelerator.is_main_process:
+        if best["step"] == step:
+            save_file(lora.copy(weights), out / "best.safetensors")
+        checks.append(out / "checks.csv", row)
+        (out / "grids").mkdir(exist_ok=True)
+        grid.save(out / "grids" / f"{step:06d}.png")
+        accelerator.log({name: row[name] for name in row if name != "step"}, step)
+        tqdm.write(json.dumps({k: round(v, 4) for k, v in row.items()}), file=sys.stdout)
+    accelerator.wait_for_everyone()
+
+
+def export(trainer: Any, kind: Any, out: Path, best: str = "held_out/reward") -> tuple[Path, int]:
+    """Write out/lora: the weights' file, and the step that they are of.
+
+    They are those of the best check by the metric `best`, or the last average where nothing was
+    checked. Every process has to call it; the main one writes. kind: the pipeline's class.
+    """
+    learner: Learner = trainer.learner
+    part, main = learner.family.network, learner.accelerator.is_main_process
+    step, chosen = trainer.step, learner.average.weights
+    rows = checks.read(out / "checks.csv")
+    if rows:
+        step = int(checks.best_row(rows, best)["step"])
+        chosen = _best(out / "best.safetensors")
+    if main:
+        (out / "lora" / FINISHED).unlink(missing_ok=True)  # of fewer steps
+    with lora.swapped(learner.weights, chosen):
+        file = lora.save(kind, part, learner.bare, out / "lora", main)
+    return file, step
+
+
+def _best(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{file}, the weights of the best check, cannot be read ({error}); train once more, "
+            "into another out="
+        ) from None
