@@ -134,7 +134,7 @@ def load_state(
     for name, digest in (made_of or {}).items():
         if was.get(name, digest) != digest:
             raise ValueError(
-                f"{folder} was begun when {name} held something else under the same name; bring "
+                f"{folder} was begun when {name}= held something else under the same name; bring "
                 "that back, or give another out="
             )
     try:

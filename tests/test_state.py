@@ -170,7 +170,7 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     save_state(Trainer(), tmp_path, made_of={"rollouts": "abc"})
     assert load_state(Trainer(), tmp_path, {"rollouts": "abc"})
-    with pytest.raises(ValueError, match="begun when rollouts held something else"):
+    with pytest.raises(ValueError, match="begun when rollouts= held something else"):
         load_state(Trainer(), tmp_path, {"rollouts": "abd"})
 
 

@@ -141,7 +141,8 @@ def finish(
     settings: Any = None
 
     def said(error: BaseException) -> str:
-        return options.in_words(one_line(error))
+        """In words of options, as those of what was read already are."""
+        return options.in_words(one_line(error)) if settings else one_line(error)
 
     def left() -> str:
         there = settings is not None and any(Path(settings.out).glob(pattern))
