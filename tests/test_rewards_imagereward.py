@@ -356,7 +356,7 @@ def test_a_missing_vocabulary_says_where_it_belongs(folder, monkeypatch):
 
     monkeypatch.setattr(imagereward, "fetch", offline)
     (folder / "vocab.txt").unlink()
-    with pytest.raises(ValueError, match=r"vocab.txt nor to be had .* put vocab.txt"):
+    with pytest.raises(ValueError, match=r"vocab.txt nor available .* put vocab.txt"):
         ImageRewardReward(str(folder))
 
 
