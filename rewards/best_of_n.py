@@ -114,21 +114,26 @@ def _choice(entry: Any) -> Choice | None:
     return Choice(prompt, tuple(chosen), tuple(rejected), *extra)
 
 
-def score_choices(reward: Any, choices: Sequence[Choice], folder: str | Path = "") -> list[Tensor]:
+def score_choices(
+    reward: Any,
+    choices: Sequence[Choice],
+    folder: str | Path = "",
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
     """The scores of each choice's images, chosen first; paths are relative to `folder`."""
     scores = []
     for choice in choices:
         found = []
         for name in choice.chosen + choice.rejected:
-            found.append(reward(_picture(Path(folder, name)), [choice.prompt]))
+            found.append(reward(_picture(Path(folder, name), device), [choice.prompt]))
         scores.append(torch.cat(found))
     return scores
 
 
-def _picture(path: Path) -> Tensor:
+def _picture(path: Path, device: torch.device | str | None) -> Tensor:
     try:
         with Image.open(path) as picture:
-            return to_images(picture)
+            return to_images(picture, device)
     except OSError as error:
         raise ValueError(f"the image {path} of a choice cannot be read: {error}") from error
 

@@ -75,11 +75,11 @@ def win_report(rows: Rows, baseline: Rows, column: str, seed: int = 0) -> str:
     )
 
 
-def preference_report(file: Path, reward: Any) -> str:
+def preference_report(file: Path, reward: Any, device: torch.device | None = None) -> str:
     """Best-of-n accuracy of a reward on each subset of a preference file, a line for each."""
     choices = read_choices(file)
     reward.check([choice.prompt for choice in choices])
-    results = choice_results(choices, score_choices(reward, choices, file.parent))
+    results = choice_results(choices, score_choices(reward, choices, file.parent, device))
     counts = {name: 0 for name in results}
     for choice in choices:
         counts["ties" if choice.subset.lower() == "ties" else choice.subset] += 1

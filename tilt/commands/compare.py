@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import rewards
+from rewards.backends.local_vlm import LocalVlm
 from rewards.models.vlm_judge import JudgeReward
 from rewards.samples import read_samples
 from tilt.comparison import agreement_report, preference_report, ranked, win_report
-from tilt.options import Parser, ended
+from tilt.loading import pick_device
+from tilt.options import SEED, Parser, ended
 from tilt.score_summary import FIGURES
 from tilt.score_table import read_table
 
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--table", type=Path, required=True, help="Table of scores.")
     one.add_argument("--baseline", type=Path, required=True, help="Table to compare it with.")
     one.add_argument("--column", default="reward", help="Column to compare (default: reward).")
-    one.add_argument("--seed", type=int, default=0, help="Seed of the bootstrap (default: 0).")
+    one.add_argument("--seed", type=SEED, default=0, help="Seed of the bootstrap (default: 0).")
     one = commands.add_parser("preferences", help="accuracy of a reward on a preference file")
     one.add_argument("--file", type=Path, required=True, help="Preference file, .jsonl.")
     one.add_argument("--reward", required=True, help="Spec of the reward.")
@@ -53,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--images", type=Path, required=True, help="Folder of images, or .jsonl file.")
     one.add_argument("--prompt", help="Prompt of the images that do not record their own.")
     one.add_argument("--judge", required=True, help="Spec of the judge, judge(url=..., model=...).")
+    for one in (commands.choices["preferences"], commands.choices["tournament"]):
+        one.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto).")
     return p
 
 
@@ -67,9 +71,10 @@ def _report(args: argparse.Namespace) -> str:
     if args.command == "wins":
         return win_report(_table(args.table), _table(args.baseline), args.column, args.seed)
     if args.command == "preferences":
-        return preference_report(args.file, rewards.load(args.reward, imports=True))
+        device = pick_device(args.device)
+        return preference_report(args.file, rewards.load(args.reward, device, imports=True), device)
     samples = read_samples(args.images, args.prompt, exclude=FIGURES)
-    found = ranked(samples, _judge(args.judge))
+    found = ranked(samples, _judge(args.judge, args.device))
     lines = [
         f"{prompt}\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(paths, 1))
         for prompt, paths in found.items()
@@ -84,8 +89,10 @@ def _table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _judge(spec: str) -> JudgeReward:
+def _judge(spec: str, device: str) -> JudgeReward:
     found = rewards.load(spec, imports=True).parts[0].reward
     if not isinstance(found, JudgeReward):
         raise ValueError(f"{spec!r} is no judge; write judge(url=..., model=...) or judge(FOLDER)")
+    if isinstance(found.model, LocalVlm):
+        found.model.to(pick_device(device))
     return found
