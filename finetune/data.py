@@ -13,12 +13,12 @@ from torch import Tensor
 from .groups import Group, make_groups, normalised
 from .shards import Rollouts
 
-__all__ = ["Ahead", "Data", "Rows", "check_fits", "load_data"]
+__all__ = ["Ahead", "Data", "ShardRows", "check_fits", "load_data"]
 
 T = TypeVar("T")
 
 
-class Rows:
+class ShardRows:
     """The rows of several tensors as those of one: rows[index] copies the rows that are asked for.
 
     parts (n_i, *shape) may be memory-mapped: the rest of them is never read. ValueError for parts
@@ -56,8 +56,8 @@ class Data:
     dropped: prompts that were left out; unscored: images that were.
     """
 
-    latents: Tensor | Rows
-    given: Mapping[str, Tensor | Rows]
+    latents: Tensor | ShardRows
+    given: Mapping[str, Tensor | ShardRows]
     groups: list[Group]
     dropped: int
     unscored: int = 0
@@ -87,7 +87,7 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
             "scoring them again"
         )
     groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards, dtype=torch.float64), k)
-    rows = {name: Rows([tensors[name] for tensors in shards]) for name in shards[0]}
+    rows = {name: ShardRows([tensors[name] for tensors in shards]) for name in shards[0]}
     latents = rows.pop("latents")
     given = {name.removeprefix("given."): found for name, found in rows.items()}
     return Data(latents, given, normalised(groups, norm), dropped, unscored)

@@ -24,7 +24,7 @@ from .losses import FORMS, best_image_loss, gdro_loss, implicit_scores
 from .models import Family, Noising, family_of, noising_of, predict
 from .ranges import FLAG, NAME, number, one_of, setting, whole
 
-__all__ = ["Gdro", "Trainer"]
+__all__ = ["Gdro", "GdroTrainer"]
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Gdro(Tuning):
     )
 
 
-def trainer_of(pipe: Any, data: Data, settings: Gdro, accelerator: Any) -> Trainer:
+def trainer_of(pipe: Any, data: Data, settings: Gdro, accelerator: Any) -> GdroTrainer:
     """The trainer of a pipeline's network, an `accelerate.Accelerator` beside it.
 
     ValueError for a pipeline that cannot be trained, and for rollouts that it cannot have drawn.
@@ -67,7 +67,7 @@ def trainer_of(pipe: Any, data: Data, settings: Gdro, accelerator: Any) -> Train
     family, kind = family_of(pipe), type(pipe).__name__
     network = getattr(pipe, family.network)
     check_fits(data, network, kind, kind)
-    return Trainer(network, family, noising_of(pipe), data, settings, accelerator)
+    return GdroTrainer(network, family, noising_of(pipe), data, settings, accelerator)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Inputs:
         return replace(self, **moved, given=given)
 
 
-class Trainer:
+class GdroTrainer:
     """A network that learns from rollouts, a step at a time."""
 
     def __init__(

@@ -24,7 +24,7 @@ from .models import Family
 from .online import Batch, Compared, Samples, Score, Task, advantages_of, only
 from .ranges import FLAG, number, one_of, optional, setting, whole
 
-__all__ = ["Grpo", "Score", "Trainer", "advantages_of", "mean_log_prob"]
+__all__ = ["Grpo", "GrpoTrainer", "Score", "advantages_of", "mean_log_prob"]
 
 
 @dataclass
@@ -91,7 +91,7 @@ def mean_log_prob(transition: Transition, x: Tensor) -> Tensor:
     return log_prob(raised, x[:, None])[:, 0] / x[0].numel()
 
 
-class Trainer:
+class GrpoTrainer:
     """A network that learns from its own samples, an epoch at a time."""
 
     def __init__(

@@ -24,7 +24,7 @@ from .models import Conditioning, Family, predict
 from .online import Batch, Samples, Task, only
 from .ranges import FLAG, number, one_of, optional, setting, whole
 
-__all__ = ["Nft", "Trainer", "draw_times"]
+__all__ = ["Nft", "NftTrainer", "draw_times"]
 
 
 @dataclass
@@ -95,7 +95,7 @@ def slowly(step: int) -> float:
     return step / 1000
 
 
-class Trainer:
+class NftTrainer:
     """A network that learns from the samples of its slow copy, an epoch at a time."""
 
     def __init__(

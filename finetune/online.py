@@ -1,7 +1,7 @@
-"""An epoch of learning from one's own samples: choose prompts, make images, score, compare, tell.
+"""One online epoch: sample images, score them, compute advantages.
 
-What grpo.Trainer and nft.Trainer share. Every epoch draws prompts and noise from (seed, epoch,
-group) alone, so a run that is resumed, or split among processes, samples the same images.
+What GrpoTrainer and NftTrainer share. Every epoch draws prompts and noise from (seed, epoch, group)
+alone, so a run that is resumed, or split among processes, samples the same images.
 Legend: g groups, k images a group, n = g·k rows.
 """
 

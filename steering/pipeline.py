@@ -27,7 +27,7 @@ from steering.lineage import Moment, Score, why_nothing_moved
 from steering.result import Steered
 from steering.run import Run
 from steering.schedulers import stochastic
-from steering.scoring import Judge, RewardFunction
+from steering.scoring import PromptScorer, RewardFunction
 from steering.seeds import generators
 from steering.settings import FeynmanKac
 from steering.spread import Spread
@@ -162,7 +162,7 @@ def steer_each(
     run = Run(
         pipe=pipe,
         call=call,
-        judge=Judge(reward, prompts, references),
+        judge=PromptScorer(reward, prompts, references),
         prompts=prompts,
         k=particles,
         settings=replace(settings, noise=noise),

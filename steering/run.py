@@ -39,12 +39,12 @@ from steering.following import Following, follow_momentum
 from steering.lineage import Moment
 from steering.manifest import describe, select
 from steering.noise import global_states, refuse_global_noise
-from steering.observer import Filter, needs_scores, refuse_not_finite, way_out
 from steering.packing import check_alone, first_step, no_rows
+from steering.particles import Particles, needs_scores, refuse_not_finite, way_out
 from steering.probe import Again, Batch
 from steering.result import Steered
 from steering.schedulers import Look, stochastic
-from steering.scoring import Judge
+from steering.scoring import PromptScorer
 from steering.seeds import generator, keys
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 from steering.spread import Spread
@@ -74,7 +74,7 @@ class Run:
 
     pipe: DiffusionPipeline
     call: PipelineCall
-    judge: Judge
+    judge: PromptScorer
     prompts: tuple[str, ...]
     k: int
     settings: FeynmanKac
@@ -217,7 +217,7 @@ class Run:
             images = decoder.images(x0, rows)
             return self.judge.score(images, indices), images
 
-        particles = Filter(
+        particles = Particles(
             len(indices),
             self.k,
             self.settings,
@@ -316,7 +316,7 @@ class Run:
         indices: Sequence[int],
         returned: Any,
         decoder: Decoder,
-        particles: Filter,
+        particles: Particles,
         last: Tensor | None,
     ) -> Steered:
         """The result. Where something fails now, the exception's `finished` has the latents."""
@@ -351,7 +351,7 @@ class Run:
         indices: Sequence[int],
         latents: Tensor,
         decoder: Decoder,
-        particles: Filter,
+        particles: Particles,
     ) -> Steered:
         images = decoder.finals(latents, particles.rows)
         self.pipe.maybe_free_model_hooks()

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Judge", "RewardFunction"]
+__all__ = ["PromptScorer", "RewardFunction"]
 
 
 class RewardFunction(Protocol):
@@ -21,7 +21,7 @@ class RewardFunction(Protocol):
     def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor: ...
 
 
-class Judge:
+class PromptScorer:
     """Scores images of the prompts of a run, k a prompt. Raises ValueError if `reward` cannot."""
 
     def __init__(self, reward: Any, prompts: Sequence[str], references: Sequence[Any] | None):

@@ -14,9 +14,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from steering import FeynmanKac, generators, particle_filter
 from steering.arguments import check_steer
 from steering.keywords import check_keywords
-from steering.observer import refuse_overflow
+from steering.particles import refuse_overflow
 from steering.schedulers import stochastic
-from steering.scoring import Judge
+from steering.scoring import PromptScorer
 from tilt.loading import pick_device, pick_dtype
 
 STEER = {
@@ -121,12 +121,12 @@ def test_a_scale_that_overflows_with_these_rewards_is_said():
 @pytest.mark.parametrize("reward", [len, lambda images: images, lambda a, b, c: a])
 def test_a_reward_that_cannot_be_called_so_is_refused(reward):
     with pytest.raises(ValueError, match=r"is called as f\(images, prompts\)"):
-        Judge(reward, ["a"], None)
+        PromptScorer(reward, ["a"], None)
 
 
 @pytest.mark.parametrize("scores", [None, "high", [["a"]], {"a": 1}])
 def test_what_a_reward_returns_is_looked_at(scores):
-    judge = Judge(lambda images, prompts: scores, ["a"], None)
+    judge = PromptScorer(lambda images, prompts: scores, ["a"], None)
     with pytest.raises(ValueError, match="return 2 numbers, one an image"):
         judge.score(torch.zeros(2, 3, 4, 4), [0])
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.data import Ahead, Data, Rows, check_fits, load_data
+from finetune.data import Ahead, Data, ShardRows, check_fits, load_data
 from finetune.shards import Shard, add_rewards
 
 
 def test_rows_of_several_tensors_are_those_of_one():
     parts = [torch.randn(n, 2, 3).half() for n in (3, 1, 4)]
-    rows, every = Rows(parts), torch.cat(parts)
+    rows, every = ShardRows(parts), torch.cat(parts)
     index = torch.tensor([[0, 7, 3], [2, 4, 0]])
     assert rows.shape == (8, 2, 3)
     assert len(rows) == 8
@@ -32,7 +32,7 @@ def test_rows_of_several_tensors_are_those_of_one():
 @pytest.mark.parametrize("other", [torch.zeros(2, 5), torch.zeros(2, 4).half()])
 def test_shards_that_differ_are_refused(other):
     with pytest.raises(ValueError, match="of 2 shapes and types"):
-        Rows([torch.zeros(2, 4), other])
+        ShardRows([torch.zeros(2, 4), other])
 
 
 def run_of(folder: Path, shards: int, shape: tuple[int, ...]) -> Any:

@@ -254,7 +254,7 @@ def test_networks_that_come_to_the_device_on_demand_are_steered_alike(kind):
         pipe.enable_model_cpu_offload(device="cpu")
     else:
         for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-            cpu_offload(part, "cpu", offload_buffers=True)
+            cpu_offload(part, torch.device("cpu"), offload_buffers=True)
         assert pipe.unet.device.type == "meta"
     out = steer(pipe, PROMPT, brightness, 3, **run)
     assert torch.equal(out.latents, plain.latents)

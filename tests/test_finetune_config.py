@@ -125,10 +125,10 @@ def test_a_flag_is_true_or_false():
 @pytest.mark.parametrize("word", ["call=[1]", "call=5", "check.call=[1]"])
 def test_a_group_that_is_given_a_value_is_named(word):
     from tilt.commands.rollout import Rollout
-    from tilt.commands.train_gdro import Train
+    from tilt.commands.train_gdro import TrainGdro
 
     with pytest.raises(ValueError, match=r"call is .* but holds settings of its own"):
-        config.read(Train if "check" in word else Rollout, None, [word])
+        config.read(TrainGdro if "check" in word else Rollout, None, [word])
 
 
 @pytest.mark.parametrize("out", ["/dev/null/x", "x" * 5000, "  "], ids=["file", "long", "blank"])

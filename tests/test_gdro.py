@@ -15,7 +15,7 @@ from tiny_pipelines import family
 
 from finetune import lora
 from finetune.data import Data, load_data
-from finetune.gdro import Gdro, Trainer
+from finetune.gdro import Gdro, GdroTrainer
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
 from finetune.learner import check_shares
 from finetune.models import encode, family_of, noising_of
@@ -46,7 +46,7 @@ def trainer_of(name="sd3", **changed):
         **{"groups": 2, "k": 3, "rank": 2, "alpha": 2, "lr": 1e-3, "micro_groups": 1} | changed
     )
     network = getattr(pipe, own.network)
-    return Trainer(network, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
+    return GdroTrainer(network, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
 
 
 def pipe_class():

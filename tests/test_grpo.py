@@ -11,7 +11,7 @@ from tiny_pipelines import family
 
 from finetune import lora
 from finetune.chains import Policy, sample, schedule_of
-from finetune.grpo import Grpo, Trainer, advantages_of, mean_log_prob
+from finetune.grpo import Grpo, GrpoTrainer, advantages_of, mean_log_prob
 from finetune.models import decode, encode, encode_negative, encoded, family_of, noising_of
 from finetune.online import Task
 from finetune.state import load_state, save_state
@@ -113,7 +113,7 @@ def trainer_of(name="sd3", score=brightness, **changed):
         score,
         weights={"brightness": 1.0},
     )
-    return Trainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
+    return GrpoTrainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
 
 
 def weights_of(trainer):

@@ -18,7 +18,7 @@ from tiny_pipelines import family
 
 from finetune import learner, lora
 from finetune.data import Data
-from finetune.gdro import Gdro, Trainer
+from finetune.gdro import Gdro, GdroTrainer
 from finetune.models import decode, encode, family_of, noising_of, predict
 from finetune.state import load_state, save_state
 
@@ -157,7 +157,7 @@ def test_rollouts_of_another_precision_serve(name, network):
     data = Data(data.latents.to(other), given, data.groups, 0)
     settings = Gdro(groups=2, k=3, rank=2, alpha=2, micro_groups=1)
     part = getattr(pipe, own.network).to(network)
-    trainer = Trainer(part, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
+    trainer = GdroTrainer(part, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
     assert trainer.train_step()["grad_norm"] > 0
 
 

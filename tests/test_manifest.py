@@ -20,7 +20,7 @@ from rewards.models.ocr import OcrReward
 from steering import FeynmanKac, manifest, steer
 from steering.manifest import fingerprint
 from steering.pipeline import steer_each
-from steering.scoring import Judge
+from steering.scoring import PromptScorer
 
 # peft, of the second adapter on a network
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute")
@@ -219,7 +219,7 @@ BUILT_IN = [
 @pytest.mark.parametrize(("reward", "spec"), BUILT_IN, ids=[spec for _, spec in BUILT_IN])
 def test_a_built_in_reward_is_recorded_as_the_text_that_loads_it(reward, spec):
     prompt = "a star" if isinstance(reward, ObjectsReward) else 'say "a"'
-    assert Judge(reward, [prompt], None).name == spec
+    assert PromptScorer(reward, [prompt], None).name == spec
     again = rewards.load(spec, imports=True)
     assert again == rewards.load(reward)
     assert again.spec == spec

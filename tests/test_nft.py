@@ -11,7 +11,7 @@ from tiny_pipelines import family
 from finetune import lora
 from finetune.chains import schedule_of
 from finetune.models import decode, encode, encode_negative, family_of, noising_of
-from finetune.nft import Nft, Trainer, draw_times
+from finetune.nft import Nft, NftTrainer, draw_times
 from finetune.online import Task
 from finetune.state import load_state, save_state
 
@@ -29,7 +29,7 @@ def trainer_of(name="sd3", score=brightness, **changed):
         empty = encode_negative(pipe, "", **call) if changed.get("guidance_scale", 1) > 1 else None
     schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
     task = Task(schedule, PROMPTS, given, lambda x: decode(pipe, x, call), score, empty=empty)
-    return Trainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
+    return NftTrainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])

@@ -142,11 +142,11 @@ def test_where_nothing_can_resample_the_warning_names_min_ess(caplog):
 
 
 def test_a_funnel_must_not_shrink_where_copies_would_stay_copies():
-    from steering.observer import Filter
+    from steering.particles import Particles
     from steering.schedulers import Look
 
     settings = FeynmanKac(num_scores=2, score_from=0.2, score_to=0.5, funnel=(4, 2))
-    filter_ = Filter(1, 4, settings, None, [], Rows(), lambda i, j: "", lambda *a: None)
+    filter_ = Particles(1, 4, settings, None, [], Rows(), lambda i, j: "", lambda *a: None)
     look = Look(0, (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0), lambda: torch.zeros(1))
     with pytest.raises(ValueError, match=r"shrinks at step 5, which draws no noise"):
         filter_(look)

@@ -30,7 +30,7 @@ from steering import Steered, steer
 from steering.call import PipelineCall
 from steering.denoiser import Rows, perturbed
 from steering.lineage import Lineage, Score, why_nothing_moved
-from steering.observer import Filter
+from steering.particles import Particles
 from steering.pipeline import steer_each
 from steering.schedulers import Chain, Look
 from steering.weights import log_mean_exp
@@ -161,7 +161,7 @@ def test_a_callback_of_the_users_runs_on_the_copy():
 def observed(stds):
     """A filter of 3 particles that sees steps with these stds; its rows and what it recorded."""
     settings = Settings(min_ess=1.0, reward_scale=5.0, num_scores=2, score_from=0.3)
-    particles = Filter(
+    particles = Particles(
         1,
         3,
         settings,

@@ -21,7 +21,7 @@ MODULES = [f"finetune.{found.name}" for found in pkgutil.iter_modules(finetune._
 MODULES += ["tilt.training", *(f"tilt.commands.{name}" for name in COMMANDS)]
 NEEDED = {
     rollouts.Plan: {"prompts": ("a",)},
-    variants.Plan: {"prompts": ("a",), "references": ((),), "images": 2, "seed": 0},
+    variants.EvaluationPlan: {"prompts": ("a",), "references": ((),), "images": 2, "seed": 0},
 }
 WRONG = (
     math.nan,
@@ -67,7 +67,7 @@ def test_the_settings_are_found():
     names = {f"{kind.__module__}.{kind.__name__}" for kind in KINDS}
     assert {
         "finetune.gdro.Gdro",
-        "tilt.commands.train_critic.Train",
+        "tilt.commands.train_critic.TrainCritic",
         "finetune.checks.Check",
     } <= names
     assert len(KINDS) >= 13

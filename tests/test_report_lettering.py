@@ -98,5 +98,5 @@ def test_codes_are_wrapped_like_words_and_none_is_cut_off(fonts):
 def test_pictures_of_a_run_take_any_prompt(fonts, prompt):
     fonts()
     image = Image.new("RGB", (64, 64))
-    pictures.comparison([pictures.Row(prompt=prompt, steered=[image], rewards=[1.0])])
+    pictures.comparison([pictures.GridRow(prompt=prompt, steered=[image], rewards=[1.0])])
     pictures.history([pictures.Trace(prompt=prompt, steps=[1], rewards=[[1.0]], ess=[1.0])])

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tilt.report import pictures
-from tilt.report.pictures import Row, Trace
+from tilt.report.pictures import GridRow, Trace
 
 RED = (214, 39, 40)  # the outline of the best
 
@@ -17,13 +17,13 @@ def plain_image(value: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return Image.new("RGB", size, (value, value, 255))
 
 
-def row(k: int = 4, compare: bool = True, prompt: str = "a red circle", best: int = 2) -> Row:
+def row(k: int = 4, compare: bool = True, prompt: str = "a red circle", best: int = 2) -> GridRow:
     rewards = [1.0 if i == best else i / 100 for i in range(k)]
     images = [plain_image(10 * i + 5) for i in range(k)]
     if not compare:
-        return Row(prompt=prompt, steered=images, rewards=rewards)
+        return GridRow(prompt=prompt, steered=images, rewards=rewards)
     baseline = [plain_image(200), plain_image(220)]
-    return Row(
+    return GridRow(
         prompt=prompt, steered=images, rewards=rewards, plain=baseline, plain_rewards=[0.1, 0.3]
     )
 
@@ -86,13 +86,13 @@ def test_small_pictures_are_enlarged_pixel_by_pixel_and_large_ones_smoothed():
     checks = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
     small = Image.fromarray(checks)
     page = np.asarray(
-        pictures.comparison([Row(prompt="x", steered=[small, small], rewards=[1, 0])])
+        pictures.comparison([GridRow(prompt="x", steered=[small, small], rewards=[1, 0])])
     )
     enlarged = np.kron(checks, np.ones((2, 2), np.uint8))
     assert np.array_equal(page[24:152, -136:-8, 0], enlarged)
     large = Image.fromarray(np.tile(checks, (8, 8)))
     page = np.asarray(
-        pictures.comparison([Row(prompt="x", steered=[large, large], rewards=[1, 0])])
+        pictures.comparison([GridRow(prompt="x", steered=[large, large], rewards=[1, 0])])
     )
     inner = page[44:260, -244:-28, 0].astype(float)
     assert np.abs(inner - 127.5).max() < 20  # grey, not one of the two
@@ -120,7 +120,7 @@ def test_many_particles_wrap_and_every_one_is_shown():
 @pytest.mark.parametrize("size", [(64, 32), (512, 512), (300, 700)])
 def test_any_shape_of_image_keeps_its_proportions(size):
     images = [plain_image(100, size)]
-    picture = pictures.comparison([Row(prompt="x", steered=images, rewards=[1.0])])
+    picture = pictures.comparison([GridRow(prompt="x", steered=images, rewards=[1.0])])
     ys, xs = np.nonzero((np.asarray(picture) == (100, 100, 255)).all(axis=2))
     ratio = (np.ptp(xs) + 1) / (np.ptp(ys) + 1)
     assert ratio == pytest.approx(size[0] / size[1], rel=0.1)
@@ -151,7 +151,7 @@ def test_history_takes_a_funnel_and_many_prompts():
 
 
 def test_nothing_to_draw_is_an_error():
-    for rows in ([], [Row(prompt="x", steered=[], rewards=[])]):
+    for rows in ([], [GridRow(prompt="x", steered=[], rewards=[])]):
         with pytest.raises(ValueError, match="at least one"):
             pictures.comparison(rows)
     with pytest.raises(ValueError, match="at least one"):

@@ -209,6 +209,8 @@ def test_scale_presets(folder):
         reward = ClipReward(str(folder), name)
         torch.testing.assert_close(reward(images, PROMPTS), value)
         low, high = reward.range
+        assert low is not None
+        assert high is not None
         assert ((value >= low) & (value <= high)).all()
     hessel = ClipReward(str(folder), "hessel")
     prefixed = ClipReward(str(folder))(images, ["A photo depicts " + prompt for prompt in PROMPTS])

@@ -82,6 +82,8 @@ def test_scores_are_those_of_transformers(made):
         found = reward(shown, PROMPTS)
         torch.testing.assert_close(found, wanted[scale], atol=1e-5, rtol=0)
         low, high = reward.range
+        assert low is not None
+        assert high is not None
         assert ((found >= low) & (found <= high)).all()
     assert scores["probability"].range[1] == pytest.approx(
         torch.tensor(1.2).exp().sub(0.7).sigmoid().item()

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scripts.benchmarks import flops, memory, networks, scale
 
 ROOT = Path(__file__).parents[1]
-SMALL = networks.Model(
+SMALL = networks.Published(
     "StableDiffusionPipeline",
     "UNet2DConditionModel",
     {"cross_attention_dim": 64, "block_out_channels": (32, 32, 64, 64), "norm_num_groups": 8},
@@ -26,7 +26,7 @@ SMALL = networks.Model(
 )
 
 
-def small_decoder(model: networks.Model) -> Any:
+def small_decoder(model: networks.Published) -> Any:
     kind: Any = AutoencoderKL
     return kind(
         block_out_channels=(32, 64),

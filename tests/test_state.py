@@ -105,7 +105,7 @@ def check_named(settings, name):
 @pytest.mark.parametrize("script", [train_gdro, train_adversarial, train_critic])
 def test_every_setting_that_changes_the_run_is_refused_by_name(script, tmp_path, monkeypatch):
     monkeypatch.setattr(config, "read", functools.cache(config.read))  # one record, many times
-    first = replace(script.Train(), out=str(tmp_path / "a"))
+    first = replace(script.OPTIONS.kind(), out=str(tmp_path / "a"))
     if hasattr(first, "check"):
         first = replace(first, check=replace(first.check, every=5), dtype="float32")
     begun(first)
@@ -113,7 +113,7 @@ def test_every_setting_that_changes_the_run_is_refused_by_name(script, tmp_path,
     again = replace(first, resume=True)
     check_out(again)
     may = set()
-    for name, value in others(script.Train).items():
+    for name, value in others(script.OPTIONS.kind).items():
         if name in ("out", "resume") or name.startswith("nft."):
             continue
         with contextlib.suppress(RefusedError):
@@ -128,7 +128,7 @@ def test_every_setting_that_changes_the_run_is_refused_by_name(script, tmp_path,
 
 
 def test_settings_of_the_other_method_and_of_checks_that_never_were_may_differ(tmp_path):
-    first = begun(train_adversarial.Train(out=str(tmp_path)))
+    first = begun(train_adversarial.TrainAdversarial(out=str(tmp_path)))
     again = replace(first, resume=True, nft=Nft(lr=1.0))
     check_out(again, ignore=("nft",))
     check_out(changed(again, "check.reward", "jpeg"), ignore=("nft",))
@@ -138,7 +138,7 @@ def test_settings_of_the_other_method_and_of_checks_that_never_were_may_differ(t
 
 def test_a_folder_under_another_name_is_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first = begun(train_gdro.Train(out="run", rollouts="made"))
+    first = begun(train_gdro.TrainGdro(out="run", rollouts="made"))
     check_out(replace(first, resume=True, rollouts=str(tmp_path / "run" / ".." / "made")))
 
 
@@ -148,7 +148,7 @@ def test_what_may_differ_is_said_by_help(script):
     may = {name for name in MAY_CHANGE if name in own and name not in ("out", "resume")}
     for name in ("steps", "micro_groups", "compile", "gradient_checkpointing"):
         may |= {name} if any(word.endswith(f".{name}") for word in own) else set()
-    (said,) = (one.metadata["help"] for one in fields(script.Train) if one.name == "resume")
+    (said,) = (one.metadata["help"] for one in fields(script.OPTIONS.kind) if one.name == "resume")
     assert {n for n in MAY_CHANGE if re.search(rf"(?<![.\w]){re.escape(n)}\b", said)} == may
 
 
@@ -158,13 +158,13 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "steered" / "report.html").touch()
     for name, said in (("file", "is a file"), ("steered", "holds no training")):
         with pytest.raises(ValueError, match=said):
-            check_out(train_gdro.Train(out=str(tmp_path / name)))
-    begun(train_gdro.Train(out=str(tmp_path / "run")))
+            check_out(train_gdro.TrainGdro(out=str(tmp_path / name)))
+    begun(train_gdro.TrainGdro(out=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="add resume=true"):
-        check_out(train_gdro.Train(out=str(tmp_path / "run")))
+        check_out(train_gdro.TrainGdro(out=str(tmp_path / "run")))
     (tmp_path / "run" / "settings.yaml").write_text("gdro: [")
     with pytest.raises(ValueError, match="cannot be carried on"):
-        check_out(train_gdro.Train(out=str(tmp_path / "run"), resume=True))
+        check_out(train_gdro.TrainGdro(out=str(tmp_path / "run"), resume=True))
 
 
 def test_other_data_under_the_same_name_is_refused(tmp_path):
@@ -254,7 +254,7 @@ def test_an_interrupt_tells_of_a_checkpoint_where_there_is_one(tmp_path, capsys)
     def work(settings):
         raise KeyboardInterrupt
 
-    settings = train_gdro.Train(out=str(tmp_path / "a"))
+    settings = train_gdro.TrainGdro(out=str(tmp_path / "a"))
     for told in ("nothing is kept yet", "the last checkpoint is kept"):
         kept = "the last checkpoint is kept", "state.pt"
         assert command.finish(train_gdro.OPTIONS, [f"--out={settings.out}"], work, *kept) == 130
@@ -276,7 +276,7 @@ def test_a_full_disk_that_torch_meets_is_told_in_plain_words(tmp_path):
 
 
 def test_an_automatic_dtype_is_written_down_as_what_it_is(tmp_path, monkeypatch):
-    first = command.resolved(train_gdro.Train(out=str(tmp_path)))
+    first = command.resolved(train_gdro.TrainGdro(out=str(tmp_path)))
     assert first.dtype == "float32"
     begun(first)
     check_out(command.resolved(replace(first, dtype="auto", resume=True)))
@@ -299,7 +299,7 @@ def test_each_process_asks_its_own_device_for_the_dtype(monkeypatch):
     monkeypatch.setattr(command, "pick_dtype", pick)
     for name, value in (("LOCAL_RANK", "3"), ("ACCELERATE_USE_CPU", "true")):
         monkeypatch.setenv(name, value)
-        command.resolved(train_gdro.Train(dtype="float16"))
+        command.resolved(train_gdro.TrainGdro(dtype="float16"))
     assert seen == ["cuda:3", "cpu"]
 
 

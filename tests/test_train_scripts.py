@@ -233,7 +233,7 @@ WORDS = f"--prompts={Path(__file__).parents[1] / 'scripts/tiny/words.txt'}"
 def refused(monkeypatch, message, **made):
     monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(**made))
     with pytest.raises(ValueError, match=message):
-        training.accelerator_of(training.Run())
+        training.accelerator_of(training.TrainingRun())
 
 
 def test_fsdp_1_is_refused(monkeypatch):
@@ -248,7 +248,7 @@ def test_fsdp_rounds_neither_timesteps_nor_gradients(monkeypatch):
     made = {"distributed_type": DistributedType.FSDP, "is_fsdp2": True}
     made |= {"state": SimpleNamespace(fsdp_plugin=plugin)}
     monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(**made))
-    training.accelerator_of(training.Run())
+    training.accelerator_of(training.TrainingRun())
     assert plugin.mixed_precision_policy is None
 
 

@@ -29,7 +29,7 @@ from tilt.processes import is_main
 from tilt.report import training as page
 
 __all__ = [
-    "Run",
+    "TrainingRun",
     "accelerator_of",
     "begin",
     "check_keywords",
@@ -45,7 +45,7 @@ __all__ = [
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """The settings that every training run has."""
 
     out: str = setting("", TEXT, "the folder to make")
@@ -72,7 +72,7 @@ class Run:
         ranges.check(self)
 
 
-def accelerator_of(settings: Run) -> Accelerator:
+def accelerator_of(settings: TrainingRun) -> Accelerator:
     """With its loggers; ValueError where one is asked for that is not installed."""
     loggers: list[Any] = ["tensorboard"]
     if settings.wandb:
@@ -85,7 +85,7 @@ def accelerator_of(settings: Run) -> Accelerator:
 
 
 def watch_of(
-    settings: Run,
+    settings: TrainingRun,
     trained_on: Sequence[str],
     spec: str,
     call: dict[str, Any],
@@ -184,7 +184,7 @@ def critic_of(
     return critic
 
 
-def begin(trainer: Any, settings: Run, method: Any, made_of: Mapping[str, str]) -> None:
+def begin(trainer: Any, settings: TrainingRun, method: Any, made_of: Mapping[str, str]) -> None:
     """Go on from a checkpoint or a LoRA, save the settings, start the loggers.
 
     made_of: digests of what is trained, and on what, by name.
@@ -201,7 +201,7 @@ def begin(trainer: Any, settings: Run, method: Any, made_of: Mapping[str, str]) 
 def loop(
     trainer: Any,
     steps: int,
-    settings: Run,
+    settings: TrainingRun,
     watch: Watch | None,
     shown: Sequence[str],
     made_of: Mapping[str, str],
@@ -211,7 +211,7 @@ def loop(
     run(trainer, Path(settings.out), steps, watch=watch, shown=shown, made_of=made_of, **every)
 
 
-def finished(settings: Run, steps: int, made_of: Mapping[str, str]) -> bool:
+def finished(settings: TrainingRun, steps: int, made_of: Mapping[str, str]) -> bool:
     """Whether the LoRA of so many steps of this very run is there, told without its model.
 
     made_of: as in `begin`. Without a state nothing says that it was made with these settings.
@@ -220,14 +220,14 @@ def finished(settings: Run, steps: int, made_of: Mapping[str, str]) -> bool:
     return settings.resume and (out / FILE).exists() and is_finished(out / "lora", steps, made_of)
 
 
-def show(settings: Run) -> None:
+def show(settings: TrainingRun) -> None:
     """Print the LoRA that `finished` has found."""
     if is_main():
         print(next((Path(settings.out) / "lora").glob("*.safetensors")))
 
 
 def export(
-    trainer: Any, kind: Any, settings: Run, about: Sequence[str], base: str, method: str
+    trainer: Any, kind: Any, settings: TrainingRun, about: Sequence[str], base: str, method: str
 ) -> Path:
     """Write lora/ with its card, and the report; the weights' file.
 

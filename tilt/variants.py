@@ -24,7 +24,7 @@ from steering.pipeline import steer_each
 from tilt.report import lettering
 
 __all__ = [
-    "Plan",
+    "EvaluationPlan",
     "Variant",
     "draw",
     "grid",
@@ -46,7 +46,7 @@ def _are_tuples(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvaluationPlan:
     """What every variant draws: `images` pictures of each prompt, with the call's keywords.
 
     references: of each prompt, the files of pictures that a reward compares with; none is ().
@@ -93,7 +93,7 @@ class Variant:
 
 
 def start(
-    pipe: Any, variant: Variant, plan: Plan, which: Sequence[int], preview: Any = None
+    pipe: Any, variant: Variant, plan: EvaluationPlan, which: Sequence[int], preview: Any = None
 ) -> Iterator[list[Image.Image]]:
     """The m pictures of each of the prompts `which`, drawn when they are asked for.
 
@@ -139,14 +139,19 @@ def pictures(folder: Path, prompt: int, count: int) -> list[Image.Image]:
     return found
 
 
-def pending(folder: Path, plan: Plan) -> list[int]:
+def pending(folder: Path, plan: EvaluationPlan) -> list[int]:
     """The prompts of which a picture is missing, by index."""
     every = range(len(plan.prompts)), range(plan.images)
     return [i for i in every[0] if not all(picture(folder, i, j).exists() for j in every[1])]
 
 
 def draw(
-    folder: Path, pipe: Any, variant: Variant, plan: Plan, which: Sequence[int], preview: Any = None
+    folder: Path,
+    pipe: Any,
+    variant: Variant,
+    plan: EvaluationPlan,
+    which: Sequence[int],
+    preview: Any = None,
 ) -> Iterator[int]:
     """Draw and write the pictures of the prompts `which`; yields each prompt when it is done.
 
@@ -189,7 +194,9 @@ def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resum
     write(file, json.dumps({"pictures": about, "scorers": scorers}, indent=1, ensure_ascii=False))
 
 
-def is_finished(out: Path, plan: Plan, settings: dict[str, Any], lora: str | None) -> bool:
+def is_finished(
+    out: Path, plan: EvaluationPlan, settings: dict[str, Any], lora: str | None
+) -> bool:
     """Whether the evaluation of `out` is this very one and whole, told without any model.
 
     settings: what was asked for, as evaluation.json keeps it; lora: what tells the LoRA's weights
@@ -217,7 +224,7 @@ def write(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
-def grid(folder: Path, plan: Plan, scores: Mapping[str, Tensor]) -> Image.Image:
+def grid(folder: Path, plan: EvaluationPlan, scores: Mapping[str, Tensor]) -> Image.Image:
     """A picture with a row for each of the first prompts and a block for each variant.
 
     scores: {variant: (prompts, m)}, written under the pictures, of which the first few are shown.

@@ -35,7 +35,7 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class Shown:
     """One setting's population: k_final pictures, and of each what stands under it."""
 
     name: str
@@ -49,10 +49,10 @@ class Row:
     log_z: float
 
 
-def row_of(name: str, out: Steered) -> Row:
+def row_of(name: str, out: Steered) -> Shown:
     """What there is to show of the only prompt of a run."""
     scores = out.lineage.scores
-    return Row(
+    return Shown(
         name=name,
         images=out.images[0],
         rewards=out.rewards[0].tolist(),
@@ -65,7 +65,7 @@ def row_of(name: str, out: Steered) -> Row:
     )
 
 
-def measure(model: str, prompt: str, reward: str, guidance: float, seed: int) -> list[Row]:
+def measure(model: str, prompt: str, reward: str, guidance: float, seed: int) -> list[Shown]:
     """Every setting's run of one prompt, from the same noise."""
     pipe, scorer = tiny.load(model), rewards.load(reward, imports=True)
     call = tiny.call_defaults(model) | {"num_inference_steps": STEPS, "guidance_scale": guidance}
@@ -77,7 +77,7 @@ def measure(model: str, prompt: str, reward: str, guidance: float, seed: int) ->
     ]
 
 
-def figure(rows: Sequence[Row]) -> Figure:
+def figure(rows: Sequence[Shown]) -> Figure:
     """A row a setting, its pictures from the left."""
     page = Figure(figsize=(9.6, 1.42 * len(rows)), dpi=100, facecolor="white")
     grid = page.subplots(len(rows), PARTICLES, squeeze=False)
@@ -99,7 +99,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     return page
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Shown]) -> str:
     """The numbers of the picture, as Markdown."""
     heads = (
         "",

@@ -28,7 +28,7 @@ from finetune.models import FAMILIES
 
 
 @dataclass(frozen=True)
-class Model:
+class Published:
     """A published model: its network and decoder by their configurations.
 
     given: the shape of a prompt's conditioning, by name; side: of pictures, in pixels; guided: the
@@ -70,17 +70,17 @@ SD35M = {
 FLUX = {"guidance_embeds": True}
 # SD3.5's prompts are 77 tokens of the CLIPs and 256 of T5
 MODELS = {
-    "sd15": Model(
+    "sd15": Published(
         *("StableDiffusionPipeline", "UNet2DConditionModel", SD15, 4, {"embeds": (77, 768)}, 512),
         texts=(("clip-l", 77),),
     ),
-    "sdxl": Model(
+    "sdxl": Published(
         *("StableDiffusionXLPipeline", "UNet2DConditionModel", SDXL, 4),
         {"embeds": (77, 2048), "pooled": (1280,), "time_ids": (6,)},
         1024,
         texts=(("clip-l", 77), ("clip-bigg", 77)),
     ),
-    "sd35m": Model(
+    "sd35m": Published(
         *("StableDiffusion3Pipeline", "SD3Transformer2DModel", SD35M, 16),
         {"embeds": (333, 4096), "pooled": (2048,)},
         512,
@@ -88,7 +88,7 @@ MODELS = {
     ),
 }
 # guidance is distilled into it, so that it evaluates a picture once
-FLUX_DEV = Model(
+FLUX_DEV = Published(
     *("FluxPipeline", "FluxTransformer2DModel", FLUX, 16),
     {"embeds": (512, 4096), "pooled": (768,)},
     1024,
@@ -97,12 +97,12 @@ FLUX_DEV = Model(
 )
 
 
-def network_of(model: Model) -> Any:
+def network_of(model: Published) -> Any:
     """The network that is evaluated at every step."""
     return getattr(diffusers, model.network)(**model.config).eval()
 
 
-def decoder_of(model: Model) -> Any:
+def decoder_of(model: Published) -> Any:
     """The autoencoder; the models' are alike but for the channels of latents."""
     quant = model.latents == 4
     kind: Any = diffusers.AutoencoderKL  # it annotates sizes as tuples of one
@@ -118,7 +118,7 @@ def decoder_of(model: Model) -> Any:
     return decoder.requires_grad_(False).eval()
 
 
-def preview_of(model: Model) -> Any:
+def preview_of(model: Published) -> Any:
     """taesd, taesdxl, taesd3 or taef1: diffusers' defaults but for the channels of latents."""
     tiny = diffusers.AutoencoderTiny(latent_channels=model.latents)
     return tiny.requires_grad_(False).eval()
@@ -167,7 +167,7 @@ def filled(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -
     return module
 
 
-def parts_of(model: Model, online: bool) -> list[Any]:
+def parts_of(model: Published, online: bool) -> list[Any]:
     """The network and, if online, the autoencoder and the critic's DINOv2-base."""
     if not online:
         return [network_of(model)]
@@ -176,7 +176,7 @@ def parts_of(model: Model, online: bool) -> list[Any]:
 
 
 def inputs(
-    model: Model, rows: int, side: int, dtype: torch.dtype = torch.float32
+    model: Published, rows: int, side: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
     """Keywords of one call of the network, on the default device, without values."""
     given = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in model.given.items()}
@@ -196,7 +196,7 @@ def inputs(
     return FAMILIES[model.family].keywords(x, torch.empty(rows), given)
 
 
-def latents_of(model: Model, rows: int, side: int, dtype: torch.dtype = torch.float32) -> Any:
+def latents_of(model: Published, rows: int, side: int, dtype: torch.dtype = torch.float32) -> Any:
     """Latents as the decoder takes them, without values."""
     return torch.empty(rows, model.latents, side // 8, side // 8, dtype=dtype)
 

@@ -40,7 +40,7 @@ STEPS = {"tiny-sd3": (20, 28), "tiny-sd": (20, 50)}
 
 
 @dataclass(frozen=True)
-class Case:
+class Timed:
     """Ratios of one case; higher is worse, unless `higher_is_better`."""
 
     values: list[float]
@@ -82,9 +82,9 @@ def below(change: dict[str, Any], pairs: int) -> list[float]:
     return ratios(lambda: run(**change), run, pairs)
 
 
-def cases(pairs: int) -> dict[str, Callable[[], Case]]:
+def cases(pairs: int) -> dict[str, Callable[[], Timed]]:
     """What is measured, by name."""
-    found: dict[str, Callable[[], Case]] = {}
+    found: dict[str, Callable[[], Timed]] = {}
     for model, counts in STEPS.items():
         for steps in counts:
             name = f"steered / plain, {model}, {steps} steps, preview decoder"
@@ -104,19 +104,19 @@ def cases(pairs: int) -> dict[str, Callable[[], Case]]:
     return found
 
 
-def _training(method: str, pairs: int) -> Case:
-    return Case(training.measure("tiny-sd3", method, pairs)["ratios"])
+def _training(method: str, pairs: int) -> Timed:
+    return Timed(training.measure("tiny-sd3", method, pairs)["ratios"])
 
 
-def _processes(pairs: int) -> Case:
-    return Case(processes.measure(pairs, 8)["second"], higher_is_better=True)
+def _processes(pairs: int) -> Timed:
+    return Timed(processes.measure(pairs, 8)["second"], higher_is_better=True)
 
 
-def _case(function: Callable[..., list[float]], *args: Any) -> Case:
-    return Case(function(*args))
+def _case(function: Callable[..., list[float]], *args: Any) -> Timed:
+    return Timed(function(*args))
 
 
-def slower(before: dict[str, Case], now: dict[str, Case]) -> dict[str, str]:
+def slower(before: dict[str, Timed], now: dict[str, Timed]) -> dict[str, str]:
     """The cases that both have and that got worse by more than the spread of either."""
     found = {}
     for name in before.keys() & now.keys():
@@ -129,11 +129,11 @@ def slower(before: dict[str, Case], now: dict[str, Case]) -> dict[str, str]:
     return found
 
 
-def read(path: Path) -> tuple[str, dict[str, Case]]:
+def read(path: Path) -> tuple[str, dict[str, Timed]]:
     """What was measured on, and the cases; ValueError for anything but a file of this command."""
     try:
         content = json.loads(path.read_text())
-        return content["device"], {name: Case(**case) for name, case in content["cases"].items()}
+        return content["device"], {name: Timed(**case) for name, case in content["cases"].items()}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is no result of `bench speed` ({error}): write one with --out"

@@ -86,7 +86,7 @@ def subject_of(model: str, device: torch.device) -> Subject:
     return Subject(pipe, call, given, encoded)
 
 
-def gdro_of(model: str, settings: gdro.Gdro, device: torch.device = CPU) -> gdro.Trainer:
+def gdro_of(model: str, settings: gdro.Gdro, device: torch.device = CPU) -> gdro.GdroTrainer:
     """A trainer on random latents and rewards, of real prompts."""
     subject, m = subject_of(model, device), 2 * settings.k
     draws = torch.Generator().manual_seed(0)
@@ -100,7 +100,9 @@ def gdro_of(model: str, settings: gdro.Gdro, device: torch.device = CPU) -> gdro
     given = {name: value.cpu() for name, value in subject.given.items()}
     data = Data(torch.randn(shape, generator=draws), given, groups, 0)
     family, noising = family_of(subject.pipe), noising_of(subject.pipe)
-    return gdro.Trainer(subject.network, family, noising, data, settings, accelerator_on(device))
+    return gdro.GdroTrainer(
+        subject.network, family, noising, data, settings, accelerator_on(device)
+    )
 
 
 def accelerator_on(device: torch.device) -> Accelerator:
@@ -108,7 +110,7 @@ def accelerator_on(device: torch.device) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu")
 
 
-class Decoder:
+class StandInDecoder:
     """A pipeline's decoder that counts its seconds."""
 
     def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
@@ -131,19 +133,19 @@ def redness(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tenso
 
 def grpo_of(
     model: str, settings: grpo.Grpo, device: torch.device = CPU
-) -> tuple[grpo.Trainer, Decoder]:
+) -> tuple[grpo.GrpoTrainer, StandInDecoder]:
     """A trainer that samples for a reward which costs nothing, and its decoder."""
     subject = subject_of(model, device)
     steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
     pipe, call = subject.pipe, subject.call | steps
-    noising, decoder = noising_of(pipe), Decoder(pipe, call)
+    noising, decoder = noising_of(pipe), StandInDecoder(pipe, call)
     schedule = schedule_of(pipe, noising, PROMPTS[0], subject.encoded, **call)
     task = Task(schedule, PROMPTS, subject.given, decoder, redness)
     accelerator = accelerator_on(device)
-    return grpo.Trainer(subject.network, family_of(pipe), task, settings, accelerator), decoder
+    return grpo.GrpoTrainer(subject.network, family_of(pipe), task, settings, accelerator), decoder
 
 
-def bare_gdro(trainer: gdro.Trainer) -> Callable[[], None]:
+def bare_gdro(trainer: gdro.GdroTrainer) -> Callable[[], None]:
     """The networks' share of a step, on inputs made beforehand."""
     learner, batches = trainer.learner, []
     for inputs in (part.to(learner.accelerator.device) for part in trainer.inputs(0)):
@@ -164,7 +166,7 @@ def bare_gdro(trainer: gdro.Trainer) -> Callable[[], None]:
     return step
 
 
-def bare_grpo(trainer: grpo.Trainer) -> Callable[[], None]:
+def bare_grpo(trainer: grpo.GrpoTrainer) -> Callable[[], None]:
     """The network's share of an epoch without guidance, one update: sample, then learn."""
     s, samples, learner = trainer.settings, trainer.samples, trainer.learner
     shape, window = samples.schedule.shape, s.window(0)
@@ -198,7 +200,7 @@ def _forget(learner: Any) -> None:
 
 def trainer_of(
     model: str, method: str, device: torch.device = CPU
-) -> tuple[Any, Callable[[], None], Decoder | None]:
+) -> tuple[Any, Callable[[], None], StandInDecoder | None]:
     """A trainer of the method, its bare step, and its decoder if it has one."""
     embedded = model in tiny.NAMES
     less: dict[str, Any] = {} if embedded else {"gradient_checkpointing": True, "rank": 32}

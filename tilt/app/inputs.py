@@ -10,7 +10,7 @@ from typing import Any
 from rewards.catalogue import OutsideError, read
 from rewards.spec import Call, Term, format_terms
 from steering import FeynmanKac, tiny
-from steering.observer import needs_scores
+from steering.particles import needs_scores
 from steering.settings import scored_steps
 from tilt import loading
 from tilt.prompts import Prompt

@@ -24,7 +24,7 @@ from steering.weights import normalize
 from tilt import loading, report
 from tilt.app.inputs import Wish
 
-__all__ = ["Desk", "Done", "Ended", "Loading", "Picture", "Stopped", "Studio", "Waiting"]
+__all__ = ["Cancelled", "Desk", "Done", "Ended", "Loading", "Picture", "Studio", "Waiting"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Ended:
 Event = Waiting | Loading | Moment | Done | Ended
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """Raised inside a run whose user has asked for its end."""
 
 
@@ -150,7 +150,7 @@ class _Job:
 
     def check(self) -> None:
         if self.stop.is_set():
-            raise Stopped
+            raise Cancelled
 
     def emit(self, event: Event) -> None:
         self.check()
@@ -205,9 +205,9 @@ class Desk:
         try:
             self._await_turn(job)
             self._draw(job.wish, job.emit)
-        except Stopped:
+        except Cancelled:
             logger.info("A run was stopped %s.", job.at)
-            job.events.put(Ended(f"Stopped {job.at}.", stopped=True))
+            job.events.put(Ended(f"Cancelled {job.at}.", stopped=True))
         except ValueError as error:
             job.events.put(Ended(" ".join(str(error).split())))
         except Exception as error:  # whatever it was, the app stays up for the next one

@@ -40,7 +40,7 @@ from tilt.prompts import read
 from tilt.report import training as page
 from tilt.score_table import Table
 from tilt.variants import (
-    Plan,
+    EvaluationPlan,
     Variant,
     draw,
     grid,
@@ -130,7 +130,7 @@ class Job(NamedTuple):
     rows: list[int]
 
 
-def plan_of(settings: Evaluate) -> Plan:
+def plan_of(settings: Evaluate) -> EvaluationPlan:
     """The prompts, each once, and how they are drawn."""
     if not settings.prompts or not settings.out or not settings.reward:
         raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC")
@@ -138,7 +138,7 @@ def plan_of(settings: Evaluate) -> Plan:
     for prompt in read(Path(settings.prompts)):
         known.setdefault(prompt.text, prompt.references)
     defaults = tiny.call_defaults(settings.model) if settings.model in tiny.NAMES else {}
-    return Plan(
+    return EvaluationPlan(
         prompts=tuple(known),
         references=tuple(known.values()),
         images=settings.images,
@@ -148,7 +148,7 @@ def plan_of(settings: Evaluate) -> Plan:
     )
 
 
-def judge(spec: str, plan: Plan, device: torch.device) -> rewards.WeightedSum:
+def judge(spec: str, plan: EvaluationPlan, device: torch.device) -> rewards.WeightedSum:
     """The reward, if it can score every prompt."""
     reward = load(spec, device, plan.prompts)
     if needs_references(reward.parts) and not all(plan.references):
@@ -156,7 +156,7 @@ def judge(spec: str, plan: Plan, device: torch.device) -> rewards.WeightedSum:
     return reward
 
 
-def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Variant]:
+def variants_of(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> list[Variant]:
     """base; tuned, where there is a LoRA; and both of them steered, where there is a reward."""
     k, plain, fk = settings.particles, [Variant("base")], command.filter_of(settings.filter)
     if bool(settings.steer) != bool(k) or k < 0 or k == 1:
@@ -178,7 +178,7 @@ def variants_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Va
     return plain + steered
 
 
-def jobs_of(settings: Evaluate, plan: Plan, device: torch.device) -> list[Job]:
+def jobs_of(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> list[Job]:
     """The reward asked for on all prompts; readers and detector on those that they can judge."""
     detector = rewards.load(settings.objects, device, imports=True)
     if [type(part.reward) for part in detector.parts] != [ObjectsReward]:
@@ -257,7 +257,7 @@ def run(settings: Evaluate, line: str) -> None:
         report(settings, plan, {t: [m.finite() for m in ms] for t, ms in sections.items()}, line)
 
 
-def ready(settings: Evaluate, plan: Plan, device: torch.device) -> tuple[Any, ...]:
+def ready(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> tuple[Any, ...]:
     """Variants, jobs, what embeds pictures, the pipeline and the preview decoder, all checked."""
     variants = variants_of(settings, plan, device)
     jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)
@@ -272,7 +272,7 @@ def ready(settings: Evaluate, plan: Plan, device: torch.device) -> tuple[Any, ..
     return variants, jobs, tower, pipe, preview
 
 
-def scored(job: Job, folder: Path, plan: Plan, device: torch.device) -> dict[str, Tensor]:
+def scored(job: Job, folder: Path, plan: EvaluationPlan, device: torch.device) -> dict[str, Tensor]:
     """{component: (prompts, images)} of a variant's pictures; what is on disk is not done again."""
     samples = [
         Sample(picture(folder, i, j), plan.prompts[i], tuple(map(Path, plan.references[i])))
@@ -308,7 +308,7 @@ def measures_of(
 
 @torch.no_grad()
 def diversity(
-    tower: Any, out: Path, names: Sequence[str], plan: Plan, device: torch.device
+    tower: Any, out: Path, names: Sequence[str], plan: EvaluationPlan, device: torch.device
 ) -> list[Measure]:
     """How much the pictures of one prompt differ, in the tower's features."""
     distances, vendis = {}, {}
@@ -321,7 +321,9 @@ def diversity(
     return [Measure("cosine distance", distances, rows), Measure("Vendi score", vendis, rows)]
 
 
-def report(settings: Evaluate, plan: Plan, sections: dict[str, list[Measure]], line: str) -> None:
+def report(
+    settings: Evaluate, plan: EvaluationPlan, sections: dict[str, list[Measure]], line: str
+) -> None:
     """Write the tables as evaluation.md and all numbers as evaluation.json."""
     out, seed = Path(settings.out), settings.seed
     tables = [f"## {t}\n\n{measures.markdown(ms, seed)}" for t, ms in sections.items()]

@@ -77,7 +77,7 @@ def call_keywords(args: Steer) -> dict[str, Any]:
 
 def check_window(settings: FeynmanKac, args: Steer, call: dict[str, Any]) -> None:
     """Refuse a window without steps, or a funnel that does not fit, before a model is loaded."""
-    from steering.observer import needs_scores
+    from steering.particles import needs_scores
 
     if "num_inference_steps" in call and needs_scores(settings, args.particles):
         scored = scored_steps(call["num_inference_steps"], settings)

@@ -38,7 +38,7 @@ from tilt.options import Options
 
 
 @dataclass
-class Train(training.Run):
+class TrainAdversarial(training.TrainingRun):
     """A training run."""
 
     prompts: str = setting("", TEXT, "a file, one prompt a line, or .jsonl")
@@ -98,16 +98,16 @@ examples:
   tilt train adversarial --prompts prompts.txt --out runs/alike \\
     --references pictures --critic-weight 0 --reward "ocr + 0.5*dino(mode=hybrid)"
 """
-OPTIONS = Options("tilt train adversarial", Train, __doc__ or "", EXAMPLES)
+OPTIONS = Options("tilt train adversarial", TrainAdversarial, __doc__ or "", EXAMPLES)
 
 
 # what samples take of the pipeline's call; the rest of it is the trainer's own
 CALL = ("height", "width", "max_sequence_length", "clip_skip")
 CALL += ("original_size", "target_size", "crops_coords_top_left")
-METHODS = {"grpo": (grpo.Trainer, "Flow-GRPO"), "nft": (nft.Trainer, "DiffusionNFT")}
+METHODS = {"grpo": (grpo.GrpoTrainer, "Flow-GRPO"), "nft": (nft.NftTrainer, "DiffusionNFT")}
 
 
-def run(settings: Train) -> None:
+def run(settings: TrainAdversarial) -> None:
     """Check everything, then train."""
     if not (settings.prompts and settings.out and (settings.reward or settings.references)):
         raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC, or references=, or both")
@@ -170,7 +170,7 @@ def run(settings: Train) -> None:
         print(file)
 
 
-def contents(settings: Train, prompts: list[str]) -> dict[str, str]:
+def contents(settings: TrainAdversarial, prompts: list[str]) -> dict[str, str]:
     """Digests of the files that are this script's own, by setting."""
     found = {"prompts": command.digest_of(prompts)}
     if settings.reward:
@@ -183,7 +183,7 @@ def contents(settings: Train, prompts: list[str]) -> dict[str, str]:
 
 
 def trainer_of(
-    settings: Train,
+    settings: TrainAdversarial,
     pipe: Any,
     prompts: list[str],
     call: dict[str, Any],
@@ -211,7 +211,11 @@ def trainer_of(
 
 
 def conditioning_of(
-    settings: Train, pipe: Any, prompts: list[str], call: dict[str, Any], device: torch.device
+    settings: TrainAdversarial,
+    pipe: Any,
+    prompts: list[str],
+    call: dict[str, Any],
+    device: torch.device,
 ) -> tuple[models.Conditioning, models.Conditioning | None, Any]:
     """That of all prompts, on the CPU, of the negative one, and the encoders' output for one.
 
@@ -239,7 +243,7 @@ def conditioning_of(
     return given, empty, encoded
 
 
-def check_call(settings: Train) -> None:
+def check_call(settings: TrainAdversarial) -> None:
     """ValueError for keywords of the pipeline's call that samples would not follow."""
     own = {name: f"{settings.method}.{name}" for name in ("guidance_scale", "num_inference_steps")}
     own |= {"negative_prompt": "negative_prompt"}
@@ -250,7 +254,7 @@ def check_call(settings: Train) -> None:
             raise ValueError(f"call.{name} says nothing to training, which takes {list(CALL)}")
 
 
-def guidance_of(settings: Train, pipe: Any) -> dict[str, float]:
+def guidance_of(settings: TrainAdversarial, pipe: Any) -> dict[str, float]:
     """What the call is told of guidance: as set, else none, or a distilled network's own."""
     scale = settings.tuned.guidance_scale
     if scale is None and models.distilled(pipe):
@@ -258,7 +262,7 @@ def guidance_of(settings: Train, pipe: Any) -> dict[str, float]:
     return {"guidance_scale": 1.0 if scale is None else scale}
 
 
-def check_references(settings: Train, fixed: Any, watch: Any) -> None:
+def check_references(settings: TrainAdversarial, fixed: Any, watch: Any) -> None:
     """ValueError where references are missing, or would serve nothing."""
     compares = fixed is not None and fixed.wants_references
     if compares and not settings.references:
@@ -280,7 +284,11 @@ def check_references(settings: Train, fixed: Any, watch: Any) -> None:
 
 
 def reward_of(
-    settings: Train, fixed: Any, prompts: list[str], size: tuple[int, int], accelerator: Any
+    settings: TrainAdversarial,
+    fixed: Any,
+    prompts: list[str],
+    size: tuple[int, int],
+    accelerator: Any,
 ) -> tuple[Any, dict[str, float]]:
     """What scores samples, and the weight of each component."""
     weights = {part.name: part.weight for part in fixed.parts} if fixed else {}

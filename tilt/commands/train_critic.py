@@ -59,7 +59,7 @@ Sample = tuple[str, bytes]  # a prompt and a PNG
 
 
 @dataclass
-class Train:
+class TrainCritic:
     """A fit of a critic."""
 
     rollouts: list[str] = setting(
@@ -114,10 +114,10 @@ examples:
   tilt train critic --rollouts runs/a runs/b --references pictures \\
     --out runs/critic2 --critic-from runs/critic
 """
-OPTIONS = Options("tilt train critic", Train, __doc__ or "", EXAMPLES)
+OPTIONS = Options("tilt train critic", TrainCritic, __doc__ or "", EXAMPLES)
 
 
-def run(settings: Train) -> None:
+def run(settings: TrainCritic) -> None:
     """Check everything, then train."""
     if not (settings.rollouts and settings.references and settings.out):
         raise ValueError("set rollouts=FOLDER, references=PICTURES and out=FOLDER")
@@ -200,7 +200,7 @@ def loop(
     references: References,
     seen: list[Sample],
     unseen: list[Sample],
-    s: Train,
+    s: TrainCritic,
     made_of: Mapping[str, str],
 ) -> None:
     """Take the remaining steps, logging and saving on the way."""
@@ -231,7 +231,7 @@ def beside(samples: Sequence[Sample], references: References, generator: torch.G
 
 @torch.no_grad()
 def look(
-    critic: Critic, references: References, samples: list[Sample], s: Train
+    critic: Critic, references: References, samples: list[Sample], s: TrainCritic
 ) -> dict[str, float]:
     """What the critic thinks of samples that it is not trained on, beside the same references."""
     generator, reward, scores = draws(s.seed, 0, "held out"), critic.reward, []

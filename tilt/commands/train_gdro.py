@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune.data import check_fits, load_data
-from finetune.gdro import Gdro, Trainer
+from finetune.gdro import Gdro, GdroTrainer
 from finetune.models import family_of, noising_of
 from finetune.outlook import of_rollouts
 from finetune.ranges import NAME, TEXT, optional, part, setting
@@ -29,7 +29,7 @@ from tilt.processes import is_main
 
 
 @dataclass
-class Train(training.Run):
+class TrainGdro(training.TrainingRun):
     """A training run."""
 
     lora: str | None = setting(
@@ -47,10 +47,10 @@ examples:
   tilt train gdro --rollouts runs/words --out runs/tuned \\
     --check.every 50 --check.prompts unseen.txt --check.patience 3
 """
-OPTIONS = Options("tilt train gdro", Train, __doc__ or "", EXAMPLES)
+OPTIONS = Options("tilt train gdro", TrainGdro, __doc__ or "", EXAMPLES)
 
 
-def run(settings: Train) -> None:
+def run(settings: TrainGdro) -> None:
     """Check everything, then train."""
     if not settings.rollouts or not settings.out:
         raise ValueError("set rollouts=FOLDER and out=FOLDER")
@@ -83,7 +83,7 @@ def run(settings: Train) -> None:
     training.check_keywords(pipe, watch, plan["prompts"], plan["call"])
     del pipe  # neither decoder nor text encoder stays in memory
     weighed = made_of | {"model": fingerprint(network)}
-    trainer = Trainer(network, family, noising, data, gdro, accelerator)
+    trainer = GdroTrainer(network, family, noising, data, gdro, accelerator)
     training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
         count = command.counted(len(data.groups), "prompt")

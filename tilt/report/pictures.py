@@ -18,7 +18,7 @@ from steering.weights import ess
 from tilt.report import lettering, markup
 from tilt.report.saved import read
 
-__all__ = ["Row", "Trace", "comparison", "history", "rows", "traces"]
+__all__ = ["GridRow", "Trace", "comparison", "history", "rows", "traces"]
 
 _DPI = 100
 _LABEL = 220  # px, the widest that the column of the prompts gets
@@ -33,7 +33,7 @@ _MOST_LINES = 12  # prompts with a curve of their own before the colours repeat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class GridRow:
     """One prompt of the comparison grid: k steered images, and k of the plain chain or none.
 
     `plain[0]` is the plain sample, the one of highest reward the best of k.
@@ -68,7 +68,7 @@ class _Cell:
     outlined: bool
 
 
-def rows(folder: Path, plain: Path | None = None) -> list[Row]:
+def rows(folder: Path, plain: Path | None = None) -> list[GridRow]:
     """The row of each prompt that `Steered.save` wrote to `folder`, with its images.
 
     plain: the folder of the same prompts at the same seeds with min_ess=0, for the baselines; left
@@ -83,7 +83,7 @@ def rows(folder: Path, plain: Path | None = None) -> list[Row]:
             images = _images(plain, compared["files"][i])
             baseline = {"plain": images, "plain_rewards": compared["rewards"][i]}
         images, rewards = _images(folder, steered["files"][i]), steered["rewards"][i]
-        found.append(Row(prompt=prompt, steered=images, rewards=rewards, **baseline))
+        found.append(GridRow(prompt=prompt, steered=images, rewards=rewards, **baseline))
     return found
 
 
@@ -122,7 +122,7 @@ def _best(rewards: Sequence[float]) -> int:
     return max(range(len(rewards)), key=lambda i: rewards[i])
 
 
-def _row_cells(row: Row, side: int, start: tuple[int, int], compare: bool) -> list[_Cell]:
+def _row_cells(row: GridRow, side: int, start: tuple[int, int], compare: bool) -> list[_Cell]:
     """The cells of one prompt from the corner `start`, its steered ones in lines of `_PER_LINE`."""
     (left, top), cells = start, []
     if compare:
@@ -142,7 +142,7 @@ def _steered_from(left: int, side: int) -> int:
     return left + 2 * (side + _GAP) + _GAP
 
 
-def comparison(rows: Sequence[Row], *, side: int | None = None) -> Image.Image:
+def comparison(rows: Sequence[GridRow], *, side: int | None = None) -> Image.Image:
     """Draw a row a prompt: plain, best of k, and the steered population, rewards under each.
 
     The best steered image is outlined. `side` is the edge of a cell in pixels; by default that of

@@ -14,12 +14,12 @@ from steering.schedulers import Look
 from steering.settings import FeynmanKac, population_sizes, scored_steps
 from steering.spread import Spread
 
-__all__ = ["Filter", "needs_scores", "refuse_not_finite", "refuse_overflow", "way_out"]
+__all__ = ["Particles", "needs_scores", "refuse_not_finite", "refuse_overflow", "way_out"]
 
 PREVIEW = 64  # px, the longer side of the small pictures that a lineage keeps
 
 
-class Filter:
+class Particles:
     """Steers b prompts of k particles through one pipeline call (`Chain.observer`).
 
     `judge(x0) -> (b, num), (b*num, 3, h, w)` decodes and scores the rows x0 (b*num, *shape) of the
