@@ -83,8 +83,7 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
         specs = sorted({spec for spec, _ in made})
         what = f"specs, {specs}" if specs[1:] else f"versions of {specs[0]}"
         raise ValueError(
-            f"the shards' rewards {reward!r} are of different {what}; finish scoring with "
-            "scoring them again"
+            f"the shards' rewards {reward!r} are of different {what}; score the rollouts again"
         )
     groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards, dtype=torch.float64), k)
     rows = {name: ShardRows([tensors[name] for tensors in shards]) for name in shards[0]}

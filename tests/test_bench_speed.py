@@ -9,33 +9,33 @@ import torch
 
 import rewards
 from scripts.benchmarks import cost, frontier, machine, sized, soak, speed
-from scripts.benchmarks.speed import Case
+from scripts.benchmarks.speed import Timed
 from steering import FeynmanKac
 
 
 def test_slower_means_worse_by_more_than_the_spread_of_either():
     before = {
-        "same": Case([1.0, 1.1, 1.2]),
-        "noisy": Case([1.0, 1.1, 1.9]),
-        "slow": Case([1.0, 1.01, 1.02]),
-        "fewer": Case([1.8, 1.85, 1.9], higher_is_better=True),
-        "better": Case([2.0, 2.0, 2.0]),
-        "gone": Case([1.0]),
+        "same": Timed([1.0, 1.1, 1.2]),
+        "noisy": Timed([1.0, 1.1, 1.9]),
+        "slow": Timed([1.0, 1.01, 1.02]),
+        "fewer": Timed([1.8, 1.85, 1.9], higher_is_better=True),
+        "better": Timed([2.0, 2.0, 2.0]),
+        "gone": Timed([1.0]),
     }
     now = {
-        "same": Case([1.1, 1.2, 1.25]),
-        "noisy": Case([1.4, 1.5, 1.6]),
-        "slow": Case([1.1, 1.11, 1.12]),
-        "fewer": Case([1.4, 1.5, 1.6], higher_is_better=True),
-        "better": Case([1.0, 1.0, 1.0]),
-        "new": Case([9.0]),
+        "same": Timed([1.1, 1.2, 1.25]),
+        "noisy": Timed([1.4, 1.5, 1.6]),
+        "slow": Timed([1.1, 1.11, 1.12]),
+        "fewer": Timed([1.4, 1.5, 1.6], higher_is_better=True),
+        "better": Timed([1.0, 1.0, 1.0]),
+        "new": Timed([9.0]),
     }
     assert speed.slower(before, now).keys() == {"slow", "fewer"}
     assert speed.slower(before, before) == {}
 
 
 def fake_cases(values):
-    return lambda pairs: {"a / b": lambda: Case(values[:pairs])}
+    return lambda pairs: {"a / b": lambda: Timed(values[:pairs])}
 
 
 def test_a_run_is_written_and_a_later_one_compared(monkeypatch, tmp_path, capsys):

@@ -31,7 +31,7 @@ from finetune.models import FAMILIES, Noising, predict
 
 from .networks import (
     MODELS,
-    Model,
+    Published,
     decoder_of,
     inputs,
     latents_of,
@@ -90,7 +90,7 @@ def in_float(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return called
 
 
-def step(network: Any, model: Model, rows: int, offline: bool, device: str = "cpu") -> None:
+def step(network: Any, model: Published, rows: int, offline: bool, device: str = "cpu") -> None:
     """Forward and backward passes of a micro-batch, as the trainers make them.
 
     On the default device, of the type `device`.
@@ -109,7 +109,7 @@ def step(network: Any, model: Model, rows: int, offline: bool, device: str = "cp
 
 
 @torch.no_grad()
-def look(decoder: Any, tower: Any, model: Model, images: int) -> None:
+def look(decoder: Any, tower: Any, model: Published, images: int) -> None:
     """Decode a micro-batch and show it to the critic, 32 pictures at once."""
     latents = torch.empty(images, model.latents, *2 * (model.side // 8,), dtype=torch.bfloat16)
     pictures = decoder.decode(latents).sample.float()
@@ -156,7 +156,7 @@ def row(name: str, method: str, less: bool, rank: int = 32) -> str:
 
 
 @torch.no_grad()
-def call_peak(model: Model, side: int, rows: int) -> float:
+def call_peak(model: Published, side: int, rows: int) -> float:
     """The most bytes while the network evaluates `rows`; network and autoencoder are loaded."""
     with torch.device("meta"):
         parts = [network_of(model), decoder_of(model)]
@@ -168,7 +168,7 @@ def call_peak(model: Model, side: int, rows: int) -> float:
 
 
 @torch.no_grad()
-def decode_peak(model: Model, side: int, images: int, sliced: bool) -> float:
+def decode_peak(model: Published, side: int, images: int, sliced: bool) -> float:
     """The most bytes while `images` are decoded at once, or one by one; both are loaded."""
     with torch.device("meta"):
         parts = [network_of(model), decoder_of(model)]
