@@ -65,7 +65,7 @@ def test_shards_that_were_scored_by_several_versions_of_a_reward_are_refused(tmp
     run = run_of(tmp_path, 2, (4, 2, 2))
     for shard, version in zip(run.shards, "ab", strict=True):
         add_rewards(shard, {"reward": [0.0, 1.0, 2.0, 3.0]}, "jpeg", version=version)
-    with pytest.raises(ValueError, match=r"different versions of jpeg; finish .*--resume"):
+    with pytest.raises(ValueError, match=r"different versions of jpeg; score the rollouts"):
         load_data(run, "reward", "none", 2)
 
 
