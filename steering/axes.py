@@ -29,6 +29,7 @@ __all__ = [
     "picked",
     "places",
     "rows_in",
+    "rows_of",
     "take",
 ]
 
@@ -208,6 +209,16 @@ def picked(name: str | None, out: Any, rows: Tensor, as_list: bool = False) -> A
 def _check_plain(name: str, out: Any) -> None:
     if not isinstance(out, _PLAIN) and not _empty(out):
         raise Unclear(name, f"it gives a {type(out).__name__}, which may hold rows as well")
+
+
+def rows_of(out: Any, as_list: bool = False) -> int | None:
+    """How many rows an output has, by the first that shows it: a tensor, or a list as in picked."""
+    if isinstance(out, Tensor):
+        return len(out) if out.ndim else None
+    if as_list and isinstance(out, list):
+        return len(out)
+    found = (rows_of(item, as_list) for item in _children(out).values())
+    return next((rows for rows in found if rows is not None), None)
 
 
 def joined(name: str, parts: list[Any], sizes: list[int], as_list: bool = False) -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steering.axes import joined, picked, rows_in, take
+from steering.axes import Axes, joined, picked, rows_in, rows_of, take
 from steering.following import Following
 from steering.tape import SHARED
 
@@ -153,16 +153,20 @@ class Denoiser:
         if n is None:
             return self._asked(call)
         live, source = rows.indices(n, batch.conditional.get(name))
+        call, axes = batch.dealt(name, call, rows.num, functools.partial(self._rows_of, as_list))
         if live is not None:
-            call = take(call, batch.axes, (name,), live)
-        out = self._evaluated(call, n if live is None else len(live), as_list)
+            call = take(call, axes, (name,), live)
+        out = self._evaluated(call, axes, n if live is None else len(live), as_list)
         return out if source is None else picked(name, out, source, as_list)
 
-    def _evaluated(self, call: dict[str | int, Any], total: int, as_list: bool) -> Any:
+    def _rows_of(self, as_list: bool, call: dict[str | int, Any]) -> int | None:
+        return rows_of(self._asked(call), as_list)
+
+    def _evaluated(self, call: dict[str | int, Any], axes: Axes, total: int, as_list: bool) -> Any:
         size, parts, sizes = self._rows.chunk(total), [], []
         for start in range(0, total, size):
             chosen = slice(start, start + size)
-            cut = call if size >= total else take(call, self._batch.axes, (self._name,), chosen)
+            cut = call if size >= total else take(call, axes, (self._name,), chosen)
             parts.append(self._asked(cut))
             sizes.append(min(size, total - start))
         return joined(self._name, parts, sizes, as_list) if len(parts) > 1 else parts[0]

@@ -30,7 +30,9 @@ from steering.axes import (
     picked,
     places,
     rows_in,
+    rows_of,
 )
+from steering.copies import as_many_as_copies, deal, of_copies
 from steering.decoding import out_of_memory
 from steering.denoiser import StandIn, kind_of, networks
 from steering.tape import Tape, view_of
@@ -142,6 +144,8 @@ class Batch:
         self.axes: Axes = {}
         self.conditional: dict[str, int] = {}
         self._places: set[tuple[Path, bool]] = set()  # of all calls that are known
+        self._in_copies: dict[str, bool] = {}  # whether each copy holds all particles in order
+        self._of_copies: dict[Path, bool] = {}  # whether what rows share has a row for each copy
         self._again: Again | None = None
         self._changed: Again | None = None
         self._before: list[str] = []  # the networks that this call has asked, in order
@@ -183,7 +187,7 @@ class Batch:
         if self._thins:  # what else holds rows (a cache) would not fit once some are left out
             picked(name, out, torch.zeros(0, dtype=torch.int64), as_list)
         first = picked(None, out, torch.zeros(1, dtype=torch.int64), as_list)
-        self._answers[name] = Answer(first, as_list, _rows_of(out, as_list), n)
+        self._answers[name] = Answer(first, as_list, rows_of(out, as_list) or 1, n)
 
     def learn(self, name: str, call: dict[str | int, Any], n: int) -> None:
         """Find the batch axes of a call of the network `name` that holds n particles."""
@@ -200,21 +204,37 @@ class Batch:
         rows = rows_in(name, call, self.axes)
         if rows is None or rows == n:
             return
-        if self._counted:
+        if self._counted and n > 1:
             _check_shared(name, call, self.axes, rows // n)
+        if not (self._ordered or as_many_as_copies(name, call, self.axes, rows // n)):
+            return
+        self._in_copies[name] = _blocks(name, beside, self.axes, self._again)
         if not self._ordered:
             return
-        if not _blocks(name, beside, self.axes, self._again):
+        if not self._in_copies[name]:
             raise Unclear(name, f"where each particle is among its {rows} rows cannot be told")
         if self._changed is not None and rows == 2 * n:
             changed = self._changed.first(name, self._before, self._answers)
             self.conditional[name] = _conditional(name, changed, self.axes)
 
+    def dealt(
+        self, name: str, call: dict[str | int, Any], n: int, ask: Callable[[Any], int | None]
+    ) -> tuple[dict[str | int, Any], Axes]:
+        """A call that is known, with a row a row of all that has one for each copy, and its axes.
 
-def _rows_of(out: Any, as_list: bool) -> int:
-    if as_list and isinstance(out, list):
-        return len(out)
-    return next((len(value) for _, value in leaves(out, {}, ()) if value.ndim), 1)
+        ask: how many rows the network gives for a call, which is asked where that is not clear.
+        """
+        copies = (rows_in(name, call, self.axes) or n) // n
+        paths = as_many_as_copies(name, call, self.axes, copies) if copies > 1 else []
+        if any(path not in self._of_copies for path in paths):
+            found = of_copies(name, call, self.axes, paths, ask)
+            if found and not self._in_copies.get(name):
+                raise Unclear(name, f"which of its {copies * n} rows are a copy cannot be told")
+            self._of_copies |= {path: path in found for path in paths}
+        paths = [path for path in paths if self._of_copies[path]]
+        if not paths:
+            return call, self.axes
+        return deal(name, call, paths, copies, n), self.axes | dict.fromkeys(paths, 0)
 
 
 def apart(a: Tensor, b: Tensor) -> float:

@@ -16,7 +16,7 @@ from diffusers.guiders import BaseGuidance
 from torch import Generator, Tensor
 
 from steering.axes import Unclear
-from steering.call import WAYS, PipelineCall, check_preview
+from steering.call import PipelineCall, check_preview
 from steering.decoding import (
     Decoder,
     Undecodable,
@@ -36,6 +36,7 @@ from steering.denoiser import (
 )
 from steering.filter import final_log_z
 from steering.following import Following, follow_momentum
+from steering.learned import Learned
 from steering.lineage import Moment
 from steering.manifest import describe, select
 from steering.noise import global_states, refuse_global_noise
@@ -53,19 +54,6 @@ from steering.tape import Tape, view_of
 __all__ = ["Run"]
 
 DECODE_CHUNK = 8
-
-
-@dataclass
-class Learned:
-    """What a run finds out about its pipeline, once."""
-
-    way: int = 0  # of call.WAYS, to ask for its rows
-    began: bool = False  # whether the present call has come to its first step
-    rng: list[Tensor] = field(default_factory=global_states)  # as the call began
-    packed: bool = False  # whether the batch is known of calls of several prompts
-    decodes: bool = False  # whether its tail has been tried
-    packs: bool = False  # whether prompts have been found not to see one another
-    batch: Batch = field(default_factory=Batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +101,9 @@ class Run:
         self._check_window()
 
     def _cuts(self) -> bool:
-        """Whether a network may be shown fewer rows than its pipeline hands it."""
-        rows = self.rows
-        return rows.max_batch is not None or rows.halvings > 0 or self._thins()
+        """Whether a network may be shown other rows than its pipeline hands it."""
+        rows, deals = self.rows, self.learned.deals
+        return rows.max_batch is not None or rows.halvings > 0 or self._thins() or deals
 
     def _thins(self) -> bool:
         """Whether single rows of a batch may be left out."""
@@ -176,15 +164,15 @@ class Run:
                     ) from error
                 if isinstance(error, Unclear) and not self._cuts():
                     raise error.of_following() from None
-                ours = isinstance(error, Unclear | Undecodable) or out_of_memory(error)
+                ours = isinstance(error, Undecodable) or out_of_memory(error)
+                # what was dealt in vain is told by what went wrong before
+                ours = ours or (isinstance(error, Unclear) and not self.learned.deals)
                 if self.learned.began or ours or len(indices) * self.k == 1:
                     raise
                 if met is None:
                     met = error
                     traceback.clear_frames(error.__traceback__)  # they hold the call's tensors
-                self.learned.batch = Batch()  # rows asked for otherwise may lie otherwise
-                self.learned.way = (self.learned.way + 1) % len(WAYS)
-                if self.learned.way == 0:
+                if not self.learned.turn():
                     told = no_rows(self.pipe, self._chain, self.call, indices, self.k, met)
                     raise told from (None if told is met else met)
 
@@ -282,7 +270,8 @@ class Run:
             changed = again(call.changed(indices[0]), (0, 1), 1, [0, 0])
         seeds = [int(i % each == 0) for i in range(each * len(indices))]
         beside = again(call, indices, each, seeds)
-        self.learned.batch.start(beside, changed, self._thins(), self._follows(), counted=way == 0)
+        counted = way == 0 and not self.learned.deals
+        self.learned.batch.start(beside, changed, self._thins(), self._follows(), counted)
 
     def _begin(self, look: Look, decoder: Decoder, indices: Sequence[int]) -> None:
         """Before the first move of a call: what is not spent yet can be saved."""

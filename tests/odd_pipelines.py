@@ -56,6 +56,13 @@ class Mixer(torch.nn.Module):
             added = added + odd["nested"]["parts"][1].mean((1, 2)) + odd["nested"]["scale"]
         if "total" in odd:
             added = added + odd["total"]
+        if "shifts" in odd:  # (copies,), which is (rows,) for one particle alone
+            added = added + odd["shifts"]
+        if "sizes" in odd:  # (copies, 3)
+            added = added + odd["sizes"].mean(1)
+        if "pair" in odd:  # (2,), of all rows
+            height, width = odd["pair"]
+            added = added + height / width
         if "packed" in odd:  # (1, rows * tokens, width)
             added = added + odd["packed"].unflatten(1, (len(x), -1)).mean((0, 2, 3))
         out = x * self.weight + added[:, None, None, None].to(x.dtype)
@@ -199,6 +206,9 @@ class OddPipeline(DiffusionPipeline):
             "lengths": lambda: [float(row.sum()) for row in both],
             "nested": lambda: {"parts": (both[0], both * 2), "scale": 0.5},
             "total": lambda: n,
+            "shifts": lambda: torch.tensor([0.1, 0.7]),
+            "sizes": lambda: torch.tensor([[0.1, 0.2, 0.3], [0.7, 0.8, 0.9]]),
+            "pair": lambda: torch.tensor([0.2, 0.8]),
             "packed": lambda: both.flatten(0, 1)[None],
         }
         return {name: make() for name, make in made.items() if name in self.odd}

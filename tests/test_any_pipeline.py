@@ -9,6 +9,8 @@ from odd_pipelines import LENGTH, odd_pipeline
 from tiny_pipelines import picture
 
 from steering import FeynmanKac, generators, steer
+from steering.axes import rows_of
+from steering.copies import as_many_as_copies, of_copies
 from steering.decoding import to_tensor
 from steering.schedulers import stochastic
 
@@ -187,6 +189,93 @@ def test_an_interval_of_guidance_that_nothing_shows_is_refused_at_the_first_step
     with pytest.raises(ValueError, match=r"network sees each particle 1 times a step"):
         latents(pipe, guidance_interval=(0.0, 0.9))
     assert pipe.unet.rows == []
+
+
+# --- what has a row for each guidance copy
+
+
+def one_by_one(*odd, unguided=None):
+    """What the pipeline's own calls of one particle each return."""
+    rows = []
+    for noise in generators(0, [PROMPT], 3):
+        pipe = odd_pipeline(*odd)
+        pipe.scheduler = stochastic(pipe.scheduler, 0.5, [noise])
+        if unguided is not None:
+            unguided_from(pipe, unguided)
+        rows.append(pipe([PROMPT], generator=[noise], output_type="latent")[0][0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("odd", [("shifts",), ("sizes",), ("shifts", "sizes", "pair")])
+@pytest.mark.parametrize(
+    ("change", "unguided"),
+    [
+        ({}, None),
+        ({"max_batch": 1}, None),
+        ({"max_batch": 2}, None),  # as many as there are copies
+        ({"max_batch": 4}, None),
+        ({"settings": FUNNEL}, None),
+        ({"guidance_interval": (0.0, 0.6)}, 4),
+    ],
+)
+def test_what_has_a_row_for_each_copy_is_dealt_to_its_rows(odd, change, unguided):
+    """Its own call takes one particle alone (PRX's two timesteps)."""
+    with pytest.raises(RuntimeError, match="must match the size"):
+        own(odd_pipeline(*odd))
+    dealt = latents(odd_pipeline(*odd), **change)
+    alone = one_by_one(*odd, unguided=unguided)[: len(dealt)]
+    torch.testing.assert_close(dealt, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_one_particle_that_is_cut_has_what_belongs_to_each_copy(max_batch):
+    dealt = latents(odd_pipeline("shifts"), k=1, max_batch=max_batch)
+    torch.testing.assert_close(dealt, one_by_one("shifts")[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_several_prompts_a_call_have_what_belongs_to_each_copy():
+    prompts = ["a red cube", "dots", "two small dots here"]
+    apart = packed(odd_pipeline("shifts"), prompts, prompts_per_call=1)
+    torch.testing.assert_close(packed(odd_pipeline("shifts"), prompts), apart)
+
+
+def test_what_all_rows_share_is_not_dealt_though_it_has_as_many_entries():
+    """It takes one evaluation of one row to know."""
+    pipe = odd_pipeline("pair")
+    torch.testing.assert_close(latents(pipe, max_batch=2), own(odd_pipeline("pair")))
+    assert pipe.unet.rows == [1] + [2, 2, 2] * 6
+    assert {len(odd["pair"]) for odd in pipe.unet.seen} == {2}
+
+
+def test_copies_whose_rows_are_not_known_are_refused():
+    """Their rows alternate, so nothing shows which of them are of a copy."""
+    with pytest.raises(ValueError, match="which of its 6 rows are a copy cannot be told"):
+        latents(odd_pipeline("shifts", "interleaved"), max_batch=2)
+    with pytest.raises(ValueError, match=r"makes no 3 rows in one call.*must match the size"):
+        latents(odd_pipeline("shifts", "interleaved"))
+
+
+def test_a_network_that_never_gives_one_row_is_refused():
+    call, axes = {"x": torch.ones(6, 1), "t": torch.ones(2)}, {("N", "x"): 0, ("N", "t"): None}
+    paths = as_many_as_copies("N", call, axes, 2)
+    assert paths == [("N", "t")]
+    with pytest.raises(
+        ValueError, match=r"\['t'\] has a row for each guidance copy cannot be told"
+    ):
+        of_copies("N", call, axes, paths, lambda call: 6)
+
+    def full(call):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        of_copies("N", call, axes, paths, full)
+
+
+def test_rows_of_an_output_that_is_a_list_are_its_entries():
+    row = torch.ones(4, 8, 8)
+    assert rows_of(([row, row],), as_list=True) == 2
+    assert rows_of({"state": None, "sample": torch.ones(6, 4)}) == 6
+    assert rows_of((torch.ones(()),)) is None
 
 
 # --- which half carries the prompt

@@ -22,7 +22,8 @@ tests/test_zoo.py` finds each cell again.
 
 - **parity**: with `reward_scale=0` the latents are those of the pipeline's own call on our
   scheduler, bit for bit at the same batch, and so are the images, to one grey level in 1 % of the
-  values where large ones are decoded a few at a time.
+  values where large ones are decoded a few at a time. Where its own call takes one row alone, the
+  rows are those of a call each, to rounding.
 - **reward**: it is resampled by a reward, and what was passed in is not changed.
 - **chunks**: `max_batch=1` and `2` give what the whole batch gives.
 - **funnel**: rows that a funnel dropped are not evaluated, and nothing else changes.

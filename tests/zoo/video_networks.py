@@ -86,6 +86,9 @@ VIDEO_NETWORKS: dict[str, dict[str, Any]] = {
             "DreamLiteCrossAttnDownBlock2D",
         ),
         "up_block_types": ("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"),
+        "addition_embed_type": "time",  # of the height and the width
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 2 * 4,
         "attention_head_dim": 8,
     },
     "ErnieImageTransformer2DModel": {
