@@ -1,4 +1,4 @@
-# Every target sets up .venv first, on a machine that has only Python 3.11 or newer.
+# Every target sets up .venv first; the machine needs only Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -12,29 +12,30 @@ TUNED := $(DEMO_OUT)/tuned
 TUNED_OF := $(DEMO_OUT)/tuned-of
 TUNED_IMAGES ?= 12
 TUNED_STEPS ?= 50
-# Those that draw in batches of several shapes, or compare with other software.
+# The tests that draw in batches of several shapes, or compare with other software.
 PORTABLE := $(addprefix tests/test_, $(addsuffix .py, pipeline_parity decoding embedded checks evaluate \
   rollouts spread nft gdro rewards_clip rewards_siglip rewards_towers))
 
 .PHONY: help setup demo demo-objects demo-tuned app test test-portable test-slow test-browser test-docs lint wheel docs
 help:
-	@echo "make demo           steered words from the embedded model, in $(DEMO_OUT)/words"
-	@echo "make demo-objects   steered shapes, in $(DEMO_OUT)/objects"
-	@echo "make demo-tuned     the model that draws words, tuned: a LoRA in $(TUNED)/lora"
-	@echo "make app            a page to play in, at http://127.0.0.1:7860"
-	@echo "make test           the test suite (CPU, offline)"
-	@echo "make test-portable  those that draw or compare, on other kernels than this processor's"
-	@echo "make test-slow      the tests that take minutes"
-	@echo "make test-browser   the app in Chromium (needs Debian's chromium-driver)"
-	@echo "make test-docs      every command of the README and docs/, with little to do (minutes)"
-	@echo "make lint           ruff and pyright"
-	@echo "make wheel          build the wheel and check what it contains"
-	@echo "make docs           the documentation as pages, in site/; broken links are errors"
+	@echo "make setup          create .venv with everything for development"
+	@echo "make demo           draw steered words with the embedded model, in $(DEMO_OUT)/words"
+	@echo "make demo-objects   draw steered shapes, in $(DEMO_OUT)/objects"
+	@echo "make demo-tuned     fine-tune the embedded model on words; the LoRA is in $(TUNED)/lora"
+	@echo "make app            run the app at http://127.0.0.1:7860"
+	@echo "make test           run the test suite (CPU, offline)"
+	@echo "make test-portable  run the tests that draw or compare images with other kernels"
+	@echo "make test-slow      run the tests that take minutes"
+	@echo "make test-browser   test the app in Chromium (needs Debian's chromium-driver)"
+	@echo "make test-docs      run every command of the README and docs/ at a small size (minutes)"
+	@echo "make lint           run ruff and pyright"
+	@echo "make wheel          build the wheel and check its contents"
+	@echo "make docs           build the documentation in site/; broken links are errors"
 
 setup: $(DEV)
 
-# The stamps make every later call quick; a change of pyproject.toml installs again. The demo needs
-# only what users get, the rest also the extra "dev".
+# With the stamps, later calls skip the installation; a change of pyproject.toml installs again. The
+# demo needs only the package itself, the other targets also the extra "dev".
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Tilt needs Python 3.11 or newer, but $(PYTHON) is %d.%d: make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
@@ -57,7 +58,7 @@ $(BROWSER): $(DEV)
 	$(BIN)/python -m pip install --quiet --editable '.[browser]'
 	@touch $@
 
-# A second call finds the pictures of the first and says where they are.
+# A second call finds the images of the first and prints where they are.
 demo: $(READY)
 	$(BIN)/tilt steer 'the word "ANTS"' 'the word "DUNE"' 'the word "JADE"' 'the word "LOAF"' \
 	  --model tiny-sd3 --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/words
@@ -67,7 +68,7 @@ demo-objects: $(READY)
 	  'a green circle and an orange square' --model tiny-sd3 --guidance-scale 1 --reward 'objects(mode=share)' \
 	  --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/objects
 
-# 48 words to tune on, four others to look at meanwhile and six to judge by. What is done is not done again.
+# 48 words for training, four others for the checks and six for the evaluation. Finished steps are skipped.
 demo-tuned: $(READY)
 	mkdir -p $(TUNED_OF)
 	head -n 2 scripts/tiny/words.txt | xargs printf 'the word "%s"\n' > $(TUNED_OF)/prompts.txt
@@ -87,7 +88,7 @@ demo-tuned: $(READY)
 test: $(DEV)
 	$(BIN)/python -m pytest -q
 
-# On PyTorch's plainest kernels, where a row's last digits depend on the batch: tests/processors.py
+# With PyTorch's simplest kernels, where the last digits of a row depend on the batch: tests/processors.py
 test-portable: export ATEN_CPU_CAPABILITY = default
 test-portable: export ONEDNN_MAX_CPU_ISA = SSE41
 test-portable: $(DEV)
