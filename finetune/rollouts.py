@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -38,6 +37,7 @@ from steering.manifest import fingerprint, versions
 from steering.pipeline import steer_each
 
 from . import ranges
+from .files import atomic, write
 from .models import encode, family_of
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
 from .shards import is_whole, read_manifest, sha256
@@ -148,7 +148,7 @@ def open_run(
         raise ValueError(f"{folder} is not empty and holds no run; give another out=")
     folder.mkdir(parents=True, exist_ok=True)
     about |= {"lora": lora, "versions": versions()}
-    _write(file, json.dumps(about, indent=1, ensure_ascii=False))
+    write(file, json.dumps(about, indent=1, ensure_ascii=False))
 
 
 def is_complete(
@@ -238,19 +238,9 @@ def _make(
     tensors = {f"given.{name}": row for name, row in encode(pipe, prompts, **plan.call).items()}
     tensors["latents"] = torch.cat([latents for _, latents in parts])
     rows = [row for block, _ in parts for row in block]
-    scratch = folder / f".{number:05d}.new"
-    if not scratch.is_dir():
-        scratch.unlink(missing_ok=True)
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    with atomic(folder / f"{number:05d}") as scratch:  # in the place of a damaged one
+        scratch.mkdir()
         _write_shard(scratch, rows, tensors)
-    except BaseException:  # a full disk needs the room
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    final = folder / f"{number:05d}"
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one
-    scratch.rename(final)
 
 
 def _write_shard(scratch: Path, rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
@@ -261,7 +251,7 @@ def _write_shard(scratch: Path, rows: list[dict[str, Any]], tensors: dict[str, T
         {k: v.contiguous().cpu() for k, v in tensors.items()}, scratch / "tensors.safetensors"
     )
     hashes = {name: sha256(scratch / name) for name in ("table.parquet", "tensors.safetensors")}
-    _write(scratch / "shard.json", json.dumps(hashes))
+    write(scratch / "shard.json", json.dumps(hashes))
 
 
 def _of_prompt(
@@ -339,9 +329,3 @@ def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text + "\n", encoding="utf-8")
-    scratch.replace(path)

@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from .files import atomic
+
 __all__ = ["Rollouts", "Shard", "add_rewards", "is_whole", "read_manifest", "sha256"]
 
 AGAIN = "delete it and score the rollouts again"
@@ -156,10 +158,9 @@ def add_rewards(
         "versions": json.dumps(shard.versions() | dict.fromkeys(columns, version)),
         "bounds": json.dumps(kept | dict(bounds or {})),
     }
-    scratch = shard.folder / ".rewards.new"
     table = pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()})
-    pq.write_table(table.replace_schema_metadata(about), scratch)
-    scratch.replace(shard.folder / "rewards.parquet")
+    with atomic(shard.folder / "rewards.parquet") as scratch:
+        pq.write_table(table.replace_schema_metadata(about), scratch)
 
 
 def is_whole(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import config
+from .files import atomic
 
 __all__ = ["FILE", "FINISHED", "check_out", "finish", "is_finished", "load_state", "save_state"]
 
@@ -95,12 +96,10 @@ def save_state(
     if not main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / ".state.new"
     try:
-        torch.save(state | {"made_of": dict(made_of or {})}, scratch)
-        scratch.replace(folder / FILE)
+        with atomic(folder / FILE) as scratch:
+            torch.save(state | {"made_of": dict(made_of or {})}, scratch)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
-        scratch.unlink(missing_ok=True)
         said = getattr(error, "strerror", None) or "the disk may be full"
         kept = "; the one written before it is kept" if (folder / FILE).exists() else ""
         raise ValueError(

@@ -88,7 +88,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(tmp_path):
     kept = (folder / "00000" / "tensors.safetensors").stat().st_mtime_ns
     damaged = folder / "00001" / "tensors.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"00001; repeat scripts/rollout\.py with resume=true"):
+    with pytest.raises(ValueError, match=r"00001; make the rollouts again with resume=true"):
         Rollouts(folder)
     after, again = everything(made(folder, resume=True))
     assert after == before

@@ -10,10 +10,8 @@ import contextlib
 import itertools
 import json
 import logging
-import os
 import re
 import shlex
-import shutil
 import unicodedata
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
+from finetune.files import atomic, write
 from steering.manifest import fingerprint
 from tilt.prompts import Prompt
 from tilt.report import page, pictures
@@ -73,7 +72,7 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
     whose files would be written over, and where nothing can be written. A run that has not finished
     anything is none.
     """
-    path, part = out / "manifest.json", out / ".manifest.json.part"
+    path = out / "manifest.json"
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
     with _writing(out):
         begun = any(out.glob("[0-9]*-*/"))
@@ -91,11 +90,11 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
         _check_same(old, json.loads(text), out)
     with _writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        part.write_text(text + "\n", encoding="utf-8")
-        if begun:  # written all the same, to find out now whether the folder takes files
-            part.unlink()
+        if begun:  # to find out now whether the folder takes files
+            (out / ".writable.part").write_text(text, encoding="utf-8")
+            (out / ".writable.part").unlink()
         else:
-            os.replace(part, path)
+            write(path, text)
 
 
 @contextlib.contextmanager
@@ -282,15 +281,9 @@ def keep(folder: Path, results: Mapping[str, Steered]) -> None:
 
     Raises ValueError where that fails, with nothing left of it.
     """
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
-    try:
-        with _carrying_on(folder.parent):
-            for name, result in results.items():
-                result.save(part / name)
-            os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with _carrying_on(folder.parent), atomic(folder) as scratch:
+        for name, result in results.items():
+            result.save(scratch / name)
 
 
 def drawn(out: Path, folders: Sequence[Path]) -> list[Path]:
@@ -336,7 +329,6 @@ def _carrying_on(out: Path) -> Iterator[None]:
 
 
 def _write(picture: Image.Image, path: Path) -> Path:
-    part = path.with_name(f".{path.name}.part")
-    picture.save(part, "png")
-    os.replace(part, path)
+    with atomic(path) as scratch:
+        picture.save(scratch, "png")
     return path

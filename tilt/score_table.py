@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.files import atomic
+
 __all__ = [
     "TEXTS",
     "Table",
@@ -87,10 +89,9 @@ class Table:
                 with self.part.open("a", encoding="utf-8") as file:
                     file.write(_lines(rows))
             else:  # the first write of this run rewrites the file, with the existing rows
-                scratch = self.part.with_name(self.part.name + ".new")
-                text = _lines([{"reward": self.spec}, *self.rows, *rows])
-                scratch.write_text(text, encoding="utf-8")
-                scratch.replace(self.part)
+                with atomic(self.part) as scratch:
+                    text = _lines([{"reward": self.spec}, *self.rows, *rows])
+                    scratch.write_text(text, encoding="utf-8")
                 self._begun = True
         self.rows.extend(rows)
 
@@ -142,18 +143,17 @@ def ensure_writable(path: Path) -> None:
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]], spec: str = "") -> None:
     """Write rows of equal keys as .csv or .parquet, atomically; NaN becomes an empty cell."""
-    scratch = path.with_name(path.name + ".new")
     if path.suffix == ".parquet":
         arrow = _arrow()
         table = arrow.Table.from_pylist(list(rows)).replace_schema_metadata({"spec": spec})
-        arrow.parquet.write_table(table, scratch)
-    else:
-        _spec_file(path).write_text(spec, encoding="utf-8")
-        with scratch.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows({k: "" if _is_nan(v) else v for k, v in row.items()} for row in rows)
-    scratch.replace(path)
+        with atomic(path) as scratch:
+            arrow.parquet.write_table(table, scratch)
+        return
+    _spec_file(path).write_text(spec, encoding="utf-8")
+    with atomic(path) as scratch, scratch.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: "" if _is_nan(v) else v for k, v in row.items()} for row in rows)
 
 
 def spec_of(path: Path) -> str:

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from finetune.files import atomic, write
 from finetune.ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
 from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
@@ -34,7 +35,6 @@ __all__ = [
     "picture",
     "pictures",
     "start",
-    "write",
 ]
 
 LABEL, LINE, CAPTION, HEADER, GAP = 170, 16, 18, 24, 6  # pixels of the grid
@@ -165,10 +165,8 @@ def draw(
             about = {"prompt": plan.prompts[i], "seed": plan.seed, "occurrence": j}
             text = PngInfo()
             text.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
-            final = picture(folder, i, j)
-            scratch = final.with_name(f".{final.name}.new")
-            image.save(scratch, "PNG", pnginfo=text)
-            scratch.replace(final)
+            with atomic(picture(folder, i, j)) as scratch:
+                image.save(scratch, "PNG", pnginfo=text)
         yield i
 
 
@@ -212,16 +210,8 @@ def is_finished(
     asked: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
     same = was == [json.loads(json.dumps(settings | {"resume": True})), lora]
     same = same and all(drawn.get(name) == value for name, value in asked.items())
-    whole = all((out / name).exists() for name in ("evaluation.md", "grid.png"))
-    return same and whole and not any(pending(folder, plan) for folder in variants)
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text + "\n", encoding="utf-8")
-    scratch.replace(path)
+    reported = all((out / name).exists() for name in ("evaluation.md", "grid.png"))
+    return same and reported and not any(pending(folder, plan) for folder in variants)
 
 
 def grid(folder: Path, plan: EvaluationPlan, scores: Mapping[str, Tensor]) -> Image.Image:

@@ -7,13 +7,14 @@ it passes `escape`. A page needs no network and runs no script; its policy forbi
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from finetune.files import atomic
 
 __all__ = [
     "clipped",
@@ -64,9 +65,8 @@ def _style() -> str:
 
 def keep(path: Path, page: str) -> Path:
     """Write a page, whole or not at all; half a surrogate pair, which a prompt may hold, too."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
-    os.replace(part, path)
+    with atomic(path) as scratch:
+        scratch.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return path
 
 
