@@ -80,7 +80,8 @@ def reference(network: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.enable_adapters(False)
         for name in layer.adapter_layer_names:
-            # peft freezes what it switches off; FSDP would keep what it first gathers then frozen
+            # peft freezes adapters that are off, and FSDP would keep the first gathered parameters
+            # frozen
             getattr(layer, name).requires_grad_(True)
     try:
         yield

@@ -23,7 +23,9 @@ def is_on(accelerator: Any) -> bool:
 
 
 def configure(accelerator: Any, max_grad_norm: float, count: int, eight_bit: bool) -> None:
-    """Tell the engine, before it is made, what else it would guess; count: trained numbers.
+    """Set the DeepSpeed options that it would otherwise infer wrongly, before the engine is made.
+
+    count: how many numbers are trained.
 
     ValueError for an optimiser of 8 bits, whose state cannot be shared out anew.
     """

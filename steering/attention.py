@@ -125,7 +125,11 @@ def _computes_the_same(network: torch.nn.Module) -> bool:
 
 
 def _may_have_xformers(network: Any) -> bool:
-    """The older switch is kept from networks that it may change; of the newer the user decides."""
+    """Whether xformers may be switched on.
+
+    The legacy switch may change results, so it is used only for verified networks; with the
+    dispatcher the user chooses.
+    """
     return (is_dispatched(network) or _computes_the_same(network)) and _works_in(network)
 
 

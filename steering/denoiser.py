@@ -54,8 +54,8 @@ class Rows:
     `live` (m,) are rows of the n particles, None for all; `source` (n,) says for every particle
     which entry of `live` to show. A batch of 2n rows (guidance) holds the n particles twice, with
     and without their prompts. `guidance` is the part of the run, of [0, 1], in which both are
-    evaluated; outside of it those with prompts show for both, which leaves guidance nothing to add
-    (Kynkäänniemi et al. 2024).
+    evaluated. Outside the interval the conditional output also stands in for the unconditional one,
+    so guidance adds nothing (Kynkäänniemi et al. 2024).
     """
 
     max_batch: int | None = None

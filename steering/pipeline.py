@@ -1,9 +1,9 @@
 """steer(): the particle filter inside a diffusers pipeline's own call.
 
-The pipeline runs unchanged, on a shallow copy that carries our scheduler; what was passed in is
-never modified, so there is nothing to restore and two calls at once do not meet. The target is
-p(x0 | prompt) exp(λ r(x0, prompt)) with p the law of *this* call: guidance, steps, image and mask
-included.
+The pipeline runs unchanged, on a shallow copy that carries our scheduler. The pipeline that was
+passed in is never modified, so there is nothing to restore and concurrent calls do not interfere.
+The target is p(x0 | prompt) exp(λ r(x0, prompt)) with p the law of *this* call: guidance, steps,
+image and mask included.
 
 b prompts, k particles a prompt, rows prompt-major.
 """
