@@ -186,7 +186,7 @@ def test_a_session_stops_its_own_run_only():
     assert told(first) == Moment(0, 3)
     assert told(second) == Waiting(1)
     desk.stop("b")
-    assert rest(second) == [Ended("Cancelled before its first step.", stopped=True)]
+    assert rest(second) == [Ended("Stopped before its first step.", stopped=True)]
     work.go.release(3)
     assert isinstance(rest(first)[-1], Done)
     assert work.began == ["one"]
@@ -199,7 +199,7 @@ def test_stop_ends_a_run_at_its_next_step():
     assert told(events) == Moment(0, 3)
     desk.stop("a")
     work.go.release()
-    assert rest(events) == [Ended("Cancelled at step 1 of 3.", stopped=True)]
+    assert rest(events) == [Ended("Stopped at step 1 of 3.", stopped=True)]
 
 
 def test_a_page_that_is_closed_stops_its_run():
@@ -284,7 +284,7 @@ def test_a_run_is_stopped_inside_the_model(model, tmp_path):
     while not isinstance(told(events), Moment):
         pass
     desk.stop("a")
-    assert re.fullmatch(r"Cancelled at step \d+ of 500\.", rest(events)[-1].sentence)
+    assert re.fullmatch(r"Stopped at step \d+ of 500\.", rest(events)[-1].sentence)
     assert not [*tmp_path.iterdir()]
 
 

@@ -207,7 +207,7 @@ class Desk:
             self._draw(job.wish, job.emit)
         except Cancelled:
             logger.info("A run was stopped %s.", job.at)
-            job.events.put(Ended(f"Cancelled {job.at}.", stopped=True))
+            job.events.put(Ended(f"Stopped {job.at}.", stopped=True))
         except ValueError as error:
             job.events.put(Ended(" ".join(str(error).split())))
         except Exception as error:  # whatever it was, the app stays up for the next one
