@@ -29,8 +29,8 @@ def _setting(default: Any, help: str) -> Any:
 class FeynmanKac:
     """Settings of the filter; each is checked when it is made and a bad one is a ValueError.
 
-    The defaults are those that beat best-of-k on the embedded models (README): what a picture shows
-    is decided early, and a score that comes later has nothing left to choose between. How far
+    The defaults are those that beat best-of-k on the embedded models (docs/lift.md). What a picture
+    shows is decided early, and a score that comes later has nothing left to choose between. How far
     adaptive tempering goes at each score follows from the scores, so λ need not be tuned to them.
     """
 

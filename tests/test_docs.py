@@ -26,7 +26,7 @@ from tilt.commands import (
 
 LINK = re.compile(r"\]\(<?([^)\s>]+)>?\)")
 FILE = re.compile(
-    r"(?<![\w./-])((?:scripts|tests|steering|rewards|finetune|docs)/[\w./-]+\.(?:py|ya?ml|md|png|json|txt))"
+    r"(?<![\w./-])((?:scripts|tests|steering|rewards|finetune|tilt|docs)/[\w./-]+\.(?:py|ya?ml|md|png|json|txt))"
 )
 OPTIONS = {
     "steer": steer_options.OPTIONS,

@@ -4,7 +4,7 @@
     python -m scripts.bench showcase --task shapes --particles 8
     python -m scripts.bench showcase --lora out/demo/tuned/lora --particles 2
 
-Every candidate is drawn as `scripts/steer.py --compare` draws it. The examples of the README, the
+Every candidate is drawn as `tilt steer --compare` draws it. The examples of the README's picture, the
 Makefile and docs/quickstart.md are the first of the list that this prints: prompts for which plain
 < best of k < best steered one, which is as good as can be. So they are picked, and say nothing of
 how much steering gains: this prints, too, how many of all candidates are of which kind, and `lift`
