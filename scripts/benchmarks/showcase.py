@@ -4,12 +4,12 @@
     python -m scripts.bench showcase --task shapes --particles 8
     python -m scripts.bench showcase --lora out/demo/tuned/lora --particles 2
 
-Every candidate is drawn as `tilt steer --compare` draws it. The examples of the README's picture, the
-Makefile and docs/quickstart.md are the first of the list that this prints: prompts for which plain
-< best of k < best steered one, which is as good as can be. So they are picked, and say nothing of
-how much steering gains: this prints, too, how many of all candidates are of which kind, and `lift`
-measures the gain on prompts that nobody picked. Candidates: all words that training never saw, in
-their order; or the shapes that `lift` asks for.
+Every candidate is drawn as `tilt steer --compare` draws it. The examples of the README's picture,
+the Makefile and docs/quickstart.md are the first of the list that this prints: prompts for which
+plain < best of k < best steered one, which is as good as can be. So they are picked, and say
+nothing of how much steering gains: this prints, too, how many of all candidates are of which kind,
+and `lift` measures the gain on prompts that nobody picked. Candidates: all words that training
+never saw, in their order; or the shapes that `lift` asks for.
 """
 
 from __future__ import annotations
