@@ -49,7 +49,9 @@ BUSY = {
 def interrupted(folder: Path, name: str, seconds: float) -> tuple[int, str]:
     """Exit status and stderr of a script that gets SIGINT after so many seconds."""
     command = [sys.executable, SCRIPTS / f"{name}.py", *BUSY.get(name, ["--out=runs"])]
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    # a job in the background of a shell ignores interrupts, and so would its children
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, **heard)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     try:
@@ -97,6 +99,7 @@ def check(status: int, said: str, name: str, may_end: bool) -> None:
 @pytest.fixture
 def handlers():
     before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     yield
     signal.signal(signal.SIGINT, before[0])
     sys.unraisablehook = before[1]

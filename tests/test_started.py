@@ -16,6 +16,7 @@ HEAVY = ("torch", "diffusers", "transformers", "accelerate", "matplotlib", "PIL"
 # Run instead of a script's imports: whether anything heavy was there when it spoke.
 EARLY = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 class Stop:
     def find_spec(self, name, *_):
         if name.partition(".")[0] in {heavy!r}:
