@@ -49,9 +49,14 @@ BUSY = {
 def interrupted(folder: Path, name: str, seconds: float) -> tuple[int, str]:
     """Exit status and stderr of a script that gets SIGINT after so many seconds."""
     command = [sys.executable, SCRIPTS / f"{name}.py", *BUSY.get(name, ["--out=runs"])]
-    # a job in the background of a shell ignores interrupts, and so would its children
-    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, **heard)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a job in the background of a shell ignores interrupts, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     try:
