@@ -117,8 +117,7 @@ def _of_imagereward() -> Cost:
         place(network, torch.float32)
         ids = torch.zeros(1, imagereward.LENGTH, dtype=torch.int64)
         picture, see = torch.empty(1, 3, 224, 224), network.blip["visual_encoder"]
-        judge: Any = network.judge
-        return cost(network, lambda: judge(see(picture).last_hidden_state, ids, ids))
+        return cost(network, lambda: network.rate(see(picture).last_hidden_state, ids, ids))
 
 
 @cache
