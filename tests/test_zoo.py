@@ -10,9 +10,12 @@ from zoo.building import call_of, picture, pipeline_of
 from zoo.checks import CHECKS, Subject
 from zoo.table import PAGE, read, row
 
-# of diffusers itself, about its own modules
+# of diffusers and PyTorch, about the modules and the layers of diffusers
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore:__array_wrap__:DeprecationWarning"
+    "ignore::FutureWarning",
+    "ignore:__array_wrap__:DeprecationWarning",
+    "ignore:Initializing zero-element tensors:UserWarning",
+    "ignore:In CPU autocast:UserWarning",
 )
 
 TABLE = read()
