@@ -50,7 +50,7 @@ class Gdro(Tuning):
     shift: float = setting(
         1.0,
         number(0, ends="(]"),
-        "above 1 times lean to noise, where a picture's content is settled",
+        "shift of the times: above 1 they lean towards noise, where the content is settled",
     )
     shared_noise: bool = setting(True, FLAG, "one noise for a group; false shrinks what is learned")
     reward: str = setting("reward", NAME, "the rewards' column")

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import checks, lora
 from .checks import Watch
 from .learner import Learner
-from .state import FINISHED, load_state, save_state
+from .state import FILE, FINISHED, load_state, save_state
 
 __all__ = ["begin", "export", "run"]
 
@@ -38,10 +38,13 @@ def begin(
 ) -> None:
     """Start from a LoRA's weights, if one is named, and go on from the folder's checkpoint.
 
-    resume: whether to go on; without, a folder is begun anew. made_of: digests of what is trained,
-    and on what, by name; a checkpoint of something else is refused. ValueError as for `load_state`.
+    resume: whether to go on; without, a folder that holds a checkpoint is refused. made_of: digests
+    of what is trained, and on what, by name; a checkpoint of something else is refused, but its
+    settings are not compared (`finetune.state.check_out` does). ValueError as for `load_state`.
     """
     learner: Learner = trainer.learner
+    if (out / FILE).exists() and not resume:
+        raise ValueError(f"{out} holds a run; pass resume=True, or give another out")
     if adapter:
         part, alpha = learner.family.network, learner.settings.alpha
         learner.start_from(lora.read(Path(adapter), part, learner.weights, alpha))

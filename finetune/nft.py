@@ -74,7 +74,7 @@ class Nft(Tuning):
     shift: float = setting(
         1.0,
         number(0, ends="(]"),
-        "above 1 times lean to noise, where a picture's content is settled",
+        "shift of the times: above 1 they lean towards noise, where the content is settled",
     )
     kl: float = setting(0.0, number(0), "weight of the divergence from the reference")
 

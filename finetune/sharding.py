@@ -44,8 +44,7 @@ def _fsdp(accelerator: Accelerator) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
-            "FSDP 1 cannot hold frozen and trained weights together; set fsdp_version: 2, as "
-            "scripts/configs/fsdp.yaml does"
+            "FSDP 1 cannot hold frozen and trained weights together; set fsdp_version: 2"
         )
     plugin = state.fsdp_plugin
     if plugin is None:
@@ -68,8 +67,8 @@ def _zero(accelerator: Accelerator) -> None:
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ or zero["stage"] != 2:
         raise ValueError(
             f"DeepSpeed is asked for ZeRO stage {zero['stage']}, or has a file of its own; only "
-            "stage 2 as scripts/configs/deepspeed.yaml sets it is known to train what one process "
-            "does; for a network that one GPU does not hold take scripts/configs/fsdp.yaml"
+            "stage 2 without a file is known to train what one process does; for a network that "
+            "one GPU does not hold use FSDP with fsdp_version: 2"
         )
     if accelerator.mixed_precision != "no":
         raise ValueError(

@@ -10,6 +10,7 @@ import pytest
 from saved_runs import save
 
 from tilt import main as tilt
+from tilt.commands import rollout
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +23,10 @@ def test_without_a_command_there_is_a_list_of_them(capsys):
     assert all(f"  {name} " in listed for name in tilt.COMMANDS)
 
 
-@pytest.mark.parametrize(("word", "said"), [("stear", "did you mean steer?"), ("x", "there are")])
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("stear", "did you mean steer?"), ("x", "there are"), ("train", "there are train gdro, ")],
+)
 def test_an_unknown_command_is_refused_with_the_nearest_one(capsys, word, said):
     assert tilt.main([word, "--help"]) == 2
     err = capsys.readouterr().err
@@ -51,3 +55,8 @@ def test_a_report_is_written_of_what_lies_in_a_folder(tmp_path):
     done = subprocess.run([*line[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "neither log.csv nor checks.csv" in done.stderr
+
+
+def test_an_option_is_not_taken_for_the_value_of_a_keyword():
+    with pytest.raises(ValueError, match=r"^--call\.height has no value; write one behind it$"):
+        rollout.OPTIONS.read(["--call.height", "--resume"])

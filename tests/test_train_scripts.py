@@ -255,7 +255,7 @@ def test_fsdp_rounds_neither_timesteps_nor_gradients(monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "offload", "precision", "message"),
     [
-        (3, "none", "no", "stage 3.*fsdp.yaml"),
+        (3, "none", "no", "stage 3.*fsdp_version: 2"),
         (2, "cpu", "no", "offload_optimizer_device is 'cpu'"),
         (2, "none", "bf16", "weights to bf16; set mixed_precision: 'no'"),
     ],
@@ -334,6 +334,10 @@ def test_the_example_trains_goes_on_and_gives_what_the_command_gives(scored, tmp
         text = example.read_text(encoding="utf-8").replace("steps=4", f"steps={steps}")
         (tmp_path / "example.py").write_text(text, encoding="utf-8")
         monkeypatch.setattr(sys, "argv", ["example.py", str(scored / "run"), str(mine)])
+        runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
+    text = example.read_text(encoding="utf-8").replace("resume=True", "resume=False")
+    (tmp_path / "example.py").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="holds a run; pass resume=True"):
         runpy.run_path(str(tmp_path / "example.py"), run_name="__main__")
     words = [f"--rollouts={scored / 'run'}", f"--out={told}", "--gdro.groups=2", "--gdro.k=2"]
     assert train_gdro.main([*words, "--gdro.steps=4"]) == 0

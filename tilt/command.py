@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,27 @@ import torch
 from safetensors import SafetensorError
 
 import rewards
+from finetune.ranges import (
+    FLAG,
+    KEYWORDS,
+    NAME,
+    SEED,
+    TEXT,
+    check,
+    one_of,
+    optional,
+    setting,
+    whole,
+)  # fmt: skip
 from steering import FeynmanKac
 from steering.pipeline import steer_each
-from tilt.loading import pick_dtype
+from tilt.loading import DTYPES, pick_dtype
 from tilt.options import Options, one_line
 from tilt.processes import Stopped
 from tilt.prompts import read
 
 __all__ = [
+    "Drawing",
     "call_of",
     "check_folder",
     "counted",
@@ -36,8 +49,37 @@ __all__ = [
 ]
 
 
+@dataclass
+class Drawing:
+    """The settings of a command that draws the prompts of a file."""
+
+    prompts: str = setting("", TEXT, "a file of prompts: one a line, or .jsonl")
+    out: str = setting("", TEXT, "the folder to make")
+    model: str = setting("tiny-sd3", NAME, "hub id, folder, tiny-sd3 or tiny-sd")
+    lora: str | None = setting(None, optional(NAME), "LoRA weights to load: another round")
+    filter: dict[str, Any] = setting(
+        dict, KEYWORDS, "fields of FeynmanKac, as in --filter.reward-scale 30"
+    )
+    call: dict[str, Any] = setting(
+        dict, KEYWORDS, "keywords of the pipeline's call, as in --call.guidance-scale 4.5"
+    )
+    seed: int = setting(0, SEED, "seed of the whole run")
+    max_batch: int | None = setting(
+        None, optional(whole(1)), "rows that the network evaluates at once"
+    )
+    dtype: str = setting(
+        "auto",
+        one_of("auto", *DTYPES),
+        "type of the networks; auto is float32 on a CPU, else a half type",
+    )
+    resume: bool = setting(False, FLAG, "make only what is missing or damaged")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 def check_folder(out: str) -> None:
-    """ValueError for a folder that cannot be made; "" is for the script to refuse."""
+    """ValueError for a folder that cannot be made; "" is for the command to refuse."""
     if out and not out.strip():
         raise ValueError(f"out is {out!r}; name a folder")
     folder = Path(out)
@@ -105,7 +147,7 @@ def prompts_of(file: str) -> list[str]:
 
 
 def made_of(settings: Any, spec: str, **more: str) -> dict[str, str]:
-    """Digests of what the run is made of, by the setting that names it; more: the script's own.
+    """Digests of what the run is made of, by the setting that names it; more: the command's own.
 
     spec: of the reward that is trained on, "" if it is not known.
 

@@ -1,6 +1,6 @@
 """Settings of training that do nothing beside the others: each is refused by name.
 
-settings: those of the script, as read; ValueError for the first one that is not at its default.
+settings: those of the command, as read; ValueError for the first one that is not at its default.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ __all__ = ["of_adversarial", "of_critic", "of_gdro"]
 
 
 def of_gdro(settings: Any) -> None:
-    """Of train_gdro.py."""
+    """Those of `tilt train gdro`."""
     _of_checks(settings)
     if settings.gdro.form == "rank":
         refuse_idle(settings, ["gdro.temperature"], "gdro.form is 'rank'")
 
 
 def of_adversarial(settings: Any) -> None:
-    """Of train_adversarial.py."""
+    """Those of `tilt train adversarial`."""
     _of_checks(settings)
     refuse_idle(
         settings, [{"grpo": "nft", "nft": "grpo"}[settings.method]], _is("method", settings)
@@ -40,7 +40,7 @@ def of_adversarial(settings: Any) -> None:
 
 
 def of_critic(settings: Any, kind: str) -> None:
-    """Of a critic, whose settings are `critic` and, under the name `kind`, its kind."""
+    """Those of a critic, whose settings are `critic` and, under the name `kind`, its kind."""
     critic = settings.critic
     if getattr(settings, kind) == "preference":
         refuse_idle(settings, ["critic.patches", "critic.patch_weight"], _is(kind, settings))

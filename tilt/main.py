@@ -47,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         name = " ".join(words[:length])
         if name in COMMANDS:
             return run(name, words[length:])
+    begun = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
     near = difflib.get_close_matches(words[0], COMMANDS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    hint = f"there are {', '.join(begun)}" if begun else hint
     print(f"tilt: there is no command {words[0]!r:.80}: {hint}", file=sys.stderr)
     return 2
 

@@ -38,7 +38,7 @@ __all__ = [
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are a ValueError, for the script to say in its way."""
+    """Mistakes are a ValueError, for the command to print as its own sentence."""
 
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (--help lists what there is)")
@@ -259,7 +259,7 @@ def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], 
             continue
         flag, equals, value = word.partition("=")
         if not equals:
-            if not left:
+            if not left or left[0].startswith("--"):
                 raise ValueError(f"{flag:.80} has no value; write one behind it")
             value = left.pop(0)
         key = flag.removeprefix(f"{option.flag}.").replace("-", "_")

@@ -67,7 +67,7 @@ def run(case: str, out: Path, images: int, changes: Sequence[str]) -> None:
             f"--config={ROOT / 'scripts/configs/adversarial_tiny.yaml'}",
             f"--prompts={tune}",
         ]
-        settings += [f"--out={tuned}", "--resume", *words, *changes]
+        settings += [f"--out={tuned}", "--resume", *words, *(f"--{change}" for change in changes)]
         if "critic" in name:
             pictures_of = by_prompt if "preference" in name else references
             settings += [f"--references={pictures_of}"]
@@ -189,7 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--case", choices=sorted(CASES))
     parser.add_argument("--out", type=Path, default=Path("runs/adversarial"))
     parser.add_argument("--images", type=int, default=8, help="pictures of a prompt in tests")
-    parser.add_argument("--changes", nargs="*", default=[], help="key=value of the script")
+    parser.add_argument(
+        "--changes", nargs="*", default=[], help="name=value of the command's options"
+    )
     parser.add_argument("--table", action="store_true", help="print what there is")
     parser.add_argument("--grid", type=Path, help="a folder for style.png and hacking.png")
     args = parser.parse_args(argv)

@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> None:
         "--log-every=5",
     ]
     words += [f"--check.reward={LOOKED_AT}", f"--check.every={args.every}", "--resume"]
-    words += ["--check.quality=scripts.benchmarks.online:quality", *args.changes]
+    words += [
+        "--check.quality=scripts.benchmarks.online:quality",
+        *(f"--{change}" for change in args.changes),
+    ]
     if args.method == "grpo":
         words += [f"--prompts={tune}", f"--reward={REWARD}"]
         timed(folder, "grpo-train", command("train_adversarial.py", words, 1))
@@ -148,7 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--method", choices=sorted(CONFIGS))
     parser.add_argument("--out", type=Path, default=Path("runs/online"))
     parser.add_argument("--every", type=int, default=30, help="steps between checks")
-    parser.add_argument("--changes", nargs="*", default=[], help="key=value of the method's script")
+    parser.add_argument(
+        "--changes", nargs="*", default=[], help="name=value of the command's options"
+    )
     parser.add_argument("--table", action="store_true", help="print what there is")
     parser.add_argument("--plot", type=Path, help="and draw it")
     args = parser.parse_args(argv)

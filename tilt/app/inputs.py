@@ -37,6 +37,7 @@ class Wish:
 
 
 def default_reward(model: str) -> str:
+    """The spec that the page begins with: CLIP, the embedded one for an embedded model."""
     return spec_of({"clip": 1.0}, model)
 
 

@@ -38,6 +38,7 @@ examples:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Every option of the app."""
     p = Parser(
         prog="tilt app", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import rewards
 from finetune import ranges
-from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, one_of, optional, setting, whole
+from finetune.ranges import NAME, SEED, TEXT, optional, setting, whole
 from rewards.combine import component_names
 from rewards.geneval.rules import TASKS
 from rewards.images import to_images
@@ -64,30 +64,20 @@ BATCH = 32
 
 
 @dataclass
-class Evaluate:
-    """What to compare, on which prompts, by what."""
+class Evaluate(command.Drawing):
+    """What to compare, by what."""
 
     prompts: str = setting(
-        "", ranges.TEXT, "a file, one prompt a line, or .jsonl; none that training saw"
+        "", TEXT, "a file of prompts that training never saw: one a line, or .jsonl"
     )
-    out: str = setting("", ranges.TEXT, "the folder to make")
-    model: str = setting("tiny-sd3", NAME, "hub id, folder, tiny-sd3 or tiny-sd")
-    lora: str | None = setting(
-        None, optional(NAME), "LoRA weights of the tuned model; without, there is none"
-    )
-    images: int = setting(4, whole(1, 10_000), "pictures of a prompt in every variant")
-    reward: str = setting("", ranges.TEXT, "what judges them, as in 'ocr + 0*clip'")
+    lora: str | None = setting(None, optional(NAME), "LoRA weights of the tuned model, if any")
+    images: int = setting(4, whole(1, 10_000), "images of a prompt in every variant")
+    reward: str = setting("", TEXT, "what judges them, as in 'ocr + 0*clip'")
     steer: str | None = setting(
-        None, optional(NAME), "the reward of the steered variants; without, there are none"
+        None, optional(NAME), "the reward of the steered variants; without it, there are none"
     )
     particles: int = setting(
-        0, whole(0, 10_000), "of the run that each steered picture is the best of"
-    )
-    filter: dict[str, Any] = setting(
-        dict, KEYWORDS, "fields of FeynmanKac, as in filter.reward_scale=30"
-    )
-    call: dict[str, Any] = setting(
-        dict, KEYWORDS, "keywords of the pipeline's call, as in call.guidance_scale=4.5"
+        0, whole(0, 10_000), "particles of the run of which each steered image is the best"
     )
     objects: str = setting(
         "objects",
@@ -97,21 +87,9 @@ class Evaluate:
     embed: str | None = setting(
         None,
         optional(NAME),
-        "a reward whose features tell diversity; embedded models have dino(tiny)",
+        "a reward whose features measure diversity; embedded models have dino(tiny)",
     )
-    seed: int = setting(0, SEED, "of the pictures and of the bootstrap")
-    max_batch: int | None = setting(
-        None, optional(whole(1)), "rows that the network evaluates at once"
-    )
-    dtype: str = setting(
-        "auto",
-        one_of("auto", *loading.DTYPES),
-        "of the networks; auto: float32 on a CPU, else a half type",
-    )
-    resume: bool = setting(False, FLAG, "draw and score only what is missing")
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
+    seed: int = setting(0, SEED, "seed of the images and of the bootstrap")
 
 
 EXAMPLES = """\

@@ -16,17 +16,7 @@ from tqdm import tqdm
 
 import rewards
 from finetune import ranges
-from finetune.ranges import (
-    FLAG,
-    KEYWORDS,
-    NAME,
-    SEED,
-    TEXT,
-    one_of,
-    optional,
-    setting,
-    whole,
-)
+from finetune.ranges import NAME, optional, setting, whole
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from steering import tiny
 from tilt import command, loading, started
@@ -36,38 +26,15 @@ from tilt.prompts import read
 
 
 @dataclass
-class Rollout:
-    """What to make, of which model."""
+class Rollout(command.Drawing):
+    """What to make of each prompt."""
 
-    prompts: str = setting("", TEXT, "a file, one prompt a line, or .jsonl")
-    out: str = setting("", TEXT, "the folder to make")
-    model: str = setting("tiny-sd3", NAME, "hub id, folder, tiny-sd3 or tiny-sd")
-    lora: str | None = setting(None, optional(NAME), "LoRA weights to load: another round")
     images: int = setting(16, whole(0, 10_000), "plain images a prompt")
     steered: int = setting(
-        0, whole(0, 10_000), "images a prompt from the particle filter, with reward="
+        0, whole(0, 10_000), "images a prompt from the particle filter, steered by --reward"
     )
     reward: str | None = setting(None, optional(NAME), "what steers them, as in 'clip + 0.5*ocr'")
-    filter: dict[str, Any] = setting(
-        dict, KEYWORDS, "fields of FeynmanKac, as in filter.reward_scale=30"
-    )
-    call: dict[str, Any] = setting(
-        dict, KEYWORDS, "keywords of the pipeline's call, as in call.guidance_scale=4.5"
-    )
-    seed: int = setting(0, SEED, "of the whole run")
     prompts_per_shard: int = setting(4, whole(1), "prompts in one file")
-    max_batch: int | None = setting(
-        None, optional(whole(1)), "rows that the network evaluates at once"
-    )
-    dtype: str = setting(
-        "auto",
-        one_of("auto", *loading.DTYPES),
-        "of the networks; auto: float32 on a CPU, else a half type",
-    )
-    resume: bool = setting(False, FLAG, "make only what is missing or damaged")
-
-    def __post_init__(self) -> None:
-        ranges.check(self)
 
 
 EXAMPLES = """\

@@ -27,7 +27,7 @@ from finetune.critics import Critic, CriticSettings
 from finetune.grpo import Grpo
 from finetune.models import encode, encode_negative, family_of, noising_of
 from finetune.nft import Nft
-from finetune.online import Task
+from finetune.online import Samples, Task
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, number, one_of, part, setting, whole
 from finetune.state import check_out, finish
 from rewards.models.critic import KINDS
@@ -55,25 +55,25 @@ class TrainAdversarial(training.TrainingRun):
         "references belong to prompts, as a preference needs; false: they are of one style",
     )
     critic_weight: float = setting(
-        1.0, number(0), "of the critic's score beside the reward; 0: no critic"
+        1.0, number(0), "weight of the critic's score beside the reward; 0: no critic"
     )
     critic_kind: str = setting(
         "features",
         one_of(*KINDS),
         "features: a head on a frozen DINO; preference: the last layers of a CLIP",
     )
-    tower: str = setting("tiny", NAME, "that DINO, or that CLIP: tiny, a hub id or a folder")
+    tower: str = setting("tiny", NAME, "the critic's DINO or CLIP: tiny, a hub id or a folder")
     critic_layers: int = setting(
         2, whole(1), "how many layers of a preference's image tower are trained"
     )
     critic_from: str = setting(
         "", TEXT, "a folder of a critic to begin with, whose kind and tower it keeps"
     )
-    negative_prompt: str = setting("", TEXT, "of guidance")
+    negative_prompt: str = setting("", TEXT, "negative prompt of guidance")
     call: dict[str, Any] = setting(
         dict,
         KEYWORDS,
-        "keywords of the pipeline's call that say what is drawn, as in call.height=512",
+        "keywords of the pipeline's call that say what is drawn, as in --call.height 512",
     )
     method: str = setting(
         "grpo",
@@ -146,32 +146,49 @@ def run(settings: TrainAdversarial) -> None:
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
     training.begin(trainer, settings, tuned, weighed)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), weighed)
+    about = made_from(settings, prompts, call, trainer.samples, score)
+    if accelerator.is_main_process and isinstance(score, Adversary):
+        score.critic.save(out / "critic")
+    title = METHODS[settings.method][1]
+    file = training.export(trainer, type(pipe), settings, about, name, title)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        if trainer.samples.dropped:
+            print(dropped(trainer.samples))
+        finish(file.parent, tuned.steps, made_of)
+        print(file)
+
+
+def dropped(samples: Samples) -> str:
+    """How many images no score could be learned from."""
+    counts = f"{samples.dropped} of {samples.drawn}"
+    return f"{counts} images were left out: their reward is not a finite number"
+
+
+def made_from(
+    settings: TrainAdversarial,
+    prompts: list[str],
+    call: dict[str, Any],
+    samples: Samples,
+    score: Any,
+) -> list[str]:
+    """Lines for the model card on what the LoRA was trained on."""
+    tuned = settings.tuned
     about = [
         f"{command.counted(len(prompts), 'prompt')}, {tuned.k} images of {tuned.groups} of them an "
         f"epoch, call {json.dumps(call)}",
         f"rewards: `{settings.reward or 'none but the critic'}`",
     ]
-    if trainer.samples.dropped:
-        counts = f"{trainer.samples.dropped} of {trainer.samples.drawn}"
-        about.append(f"{counts} images were left out: their reward is not a finite number")
-        if accelerator.is_main_process:
-            print(about[-1])
-    if settings.references:
-        about.append(f"references: {settings.references}")
+    about += [dropped(samples)] if samples.dropped else []
+    about += [f"references: {settings.references}"] if settings.references else []
     if isinstance(score, Adversary):
-        if accelerator.is_main_process:
-            score.critic.save(out / "critic")
-        about.append(f"a critic of {len(score.references)} pictures, in {out / 'critic'}")
-    title = METHODS[settings.method][1]
-    file = training.export(trainer, type(pipe), settings, about, name, title)
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        finish(file.parent, tuned.steps, made_of)
-        print(file)
+        folder = Path(settings.out) / "critic"
+        about.append(f"a critic of {len(score.references)} pictures, in {folder}")
+    return about
 
 
 def contents(settings: TrainAdversarial, prompts: list[str]) -> dict[str, str]:
-    """Digests of the files that are this script's own, by setting."""
+    """Digests of the files that are this command's own, by setting."""
     found = {"prompts": command.digest_of(prompts)}
     if settings.reward:
         found["reward"] = rewards.identity(settings.reward)

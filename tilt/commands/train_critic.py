@@ -81,16 +81,16 @@ class TrainCritic:
         one_of(*KINDS),
         "features: a head on a frozen DINO; preference: the last layers of a CLIP",
     )
-    tower: str = setting("tiny", NAME, "that DINO, or that CLIP: tiny, a hub id or a folder")
+    tower: str = setting("tiny", NAME, "the critic's DINO or CLIP: tiny, a hub id or a folder")
     critic_from: str = setting(
         "", TEXT, "a folder of a critic to begin with, whose kind and tower it keeps"
     )
     held_out: float = setting(
         0.1, number(0, 1, "[)"), "the share of prompts that are not trained on; 0: none"
     )
-    steps: int = setting(300, whole(1), "updates")
+    steps: int = setting(300, whole(1), "number of updates")
     batch: int = setting(16, whole(1), "samples of a step, with a reference each")
-    seed: int = setting(0, SEED, "of everything")
+    seed: int = setting(0, SEED, "seed of everything")
     save_every: int = setting(50, whole(1), "steps between checkpoints")
     log_every: int = setting(50, whole(1), "steps between lines of the log")
     resume: bool = setting(

@@ -35,15 +35,17 @@ class TrainGdro(training.TrainingRun):
     lora: str | None = setting(
         None, optional(NAME), "a LoRA to go on from, which the rollouts come from: another round"
     )
-    model: str | None = setting(None, optional(NAME), "by default that of the rollouts")
-    rollouts: str = setting("", TEXT, "the scored folder of `tilt rollout`")
+    model: str | None = setting(
+        None, optional(NAME), "hub id or folder; by default the model of the rollouts"
+    )
+    rollouts: str = setting("", TEXT, "a folder that `tilt rollout` made and `tilt score` scored")
     gdro: Gdro = part(Gdro, "GDRO")
 
 
 EXAMPLES = """\
 examples:
   tilt train gdro --rollouts runs/words --out runs/tuned --gdro.steps 200
-  tilt train gdro --config scripts/configs/gdro_tiny.yaml --rollouts runs/words --out runs/tuned
+  tilt train gdro --config gdro.yaml --rollouts runs/words --out runs/tuned
   tilt train gdro --rollouts runs/words --out runs/tuned \\
     --check.every 50 --check.prompts unseen.txt --check.patience 3
 """
