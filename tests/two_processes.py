@@ -7,6 +7,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+# gloo's threads must end before the interpreter does: one that asks for the interpreter's lock
+# after that ends the process with "terminate called without an active exception".
+PARTING = """
+from torch import distributed
+if distributed.is_initialized():
+    distributed.destroy_process_group()
+"""
+
 
 def run_pair(program: str, *words: str, port: int, count: int = 2) -> None:
     """Run a Python program as rank 0 and rank 1 (to `count` - 1); all must end well."""
@@ -18,7 +26,7 @@ def run_pair(program: str, *words: str, port: int, count: int = 2) -> None:
         "MASTER_PORT": str(20000 + (os.getpid() + port) % 20000),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     }
-    line = [sys.executable, "-c", program, *words]
+    line = [sys.executable, "-c", program + PARTING, *words]
     ranks = [
         subprocess.Popen(
             line, env=base | {"RANK": str(i), "LOCAL_RANK": str(i)}, stderr=subprocess.PIPE

@@ -5,10 +5,10 @@
     python -m scripts.bench tuning --out runs/tuning --table
 
 Runs scripts/rollout.py, score.py, train_gdro.py and evaluate.py one after another, each in as many
-processes as there are cores, and times them; what is finished is not done again. --vary trains on
-the same rollouts with one setting changed at a time. Rewards are trained on (OCR, the share of
-a prompt's conditions that the detector finds met) or only looked at (CLIP). Intervals: 95 %,
-percentile bootstrap over prompts.
+processes as there are cores, and measures their CPU time; what is finished is not done again.
+--vary trains on the same rollouts with one setting changed at a time. Rewards are trained on (OCR,
+the share of a prompt's conditions that the detector finds met) or only looked at (CLIP).
+Intervals: 95 %, percentile bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,17 +114,22 @@ def command(script: str, words: Sequence[str], processes: int) -> list[str]:
 
 
 def timed(folder: Path, name: str, line: list[str]) -> float:
-    """Run it once, with its output in a log, and return the seconds that it took."""
+    """Run it once, with its output in a log, and return the CPU seconds of all its processes.
+
+    CPU time, as it does not depend on what else the machine does.
+    """
     seconds = folder / f"{name}.seconds"
     if not seconds.exists():
         print(f"{name}: {' '.join(line[-6:])}", file=sys.stderr)
-        start = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with (folder / f"{name}.log").open("w") as log:
             alone = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
             code = subprocess.run(line, cwd=ROOT, env=alone, stdout=log, stderr=log).returncode
         if code:
             raise SystemExit(f"{name} failed, see {log.name}")
-        seconds.write_text(str(time.monotonic() - start))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        seconds.write_text(str(spent))
     return float(seconds.read_text())
 
 
@@ -164,7 +169,7 @@ def trained(
     plan: Sequence[str],
     changes: Sequence[str],
 ) -> float:
-    """A LoRA in out/lora from rollouts of the prompts; the seconds that all of it took."""
+    """A LoRA in out/lora from rollouts of the prompts; the CPU seconds that all of it took."""
     folder, reward, n = out.parent, REWARDS[args.task], args.processes
     words = [
         f"--model={args.model}",
@@ -202,8 +207,8 @@ def last(file: Path, column: str) -> float:
 def markdown(rows: Sequence[dict]) -> str:
     """A line a run: the headline measure against the base and the default run, and CLIP."""
     lines = [
-        "| model | task | run | minutes | measure | base | tuned | tuned - base | - default run |"
-        " CLIP - base | drift |",
+        "| model | task | run | CPU minutes | measure | base | tuned | tuned - base |"
+        " - default run | CLIP - base | drift |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     defaults = {(r["model"], r["task"]): r for r in rows if r["name"] == "default"}
