@@ -38,6 +38,7 @@ from steering.pipeline import steer_each
 
 from . import ranges
 from .files import atomic, write
+from .folder import begun, refuse_changes, writing
 from .models import encode, family_of
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
 from .shards import is_whole, read_manifest, sha256
@@ -52,6 +53,7 @@ __all__ = [
     "open_run",
 ]
 
+MANIFEST = "manifest.json"
 PLAIN = FeynmanKac(reward_scale=0.0, min_ess=0.0, noise=0.0)  # the pipeline's own sampler
 FEATURES = {
     "prompt": {"dtype": "string", "_type": "Value"},
@@ -131,24 +133,15 @@ def open_run(
         "dtype": str(network.dtype).removeprefix("torch."),
         "weights": fingerprint(network),
         "reward": reward,
-        "plan": _plain(plan),
     }
-    file = folder / "manifest.json"
-    if file.exists():
-        was = read_manifest(file)
-        if not resume:
-            raise ValueError(f"{folder} holds a run; add resume=true, or give another out=")
-        for key, value in about.items():
-            if was.get(key, value if key == "dtype" else None) != value:  # once it was not told
-                raise ValueError(
-                    f"{folder} was made with another {key}; give another out=, or the same {key}"
-                )
+    if begun(folder, MANIFEST, resume=resume):
+        was = {"dtype": about["dtype"]} | read_manifest(folder / MANIFEST)  # once it was not told
+        before = {name: was.get(name) for name in about}
+        refuse_changes(folder, before | was["plan"], about | _plain(plan))
         return
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run; give another out=")
-    folder.mkdir(parents=True, exist_ok=True)
-    about |= {"lora": lora, "versions": versions()}
-    write(file, json.dumps(about, indent=1, ensure_ascii=False))
+    about |= {"plan": _plain(plan), "lora": lora, "versions": versions()}
+    with writing(folder):
+        write(folder / MANIFEST, json.dumps(about, indent=1, ensure_ascii=False))
 
 
 def is_complete(
@@ -161,7 +154,7 @@ def is_complete(
     """
     about = {"plan": _plain(plan), "reward": reward, "model": model, "lora": lora}
     try:
-        was = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        was = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         same = {name: was[name] for name in about} == about
     except (OSError, ValueError, KeyError, TypeError):
         return False

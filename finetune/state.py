@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import config
 from .files import atomic
+from .folder import begun, refuse_changes
 
 __all__ = ["FILE", "FINISHED", "check_out", "finish", "is_finished", "load_state", "save_state"]
 
@@ -32,41 +33,28 @@ def check_out(settings: Any, ignore: Collection[str] = ()) -> None:
     for a run that is not to be resumed, and for a setting that would change it, by name.
     """
     out = Path(settings.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder as out=")
-    there = [file.name for file in out.iterdir()] if out.is_dir() else []
-    if any(name[0] != "." for name in there) and RECORD not in there:
-        raise ValueError(f"{out} is not empty and holds no training; give another out=")
-    if FILE not in there:
+    if not begun(out, RECORD, FILE, kind="training run", resume=settings.resume):
         return
-    if not settings.resume:
-        raise ValueError(f"{out} holds a run; add resume=true, or give another out=")
-    _check_same(settings, out, ignore)
-
-
-def _check_same(settings: Any, out: Path, ignore: Collection[str]) -> None:
     try:
         before = dict(_flat(asdict(config.read(type(settings), out / RECORD))))
     except ValueError as error:
-        raise ValueError(f"{out} cannot be carried on ({error}); give another out=") from None
-    now = dict(_flat(asdict(settings)))
-    unseen = before.get("check.every") == 0  # nothing was checked yet
-    for name in sorted(before.keys() | now.keys()):
-        head, _, tail = name.partition(".")
-        if (
-            name in MAY_CHANGE
-            or tail in MAY_CHANGE
-            or head in ignore
-            or (unseen and head == "check")
-        ):
-            continue
-        if name == "dtype" and before[name] == "auto":  # of a run that did not say which it was
-            continue
-        if not _alike(before.get(name), now.get(name)):
-            raise ValueError(
-                f"{out} was begun with {name}={before.get(name)!r:.80}, not {now.get(name)!r:.80}; "
-                "carry it on as it was, or give another out="
-            )
+        raise ValueError(f"{out} cannot be continued ({error}); give another out=") from None
+    free = MAY_CHANGE | set(ignore)
+    if before.get("check.every") == 0:  # nothing was checked yet
+        free |= {"check"}
+    if before.get("dtype") == "auto":  # a run that did not record which type it was
+        free |= {"dtype"}
+
+    def bound(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that may not change."""
+        parts = {name: name.partition(".") for name in settings}
+        return {
+            name: settings[name]
+            for name, (head, _, tail) in parts.items()
+            if not free & {name, head, tail}
+        }
+
+    refuse_changes(out, bound(before), bound(dict(_flat(asdict(settings)))), _alike)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -242,7 +242,7 @@ def test_resuming_draws_what_is_missing_and_scores_by_another_reward(done, capsy
     assert after["sections"]["Rewards"] == before["sections"]["Rewards"][1:]
     assert after["sections"]["Diversity"] == before["sections"]["Diversity"]
     capsys.readouterr()
-    for changed, message in (({}, "add --resume"), ({"seed": 1}, "another seed")):
+    for changed, message in (({}, "add --resume"), ({"seed": 1}, "begun with --seed 0, not 1")):
         more = ["--resume"] if changed else []
         assert script.main([*words(done, **changed), *more]) == 2
         assert message in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_what_is_refused_is_said_once(one):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1  # the launcher's
     (said,) = [line for line in err.splitlines() if line.startswith("tilt steer: ")]
-    assert "holds a run: --resume carries it on" in said
+    assert "holds a run; add --resume, or give another --out" in said
 
 
 def test_a_spread_population_makes_the_pictures_of_one_process(one, tmp_path):

@@ -156,14 +156,14 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "steered").mkdir()
     (tmp_path / "steered" / "report.html").touch()
-    for name, said in (("file", "is a file"), ("steered", "holds no training")):
+    for name, said in (("file", "Not a directory"), ("steered", "holds no training run")):
         with pytest.raises(ValueError, match=said):
             check_out(train_gdro.TrainGdro(out=str(tmp_path / name)))
     begun(train_gdro.TrainGdro(out=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="add resume=true"):
         check_out(train_gdro.TrainGdro(out=str(tmp_path / "run")))
     (tmp_path / "run" / "settings.yaml").write_text("gdro: [")
-    with pytest.raises(ValueError, match="cannot be carried on"):
+    with pytest.raises(ValueError, match="cannot be continued"):
         check_out(train_gdro.TrainGdro(out=str(tmp_path / "run"), resume=True))
 
 

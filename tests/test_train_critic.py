@@ -213,7 +213,7 @@ def test_a_prompt_is_on_one_side_and_stays_there():
         (["--batch=0"], "batch is 0 but must be a whole number"),
         (["--held-out=1"], "held_out is 1.0 but must be a number in [0, 1)"),
         (["--held-out=0.95"], "leaves none of 6 prompts to train on"),
-        (["--out={tmp}/done"], "is not empty and holds no training; give another out="),
+        (["--out={tmp}/done"], "is not empty and holds no training run"),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(words, style, tmp_path, given, message, capsys):

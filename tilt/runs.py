@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from finetune.files import atomic, write
+from finetune.folder import begun, refuse_changes, writing
 from steering.manifest import fingerprint
 from tilt.prompts import Prompt
 from tilt.report import page, pictures
@@ -58,7 +59,7 @@ def new_folder(parent: Path) -> Path:
     name, number = datetime.now().strftime("%Y-%m-%d-%H%M%S"), 1
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        with _writing(parent), contextlib.suppress(FileExistsError):
+        with writing(parent), contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)  # fails where another run has just made it
             return folder
         number += 1
@@ -74,37 +75,20 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
     """
     path = out / "manifest.json"
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    with _writing(out):
-        begun = any(out.glob("[0-9]*-*/"))
-        there = begun or path.exists()
-        files = [] if there or not out.is_dir() else [file.name for file in out.iterdir()]
-    if any(name[0] != "." for name in files):
-        raise ValueError(
-            f"{out} is not empty and holds no run ({sorted(files)[-1]}), and its files would be "
-            "written over: choose another --out"
-        )
-    old = _read_manifest(path) if there else {}
-    if begun and not resume:
-        raise ValueError(f"{out} holds a run: --resume carries it on, another --out spares it")
-    if begun:
-        _check_same(old, json.loads(text), out)
-    with _writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if begun:  # to find out now whether the folder takes files
+    goes_on = begun(out, path.name, "[0-9]*-*/", resume=resume)
+    old = _read_manifest(path) if path.exists() else {}
+    if goes_on:
+        refuse_changes(out, old["settings"], json.loads(text)["settings"])
+        if old["prompts"] != json.loads(text)["prompts"]:
+            raise ValueError(
+                f"{out} was begun with other prompts; give those, or give another out="
+            )
+    with writing(out):
+        if goes_on:  # to find out now whether the folder takes files
             (out / ".writable.part").write_text(text, encoding="utf-8")
             (out / ".writable.part").unlink()
         else:
             write(path, text)
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot write in {out} ({error.strerror}): choose another --out"
-        ) from None
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -118,21 +102,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         return {"settings": dict(manifest["settings"]), "prompts": list(manifest["prompts"])}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(
-            f"{path} is not the manifest of a run, so {path.parent} holds something else: "
-            "choose another --out"
+            f"{path} is not the manifest of a run, so {path.parent} holds something else; "
+            "give another out="
         ) from None
-
-
-def _check_same(old: dict[str, Any], new: dict[str, Any], out: Path) -> None:
-    before, now = old["settings"], new["settings"]
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise ValueError(
-                f"{out} was begun with {name}={before.get(name)!r}, not {now.get(name)!r}: "
-                "carry it on as it was, or choose another --out"
-            )
-    if old["prompts"] != new["prompts"]:
-        raise ValueError(f"{out} was begun with other prompts: give those, or choose another --out")
 
 
 def folder_name(index: int, prompt: str) -> str:

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from finetune.files import atomic, write
+from finetune.folder import begun, refuse_changes
 from finetune.ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
 from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
@@ -173,22 +174,16 @@ def draw(
 def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resume: bool) -> None:
     """Make the folder, or check that its pictures are these; scores by other rewards go."""
     file, about = out / "manifest.json", json.loads(json.dumps(about))
-    if file.exists():
+    if begun(out, file.name, kind="evaluation", resume=resume):
         try:
             was = json.loads(file.read_text(encoding="utf-8"))
             old, scored_by = dict(was["pictures"]), was["scorers"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{out} holds something else; give another out=") from None
-        if not resume:
-            raise ValueError(f"{out} holds an evaluation; add resume=true, or give another out=")
-        for key, value in about.items():
-            if old.get(key) != value:
-                raise ValueError(f"{out} was made with another {key}; give another out=")
+        refuse_changes(out, {name: old.get(name) for name in about}, about)
         if scored_by != scorers:
             for table in out.glob("*/*.csv*"):
                 table.unlink()
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no evaluation; give another out=")
     write(file, json.dumps({"pictures": about, "scorers": scorers}, indent=1, ensure_ascii=False))
 
 
