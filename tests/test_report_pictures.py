@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tilt.report import pictures
+from tilt.report.grid import FRAME, Cell, Row, grid
 from tilt.report.pictures import GridRow, Trace
 
 RED = (214, 39, 40)  # the outline of the best
@@ -148,6 +149,32 @@ def test_history_takes_a_funnel_and_many_prompts():
         for i in range(25)
     ]
     assert pictures.history(traces).size == (800, 600)
+
+
+def test_a_block_has_as_many_columns_as_heads_and_labels_may_stand_above():
+    """As on the cards of the embedded models; an empty caption under all takes no room."""
+    cells = [Cell(plain_image(10 * i + 5), outline=None) for i in range(10)]
+    row = Row("a red circle", [cells])
+    picture = grid([[str(i) for i in range(10)]], [row, row], 64, size=26, labels_above=True)
+    label = 26 * 4 // 3
+    assert picture.size == (8 + 10 * (64 + 8), 2 * 26 + 2 * (label + 64 + 8))
+    pixels = np.asarray(picture)
+    for i in range(10):
+        for top in (2 * 26 + label, 2 * 26 + 2 * label + 64 + 8):
+            cell = pixels[top : top + 64, 8 + 72 * i : 72 + 72 * i]
+            assert (cell == (10 * i + 5, 10 * i + 5, 255)).all()
+
+
+def test_a_frame_lies_around_its_picture():
+    pages = [
+        np.asarray(grid([["x"]], [Row("x", [[Cell(plain_image(5, (64, 32)), "1", outline)]])], 128))
+        for outline in (FRAME, None)
+    ]
+    grey, none = ((page == 0xBB).all(axis=2) for page in pages)
+    inside = (pages[0] == (5, 5, 255)).all(axis=2)
+    assert grey.sum() == 2 * (130 + 66) - 4
+    assert not none.any()
+    assert [np.ptp(np.nonzero(m)[0]) for m in (grey, inside)] == [65, 63]
 
 
 def test_nothing_to_draw_is_an_error():

@@ -14,6 +14,7 @@ from PIL import Image
 from rewards.towers.sources import towers
 from scripts.tiny import cards, evaluate, export, grids
 from steering import tiny
+from tilt.report.grid import GAP
 
 MODELS = list(cards.FOLDERS)
 PIPELINES = {"tiny-sd3": "StableDiffusion3Pipeline", "tiny-sd": "StableDiffusionPipeline"}
@@ -151,14 +152,15 @@ def test_few_cells_are_drawn_quickly_and_twice_the_same(name, tmp_path, few_rows
     first, again = ((tmp_path / folder / f"{name}.png").read_bytes() for folder in "ab")
     assert first == again
     with Image.open(tmp_path / "a" / f"{name}.png") as image:
-        assert image.width == grids.GAP + 2 * (grids.SIDE + grids.GAP)
+        assert image.width == GAP + 2 * (grids.SIDE + GAP)
 
 
-def test_a_pipelines_column_is_the_seed_that_it_names(few_rows):
+def test_a_pipelines_column_is_the_seed_that_it_names(few_rows, monkeypatch):
+    monkeypatch.setattr(grids, "SIZE", 12)  # a label of one line, over two columns
     page = grids.pipeline_grid("tiny-sd", 2)
     prompt = evaluate.prompts_of("colors", False, 1)
     (picture,) = evaluate.generate("tiny-sd", prompt, seed=1)
-    left, top = grids.GAP + grids.SIDE + grids.GAP, grids.CAPTION + grids.LINE
+    left, top = GAP + grids.SIDE + GAP, 2 * 12 + 12 * 4 // 3
     cell = page.crop((left, top, left + grids.SIDE, top + grids.SIDE)).resize((64, 64), 0)
     assert_same_picture(cell, picture)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -23,7 +23,8 @@ from finetune.ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, who
 from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
 from steering.pipeline import steer_each
-from tilt.report import lettering
+from tilt.report.grid import Cell, Row, cell_side, fitted
+from tilt.report.grid import grid as painted
 
 __all__ = [
     "EvaluationPlan",
@@ -38,8 +39,7 @@ __all__ = [
     "start",
 ]
 
-LABEL, LINE, CAPTION, HEADER, GAP = 170, 16, 18, 24, 6  # pixels of the grid
-ROWS, EACH = 16, 3  # prompts, and pictures of each variant, that it shows
+ROWS, EACH = 16, 3  # prompts, and pictures of each variant, that the grid shows
 
 
 def _are_tuples(value: Any) -> bool:
@@ -214,31 +214,17 @@ def grid(folder: Path, plan: EvaluationPlan, scores: Mapping[str, Tensor]) -> Im
 
     scores: {variant: (prompts, m)}, written under the pictures, of which the first few are shown.
     """
-    rows, each = min(ROWS, len(plan.prompts)), min(EACH, plan.images)
     with Image.open(picture(folder / next(iter(scores)), 0, 0)) as first:
-        side = min(max(128, *first.size), 256)
-    block, row = each * (side + GAP) + 2 * GAP, side + CAPTION + GAP
-    page = Image.new("RGB", (LABEL + len(scores) * block, HEADER + rows * row), "white")
-    pen = ImageDraw.Draw(page)
-    for i, prompt in enumerate(plan.prompts[:rows]):
-        for j, line in enumerate(lettering.wrapped(prompt, LABEL - 2 * GAP, 12, side // LINE)):
-            lettering.write(page, (GAP, HEADER + i * row + j * LINE), line, 12)
-    for c, (name, values) in enumerate(scores.items()):
-        left = LABEL + c * block
-        lettering.write(page, (left, 5), name, 12, ":bold")
-        for i in range(rows):
-            for j, image in enumerate(pictures(folder / name, i, each)):
-                x, y = left + j * (side + GAP), HEADER + i * row
-                pen.rectangle((x - 1, y - 1, x + side, y + side), "white", "#bbbbbb")
-                page.paste(_fitted(image, side), (x, y))
-                caption, below = f"{float(values[i, j]):.3g}", (x + side / 2, y + side + 2)
-                lettering.write(page, below, caption, 11, centred=True)
-    return page
+        side = cell_side([first.size])
+    each = min(EACH, plan.images)
 
+    def block(name: str, i: int) -> list[Cell]:
+        shown = zip(pictures(folder / name, i, each), scores[name][i, :each].tolist(), strict=True)
+        # made small at once: the pictures of all prompts may be more than the memory holds
+        return [Cell(fitted(image, side), f"{score:.3g}") for image, score in shown]
 
-def _fitted(image: Image.Image, side: int) -> Image.Image:
-    longest = max(image.size)
-    size = (max(1, image.width * side // longest), max(1, image.height * side // longest))
-    # pixels that are shown several times as large are shown as they are
-    how = Image.Resampling.LANCZOS if side % longest else Image.Resampling.NEAREST
-    return image.convert("RGB").resize(size, how)
+    rows = [
+        Row(prompt, [block(name, i) for name in scores])
+        for i, prompt in enumerate(plan.prompts[:ROWS])
+    ]
+    return painted([[name] for name in scores], rows, side)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from rewards.images import to_images
@@ -26,6 +25,7 @@ from rewards.models.clip import ClipReward
 from rewards.models.dino import DinoReward
 from rewards.models.objects import ObjectsReward
 from rewards.models.ocr import OcrReward
+from tilt.report.grid import Cell, Row, grid
 
 from . import train_aesthetic
 from .cards import FOLDERS
@@ -33,43 +33,20 @@ from .evaluate import HELD_OUT, generate, prompts_of
 from .world import TASKS, Scene, render, scene
 
 SIDE = 128  # of a cell, px: the models' pixels at twice their size
-GAP = 8
-LINE = 48  # a row's label
-CAPTION = 30
-LARGE, SMALL = 30, 24  # type that a telephone's screen leaves legible
+SIZE = 26  # type that a telephone's screen leaves legible
 COLOURS = 192
 POOL = 30  # held-out pictures a task, among which neighbours are looked for
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of text, pictures under it, and of each what stands under that (or nothing)."""
-
-    label: str
-    images: Sequence[Image.Image]
-    captions: Sequence[str] = ()
-
-
 def sheet(rows: Sequence[Row], heads: Sequence[str]) -> Image.Image:
     """The rows from top to bottom, `heads` over the columns."""
-    below = CAPTION if any(row.captions for row in rows) else 0
-    high, width = LINE + SIDE + below, GAP + len(heads) * (SIDE + GAP)
-    page = Image.new("RGB", (width, CAPTION + len(rows) * high + GAP), "white")
-    pen = ImageDraw.Draw(page)
-    large, small = (ImageFont.load_default(size) for size in (LARGE, SMALL))
-    centres = [GAP + column * (SIDE + GAP) + SIDE // 2 for column in range(len(heads))]
-    for centre, head in zip(centres, heads, strict=True):
-        pen.text((centre, GAP // 2), head, "black", small, anchor="ma")
-    for i, row in enumerate(rows):
-        top = CAPTION + i * high
-        pen.text((GAP, top + LINE - 11), row.label, "black", large, anchor="ls")
-        for centre, image in zip(centres, row.images, strict=True):
-            x, y = centre - SIDE // 2, top + LINE
-            pen.rectangle((x - 1, y - 1, x + SIDE, y + SIDE), outline="#bbbbbb")
-            page.paste(image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (x, y))
-        for centre, caption in zip(centres, row.captions, strict=False):
-            pen.text((centre, top + LINE + SIDE + 1), caption, "black", small, anchor="ma")
-    return page
+    return grid([heads], rows, SIDE, size=SIZE, labels_above=True)
+
+
+def row_of(label: str, images: Sequence[Image.Image], captions: Sequence[str] | None = None) -> Row:
+    """A line of text, pictures under it, and of each what stands under that (or nothing)."""
+    captions = captions or [""] * len(images)
+    return Row(label, [[Cell(*pair) for pair in zip(images, captions, strict=True)]])
 
 
 def pipeline_grid(name: str, columns: int) -> Image.Image:
@@ -84,7 +61,7 @@ def pipeline_grid(name: str, columns: int) -> Image.Image:
         judge = reader if task == "text" else detector
         right = int((judge(to_images(images), [prompts[i]] * columns) > 0.999).sum())
         place = ", never seen in training" if unseen else ""
-        rows.append(Row(f"{prompts[i]}{place}: {right} of {columns} right", images))
+        rows.append(row_of(f"{prompts[i]}{place}: {right} of {columns} right", images))
     return sheet(rows, [f"seed {seed}" for seed in range(columns)])
 
 
@@ -109,7 +86,7 @@ def clip_grid(columns: int) -> Image.Image:
     towers = ClipReward("tiny").towers
     found = nearest(towers.text_features(captions), towers.image_features(to_images(pool)), columns)
     rows = [
-        Row(caption, [pool[i] for i, _ in row], [f"{cosine:.2f}" for _, cosine in row])
+        row_of(caption, [pool[i] for i, _ in row], [f"{cosine:.2f}" for _, cosine in row])
         for caption, row in zip(captions, found, strict=True)
     ]
     return sheet(rows, ["nearest", *map(str, range(2, columns + 1))])
@@ -124,7 +101,7 @@ def dino_grid(columns: int) -> Image.Image:
     look = DinoReward("tiny").image_features
     found = nearest(look(to_images(pictures)), look(to_images(pool)), columns - 1)
     rows = [
-        Row(
+        row_of(
             drawn.prompt,
             [picture, *(pool[i] for i, _ in row)],
             ["", *(f"{cosine:.2f}" for _, cosine in row)],
@@ -144,7 +121,7 @@ def aesthetic_grid(columns: int) -> Image.Image:
         spoiled = train_aesthetic.spoiled(kind, drawn, amounts, seed=100)
         pixels = (255 * spoiled).round().byte().permute(0, 2, 3, 1).numpy()
         ratings = [f"{rating:.1f}" for rating in rate(spoiled, [""] * columns).tolist()]
-        rows.append(Row(kind, [Image.fromarray(picture) for picture in pixels], ratings))
+        rows.append(row_of(kind, [Image.fromarray(picture) for picture in pixels], ratings))
     return sheet(rows, [f"s = {amount:.1f}" for amount in amounts])
 
 

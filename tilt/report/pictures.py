@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +11,16 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from steering.weights import ess
 from tilt.report import lettering, markup
+from tilt.report.grid import BEST, Cell, Row, cell_side, grid
 from tilt.report.saved import read
 
 __all__ = ["GridRow", "Trace", "comparison", "history", "rows", "traces"]
 
 _DPI = 100
-_LABEL = 220  # px, the widest that the column of the prompts gets
-_LINE = 16  # of a prompt
-_GAP = 8
-_CAPTION = 18
-_HEADER = 24
-_OUTLINE = 3
-_RED = "#d62728"
-_PER_LINE = 8  # steered particles side by side before the row wraps
 _MOST_LINES = 12  # prompts with a curve of their own before the colours repeat
 
 
@@ -57,15 +49,6 @@ class Trace:
     steps: Sequence[int]
     rewards: Sequence[Sequence[float]]
     ess: Sequence[float]
-
-
-@dataclass(frozen=True)
-class _Cell:
-    image: Image.Image
-    caption: str
-    left: int
-    top: int
-    outlined: bool
 
 
 def rows(folder: Path, plain: Path | None = None) -> list[GridRow]:
@@ -122,26 +105,6 @@ def _best(rewards: Sequence[float]) -> int:
     return max(range(len(rewards)), key=lambda i: rewards[i])
 
 
-def _row_cells(row: GridRow, side: int, start: tuple[int, int], compare: bool) -> list[_Cell]:
-    """The cells of one prompt from the corner `start`, its steered ones in lines of `_PER_LINE`."""
-    (left, top), cells = start, []
-    if compare:
-        for i in (0, _best(row.plain_rewards)) if row.plain else ():
-            cells.append(_Cell(row.plain[i], f"{row.plain_rewards[i]:.3g}", left, top, False))
-            left += side + _GAP
-        left = _steered_from(start[0], side)
-    best = _best(row.rewards)
-    for i, (image, reward) in enumerate(zip(row.steered, row.rewards, strict=True)):
-        x = left + (i % _PER_LINE) * (side + _GAP)
-        y = top + (i // _PER_LINE) * (side + _CAPTION + _GAP)
-        cells.append(_Cell(image, f"{reward:.3g}", x, y, i == best))
-    return cells
-
-
-def _steered_from(left: int, side: int) -> int:
-    return left + 2 * (side + _GAP) + _GAP
-
-
 def comparison(rows: Sequence[GridRow], *, side: int | None = None) -> Image.Image:
     """Draw a row a prompt: plain, best of k, and the steered population, rewards under each.
 
@@ -150,45 +113,24 @@ def comparison(rows: Sequence[GridRow], *, side: int | None = None) -> Image.Ima
     """
     if not rows or any(not row.steered for row in rows):
         raise ValueError("a comparison needs at least one prompt, and each at least one image")
-    widest = max(max(row.steered[0].size) for row in rows)
-    side = side or min(max(widest, 128), 256)
-    compare = any(row.plain for row in rows)
-    most = max(2, side // _LINE)
-    labels = [lettering.wrapped(row.prompt, _LABEL, 12, most) for row in rows]
-    column = math.ceil(max(lettering.wide(line, 12) for label in labels for line in label))
-    left, top, cells, tops = _GAP + column + 2 * _GAP, _HEADER, [], []
-    for row in rows:
-        cells += _row_cells(row, side, (left, top), compare)
-        tops.append(top)
-        top += -(-len(row.steered) // _PER_LINE) * (side + _CAPTION + _GAP)
-    width = max(cell.left for cell in cells) + side + _GAP
-    page = Image.new("RGB", (width, top), "white")
-    heads = [("plain", left), ("best of k", left + side + _GAP)] if compare else []
-    heads.append(("steered", _steered_from(left, side) if compare else left))
-    for text, x in heads:
-        lettering.write(page, (x, 5), text, 12, ":bold")
-    for label, y in zip(labels, tops, strict=True):
-        for i, line in enumerate(label):
-            lettering.write(page, (_GAP, y + i * _LINE), line, 12)
-    for cell in cells:
-        _paste(page, cell, side)
-        below = (cell.left + side / 2, cell.top + side + _OUTLINE + 1)
-        lettering.write(page, below, cell.caption, 11, centred=True)
-    return page
+    side = side or cell_side([row.steered[0].size for row in rows])
+    if not any(row.plain for row in rows):
+        return grid([["steered"]], [Row(row.prompt, [_steered(row)]) for row in rows], side)
+    painted = [Row(row.prompt, [_baselines(row), _steered(row)]) for row in rows]
+    return grid([["plain", "best of k"], ["steered"]], painted, side)
 
 
-def _paste(page: Image.Image, cell: _Cell, side: int) -> None:
-    """The cell's image, as large as fits and in the middle; its outline lies around it."""
-    image, longest = cell.image.convert("RGB"), max(cell.image.size)
-    width, height = (max(1, round(edge * side / longest)) for edge in image.size)
-    # pixels that are shown several times as large are shown as they are
-    nearest, smooth = Image.Resampling.NEAREST, Image.Resampling.LANCZOS
-    image = image.resize((width, height), smooth if side % longest else nearest)
-    x, y = cell.left + (side - width) // 2, cell.top + (side - height) // 2
-    if cell.outlined:
-        box = (x - _OUTLINE, y - _OUTLINE, x + width + _OUTLINE - 1, y + height + _OUTLINE - 1)
-        ImageDraw.Draw(page).rectangle(box, _RED)
-    page.paste(image, (x, y))
+def _baselines(row: GridRow) -> list[Cell]:
+    chosen = (0, _best(row.plain_rewards)) if row.plain else ()
+    return [Cell(row.plain[i], f"{row.plain_rewards[i]:.3g}", None) for i in chosen]
+
+
+def _steered(row: GridRow) -> list[Cell]:
+    pairs, best = zip(row.steered, row.rewards, strict=True), _best(row.rewards)
+    return [
+        Cell(image, f"{reward:.3g}", BEST if i == best else None)
+        for i, (image, reward) in enumerate(pairs)
+    ]
 
 
 def history(traces: Sequence[Trace]) -> Image.Image:
