@@ -81,29 +81,13 @@ def steer(
     the finished prompts, or None. Prompts whose steps were done and whose pictures or last scores
     failed are in it by their latents, with no images and NaN for every number.
     """
+    given = dict(locals())  # every argument as steer_each() takes it
+    given |= given.pop("pipe_kwargs")
     if "only" in pipe_kwargs:
         raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")
     parts: list[Steered] = []
     try:
-        for part in steer_each(
-            pipe,
-            prompts,
-            reward,
-            particles,
-            settings,
-            seed=seed,
-            preview=preview,
-            decode=decode,
-            max_batch=max_batch,
-            prompts_per_call=prompts_per_call,
-            progress=progress,
-            references=references,
-            preview_size=preview_size,
-            guidance_interval=guidance_interval,
-            spread=spread,
-            watch=watch,
-            **pipe_kwargs,
-        ):
+        for part in steer_each(**given):
             parts.append(part)  # one by one: what is finished outlives an interrupt
     except BaseException as cut:
         late = getattr(cut, "finished", None)  # of steps that are done, without pictures
