@@ -18,7 +18,7 @@ __all__ = [
     "steer",
 ]
 
-# These come with diffusers, which takes seconds to import.
+# Imported on first use, because importing diffusers takes seconds.
 _FROM_PIPELINE = ("Steered", "generators", "steer")
 
 

@@ -1,6 +1,6 @@
-"""A LoRA into a pipeline, whole or not at all: what is in the file is compared with what is loaded.
+"""Load a LoRA into a pipeline, and refuse one of which only a part fits.
 
-diffusers itself leaves out, with no more than a line in its log, what does not fit.
+diffusers itself skips tensors that do not fit, and only writes a line to its log.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["check_lora", "load_lora"]
 
 
 def check_lora(lora: str | None) -> tuple[str, bool] | None:
-    """Where a LoRA is, as `hub.where`; None for none. ValueError for what cannot be one."""
+    """Return the location of a LoRA, as `hub.where` does, or None; ValueError if it is invalid."""
     if lora is None:
         return None
     if not lora.strip():
@@ -41,11 +41,11 @@ def _check_folder(folder: Path, lora: str) -> None:
 
 
 def load_lora(pipe: Any, lora: str) -> None:
-    """Load a LoRA of any format that diffusers knows into the pipeline.
+    """Load a LoRA of any format that diffusers supports into the pipeline.
 
-    Raises ValueError for one that is not there, that is damaged or holds a number which is not
-    finite, and unless every tensor of it finds its place: of another model's only some would, or
-    none, and the pictures would be those of the base or of neither.
+    Raises ValueError if the LoRA is missing, is damaged, holds values that are not finite, or holds
+    a tensor that matches no layer: diffusers would load a LoRA of another model in part or not at
+    all, and go on.
     """
     found = check_lora(lora)
     if found is None:
@@ -62,11 +62,11 @@ def load_lora(pipe: Any, lora: str) -> None:
         _check_finite(stored[-1], lora)
         return told
 
-    pipe.lora_state_dict = recorded  # what the loader reads and renames, it reads through this
+    pipe.lora_state_dict = recorded  # the loader reads and renames tensors through this method
     try:
         with one_sentence(f"the LoRA {lora}", path, offline):
             pipe.load_lora_weights(path, local_files_only=offline)
-    except ValueError as error:  # the reason, where it is this module's own
+    except ValueError as error:  # prefer the cause if this module raised it
         raise (error.__cause__ if isinstance(error.__cause__, _Refused) else error) from None
     finally:
         del pipe.lora_state_dict
@@ -76,15 +76,15 @@ def load_lora(pipe: Any, lora: str) -> None:
 
 
 class _Refused(ValueError):
-    """What this module says while diffusers loads."""
+    """An error that this module raises while diffusers loads."""
 
 
 def _check_finite(state: dict[str, Tensor], lora: str) -> None:
     bad = [n for n, v in state.items() if isinstance(v, Tensor) and not v.isfinite().all()]
     if bad:
         raise _Refused(
-            f"the LoRA {lora} holds numbers that are not finite, in {len(bad)} of {len(state)} "
-            f"tensors, as {bad[0]}: its training went wrong, or the file is damaged"
+            f"the LoRA {lora} has values that are not finite in {len(bad)} of {len(state)} "
+            f"tensors, such as {bad[0]}: its training diverged, or the file is damaged"
         )
 
 
@@ -96,7 +96,7 @@ def _check_fit(names: Sequence[str], loaded: set[str], what: str, kind: str) -> 
         shown = ", ".join(rest[:3]) + (", ..." if rest[3:] else "")
         raise ValueError(
             f"{what} does not fit {kind}: {len(names) - len(rest)} of its {len(names)} tensors "
-            f"have a place there, but not {shown}; give one that was trained for this model"
+            f"match a layer, but {shown} do not; pass a LoRA that was trained for this model"
         )
 
 
@@ -105,7 +105,7 @@ def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def _loaded(pipe: Any) -> Iterator[str]:
-    """The names of all adapters' tensors in the pipeline, as "unet.layer.lora_A.weight"."""
+    """Yield the names of all adapter tensors in the pipeline, as "unet.layer.lora_A.weight"."""
     from peft.utils import get_peft_model_state_dict
 
     for part, module in _modules(pipe).items():
@@ -115,7 +115,7 @@ def _loaded(pipe: Any) -> Iterator[str]:
 
 
 def _names(pipe: Any, state: dict[str, Tensor]) -> Iterator[str]:
-    """What the tensors that the loader handed over are called in the pipeline."""
+    """Yield the names that the loaded tensors have in the pipeline."""
     from diffusers.utils import (
         convert_state_dict_to_diffusers,
         convert_state_dict_to_peft,
@@ -131,14 +131,14 @@ def _names(pipe: Any, state: dict[str, Tensor]) -> Iterator[str]:
             own = convert_unet_state_dict_to_peft(own)
         weights = module.state_dict().keys() if own else ()
         for name in own:
-            # a control LoRA brings norms, too, which go into the network's own
+            # a control LoRA also holds norms, which replace the network's own
             if name not in weights and not name.endswith("alpha"):
                 yield f"{part}.{name.replace('text_model.', '')}"
     yield from rest
 
 
 def _left_out(path: Path) -> list[str]:
-    """Tensors of a file here that loaders drop before they hand over the others."""
+    """Return the names of the tensors in a local file that the loaders of diffusers drop."""
     file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
     if file.suffix != ".safetensors" or not file.is_file():
         return []

@@ -1,6 +1,6 @@
-"""Arguments that are checked before any work: of what kind they are, and how large.
+"""Checks of argument types and ranges, made before any work starts.
 
-Each refusal is a ValueError of one sentence: what was given, what is expected.
+Each failed check raises a ValueError whose one sentence says what was given and what is expected.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ __all__ = [
     "check_steer",
 ]
 
-# Far above what is of use, and far below what would take a machine's memory before the first step:
-# each particle has a generator of 5 kB and latents of its own.
+# Far above any useful value, and far below what would exhaust memory before the first step: each
+# particle has its own latents and a generator of 5 kB.
 MOST_PARTICLES = 10_000
 MOST_STEPS = 10_000
-MOST_PIXELS = 16_384  # a side of the picture
+MOST_PIXELS = 16_384  # per side of the image
 
 
 def check_count(name: str, value: object, most: int | None = None, also: str = "") -> None:
-    """Refuse what is no whole number from 1 to `most`; also: what else may be passed."""
+    """Raise ValueError unless `value` is an int from 1 to `most`; also: what else may be passed."""
     if not is_count(value) or (most is not None and value > most):
         wanted = f", 1 to {most}" if is_count(value) else " of 1 or more"
         raise ValueError(f"{name}={value!r:.80}: pass a whole number{wanted}{also}.")
 
 
 def check_callable(name: str, value: object, wanted: str) -> None:
-    """Refuse what cannot be called; wanted: what it is to be."""
+    """Raise ValueError unless `value` is callable; wanted: what to pass, for the message."""
     if not callable(value):
         raise ValueError(f"{name}={value!r:.80}: pass {wanted}.")
 
 
 def check_seed(seed: object, name: str = "seed") -> None:
-    """Refuse what is no whole number from 0 to 2**63 - 1, which every generator takes."""
+    """Raise ValueError unless `seed` is a whole number from 0 to 2**63 - 1."""
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"{name}={seed!r:.80}: pass a whole number from 0 to 2**63 - 1.")
 
 
 def check_generator(generator: object) -> None:
-    """Refuse what is no torch.Generator."""
+    """Raise ValueError unless `generator` is a torch.Generator."""
     if not isinstance(generator, Generator):
         raise ValueError(
             f"generator={generator!r:.80}: pass a torch.Generator, such as "
@@ -62,13 +62,13 @@ def check_generator(generator: object) -> None:
 
 
 def check_settings(settings: object) -> None:
-    """Refuse what is no FeynmanKac."""
+    """Raise ValueError unless `settings` is a FeynmanKac."""
     if not isinstance(settings, FeynmanKac):
         raise ValueError(f"settings is a {type(settings).__name__}; pass FeynmanKac(...).")
 
 
 def check_prompts(prompts: Any) -> tuple[str, ...]:
-    """The prompts as a tuple; a str is one. Refuses what is no text, and none at all."""
+    """Return the prompts as a tuple; a str is one prompt. ValueError for none, or for non-text."""
     if isinstance(prompts, str):
         return (prompts,)
     unordered = isinstance(prompts, Mapping | Set)
@@ -81,7 +81,7 @@ def check_prompts(prompts: Any) -> tuple[str, ...]:
 def check_filter(
     x: object, kernel: object, reward: object, num_steps: object, settings: object, generator: Any
 ) -> None:
-    """The arguments of particle_filter()."""
+    """Check the arguments of particle_filter()."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"x is {kind}: pass a tensor of floats (prompts, particles, *shape)")
@@ -110,7 +110,7 @@ def check_steer(
     watch: object,
     only: object,
 ) -> None:
-    """The arguments of steer_each() that can be judged by themselves."""
+    """Check each argument of steer_each() that can be checked without the others."""
     check_settings(settings)
     check_count("particles", particles, MOST_PARTICLES)
     check_seed(seed)
@@ -125,7 +125,7 @@ def check_steer(
     if not isinstance(progress, bool):
         raise ValueError(f"progress={progress!r:.80}: pass True or False.")
     if references is not None and not _is_list(references):
-        raise ValueError(f"references={references!r:.80}: pass a list, one entry a prompt.")
+        raise ValueError(f"references={references!r:.80}: pass a list, one entry per prompt.")
     _check_share(preview_size)
     _check_interval(guidance_interval)
     if only is not None:
@@ -147,7 +147,7 @@ def _check_only(only: Any, num_prompts: int) -> None:
 def _check_share(size: object) -> None:
     if not _is_number(size) or not 0 < size <= 1:
         raise ValueError(
-            f"preview_size={size!r:.80}: pass a share of the image's sides, above 0 to 1."
+            f"preview_size={size!r:.80}: pass a fraction of the image's sides, above 0 up to 1."
         )
 
 
@@ -155,8 +155,8 @@ def _check_interval(interval: Any) -> None:
     ends = interval if isinstance(interval, tuple) and len(interval) == 2 else (1, 0)
     if not all(map(_is_number, ends)) or not 0 <= ends[0] < ends[1] <= 1:
         raise ValueError(
-            f"guidance_interval={interval!r:.80}: pass two fractions of the run, the first of them "
-            "smaller, such as (0.2, 0.7)."
+            f"guidance_interval={interval!r:.80}: pass two increasing fractions of the run, such "
+            "as (0.2, 0.7)."
         )
 
 

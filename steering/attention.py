@@ -1,4 +1,4 @@
-"""The attention backend of a pipeline's networks: PyTorch's own, or another by name."""
+"""Selection of the attention backend of a pipeline's networks."""
 
 import contextlib
 import difflib
@@ -21,10 +21,10 @@ __all__ = ["is_dispatched", "set_attention", "shield", "xformers_works"]
 
 logger = logging.getLogger(__name__)
 
-# Networks, and the processor of each of their layers, that compute the same with xformers. No
-# others: the older switch puts a plain processor in place of any that it does not know, which
-# fails (Flux, diffusers issue 9946) or draws other pictures (Sana's linear attention); and the
-# newer one adds a mask of True and False to the scores as ones and zeros. These have no masks.
+# Networks, and the processor of all their layers, that compute the same with xformers. For others,
+# the legacy switch replaces any processor that it does not know by a plain one, which fails (Flux,
+# diffusers issue 9946) or changes the images (Sana's linear attention), and the dispatcher adds
+# boolean masks to the scores as ones and zeros. These networks use no masks.
 _SAME = {
     "UNet2DConditionModel": "AttnProcessor2_0",
     "ControlNetModel": "AttnProcessor2_0",
@@ -33,22 +33,22 @@ _SAME = {
     "FluxTransformer2DModel": "FluxAttnProcessor",
     "FluxControlNetModel": "FluxAttnProcessor",
 }
-_XFORMERS_DEVICES = ("cuda",)  # ROCm calls itself that too
-# queries, keys, width of a head: SD 1.5 on its image and its 77 tokens, at its ends; SDXL; the
-# joint attention of SD3 (77 + 256 tokens) and Flux
+_XFORMERS_DEVICES = ("cuda",)  # also the device type of ROCm
+# (queries, keys, head width): SD 1.5's self-attention and cross-attention (77 tokens), SDXL's
+# cross-attention, and the joint attention of SD3 (77 + 256 tokens) and Flux
 _TRIED = ((64, 64, 40), (64, 77, 160), (64, 77, 64), (589, 589, 64), (768, 768, 128))
-_TOLERANCE = 0.03  # of averages of normal numbers, in bfloat16; a wrong kernel is off by 0.3
+_TOLERANCE = 0.03  # for averages of normal numbers in bfloat16; a wrong kernel is off by 0.3
 
 
 def set_attention(pipe: Any, name: str) -> None:
-    """Choose the attention backend of the pipeline's networks.
+    """Set the attention backend of the pipeline's networks.
 
-    auto: as the pipeline has it, which is PyTorch's own unless its user chose another; on the one
-    GPU where both were timed it was faster than xformers (docs/performance.md). sdpa: PyTorch's
-    own. xformers, or any other backend of diffusers, by name; xformers falls back to PyTorch's own,
-    with a line in the log, where it is not installed, does not work on this device, or is not known
-    to compute the same. Raises ValueError for a backend that diffusers does not know or that is not
-    installed.
+    name: "auto" leaves the pipeline as it is, which means PyTorch's attention unless the user chose
+    another; on the one GPU where both were timed it was faster than xformers (docs/performance.md).
+    "sdpa" is PyTorch's attention. Any other name is a backend of diffusers. "xformers" falls back
+    to PyTorch's attention, with a warning in the log, if it is not installed, does not work on this
+    device, or is not known to compute the same. Raises ValueError for a backend that diffusers does
+    not know or that is not installed.
     """
     shield()
     if name == "auto":
@@ -65,17 +65,17 @@ def set_attention(pipe: Any, name: str) -> None:
         raise ValueError(f"there is no attention {name if name.strip() else repr(name)}: {hint}")
     for part, network in networks(pipe).items():
         if backend == "xformers" and not _may_have_xformers(network):
-            logger.warning("xformers cannot be used here; %s goes on with PyTorch's own", part)
+            logger.warning("xformers cannot be used here; %s uses PyTorch's attention", part)
             _set_backend(network, "native")
         else:
             _set_backend(network, backend)
 
 
 def shield() -> None:
-    """Keep an xformers that cannot be loaded from breaking or spamming the import of diffusers.
+    """Prevent a broken xformers from failing, or warning during, the import of diffusers.
 
-    diffusers imports it unguarded wherever it is installed. Call this before anything that imports
-    the models of diffusers; it does nothing later. A machine with no CUDA is spared the import.
+    diffusers imports xformers unguarded whenever it is installed. Call this before the models of
+    diffusers are imported; later it has no effect. Without CUDA, xformers is not imported at all.
     """
     if "diffusers.models.attention_processor" in sys.modules:
         return
@@ -91,14 +91,14 @@ def _imports() -> bool:
     with _quietly():
         try:
             importlib.import_module("xformers.ops")
-        except Exception:  # built for another torch it fails by what its linker or Python says
+        except Exception:  # a build for another torch may raise any kind of error
             return False
     return True
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """xformers warns and logs while it is imported, though nobody may want to use it."""
+    """Suppress the warnings and logs of xformers, which it emits even on import."""
     log = logging.getLogger("xformers")
     level = log.level
     log.setLevel(logging.CRITICAL + 1)
@@ -111,7 +111,7 @@ def _quietly() -> Iterator[None]:
 
 
 def is_dispatched(network: torch.nn.Module) -> bool:
-    """Whether its attention goes through diffusers' dispatcher; older networks have a switch."""
+    """Return whether the network uses diffusers' attention dispatcher, not the legacy switch."""
     return any(
         hasattr(getattr(module, "processor", None), "_attention_backend")
         for module in network.modules()
@@ -119,13 +119,13 @@ def is_dispatched(network: torch.nn.Module) -> bool:
 
 
 def _computes_the_same(network: torch.nn.Module) -> bool:
-    plain = getattr(network, "_orig_mod", network)  # of one that is compiled
+    plain = getattr(network, "_orig_mod", network)  # unwrap a compiled network
     processors = {type(item).__name__ for item in getattr(plain, "attn_processors", {}).values()}
     return processors == {_SAME.get(type(plain).__name__)}
 
 
 def _may_have_xformers(network: Any) -> bool:
-    """Whether xformers may be switched on.
+    """Return whether xformers may be enabled.
 
     The legacy switch may change results, so it is used only for verified networks; with the
     dispatcher the user chooses.
@@ -139,22 +139,22 @@ def _works_in(network: Any) -> bool:
 
 @functools.cache
 def xformers_works(device: torch.device, dtype: torch.dtype, dispatched: bool) -> bool:
-    """Whether xformers' attention gives what PyTorch's does, tried once by running its kernels.
+    """Return whether xformers' attention agrees with PyTorch's, by running its kernels once.
 
-    A build for another torch imports, warns, and fails only when it is called. dispatched: called
-    as diffusers' dispatcher calls it, else as the processors of the older networks do.
+    A build for another torch imports with a warning and fails only when it is called. dispatched:
+    call it as diffusers' dispatcher does, rather than as the processors of older networks do.
     """
     if device.type not in _XFORMERS_DEVICES:
         return False
     shield()
-    # the older switch tries float32, whatever the network's dtype is
+    # the legacy switch tests float32, whatever the network's dtype is
     dtypes = {dtype} if dispatched else {dtype, torch.float32}
     with _quietly(), torch.no_grad():
         try:
             return all(
                 _agrees(device, each, dispatched, *sizes) for each in dtypes for sizes in _TRIED
             )
-        except Exception:  # whatever it fails by, it cannot be used
+        except Exception:  # any failure means that it cannot be used
             return False
 
 
@@ -193,9 +193,9 @@ def _set_backend(network: Any, backend: str) -> None:
         before = Registry.get_active_backend()[0]
         with one_sentence(f"the attention {backend}"):
             network.set_attention_backend(backend)
-        Registry.set_active_backend(before)  # else every other pipeline of the process gets it too
+        Registry.set_active_backend(before)  # otherwise it also applies to all other pipelines
     elif backend == "xformers":
         network.enable_xformers_memory_efficient_attention()
     elif backend != "native":
         kind = type(network).__name__
-        logger.warning("%s has no choice of attention; %s is not used", kind, backend)
+        logger.warning("%s does not support choosing attention; %s is not used", kind, backend)

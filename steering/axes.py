@@ -1,8 +1,8 @@
-"""Where the rows of a batch lie in what a network is called with, and how some of them are taken.
+"""Find the batch axes of a network's arguments, and select rows along them.
 
 Arguments are tensors, nested in lists, tuples, mappings and dataclasses. A batch axis is found by
-comparing two calls with different numbers of rows: it is the axis that grew with them. n rows in
-one call, m in the other.
+comparing two calls with different numbers of rows, n and m: it is the axis whose size changes with
+them.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ __all__ = [
     "take",
 ]
 
-Path = tuple[str | int, ...]  # the class of the network first
-Axes = dict[Path, int | str | None]  # a tensor's batch axis, ENTRIES, or None where rows share it
+Path = tuple[str | int, ...]  # starts with the class name of the network
+Axes = dict[Path, int | str | None]  # a tensor's batch axis, _ENTRIES, or None if all rows share it
 
-_ENTRIES = "entries"  # a list or tuple with an entry a row
-MOST_COPIES = 8  # more is no guidance: tokens of all rows, one after another
+_ENTRIES = "entries"  # a list or tuple with one entry per row
+MOST_COPIES = 8  # guidance makes fewer; more are the tokens of all rows in sequence
 _PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 
 
 class Unclear(ValueError):
-    """Where the rows of a network's batch lie cannot be told."""
+    """The rows of a network's batch cannot be located in its arguments."""
 
     def __init__(self, name: str, why: str):
         super().__init__(
             f"The batch of {name} cannot be cut: {why}. Leave max_batch=, guidance_interval= "
-            "and funnel out; where memory runs out, steer fewer particles at once."
+            "and funnel out; if memory runs out, steer fewer particles at once."
         )
         self.name, self.why = name, why
 
     def of_following(self) -> ValueError:
-        """What to say where nothing is cut, but a row's pictures have to follow it."""
+        """Return the error to raise if nothing is cut, but image inputs must follow their rows."""
         return ValueError(
-            f"What {self.name} is given of a picture cannot follow the rows that are resampled: "
-            f"{self.why}; set FeynmanKac(min_ess=0), which is best-of-k, or leave the picture out."
+            f"The image inputs of {self.name} cannot follow the rows that are resampled: "
+            f"{self.why}; set FeynmanKac(min_ess=0), which is best-of-k, or leave the image out."
         )
 
 
 def compared(name: str, ours: Any, theirs: Any, n: int, m: int) -> Axes:
-    """The batch axis of every tensor in the arguments `ours` of n particles, from those of m."""
+    """Return the batch axis of every tensor in `ours`, the arguments for n rows (`theirs`: m)."""
 
     def walk(ours: Any, theirs: Any, path: Path) -> Iterator[tuple[Path, int | str | None]]:
         where = "".join(f"[{key!r}]" for key in path[1:])
@@ -97,7 +97,7 @@ def _empty(value: Any) -> bool:
 
 
 def _children(value: Any) -> dict[str | int, Any]:
-    """What a container holds, by key; empty for anything else."""
+    """Return the items of a container by key; empty for anything else."""
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, list | tuple):
@@ -108,14 +108,14 @@ def _children(value: Any) -> dict[str | int, Any]:
 
 
 def inside(value: Any, path: Path) -> Any:
-    """What lies at `path` in a container."""
+    """Return the item at `path` in a container."""
     for key in path:
         value = _children(value)[key]
     return value
 
 
 def leaves(value: Any, axes: Axes, path: Path) -> Iterator[tuple[Path, Any]]:
-    """Every tensor in `value`, and every list with an entry a row, by its path."""
+    """Yield every tensor in `value`, and every list with one entry per row, with its path."""
     if isinstance(value, Tensor) or axes.get(path) == _ENTRIES:
         yield path, value
         return
@@ -124,7 +124,7 @@ def leaves(value: Any, axes: Axes, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def places(value: Any, path: Path) -> Iterator[tuple[Path, bool]]:
-    """Where `value` holds anything, and whether that is a list of plain values."""
+    """Yield the path of every leaf in `value`, and whether it is a list of plain values."""
     held = _children(value)
     listed = _is_list(value) and all(isinstance(item, _PLAIN) for item in value)
     if listed or not held:
@@ -145,7 +145,7 @@ def check_rows(name: str, call: dict[str | int, Any], axes: Axes, n: int) -> Non
 
 
 def rows_in(name: str, call: dict[str | int, Any], axes: Axes) -> int | None:
-    """The rows of a call of the network `name`; None where nothing in it has any."""
+    """Return the number of rows in a call of the network `name`; None if no argument has rows."""
     found = set()
     for path, value in leaves(call, axes, (name,)):
         axis = axes[path]
@@ -157,7 +157,7 @@ def rows_in(name: str, call: dict[str | int, Any], axes: Axes) -> int | None:
 
 
 def take(value: Any, axes: Axes, path: Path, rows: slice | Tensor) -> Any:
-    """`value` with some of its rows, wherever in it there is a batch axis."""
+    """Return `value` with only `rows` along every batch axis in it."""
     axis = axes.get(path)
     if isinstance(value, Tensor):
         if axis is None:
@@ -179,7 +179,7 @@ def _entries(values: Any, rows: slice | Tensor) -> Any:
 
 
 def _rebuilt(like: Any, items: dict[Any, Any]) -> Any:
-    """A container as `like` that holds `items`."""
+    """Return a container of the type of `like` that holds `items`."""
     if type(like) is dict:
         return items
     if isinstance(like, Mapping):
@@ -191,10 +191,10 @@ def _rebuilt(like: Any, items: dict[Any, Any]) -> Any:
 
 
 def picked(name: str | None, out: Any, rows: Tensor, as_list: bool = False) -> Any:
-    """An output of `name` with some of its rows, which are on the first axis of its tensors.
+    """Return an output of the network `name` with only `rows` along the first axis of its tensors.
 
-    as_list: whether a list in it has an entry a row. What else may hold rows is refused in the name
-    of `name`, and left as it is where that is None.
+    as_list: whether a list in it has one entry per row. Raises Unclear for other objects, which may
+    hold rows as well, unless `name` is None, in which case they are kept as they are.
     """
     if isinstance(out, Tensor):
         return out[rows.to(out.device)] if out.ndim else out
@@ -208,11 +208,11 @@ def picked(name: str | None, out: Any, rows: Tensor, as_list: bool = False) -> A
 
 def _check_plain(name: str, out: Any) -> None:
     if not isinstance(out, _PLAIN) and not _empty(out):
-        raise Unclear(name, f"it gives a {type(out).__name__}, which may hold rows as well")
+        raise Unclear(name, f"it returns a {type(out).__name__}, which may hold rows as well")
 
 
 def rows_of(out: Any, as_list: bool = False) -> int | None:
-    """How many rows an output has, by the first that shows it: a tensor, or a list as in picked."""
+    """Return the number of rows of an output, from its first tensor, or list if `as_list`."""
     if isinstance(out, Tensor):
         return len(out) if out.ndim else None
     if as_list and isinstance(out, list):
@@ -222,11 +222,11 @@ def rows_of(out: Any, as_list: bool = False) -> int | None:
 
 
 def joined(name: str, parts: list[Any], sizes: list[int], as_list: bool = False) -> Any:
-    """The output of a whole batch from those of its parts, of `sizes` rows each."""
+    """Concatenate the outputs of parts of a batch, which have `sizes` rows."""
     first = parts[0]
     if isinstance(first, Tensor):
         if [part.shape[:1] for part in parts] != [(size,) for size in sizes]:
-            raise Unclear(name, f"it gives {tuple(first.shape)} for {sizes[0]} rows")
+            raise Unclear(name, f"it returns {tuple(first.shape)} for {sizes[0]} rows")
         return torch.cat(parts)
     if as_list and isinstance(first, list):
         return [row for part in parts for row in part]
@@ -238,7 +238,7 @@ def joined(name: str, parts: list[Any], sizes: list[int], as_list: bool = False)
 
 
 def copies_of(value: Any, axis: int | str, copies: int) -> list[list[Tensor]]:
-    """The rows of an argument, copy by copy."""
+    """Return the rows of an argument, grouped by copy."""
     rows = value if isinstance(axis, str) else value.movedim(axis, 0)
     rows = [row if isinstance(row, Tensor) else torch.tensor(hash(str(row))) for row in rows]
     each = len(rows) // copies

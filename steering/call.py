@@ -1,4 +1,4 @@
-"""The keywords of a pipeline's own call: checked before any work, then dealt out to its prompts."""
+"""Check the keywords of a pipeline's own call, and distribute them over its prompts."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ _CLASHES = {
     "num_videos_per_prompt": "pass particles= instead",
     "generator": "pass seed= instead",
     "latents": "each particle starts from the noise of its own generator; pass seed= instead",
-    "output_type": "images come back as PIL, latents as Steered.latents",
+    "output_type": "images are returned as PIL images, latents as Steered.latents",
     "return_dict": "a Steered is returned",
     "eta": "pass FeynmanKac(noise=...) instead",
-    "denoising_end": "the filter has to see the run to its end; leave it out",
+    "denoising_end": "the filter needs the run to finish; leave it out",
     "padding_mask_crop": "crop the image and the mask yourself",
 }
-# one text for all prompts, where a str; others that have prompt in their name mean something else
+# keywords whose str is one text for all prompts; other keywords with "prompt" in their name differ
 _TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
 _PICTURES = re.compile(r"image|video|frames|mask|control|condition")
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
-WAYS = ("count", "texts", "pictures")  # to ask for rows: by a count, or with these written out
+WAYS = ("count", "texts", "pictures")  # to request rows: by a count, or by repeating these
 
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """A checked call: `keywords` as given, `names` those that the pipeline knows.
+    """The checked keywords of a pipeline's call.
 
-    Raises ValueError, in `check`, for a keyword that is unknown or that steer() sets itself.
+    `check` raises ValueError for a keyword that is unknown or that steer() sets itself.
     """
 
     keywords: dict[str, Any]
-    defaults: dict[str, Any]  # of every named parameter of the pipeline's call
+    defaults: dict[str, Any]  # for every named parameter of the pipeline's call
     prompts: tuple[str, ...]
 
     @staticmethod
@@ -63,7 +63,7 @@ class PipelineCall:
         keywords: dict[str, Any],
         ours: Sequence[str] = (),
     ) -> PipelineCall:
-        """`ours` are the names of steer()'s own arguments, for a hint where one is misspelt."""
+        """Check `keywords`; ours: the names of steer()'s arguments, for hints on misspellings."""
         parameters = inspect.signature(type(pipe).__call__).parameters.values()
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         defaults = {p.name: p.default for p in named if p.name != "self"}
@@ -85,20 +85,20 @@ class PipelineCall:
         check_keywords(type(pipe).__call__, keywords, kind)
         for name in call._per_prompt():
             call._check_length(name)
-        several = (("controlnet", "nets"), ("adapter", "adapters"))  # with a picture for each
+        several = (("controlnet", "nets"), ("adapter", "adapters"))  # which take one image each
         if not any(hasattr(getattr(pipe, part, None), inner) for part, inner in several):
             call._check_pictures()
         return call
 
     def value(self, name: str) -> Any:
-        """What the pipeline will see for `name`; None where it has no such parameter."""
+        """Return the value that the pipeline gets for `name`; None if it has no such parameter."""
         default = self.defaults.get(name)
         return self.keywords.get(name, None if default is inspect.Parameter.empty else default)
 
     def num_steps(self) -> tuple[int, ...]:
-        """How many steps may be executed, as far as that can be known beforehand; () where not.
+        """Return the possible numbers of executed steps; () if they are unknown before the run.
 
-        Of a fraction of the steps some pipelines take the floor (SD) and some the ceiling (SD3).
+        With `strength`, some pipelines round the number down (SD) and some round it up (SD3).
         """
         for name in ("sigmas", "timesteps"):
             if self.value(name) is not None:
@@ -117,8 +117,8 @@ class PipelineCall:
             several = list(value) if isinstance(value, list | tuple) else []
             if any(picture is not several[0] for picture in several):
                 raise ValueError(
-                    f"{name}= holds different pictures, which a pipeline deals out to the "
-                    "particles in turn; steer the prompts of each picture in a call of their own."
+                    f"{name}= holds different images, which a pipeline assigns to the particles "
+                    "in turn; steer the prompts of each image in a separate call."
                 )
 
     def _check_sizes(self) -> None:
@@ -129,7 +129,7 @@ class PipelineCall:
                 check_count(name, self.keywords[name], MOST_PIXELS)
 
     def pictures(self) -> list[str]:
-        """The keywords that hold pictures, which a pipeline may encode with each row's noise."""
+        """Return the keywords that hold images, which a pipeline may encode with per-row noise."""
         return [
             name
             for name, value in self.keywords.items()
@@ -141,38 +141,38 @@ class PipelineCall:
         if prompts_per_call > 1 and images:
             raise ValueError(
                 f"prompts_per_call={prompts_per_call} with {images[0]}=: pipelines pair several "
-                "prompts and images in orders of their own; leave prompts_per_call at 1."
+                "prompts and images in different orders; leave prompts_per_call at 1."
             )
 
     def check_spread(self) -> None:
         images = self.pictures()
         if images:
             raise ValueError(
-                f"spread= with {images[0]}=: pipelines encode it with noise of the first particle, "
-                "which lives on one of the processes; leave spread= out."
+                f"spread= with {images[0]}=: pipelines encode it with the noise of the first "
+                "particle, which only one of the processes holds; leave spread= out."
             )
 
     def check_frames(self) -> None:
         frames = self.value("num_frames")
         if frames not in (None, 1):
             raise ValueError(
-                f"num_frames={frames}: a reward scores pictures; pass num_frames=1, or decode=, a "
-                "function from latents to one image (3, h, w) in [0, 1] a video."
+                f"num_frames={frames}: a reward scores images; pass num_frames=1, or decode=, a "
+                "function from latents to one image (3, h, w) in [0, 1] per video."
             )
 
     def for_prompts(
         self, indices: Sequence[int], k: int, generators: list[Generator], way: int = 0
     ) -> dict[str, Any]:
-        """The keywords of the call that makes k particles for each of these prompts.
+        """Return the keywords of the call that makes k particles for each of these prompts.
 
-        `way` is one of `WAYS` to ask for k of them: some pipelines ignore their own count, and some
-        of those want a picture a row as well.
+        way: index into `WAYS`. Some pipelines ignore their own count, and some of those also need
+        one image per row.
         """
         call = dict(self.keywords)
         count = next((name for name in _COUNTS if name in self.defaults), None)
-        # several prompts are written out: some pipelines (Sana, PixArt) repeat the attention masks
-        # of several prompts in another order than their embeddings; and so are embeddings, which
-        # SD3 does not repeat
+        # Several prompts are repeated here, since some pipelines (Sana, PixArt) repeat their
+        # attention masks in another order than their embeddings. So are embeddings, which SD3 does
+        # not repeat.
         written_out = way > 0 or count is None or len(indices) > 1 or "prompt_embeds" in call
         rows = [i for i in indices for _ in range(k)] if written_out else list(indices)
         for name in self._per_prompt():
@@ -186,7 +186,7 @@ class PipelineCall:
         return call | {"generator": generators, "return_dict": False}
 
     def resized(self, num: int, to: int) -> PipelineCall:
-        """The call with one picture listed `to` times wherever it is listed once a row of `num`."""
+        """Return the call with every image that is listed `num` times listed `to` times instead."""
         keywords = {
             name: [value[0]] * to
             if isinstance(value, list)
@@ -199,9 +199,9 @@ class PipelineCall:
         return dataclasses.replace(self, keywords=keywords)
 
     def changed(self, index: int) -> PipelineCall:
-        """A call of two prompts that differ in nothing but their text: prompt `index`, and less."""
+        """Return a call of prompt `index` and a shorter text, alike in everything else."""
         text = self.prompts[index]
-        # no more tokens, so nothing is padded further, and not the last, which may be cut off
+        # Dropping the first word adds no padding; the last word may be truncated in both.
         shorter = " ".join(text.split()[1:]) if text.strip() else "a"
         keywords = dict(self.keywords)
         for name in self._per_prompt():
@@ -225,7 +225,7 @@ class PipelineCall:
         value, b = self.keywords[name], len(self.prompts)
         if not isinstance(value, str) and len(value) not in (1, b):
             raise ValueError(
-                f"{name}= has {len(value)} entries for {b} prompts; give one, or one a prompt."
+                f"{name}= has {len(value)} entries for {b} prompts; pass one, or one per prompt."
             )
 
     @staticmethod
@@ -235,18 +235,18 @@ class PipelineCall:
         if isinstance(value, str):
             value = [value]
         dealt = [value[i if len(value) > 1 else 0] for i in rows]
-        # a pipeline wants its prompts to be of one type, all str or all lists
+        # a pipeline requires its prompts to be of one type, all str or all lists
         return dealt[0] if len(dealt) == 1 and isinstance(dealt[0], str) else dealt
 
 
 def _is_plain(value: Any) -> bool:
-    """Numbers, names and switches, or a list of them."""
+    """Return whether `value` is a number, str, bool or None, or a list of them."""
     values = value if isinstance(value, list | tuple) else [value]
     return all(isinstance(one, str | int | float | type(None)) for one in values)
 
 
 def _a_row(name: str, value: Any, rows: int) -> Any:
-    """A picture, or a video, once for each row; anything else as it is."""
+    """Repeat an image or a video once per row; return anything else as it is."""
     if isinstance(value, Image.Image):
         return [value] * rows
     if isinstance(value, Tensor) and value.ndim >= 3 and len(value) == 1:
@@ -259,46 +259,46 @@ def _a_row(name: str, value: Any, rows: int) -> Any:
 
 
 def check_pipeline(pipe: DiffusionPipeline) -> None:
-    """Raise ValueError where a network would draw noise of its own."""
+    """Raise ValueError for a pipeline that cannot be steered, or with active dropout."""
     from diffusers import DiffusionPipeline  # here, so that importing steering imports no models
 
     if not isinstance(pipe, DiffusionPipeline):
         raise ValueError(
-            f"steer() got a {type(pipe).__name__}; pass a diffusers pipeline, such as "
+            f"steer() got a {type(pipe).__name__}; pass a diffusers pipeline, such as one that "
             "DiffusionPipeline.from_pretrained(...) returns."
         )
     refuse_unsteerable(pipe)
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and any(map(_drops_out, part.modules())):
             raise ValueError(
-                f"pipe.{name} is in training mode, where dropout draws noise of its own; "
+                f"pipe.{name} is in training mode, in which its dropout draws noise; "
                 f"call pipe.{name}.eval() first."
             )
 
 
 def _drops_out(module: torch.nn.Module) -> bool:
-    # not `training` alone: wrappers and LoRA layers are made in training mode and left there
+    # `training` alone does not show it: wrappers and LoRA layers stay in training mode
     return isinstance(module, _DropoutNd) and module.training and module.p > 0
 
 
 def check_preview(pipe: Any, preview: Any) -> None:
-    """Raise ValueError where `preview` cannot decode the pipeline's latents, or to another size."""
+    """Raise ValueError if `preview` cannot decode the pipeline's latents to the right size."""
     if preview is None:
         return
     if not isinstance(preview, torch.nn.Module) or not hasattr(preview, "decode"):
         raise ValueError(
-            f"preview= is a {type(preview).__name__}; pass a decoder, such as "
-            "AutoencoderTiny.from_pretrained(...) returns, or none."
+            f"preview= is a {type(preview).__name__}; pass a decoder, such as the one that "
+            "AutoencoderTiny.from_pretrained(...) returns, or None."
         )
     own = getattr(pipe, "vae", None)
     if own is None:
-        raise ValueError(f"{type(pipe).__name__} has no vae that preview= could stand in for.")
+        raise ValueError(f"{type(pipe).__name__} has no vae that preview= could replace.")
     ours, theirs = _traits(own), _traits(preview)
     for what in ours:
         if None not in (ours[what], theirs[what]) and ours[what] != theirs[what]:
             raise ValueError(
                 f"preview= decodes latents of {theirs[what]} {what} but this pipeline's have "
-                f"{ours[what]}; pass the AutoencoderTiny that was trained for its decoder, or none."
+                f"{ours[what]}; pass the AutoencoderTiny that was trained for its decoder, or None."
             )
     dtypes = {part.dtype for part in (own, *networks(pipe).values())}
     if getattr(preview, "dtype", own.dtype) not in dtypes:
@@ -309,7 +309,7 @@ def check_preview(pipe: Any, preview: Any) -> None:
 
 
 def _traits(vae: Any) -> dict[str, int | None]:
-    """What two decoders of the same latents share, where it is known."""
+    """Return the traits that all decoders of the same latents share; None where unknown."""
     config = getattr(vae, "config", {})
     for name in ("decoder_block_out_channels", "block_out_channels"):
         if config.get(name):
@@ -317,11 +317,11 @@ def _traits(vae: Any) -> dict[str, int | None]:
             break
     else:
         scale = None
-    return {"channels": config.get("latent_channels"), "pixels a side": scale}
+    return {"channels": config.get("latent_channels"), "pixels per side": scale}
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    """What a keyword that nobody knows was probably meant to be; empty where nothing is near."""
+    """Return a hint on what an unknown keyword was probably meant to be, or ""."""
     fields = [field.name for field in dataclasses.fields(FeynmanKac)]
     near = difflib.get_close_matches(name, [*known, *fields], n=1)
     if not near:

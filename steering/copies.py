@@ -1,8 +1,8 @@
 """Arguments of a network with one row for each copy of the particles, not for each particle.
 
-Guidance asks a network for its particles twice, without and with the prompt. A pipeline may hand it
-two timesteps then, one a copy, however many particles a copy holds; its own call works with one
-particle alone. The rows of a larger batch, and of its parts, each need that of their copy.
+Guidance evaluates a network on two copies of the particles, without and with the prompt. A pipeline
+may then pass two timesteps, one per copy, which works in its own call with a single particle. In a
+larger batch, and in its parts, every row needs the timestep of its copy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from steering.decoding import out_of_memory
 
 __all__ = ["as_many_as_copies", "deal", "of_copies"]
 
-_MOST = 4  # arguments that are tried together: each more doubles the tries
+_MOST = 4  # arguments that are tried together; each further one doubles the number of trials
 
 Call = dict[str | int, Any]
 
 
 def as_many_as_copies(name: str, call: Call, axes: Axes, copies: int) -> list[Path]:
-    """What all rows seem to share, and what has as many entries as the batch has copies."""
+    """Return the paths of arguments that no axis varies, with one entry per copy."""
     return [
         path
         for path, value in leaves(call, axes, (name,))
@@ -36,11 +36,11 @@ def as_many_as_copies(name: str, call: Call, axes: Axes, copies: int) -> list[Pa
 def of_copies(
     name: str, call: Call, axes: Axes, paths: list[Path], ask: Callable[[Call], int | None]
 ) -> frozenset[Path]:
-    """Which of `paths` have a row for each copy: those that one row of the batch needs one of.
+    """Return those of `paths` that have one row per copy, by trial calls of the network.
 
-    The network tells it. Shown one row of its batch it gives one row if what all rows share is as
-    it was, and what has a row for each copy is cut to one too; otherwise it fails, or gives more.
-    ask: how many rows the network gives for a call. Raises Unclear where it never gives one.
+    Called with one row of its batch, the network returns one row only if each per-copy argument is
+    cut to one row and each shared argument is not; otherwise it fails or returns more rows.
+    ask: returns the number of output rows of a call. Raises Unclear if no trial returns one row.
     """
     one = take(call, axes, (name,), slice(0, 1))
     for number in range(min(len(paths), _MOST) + 1):
@@ -48,11 +48,11 @@ def of_copies(
             if _gives_one_row(ask, _cut(name, one, chosen, slice(0, 1))):
                 return frozenset(chosen)
     where = ", ".join(str(list(path[1:])) for path in paths)
-    raise Unclear(name, f"whether {where} has a row for each guidance copy cannot be told")
+    raise Unclear(name, f"it is not clear whether {where} has one row per guidance copy")
 
 
 def deal(name: str, call: Call, paths: Iterable[Path], copies: int, n: int) -> Call:
-    """The call in which each of copies * n rows, copy by copy, has what `paths` say of its copy."""
+    """Return the call with the arguments at `paths` repeated n times for each copy, one per row."""
     return _cut(name, call, paths, torch.arange(copies).repeat_interleave(n))
 
 

@@ -1,7 +1,8 @@
-"""From latents to images through the pipeline's own tail.
+"""Decode latents to images by the pipeline's own code.
 
-`Decoder` calls the same pipeline again with no steps left, its head played back from a `Tape` and
-the latents replaced, so that exactly the stock tail runs, and nothing is encoded twice.
+`Decoder` calls the same pipeline again with no steps left, its head replayed from a `Tape` and the
+latents replaced. So the code after the loop (the tail) is the stock one, and nothing is encoded
+twice.
 """
 
 from __future__ import annotations
@@ -35,24 +36,23 @@ __all__ = [
     "to_tensor",
 ]
 
-CHUNK_AREA = 64 * 64  # latent places of 512 x 512 pixels
+CHUNK_AREA = 64 * 64  # latent positions of an image of 512 x 512 pixels
 
 
 class Undecodable(ValueError):
-    """Where a pipeline's own tail makes no picture of latents."""
+    """The pipeline's own code cannot decode latents to images."""
 
 
 class Decoder:
     """Decodes the latents of a pipeline call of `num` rows, `chunk` of 512 x 512 pixels at a time.
 
-    `images(latents)` are float (n, 3, h, w) in [0, 1], by `preview` instead of the pipeline's own
-    decoder where there is one, without safety checker and watermark, their sides `preview_size` of
-    the image's; `finals(latents)` are the PIL images that the pipeline returns. `precise` is what
-    `in_float32` made of the pipeline's decoder.
+    `images(latents)` returns float (n, 3, h, w) in [0, 1], made by `preview` if given, else by the
+    pipeline's own decoder, without safety checker and watermark, with sides `preview_size` times
+    the image's. `finals(latents)` returns the PIL images that the pipeline would return. precise:
+    the result of `in_float32` for the pipeline's decoder.
 
-    The tail always gets as many rows as its head prepared, because some combine the two. Where
-    fewer count (`rows` of a funnel, and their latents), those alone are decoded and shown for the
-    rest.
+    The tail always gets as many rows as the head prepared, because some tails combine the two. If
+    fewer are live (`rows` after a funnel), only those are decoded, and copied to the other rows.
     """
 
     def __init__(
@@ -89,24 +89,24 @@ class Decoder:
                 self._preview[name] = _passing(getattr(pipe, name))
 
     def check(self, x0: Tensor, scored: bool, funnel: bool = False) -> None:
-        """Decode one of the rows x0 as the run will; raise ValueError where that cannot work.
+        """Decode one of the rows x0 as the run will, at a quarter of its sides if possible.
 
-        scored: whether pictures are also scored on the way; funnel: whether rows will be dropped. A
-        quarter of a picture's sides tells.
+        scored: whether images are also scored during the run; funnel: whether rows will be dropped.
+        Raises ValueError if decoding fails.
         """
         if self._decode is not None:
             _decoded(self._decode, x0[:1])
             if funnel and self._mixes(x0):
                 raise ValueError(
-                    f"{type(self._pipe).__name__} lets the rows of a call see one another after "
-                    "its last step, so those that a funnel drops would stay in its latents; leave "
-                    "funnel out."
+                    f"{type(self._pipe).__name__} mixes the rows of a call after its last step, so "
+                    "those that a funnel drops would still affect its latents; leave funnel "
+                    "out."
                 )
             return
         if not self._tape.prepared:
-            raise self._refused("it has no prepare_latents() that could hand them over")
+            raise self._refused("it has no prepare_latents(), through which they are passed")
         if self._mixes(x0):
-            raise self._refused("its tail lets the rows of a call see one another")
+            raise self._refused("it mixes the rows of a call after its last step")
         first = Rows(num=self._num)
         first.keep(torch.zeros(1, dtype=torch.int64, device=x0.device), self._num)
         ways = [self.finals, self.images] if scored else [self.finals]
@@ -123,21 +123,21 @@ class Decoder:
                 raise self._refused(f"it fails on latents {tuple(x0.shape)} ({error})") from error
 
     def _mixes(self, x0: Tensor) -> bool:
-        """Whether a row's latents come out of the tail otherwise beside other rows."""
+        """Return whether the tail's result for a row depends on the other rows."""
         alike = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
         try:
             tails = (self._tail(x, self._ended, "latent", None) for x in (x0, x0[alike]))
             beside, alone = (latents[0].float() for latents in tails)
             gap = (beside - alone).abs().max().item()
-        except Exception:  # it gives no tensor, or fails, which is told where it is decoded
+        except Exception:  # no tensor, or a failure, which decoding will report
             return False
-        # as many rows, so hardly anything is rounded otherwise; NaN compares as no gap
+        # equal numbers of rows, so rounding hardly differs; NaN compares as no gap
         return gap > max(1e-5, 2 * torch.finfo(x0.dtype).eps) * alone.abs().max().item()
 
     def taken(self, returned: Any, last: Any) -> Tensor:
-        """The latents that the tail takes: what the pipeline `returned`, or its loop's `last`.
+        """Return the latents that the tail expects: those `returned`, or the `last` of the loop.
 
-        Some pipelines unpack or rescale what they return, which their tail would do once more.
+        Some pipelines unpack or rescale the latents that they return; their tail would repeat that.
         """
         if _same(returned, last):
             return last
@@ -147,7 +147,7 @@ class Decoder:
             with contextlib.suppress(Exception):
                 if _same(self._tail(latents, self._ended, "latent", None), returned):
                     return latents
-        raise self._refused("the latents that it returns are not those that its tail takes")
+        raise self._refused("the latents that it returns are not those that it decodes")
 
     def images(self, latents: Tensor, rows: Rows | None = None) -> Tensor:
         if self._decode is not None:
@@ -157,7 +157,7 @@ class Decoder:
         if isinstance(images, np.ndarray) and images.ndim == 4:  # T2I-Adapter: (n, h, w, 3)
             images = torch.from_numpy(images).permute(0, 3, 1, 2).to(latents.device)
         if not isinstance(images, Tensor) or len(images) != self._num:
-            raise self._refused('its output_type="pt" gives no tensor with an image a row')
+            raise self._refused('its output_type="pt" returns no tensor with one image per row')
         if images.ndim == 5:  # (n, frames, 3, h, w)
             self._check_frames(images.shape[1])
             images = images.squeeze(1)
@@ -168,7 +168,7 @@ class Decoder:
             return to_pil(self.images(latents))
         images = self._tail(latents, self._ended, "pil", rows)
         if len(images) != self._num:
-            raise self._refused(f"it gives {len(images)} images for {self._num} rows")
+            raise self._refused(f"it returns {len(images)} images for {self._num} rows")
         for image in images:
             self._check_frames(len(image) if isinstance(image, list) else 1)
         alive = range(self._num) if rows is None or rows.live is None else rows.live.tolist()
@@ -178,9 +178,9 @@ class Decoder:
     def _check_frames(self, frames: int) -> None:
         if frames != 1:
             raise self._refused(
-                f"it gives {frames} frames a row, and a reward scores pictures",
+                f"it returns {frames} frames per row, and a reward scores images",
                 "Ask the pipeline for one frame, or pass decode=, a function from latents to one "
-                "image (3, h, w) in [0, 1] a video.",
+                "image (3, h, w) in [0, 1] per video.",
             )
 
     def _refused(self, why: str, instead: str = "") -> Undecodable:
@@ -190,8 +190,8 @@ class Decoder:
         )
 
     def _at_once(self, latents: Tensor) -> int:
-        """Fewer of large pictures: eight of 1024 x 1024 take more memory than the network does."""
-        packed = latents.ndim == 3  # (n, tokens, channels), each token 2 x 2 places
+        """Return the chunk size, smaller for large images to bound the decoder's memory."""
+        packed = latents.ndim == 3  # (n, tokens, channels), each token 2 x 2 positions
         area = latents.shape[1] * 4 if packed else math.prod(latents.shape[2:])
         return max(1, min(self._chunk, self._chunk * CHUNK_AREA // area))
 
@@ -215,13 +215,13 @@ class Decoder:
         with SHARED:
             view = view_of(self._pipe, **replaced | decoders)
             vars(view).update(self._tape.players(view, latents))
-            # a tail that draws noise would do so for n rows; a generator a row might not fit them
+            # One generator, in case the tail draws noise for another number of rows.
             generator = Generator().manual_seed(0)
             call = self._call | {"generator": generator, "output_type": output_type}
             return view(**call)[0]
 
     def _by_parts(self, part: Any, rows: Rows | None) -> Callable[..., Any]:
-        """`part.decode` of the rows that count, a few at a time, where it is given all rows."""
+        """Return a `part.decode` that decodes only the live rows, `chunk` at a time."""
         decode = part.decode
 
         def by_parts(z: Any, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +235,7 @@ class Decoder:
             except Exception as error:
                 if len(alive) == 1 or self._chunk == 1 or out_of_memory(error):
                     raise
-                out = _split(some, alive, 1)  # HunyuanVideo 1.5 decodes one row a call alone
+                out = _split(some, alive, 1)  # HunyuanVideo 1.5 decodes only one row per call
                 self._chunk = 1
             if rows is None or rows.source is None:
                 return out
@@ -245,14 +245,14 @@ class Decoder:
 
 
 def _split(decode: Callable[[Tensor], Any], z: Tensor, at_once: int) -> Any:
-    """What `decode` gives of z, a few rows at a time."""
+    """Return `decode` of z, computed `at_once` rows at a time."""
     few = z.split(at_once)
     parts = [decode(one) for one in few]
     return joined("the decoder", parts, [len(one) for one in few]) if len(few) > 1 else parts[0]
 
 
 def _passing(checker: Any) -> Any:
-    """In place of a checker while previews are made: nothing, or what Cosmos insists on."""
+    """Return a checker that passes everything, for previews: None, or a stand-in for Cosmos."""
     if not hasattr(checker, "check_video_safety"):
         return None
     allow = {"check_text_safety": lambda text: True, "check_video_safety": lambda video: video}
@@ -260,10 +260,10 @@ def _passing(checker: Any) -> Any:
 
 
 def in_float32(pipe: DiffusionPipeline) -> Any:
-    """A float32 copy of a decoder that overflows in float16, None for any other.
+    """Return a float32 copy of a decoder that overflows in float16, None for any other.
 
-    Its pipeline (SDXL) would cast it there and back at every decoding. One that is moved between
-    devices on demand is left to that.
+    The pipeline (SDXL) would otherwise cast it to float32 and back at every decoding. A decoder
+    that is offloaded on demand is not copied.
     """
     vae: Any = getattr(pipe, "vae", None)
     overflows = hasattr(pipe, "upcast_vae") and getattr(vae, "dtype", None) == torch.float16
@@ -273,7 +273,7 @@ def in_float32(pipe: DiffusionPipeline) -> Any:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that a device, or the host, has no memory left."""
+    """Return whether `error` reports that a device or the host is out of memory."""
     said = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
@@ -281,7 +281,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two results hold the same numbers, those that are none included."""
+    """Return whether two results are equal, treating NaN as equal to NaN."""
     if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a, b) or torch.equal(a.nan_to_num(), b.nan_to_num())
@@ -292,8 +292,8 @@ def _smaller(latents: Tensor, size: float) -> Tensor:
         return latents
     if latents.ndim != 4:
         raise ValueError(
-            f"preview_size={size}: this pipeline's latents, {tuple(latents.shape)}, are no plane "
-            "that could be made smaller; leave preview_size= out."
+            f"preview_size={size}: this pipeline's latents, {tuple(latents.shape)}, are not 4-D, "
+            "so they cannot be made smaller; leave preview_size= out."
         )
     sides = [max(1, round(side * size)) for side in latents.shape[2:]]
     smaller = torch.nn.functional.interpolate(latents.float(), sides, mode="area")
@@ -301,19 +301,19 @@ def _smaller(latents: Tensor, size: float) -> Tensor:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """float (n, 3, h, w) in [0, 1] -> 8-bit images, rounded as diffusers rounds them."""
+    """Convert float (n, 3, h, w) in [0, 1] to 8-bit images, rounded as in diffusers."""
     arrays = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(array) for array in arrays.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def to_tensor(images: list[Image.Image], device: torch.device | str) -> Tensor:
-    """8-bit images of one size -> float32 (n, 3, h, w) in [0, 1]: what a saved PNG holds."""
+    """Convert 8-bit images of one size, as saved PNGs hold, to float32 (n, 3, h, w) in [0, 1]."""
     arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(arrays).to(device).permute(0, 3, 1, 2).float().div(255)
 
 
 def do_nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of freeing the networks: the run goes on, and frees them itself at its end."""
+    """Replaces the call that frees the networks, which the run frees itself at its end."""
 
 
 def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
     shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
     if not isinstance(images, Tensor) or images.ndim != 4 or shape[:2] != (n, 3):
         raise ValueError(
-            f"decode= returned {shape} for {n} latents; return one image each, ({n}, 3, h, w) "
+            f"decode= returned {shape} for {n} latents; return one image for each, ({n}, 3, h, w) "
             "in [0, 1]."
         )
     return images

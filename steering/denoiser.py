@@ -1,8 +1,7 @@
-"""A stand-in for a network that evaluates fewer rows at once, or only those that count.
+"""A stand-in for a network that evaluates fewer rows at once, or only some of them.
 
-The pipeline calls it as it would the network. What `Batch` found to hold the batch's rows is cut,
-everything else is passed on as it is; the module itself is not patched, so compiled ones keep their
-graph.
+The pipeline calls it in place of the network. It cuts the arguments that `Batch` found to hold rows
+and passes all others on. The module itself is not patched, so a compiled one keeps its graph.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _NETWORKS = (
     "unet", "transformer", "transformer_2", "unconditional_transformer", "controlnet", "prior",
     "decoder", "image_unet",
 )  # fmt: skip
-_PERTURBED = threading.RLock()  # a call with perturbed attention sets processors for all threads
+_PERTURBED = threading.RLock()  # perturbed attention sets processors that all threads share
 _CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
 
 
@@ -51,10 +50,10 @@ _CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
 class Rows:
     """Which rows of a batch are evaluated, and how many at once; shared by a call's networks.
 
-    `live` (m,) are rows of the n particles, None for all; `source` (n,) says for every particle
-    which entry of `live` to show. A batch of 2n rows (guidance) holds the n particles twice, with
-    and without their prompts. `guidance` is the part of the run, of [0, 1], in which both are
-    evaluated. Outside the interval the conditional output also stands in for the unconditional one,
+    `live` (m,) holds indices of particles, None for all n; `source` (n,) holds for every particle
+    the index into `live` of its output. A batch of 2n rows (guidance) holds the n particles twice,
+    without and with their prompts. `guidance` is the interval of the run, within [0, 1], in which
+    both are evaluated. Outside it the conditional output also stands in for the unconditional one,
     so guidance adds nothing (Kynkäänniemi et al. 2024).
     """
 
@@ -64,31 +63,31 @@ class Rows:
     live: Tensor | None = None
     source: Tensor | None = None
     guidance: tuple[float, float] = (0.0, 1.0)
-    progress: float = 0.0  # share of the steps that are done
-    device: torch.device | None = None  # of the networks' batch, where indices into it belong
-    whole: bool = False  # nothing is cut, so where the rows are need not be known
-    following: Following | None = None  # where what a network is given follows the lineage
+    progress: float = 0.0  # fraction of the steps that are done
+    device: torch.device | None = None  # device of the networks' batch
+    whole: bool = False  # nothing is cut, so batch axes need not be known
+    following: Following | None = None  # set if arguments of the networks follow the lineage
 
     def keep(self, live: Tensor, num: int) -> None:
-        """Evaluate the rows `live` of `num`; dead rows show the output of a live one."""
+        """Evaluate only the rows `live` of `num`; the others get the output of a live row."""
         source = torch.zeros(num, dtype=torch.int64, device=live.device)
         source[live] = torch.arange(len(live), device=live.device)
         self.num, self.live, self.source = num, live, source
 
     def indices(self, n: int, conditional: int | None) -> tuple[Tensor | None, Tensor | None]:
-        """Of a batch's n rows those to evaluate, and where each row finds its output.
+        """Return which of a batch's n rows to evaluate, and the index of each row's output.
 
-        conditional: which of two copies carries the prompts, where that is known.
+        conditional: which of two copies carries the prompts, if that is known.
         """
         guided = self.guidance[0] <= self.progress < self.guidance[1]
-        # once more with the prompt alone (skip-layer guidance): nothing to leave out there
+        # a further call with the prompt alone (skip-layer guidance) has nothing to leave out
         guided = guided or (n == self.num and conditional is not None)
         copies = n // self.num
-        if self.guidance != (0.0, 1.0) and conditional is None:  # at the first step already
+        if self.guidance != (0.0, 1.0) and conditional is None:  # raised at the first step
             raise ValueError(
-                f"guidance_interval={self.guidance}: this pipeline's network sees each particle "
-                f"{copies} times a step, not once without and once with its prompt, so there is "
-                "nothing to leave out; leave guidance_interval= out."
+                f"guidance_interval={self.guidance}: this pipeline's network gets each particle "
+                f"{copies} times per step, not once without and once with its prompt, so guidance "
+                "cannot be skipped; leave guidance_interval= out."
             )
         if guided and self.live is None:
             return None, None
@@ -106,7 +105,7 @@ class Rows:
 
 
 class StandIn:
-    """Delegates to `module` in everything but `call` and `methods`, `isinstance` included."""
+    """Delegates to `module` except for `call` and `methods`; passes `isinstance` as `module`."""
 
     def __init__(self, module: Any, call: Callable[..., Any] | None = None, **methods: Callable):
         vars(self).update(methods, _module=module, _call=call or module)
@@ -123,7 +122,7 @@ class StandIn:
 
 
 class Denoiser:
-    """Evaluates of a network's batch the rows that count, a few at a time."""
+    """Evaluates the needed rows of a network's batch, a few at a time."""
 
     def __init__(self, module: torch.nn.Module, rows: Rows, batch: Batch):
         self._name, self._module = kind_of(module), module
@@ -146,7 +145,7 @@ class Denoiser:
         return out
 
     def _cut(self, call: dict[str | int, Any], as_list: bool) -> Any:
-        """What the network gives of the whole batch, of which those that count are asked."""
+        """Return the output for the whole batch, evaluating only the rows that are needed."""
         name, rows, batch = self._name, self._rows, self._batch
         batch.learn(name, call, rows.num)
         n = rows_in(name, call, batch.axes)
@@ -178,30 +177,30 @@ class Denoiser:
 
 
 def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The noisy sample, the first argument by position or by name: a tensor or a list of rows."""
+    """Return the noisy sample, the first argument: a tensor or a list of rows."""
     if args:
         return args[0]
     return kwargs.get("hidden_states", kwargs.get("sample", next(iter(kwargs.values()))))
 
 
 def kind_of(network: torch.nn.Module) -> str:
-    """The name of a network's class, of one that is compiled too."""
+    """Return the class name of a network, also of a compiled one."""
     return type(getattr(network, "_orig_mod", network)).__name__
 
 
 def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The networks that a pipeline calls at every step, by attribute."""
+    """Return the networks that a pipeline calls at every step, by attribute name."""
     found = {name: getattr(pipe, name, None) for name in _NETWORKS}
     return {name: net for name, net in found.items() if isinstance(net, torch.nn.Module)}
 
 
 def denoisers(pipe: DiffusionPipeline, rows: Rows, batch: Batch) -> dict[str, StandIn]:
-    """A stand-in for each of them, all cutting by the same `rows`."""
+    """Return a stand-in for each of the networks, all cutting by the same `rows`."""
     return {name: StandIn(net, Denoiser(net, rows, batch)) for name, net in networks(pipe).items()}
 
 
 def distinct(pipe: DiffusionPipeline) -> dict[str, StandIn]:
-    """Stand-ins for the text encoders that encode equal texts of a batch once."""
+    """Return stand-ins for the text encoders that encode equal texts of a batch only once."""
     return {
         name: StandIn(part, functools.partial(_once, part))
         for name, part in pipe.components.items()
@@ -210,7 +209,7 @@ def distinct(pipe: DiffusionPipeline) -> dict[str, StandIn]:
 
 
 def _once(encoder: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Evaluate one of equal rows, where all that an encoder is given are rows of tokens."""
+    """Evaluate equal rows once, if all tensors that an encoder is given are rows of tokens."""
     call = dict(enumerate(args)) | kwargs
     tokens = [value for value in call.values() if isinstance(value, Tensor)]
     if not tokens or any(part.ndim != 2 or part.shape != tokens[0].shape for part in tokens):
@@ -224,12 +223,12 @@ def _once(encoder: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     cut = {key: part[first] if isinstance(part, Tensor) else part for key, part in call.items()}
     positional = [part for key, part in cut.items() if isinstance(key, int)]
     named = {key: part for key, part in cut.items() if isinstance(key, str)}
-    return picked(None, encoder(*positional, **named), source)  # a cache in it is not used
+    return picked(None, encoder(*positional, **named), source)  # any cache in the output is unused
 
 
 def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:
-    """Whether perturbed attention guidance is on, whose layers chunk the batch by position."""
-    if pag_scale and hasattr(pipe, "pag_attn_processors"):  # its call sets them, and takes them off
+    """Return whether perturbed attention guidance is on, whose layers need the whole batch."""
+    if pag_scale and hasattr(pipe, "pag_attn_processors"):  # its call sets and removes them
         return True
     return any(
         type(processor).__name__.startswith("PAG")
@@ -240,16 +239,15 @@ def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Put back what a call would leave on the user's networks, however it ends.
+    """Restore, on any exit, what a call may have changed on the user's networks.
 
-    That is the attention processors of perturbed attention, the hooks of a guidance that skips
-    layers, and the precision of a decoder that its pipeline raises while it works (SDXL in
-    float16).
+    These are the attention processors (perturbed attention), the hooks of layer-skipping guidance,
+    and the dtype of a decoder that its pipeline upcasts during the call (SDXL in float16).
     """
     perturbs, hooks = hasattr(pipe, "pag_attn_processors"), _hooks_layers(pipe)
     with _PERTURBED if perturbs or hooks else contextlib.nullcontext():
         vae: Any = getattr(pipe, "vae", None)
-        with SHARED:  # another thread's head may have raised it for a moment
+        with SHARED:  # another thread may have upcast it temporarily
             dtype = getattr(vae, "dtype", None)
         processors = {
             name: dict(net.attn_processors)  # type: ignore[arg-type]
@@ -259,7 +257,7 @@ def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
         hooked = [_hooks_of(net) for net in networks(pipe).values() if hooks]
         try:
             yield
-        finally:  # some calls (SDXL-PAG's inpainting) leave them when they end well, too
+        finally:  # some calls (SDXL-PAG's inpainting) leave them even on success
             for name, before in processors.items():
                 getattr(pipe, name).set_attn_processor(before)
             for before in hooked:
@@ -270,13 +268,13 @@ def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
 
 
 def _hooks_layers(pipe: DiffusionPipeline) -> bool:
-    """Whether a guidance of the pipeline hooks layers of its network while it is asked."""
+    """Return whether a guidance of the pipeline hooks layers of its network during a call."""
     names = (name for part in pipe.components.values() for name in getattr(part, "__dict__", ()))
     return any(name.endswith("_hook_names") for name in names)
 
 
 def _hooks_of(network: torch.nn.Module) -> dict[torch.nn.Module, tuple[set[str], bool]]:
-    """By layer the names of its hooks, and whether it has a forward of its own."""
+    """Return for each layer the names of its hooks, and whether its forward is overridden."""
     return {
         module: (
             set(getattr(getattr(module, "_diffusers_hook", None), "hooks", ())),
@@ -296,7 +294,7 @@ def _unhook(before: dict[torch.nn.Module, tuple[set[str], bool]]) -> None:
 
 
 def refuse_step_caches(pipe: DiffusionPipeline) -> None:
-    """Raise ValueError where a network reuses what it computed for a row at an earlier step."""
+    """Raise ValueError if a network caches what it computed for a row at an earlier step."""
     for name, net in networks(pipe).items():
         hooks = [
             hook

@@ -1,16 +1,16 @@
 """The Feynman-Kac particle filter: evaluate, score, weigh, resample, move.
 
 A chain x_T -> ... -> x_0 with law p is steered towards p(x_0) exp(λ r(x_0)) / Z by k weighted
-particles a prompt. At a scored step the reward r of the image predicted *from x_t* weighs x_t; then
-x_t is resampled together with the move that the network proposed for it, and only then is the noise
-of the move drawn, so that the children of one parent differ without another network call.
+particles per prompt. At a scored step, the reward r of the image predicted *from x_t* weighs x_t;
+then x_t is resampled together with the move that the network proposed for it. The noise of the move
+is drawn last, so that the children of one parent differ without another network call.
 
-Weights live in the log domain, in float32 or better, and are kept where the effective sample size
-is high. Unbiased: E[exp(log_z)] = Z for every number of particles and every setting here.
+Weights are log-weights, in float32 or better, and are carried on without resampling while the
+effective sample size is high. E[exp(log_z)] = Z for any number of particles and any settings.
 Del Moral (2004); Chopin & Papaspiliopoulos (2020); Singhal et al. (2025).
 
-b prompts, k particles a prompt. `start`, `weigh`, `resample` and `close` are the filter itself, for
-those who own no loop (`steering.schedulers`); `particle_filter` is the loop around them.
+b prompts, k particles per prompt. `start`, `weigh`, `resample` and `close` are the filter, for code
+whose loop is elsewhere (`steering.schedulers`); `particle_filter` is a loop around them.
 """
 
 import math
@@ -47,27 +47,27 @@ __all__ = [
 
 
 class FilterState(NamedTuple):
-    """What the next score needs: (b,) a prompt, (b, k) a particle, float32 or better."""
+    """The state that the next score needs, per prompt (b,) or per particle (b, k)."""
 
     log_weights: Tensor  # (b, k), not normalised; 0 after resampling
     log_z: Tensor  # (b,) the part that resampling has folded in
-    history: History  # the rewards on each line of descent
+    history: History  # the rewards along each particle's ancestry
     scale: Tensor  # (b,) λ_t
     anchor: Tensor  # (b, k) λ S when log_weights were last 0, so log_weights = λ_t S_t - anchor
 
 
 class Resampled(NamedTuple):
-    """What `resample` decided for b prompts, and the particles after it."""
+    """The result of `resample` for b prompts."""
 
     state: FilterState
     ancestors: Tensor  # (b, num) int64
-    ess: Tensor  # (b,) before
+    ess: Tensor  # (b,) before resampling
     chosen: Tensor  # (b,) bool: the weights were folded into log_z and set to 0
 
 
 @dataclass(frozen=True)
 class Population:
-    """The particles after one step."""
+    """The particles of b prompts after one step."""
 
     step: int
     x: Tensor  # (b, k, *shape)
@@ -75,33 +75,33 @@ class Population:
     rewards: Tensor | None  # (b, k) of x0; None where the step was not scored
     log_weights: Tensor  # (b, k), after resampling
     log_z: Tensor  # (b,) log of the estimate so far, log_weights included
-    ancestors: Tensor  # (b, k) int64: which of the previous population each particle is a child of
+    ancestors: Tensor  # (b, k) int64: index of each particle's parent in the previous population
     ess: Tensor  # (b,) before resampling
 
 
 def check_rewards(
     rewards: Tensor, step: int, shape: tuple[int, int], reward_scale: float = 1.0
 ) -> None:
-    """Raise ValueError unless `rewards` is (b, k) and finite, times λ too.
+    """Raise ValueError unless `rewards` has shape (b, k) and is finite, also when scaled by λ.
 
-    It is the one device read of a score.
+    This is the only read from the device per score.
     """
     if not isinstance(rewards, Tensor):
         raise ValueError(
             f"the reward returned a {type(rewards).__name__} at step {step}: return a tensor, "
-            f"one number a particle, {shape}"
+            f"one number per particle, {shape}"
         )
     if tuple(rewards.shape) != shape:
         raise ValueError(
             f"the reward returned shape {tuple(rewards.shape)} at step {step}: "
-            f"return one number a particle, {shape}"
+            f"return one number per particle, {shape}"
         )
     finite = torch.isfinite(_at_least_float32(rewards) * reward_scale)
     if not finite.all():
         if torch.isfinite(rewards).all():
             raise ValueError(
-                f"reward_scale={reward_scale:g} times the rewards at step {step} is more than "
-                "their type holds: lower reward_scale"
+                f"reward_scale={reward_scale:g} times the rewards at step {step} overflows "
+                "their dtype: lower reward_scale"
             )
         prompt, particle = (~finite).nonzero()[0].tolist()
         raise ValueError(
@@ -111,7 +111,7 @@ def check_rewards(
 
 
 def start(b: int, k: int, device: torch.device | str | None = None) -> FilterState:
-    """b prompts of k particles of equal weight, nothing scored yet."""
+    """Return the initial state for b prompts of k particles: equal weights, no scores."""
     per_particle = torch.zeros(b, k, device=device)
     per_prompt = torch.zeros(b, device=device)
     history = History(torch.full_like(per_particle, -math.inf), per_particle, per_particle)
@@ -121,10 +121,10 @@ def start(b: int, k: int, device: torch.device | str | None = None) -> FilterSta
 def weigh(
     state: FilterState, rewards: Tensor, settings: FeynmanKac, progress: float
 ) -> FilterState:
-    """Multiply the weights by the potential of `rewards` (b, k), seen at the particles' own x_t.
+    """Multiply the weights by the potential of `rewards` (b, k), which belong to the present x_t.
 
-    progress in (0, 1] is how far the scores have come, (index of this score + 1) / (scores + 1);
-    linear tempering follows it.
+    progress, in (0, 1], is (index of this score + 1) / (number of scores + 1), which linear
+    tempering multiplies λ by.
     """
     rewards = _at_least_float32(rewards)
     state = _in(state, torch.promote_types(rewards.dtype, state.log_weights.dtype))
@@ -138,8 +138,8 @@ def weigh(
         scale = torch.full_like(state.scale, settings.reward_scale * progress)
     else:
         scale = torch.full_like(state.scale, settings.reward_scale)
-    # Measured from the anchor, not added up, so that no rounding gathers: without resampling the
-    # closed weights are exactly λ r(x_final), and best-of-k ranks exactly as the rewards do.
+    # Computed from the anchor rather than summed, so that rounding does not accumulate: without
+    # resampling the closed weights are exactly λ r(x_final), and best-of-k ranks as the rewards do.
     log_weights = scale[:, None] * history.total - state.anchor
     return state._replace(log_weights=log_weights, history=history, scale=scale)
 
@@ -151,13 +151,13 @@ def resample(
     num: int | None = None,
     stochastic: bool | Tensor = True,
 ) -> Resampled:
-    """Resample the prompts whose ess is low, to `num` <= k particles; the others keep weights.
+    """Resample prompts whose effective sample size is low, to `num` <= k particles.
 
-    The decision is taken on the device, and returned as `chosen`. `stochastic` says whether the
-    coming move draws noise; where it does not, children would be copies and the weights are carried
-    instead. Where nothing is resampled the ancestors are 0..k-1. num < k (a funnel) always
-    resamples, whatever the rest says, but for a reward_scale of 0, which never does: the first
-    `num` particles stay.
+    The decision is made on the device and returned as `chosen`. Prompts that are not resampled keep
+    their weights, and their ancestors are 0..k-1. `stochastic` says whether the coming move draws
+    noise; without noise the children would be copies, so nothing is resampled. num < k (a funnel)
+    always resamples, except if reward_scale is 0, which never resamples and keeps the first `num`
+    particles.
     """
     b, k = state.log_weights.shape
     num = k if num is None else num
@@ -170,7 +170,7 @@ def resample(
     if num < k:
         chosen = torch.ones_like(before, dtype=torch.bool)
     else:
-        # At min_ess = 1 even where rounding, or equal weights, make ess exactly k.
+        # min_ess = 1 resamples even if rounding, or equal weights, make ess exactly k.
         low = before < settings.min_ess * k if settings.min_ess < 1 else torch.ones_like(before) > 0
         chosen = low & stochastic
     ancestors = torch.where(chosen[:, None], drawn, identity)
@@ -186,21 +186,21 @@ def resample(
 
 
 def close(state: FilterState, rewards: Tensor, settings: FeynmanKac) -> FilterState:
-    """The last weighing, by the rewards (b, k) of the final images.
+    """Apply the last potential, from the rewards (b, k) of the final images.
 
-    It completes the product of potentials on every line of descent to exp(λ r(x_final)).
+    It completes the product of potentials along every particle's ancestry to exp(λ r(x_final)).
     """
     target = potentials.closing(_at_least_float32(rewards), settings.reward_scale)
     return state._replace(log_weights=target - state.anchor)
 
 
 def final_log_z(state: FilterState) -> Tensor:
-    """log of the estimate of E_p[exp(λ r)] (b,), the present weights included."""
+    """Return the log of the estimate of E_p[exp(λ r)] (b,), with the present weights included."""
     return state.log_z + log_mean_exp(state.log_weights)
 
 
 def take(values: Tensor, ancestors: Tensor) -> Tensor:
-    """values (b, k, *shape), ancestors (b, num) -> (b, num, *shape)."""
+    """Select ancestors (b, num) from values (b, k, *shape); returns (b, num, *shape)."""
     rows = torch.arange(values.shape[0], device=values.device)[:, None]
     return values[rows, ancestors]
 
@@ -214,14 +214,14 @@ def particle_filter(
     *,
     generator: Generator,
 ) -> Iterator[Population]:
-    """Run any chain through the filter; yields a Population a step, the last with closed weights.
+    """Run the filter on any chain; yields a Population per step, the last with closed weights.
 
-    x (b, k, *shape) is drawn from the chain's first law; kernel(step, x) -> Transition proposes the
-    move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0. All noise
-    comes from `generator`, by way of one generator a prompt for resampling, so that the noise is
-    the same whether or not anything is resampled. Raises ValueError for settings that do not fit
-    num_steps or k, before the first step, and for rewards that are not finite. Every scored step
-    asks for its rewards, even at min_ess=0 where they decide nothing: the populations show them.
+    x (b, k, *shape) is drawn from the chain's initial law; kernel(step, x) -> Transition proposes
+    the move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0. All
+    noise comes from `generator`, which also seeds one generator per prompt for resampling, so the
+    noise does not depend on whether anything is resampled. Raises ValueError before the first step
+    for settings that do not fit num_steps or k, and later for rewards that are not finite. Rewards
+    are computed at every scored step, even with min_ess=0, since the populations report them.
     """
     check_filter(x, kernel, reward, num_steps, settings, generator)
     scored = scored_steps(num_steps, settings)
@@ -283,7 +283,7 @@ def _check_shape(move: Transition, x: Tensor, step: int) -> None:
             f"the kernel's mean and x0 have shapes {tuple(move.mean.shape)} and "
             f"{tuple(move.x0.shape)} at step {step}: return the shape of x, {tuple(x.shape)}"
         )
-    # on a CPU, where a look waits for nothing
+    # only on a CPU, where reading the value does not synchronise
     if move.std.device.type == "cpu" and not ((move.std >= 0) & move.std.isfinite()).all():
         raise ValueError(
             f"the kernel's std at step {step} is negative or not finite: return standard deviations"
@@ -311,7 +311,7 @@ def _descend(state: FilterState, ancestors: Tensor) -> FilterState:
 
 
 def _in(state: FilterState, dtype: torch.dtype) -> FilterState:
-    """Every number of the state in this dtype: one of float32 would round λ for all others."""
+    """Cast the whole state to `dtype`; a float32 part would round λ for all others."""
     log_weights, log_z, scale, anchor = (
         x.to(dtype) for x in (state.log_weights, state.log_z, state.scale, state.anchor)
     )

@@ -1,10 +1,10 @@
-"""What belongs to a row beside its latents, in the order of the lineage.
+"""Reorder the per-row data of a pipeline, other than its latents, after resampling.
 
-Resampling replaces rows of the latents. A pipeline may keep more of each row: a control image that
-was encoded with the row's own noise, which it hands its networks at every step, or the momentum of
-its guidance. Both have to follow, or a row would go on with what belongs to another.
+Resampling replaces rows of the latents. A pipeline may keep further data for each row: a control
+image encoded with the row's own noise, which it passes to its networks at every step, or the
+momentum of its guidance. These must follow the lineage, or a row would use another row's data.
 
-n rows in the order of the start, a network's batch holds them c times.
+The call has n rows in their initial order; a network's batch holds them c times.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["Following", "follow_momentum"]
 
 
 class _Kept:
-    """What a network was first handed at `step`; `late`, when rows had been resampled already."""
+    """An argument first passed to a network at `step`; late: after the first resampling."""
 
     def __init__(self, value: Tensor, step: int, late: bool):
         self.value, self.step, self.late = value, step, late
-        self.stays: bool | None = None  # at a later step, and may differ from row to row
+        self.stays: bool | None = None  # passed again at a later step, and may differ between rows
         self._version = _version(value)
 
     def is_same(self, value: Tensor) -> bool:
-        # what is written to meanwhile is computed on the way
+        # a tensor that was written to in between is computed at every step
         return self.value is value and _version(value) == self._version
 
     def is_equal(self, value: Tensor) -> bool:
@@ -44,27 +44,27 @@ class _Kept:
 
 
 class Following:
-    """Reorders what the networks are handed at every step as at the first: it is from the head.
+    """Reorders the network arguments that stay the same at every step, made before the loop.
 
-    What changes between steps is computed from the present rows, and is left as it is. What stays
-    is told by its numbers, whichever network, argument or call of a step it is handed to. Only for
-    what stays and may differ from row to row the rows are looked for, by `batch`.
+    An argument that changes between steps is computed from the present rows and is left as it is.
+    One that stays is recognised by its values, in any network, argument or call of a step. `batch`
+    locates its rows, but only if the rows may differ.
     """
 
     def __init__(self, chain: Chain, batch: Batch, n: int):
         self._chain, self._batch, self._n = chain, batch, n
         self._kept: list[_Kept] = []
-        self._paths: dict[Path, int] = {}  # the step at which each was first handed
-        self._samples: dict[str, Tensor] = {}  # of the first step, until the first move
+        self._paths: dict[Path, int] = {}  # the step at which each was first passed
+        self._samples: dict[str, Tensor] = {}  # those of the first step, until the first move
         self._beside: dict[str, tuple[int, int, int]] = {}  # axis, start and size of the latents
 
     def followed(
         self, name: str, call: dict[str | int, Any], sample: str | int
     ) -> dict[str | int, Any]:
-        """The call in the order of the lineage; `sample` is the argument that holds the latents."""
+        """Return the call in the order of the lineage; sample: the key of the latents' argument."""
         lineage = self._chain.lineage
         if self._chain.step == 0 and isinstance(call[sample], Tensor):
-            self._samples.pop(name, None)  # in the order in which they were last asked
+            self._samples.pop(name, None)  # keeps the networks in the order of their last calls
             self._samples[name] = call[sample]
         staying = self._staying(name, call, sample)
         if staying:
@@ -80,7 +80,7 @@ class Following:
         return moved | {sample: self._latents_kept(name, call[sample], lineage)}
 
     def _staying(self, name: str, call: dict[str | int, Any], sample: str | int) -> set[Path]:
-        """Where the call holds what it held before, and what may differ from row to row."""
+        """Return the paths of arguments that stay from an earlier step and may differ by row."""
         step, found = self._chain.step, set()
         self._kept = [kept for kept in self._kept if kept.step >= step - 1 or kept.stays]
         for path, value in leaves(call, {}, (name,)):
@@ -95,43 +95,43 @@ class Following:
                 kept.stays = _may_differ(value, inside(call, path[1:-1]), self._n)
             if kept.stays and kept.late:
                 where = list(path[1:])
-                raise Unclear(name, f"its argument {where} came after the first resampling")
+                raise Unclear(name, f"its argument {where} appeared after the first resampling")
             if kept.stays:
                 found.add(path)
         return found
 
     def _like(self, value: Tensor) -> _Kept | None:
-        """What was kept of an earlier step and holds the same numbers."""
+        """Return the argument of an earlier step with the same values, if any."""
         earlier = [kept for kept in self._kept if kept.step < self._chain.step]
         same = next((kept for kept in earlier if kept.is_same(value)), None)
         return same or next((kept for kept in earlier if kept.is_equal(value)), None)
 
     def settle(self, latents: Tensor) -> None:
-        """Find the latents that the first move is given in what the networks were asked with.
+        """Locate the latents of the first move in the first arguments of the networks.
 
-        Raises Unclear, before anything is spent, where more stands beside them than can be told.
+        Raises Unclear, before any step is made, if an argument holds more but cannot be separated.
         """
         for name, x in self._samples.items():
             where = None if _holds_only(x, latents) else _within(x, latents)
             if where is not None:
                 self._beside[name] = where
             elif name == [*self._samples][-1] and not _holds_only(x, latents):
-                raise Unclear(  # another may belong to the head, as a prior does
-                    name, "what stands beside the latents in its first argument is not clear"
+                raise Unclear(  # earlier networks may belong to the head, as a prior does
+                    name, "the latents were not found among the contents of its first argument"
                 )
         self._samples.clear()
 
     def _latents_kept(self, name: str, x: Any, lineage: Tensor) -> Any:
-        """The network's first argument, of which what stands beside the latents has moved."""
+        """Return the network's first argument with all but the latents reordered."""
         last = self._chain.last
         if not isinstance(x, Tensor) or last is None or _holds_only(x, last):
             return x
         if name not in self._beside:
-            raise Unclear(name, "its first argument holds more than at the first step")
+            raise Unclear(name, "its first argument holds more than it did at the first step")
         return _moved(x, lineage, *self._beside[name])
 
     def returned(self, latents: Any) -> Any:
-        """What the pipeline returns, of which what stands beside the last latents has moved."""
+        """Return the pipeline's result with all but the last latents reordered."""
         last, lineage = self._chain.last, self._chain.lineage
         if not isinstance(latents, Tensor) or last is None or lineage is None:
             return latents
@@ -140,14 +140,14 @@ class Following:
 
 
 def _moved(x: Tensor, lineage: Tensor, along: int, start: int, size: int) -> Tensor:
-    """x in the order of the lineage, but for the latents in it."""
+    """Return x in the order of the lineage, except for the latents in it."""
     moved = x[_order(lineage, len(x)).to(x.device)]
     moved.narrow(along, start, size).copy_(x.narrow(along, start, size))
     return moved
 
 
 def _order(lineage: Tensor, rows: int) -> Tensor:
-    """Where each of a batch's rows comes from, copy by copy."""
+    """Return the source index of each row of a batch that holds copies of the n rows."""
     n = len(lineage)
     return torch.cat([lineage + i * n for i in range(rows // n)])
 
@@ -157,16 +157,16 @@ def _version(value: Tensor) -> int | None:
 
 
 def _holds_only(x: Tensor, latents: Tensor) -> bool:
-    """Whether x is as many rows as the latents, or copies of them, and nothing beside."""
+    """Return whether x has the size of the latents, or of copies of them."""
     copies, rest = divmod(len(x), len(latents))
     return rest == 0 and x.numel() == copies * latents.numel()
 
 
 def _may_differ(value: Tensor, holder: Any, n: int) -> bool:
-    """Whether n particles may each have something else in `value`, as far as its form can tell.
+    """Return whether `value` may differ between n particles.
 
-    holder: what it is an item of. Rows on the first axis, or items of a list, are compared; where
-    rows may be elsewhere they may differ, unless everything is the same number.
+    holder: the container of `value`. Rows on the first axis, or items of a list, are compared. If
+    rows may lie on another axis, they may differ unless all values are equal.
     """
     if isinstance(holder, list | tuple) and _are_rows(len(holder), n):
         alike = all(isinstance(one, Tensor) and one.shape == value.shape for one in holder)
@@ -184,8 +184,8 @@ def _are_rows(size: int, n: int) -> bool:
 
 
 def _within(x: Tensor, latents: Tensor) -> tuple[int, int, int] | None:
-    """Along which axis, from where and how far x holds the latents; None where it does not."""
-    if x.ndim == 3 and latents.ndim > 3:  # as tokens, a place each
+    """Return the axis, start and size of the latents in x; None if x does not hold them."""
+    if x.ndim == 3 and latents.ndim > 3:  # as tokens, one per position
         latents = latents.flatten(2).transpose(1, 2)
     if x.ndim != latents.ndim or len(x) % len(latents):
         return None
@@ -203,7 +203,7 @@ def _within(x: Tensor, latents: Tensor) -> tuple[int, int, int] | None:
 def follow_momentum(
     guiders: Sequence[Any], rows: Tensor, exchange: Callable[[Tensor], Tensor]
 ) -> None:
-    """Let the running average of each guidance (APG) follow the rows that survive."""
+    """Reorder the running average of each guidance (APG) by the surviving rows."""
     for part in [part for guider in guiders for part in vars(guider).values()]:
         average = getattr(part, "running_average", None)
         if isinstance(average, Tensor):

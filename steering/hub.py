@@ -1,4 +1,4 @@
-"""A folder, or an id of the Hugging Face hub; and failures to load either, in one sentence."""
+"""Local folders and Hugging Face hub ids, with loading errors as one sentence."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 def where(name: str) -> tuple[str, bool]:
-    """A local path if there is one, else the hub id; and whether to look on this machine only.
+    """Return the local path if it exists, else the hub id; and whether to load offline only.
 
-    One short request finds out, where the loaders would try to connect for half a minute.
+    One short request tests the connection; the loaders would retry for half a minute.
     """
     path = os.path.expanduser(name)
     if name and os.path.exists(path):
@@ -27,9 +27,9 @@ def where(name: str) -> tuple[str, bool]:
 
     try:
         HfApi().model_info(name, timeout=10)
-    except HfHubHTTPError:  # the hub answered; its loader will say what is wrong
+    except HfHubHTTPError:  # the hub answered; the loader will report what is wrong
         return name, False
-    except Exception:  # the client's library, and so its errors, changes with its version
+    except Exception:  # which errors the client raises depends on its version
         return name, True
     return name, False
 
@@ -38,10 +38,10 @@ def where(name: str) -> tuple[str, bool]:
 def one_sentence(
     what: str, path: str = "", offline: bool = False, instead: str = ""
 ) -> Iterator[None]:
-    """Failures to load become one ValueError, with no log lines or progress bars before it.
+    """Turn loading errors into one ValueError, and silence log lines and progress bars.
 
-    path, offline: what `where` said. The libraries' own reasons for what a hub out of reach could
-    not give are left out. instead: what to do without it.
+    path, offline: the result of `where`. If the hub is unreachable, the libraries' own reasons are
+    omitted. instead: an alternative to suggest.
     """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -60,10 +60,10 @@ def one_sentence(
         other = f", or {instead}" if instead else ""
         if offline and isinstance(error, OSError | ValueError) and not os.path.exists(path):
             raise ValueError(
-                f"cannot load {what}; with no network, give a folder that holds it{other}"
+                f"cannot load {what}; without a network, give a folder that holds it{other}"
             ) from error
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
-        # a class that model_index.json names, or what a class of another kind lacks
+        # an unknown class in model_index.json, or a class that lacks what is used
         unfit = isinstance(error, AttributeError)
         hint = ": it is of a kind that does not fit here; name one that does" if unfit else ""
         hint += f"; give a folder that holds it{other}" if other else ""

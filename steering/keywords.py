@@ -1,8 +1,8 @@
-"""Whether a keyword of a pipeline's call is of the kind that the call's own annotation names.
+"""Check the keywords of a pipeline's call against the call's annotations.
 
-Only what can be told is refused: where an annotation is missing, or says nothing that a value can
-be held against, any value fits. Annotations in diffusers are narrower than what its calls take in
-three ways, which are let pass: no list at all, several texts for one, and whole numbers in lists.
+A value is refused only if its annotation clearly excludes it; a missing annotation, or one that
+cannot be checked, accepts any value. The annotations of diffusers are stricter than its calls in
+three ways, which are allowed here: None for a list, several texts for one, floats in lists of int.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["check_keywords"]
 
 
 def check_keywords(call: Callable[..., Any], keywords: Mapping[str, Any], kind: str) -> None:
-    """Raise ValueError for the first keyword that does not fit; kind: the pipeline's name."""
+    """Raise ValueError for the first keyword of a wrong type; kind: the pipeline's class name."""
     try:
         hints = typing.get_type_hints(call)
-    except (NameError, TypeError, AttributeError):  # names that are imported for type checkers only
+    except (NameError, TypeError, AttributeError):  # names imported only for type checkers
         return
     parameters = inspect.signature(call).parameters
     for name, value in keywords.items():
@@ -53,13 +53,13 @@ def _fits(value: Any, wanted: Any) -> bool:
     if origin is Any or getattr(origin, "_is_protocol", False):
         return True
     if isinstance(origin, type):
-        # tensors and pictures come in more kinds than annotations name; plain values are a slip
+        # tensors and images have more types than annotations name; plain values are mistakes
         return not _is_plain(value) or isinstance(value, origin)
-    return True  # a type variable, a tensor type of old, a Literal
+    return True  # a type variable, a legacy tensor type, a Literal
 
 
 def _is_list_of(values: Any, kinds: Sequence[Any]) -> bool:
-    if not _is_plain(values):  # arrays are as good as lists of numbers
+    if not _is_plain(values):  # arrays are accepted for lists of numbers
         return True
     if not isinstance(values, list | tuple):
         return False
@@ -76,7 +76,7 @@ def _is_number(value: Any, whole: bool) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is made of what one writes in YAML, which a slip is, and no tensor or picture."""
+    """Return whether `value` consists of YAML values only, and not of tensors or images."""
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str | bytes | dict)
@@ -90,7 +90,7 @@ _WORDS = {
 
 
 def _said(wanted: Any) -> str:
-    """An annotation in words, such as "text or a list of (text)"."""
+    """Return an annotation in words, such as "text or a list of (text)"."""
     origin, args = typing.get_origin(wanted) or wanted, typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_said, args)))

@@ -1,4 +1,4 @@
-"""What a run finds out about its pipeline while it runs, once."""
+"""Facts about a pipeline that are determined once per run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ __all__ = ["Learned"]
 
 @dataclass
 class Learned:
-    """How a call is asked for its rows, and what is known of its networks and its tail."""
+    """How rows are requested from the pipeline, and which checks it has passed."""
 
-    way: int = 0  # of call.WAYS, to ask for its rows
-    deals: bool = False  # whether arguments of one row a guidance copy have to be dealt to all rows
-    began: bool = False  # whether the present call has come to its first step
-    rng: list[Tensor] = field(default_factory=global_states)  # as the call began
-    packed: bool = False  # whether the batch is known of calls of several prompts
-    decodes: bool = False  # whether its tail has been tried
-    packs: bool = False  # whether prompts have been found not to see one another
+    way: int = 0  # index into call.WAYS: how rows are requested
+    deals: bool = False  # whether arguments with one row per guidance copy are repeated per row
+    began: bool = False  # whether the present call has reached its first step
+    rng: list[Tensor] = field(default_factory=global_states)  # at the beginning of the call
+    packed: bool = False  # whether `batch` describes calls of several prompts
+    decodes: bool = False  # whether decoding has been checked
+    packs: bool = False  # whether prompts of one call were found not to affect each other
     batch: Batch = field(default_factory=Batch)
 
     def turn(self) -> bool:
-        """Go on to the next way to ask for rows; False once all have been tried.
+        """Switch to the next way to request rows; return False once all have been tried.
 
-        That is each of `WAYS`, then each of them again with arguments dealt.
+        These are `WAYS`, then the same again with `deals`.
         """
-        self.batch = Batch()  # rows asked for otherwise may lie otherwise
+        self.batch = Batch()  # the layout of rows may depend on how they are requested
         self.way = (self.way + 1) % len(WAYS)
         if self.way == 0:
             self.deals = not self.deals

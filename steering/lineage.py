@@ -1,6 +1,6 @@
-"""Who descends from whom: what every scored step of a run saw and decided.
+"""The ancestry of the particles: the rewards, weights and ancestors of every scored step.
 
-b prompts, k particles a prompt at that step (fewer later on, in a funnel).
+b prompts, k particles per prompt at that step (a funnel reduces k).
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ __all__ = ["Lineage", "Moment", "Score", "why_nothing_moved"]
 
 @dataclass(frozen=True)
 class Score:
-    """One scored step: the particles before it, and the ancestors of those after it."""
+    """One scored step: the particles before resampling, and the ancestors of those after it."""
 
     step: int
     rewards: Tensor  # (b, k) of x̂0
@@ -25,11 +25,11 @@ class Score:
     ess: Tensor  # (b,), 1 to k, before resampling
     ancestors: Tensor  # (b, num) int64
     resampled: Tensor  # (b,) bool: the weights were folded into log_z and set to 0
-    previews: Tensor | None = None  # (b, k, 3, h, w) uint8, small pictures of x̂0
+    previews: Tensor | None = None  # (b, k, 3, h, w) uint8, small images of x̂0
 
     @property
     def replaced(self) -> Tensor:
-        """(b,) bool: whether any particle was replaced, or dropped by a funnel."""
+        """Whether any particle of each prompt was replaced, or dropped by a funnel: (b,) bool."""
         if self.ancestors.shape != self.rewards.shape:
             return torch.ones(len(self.ancestors), dtype=torch.bool)
         stay = torch.arange(self.ancestors.shape[1])
@@ -37,17 +37,17 @@ class Score:
 
 
 def why_nothing_moved(scores: Sequence[Score], settings: FeynmanKac) -> str:
-    """What to say of a run whose scores replaced no particle, by what they saw; "" of others.
+    """Return a message that explains why no score of a run replaced a particle; "" for other runs.
 
-    Best-of-k, min_ess=0 or reward_scale=0, is meant not to.
+    It is also "" with min_ess=0 or reward_scale=0, which never resample.
     """
     meant = settings.min_ess == 0 or settings.reward_scale == 0
     if meant or not scores or any(score.replaced.any() for score in scores):
         return ""
     if all((score.rewards == score.rewards[:, :1]).all() for score in scores):
         return (
-            "No score told the particles of a prompt apart: their rewards were equal each time, so "
-            "the run is best-of-k at any reward_scale; take a graded reward, or score later steps."
+            "At every score, all particles of a prompt had equal rewards, so the run is best-of-k "
+            "at any reward_scale; use a graded reward, or score later steps."
         )
     least, k = min(score.ess.min().item() for score in scores), scores[0].rewards.shape[1]
     weighed = f"The effective sample size was never below {least:.3g} of {k}"
@@ -56,35 +56,35 @@ def why_nothing_moved(scores: Sequence[Score], settings: FeynmanKac) -> str:
     asked = settings.min_ess * k
     if least < asked or settings.min_ess == 1:
         return (
-            "No score resampled though weights were uneven, as those steps draw no noise: the run "
-            "is best-of-k; score others by score_from and score_to, or raise noise."
+            "No score resampled although weights were uneven, because the scored steps draw no "
+            "noise: the run is best-of-k; move score_from and score_to, or raise noise."
         )
-    # it is never below 1
+    # the effective sample size is never below 1
     what = "min_ess" if asked <= 1 else "reward_scale or min_ess"
     return f"{weighed}, and scores resample below {asked:.3g}: the run is best-of-k; raise {what}."
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One step of a call for some of the prompts, as it has just been decided."""
+    """One step of a call for some of the prompts, right after its resampling decision."""
 
     step: int
     num_steps: int
-    score: Score | None = None  # where the step was scored
-    prompts: tuple[int, ...] = ()  # indices of the run's
+    score: Score | None = None  # None if the step was not scored
+    prompts: tuple[int, ...] = ()  # indices into the run's prompts
 
 
 @dataclass(frozen=True)
 class Lineage:
-    """The scored steps of a run of `num_steps` steps, in order; the final image is not in it."""
+    """The scored steps of a run of `num_steps` steps, in order, without the final score."""
 
     num_steps: int
     scores: tuple[Score, ...]
 
     def origins(self, k: int) -> Tensor:
-        """Which of the k particles of the start each final one descends from, (b, k_final) or (k,).
+        """Return the index of each final particle's initial ancestor, (b, k_final) int64.
 
-        (k,) where nothing was scored.
+        If nothing was scored, the result is (k,).
         """
         origin = torch.arange(k)
         for score in self.scores:
@@ -92,11 +92,11 @@ class Lineage:
         return origin
 
     def prompt(self, index: int) -> "Lineage":
-        """The lineage of one prompt, b = 1."""
+        """Return the lineage of one prompt, b = 1."""
         return self.prompts([index])
 
     def prompts(self, indices: Sequence[int]) -> "Lineage":
-        """The lineage of some of the prompts."""
+        """Return the lineage of some of the prompts."""
         rows = torch.tensor(indices, dtype=torch.int64)
         scores = (Score(s.step, *(_of(part, rows) for part in _parts(s))) for s in self.scores)
         return Lineage(self.num_steps, tuple(scores))
@@ -119,7 +119,7 @@ class Lineage:
 
     @staticmethod
     def join(lineages: Sequence["Lineage"]) -> "Lineage":
-        """One lineage over the prompts of several runs with the same scored steps."""
+        """Concatenate the prompts of several runs with the same scored steps."""
         joined = []
         for scores in zip(*(lineage.scores for lineage in lineages), strict=True):
             columns = zip(*map(_parts, scores), strict=True)

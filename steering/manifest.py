@@ -1,7 +1,7 @@
-"""What it takes to repeat a run: settings, seeds, versions, weights, model, reward.
+"""The manifest of a run, which suffices to repeat it: settings, seed, versions, weights, reward.
 
-The noise of a particle depends on the seed, its prompt's text, how often that text came before and
-its index alone (`steering.generators`), so a prompt is repeated without the others of its run:
+The noise of a particle depends only on the seed, its prompt's text, how often that text came before
+and its index (`steering.generators`). So one prompt can be repeated without the others of its run:
 pass steer_each() the text `occurrence + 1` times, with `only=[occurrence]`.
 """
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["PER_PROMPT", "describe", "fingerprint", "join", "select", "versions"]
 
-PER_PROMPT = ("prompts", "occurrences", "references")  # entries that are lists, one a prompt
+PER_PROMPT = ("prompts", "occurrences", "references")  # lists with one entry per prompt
 _PACKAGES = (
     "tilt-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors",
     "open_clip_torch", "rapidocr", "onnxruntime", "Pillow",
 )  # fmt: skip
-_SAMPLE = 256  # values of a tensor that its fingerprint looks at
+_SAMPLE = 256  # number of values per tensor that a fingerprint reads
 
 
 def describe(
@@ -45,10 +45,10 @@ def describe(
     preview: Any = None,
     **run: Any,
 ) -> dict[str, Any]:
-    """A manifest of JSON values for a whole run; `select` takes some of its prompts.
+    """Return the manifest of a whole run, of JSON values; `select` restricts it to some prompts.
 
-    keys: every prompt's text, and how often it came before; references: None or one a prompt;
-    `run` holds the rest of steer()'s arguments. The weights are read, so call it once a run.
+    keys: every prompt's text, and how often it came before; references: None or one per prompt;
+    run: the other arguments of steer(). This reads the weights, so call it once per run.
     """
     modules = {n: part for n, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     weighed = modules if preview is None else modules | {"preview": preview}
@@ -74,7 +74,7 @@ def describe(
 
 
 def select(manifest: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
-    """The manifest of these of its prompts alone."""
+    """Return the manifest of only the prompts with these indices."""
     b = len(manifest["prompts"])
 
     def chosen(values: Any) -> Any:
@@ -89,7 +89,7 @@ def select(manifest: dict[str, Any], indices: Sequence[int]) -> dict[str, Any]:
 
 
 def join(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest of several parts of a run; halvings is what the last of them came to."""
+    """Join the manifests of several parts of a run; halvings is their maximum."""
     first = manifests[0]
     sizes = [len(part["prompts"]) for part in manifests]
 
@@ -107,12 +107,12 @@ def join(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """16 hex digits that differ where weights do: of another model, a fine-tune, a LoRA.
+    """Return 16 hex digits that identify the weights of a module, its LoRAs included.
 
-    sha256 of name, shape, dtype and a sample of the values of every entry of the state dict. What
-    is on the meta device, as under sequential offload, has no values to look at.
+    They are a sha256 of the name, shape, dtype and a sample of the values of every entry of the
+    state dict. Tensors on the meta device, as under sequential offload, have no values to read.
     """
-    module = getattr(module, "_orig_mod", module)  # of what torch.compile() has wrapped
+    module = getattr(module, "_orig_mod", module)  # unwrap torch.compile()
     entries = module.state_dict().items()
     named = [(name, value) for name, value in entries if isinstance(value, Tensor)]
     with torch.no_grad():
@@ -126,23 +126,23 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def _sample(tensor: Tensor) -> list[Tensor]:
-    """Some of the values, where they lie."""
+    """Return a sample of the values, on their device."""
     inner = getattr(tensor, "__tensor_flatten__", None)
-    if inner is not None:  # a quantised weight, made of tensors, or one share of a cut one
+    if inner is not None:  # a tensor subclass: a quantised weight, or a shard
         parts = (getattr(tensor, name) for name in inner()[0])
         return [p for part in parts if isinstance(part, Tensor) for p in _sample(part)]
     if tensor.is_meta:
         return []
-    # odd, so that it meets every column of a matrix whose width is a power of two
+    # odd, so that it reaches every column of a matrix whose width is a power of two
     stride = -(-tensor.numel() // _SAMPLE) | 1
     if tensor.is_contiguous():
         return [tensor.view(-1)[::stride]]
-    which = torch.arange(0, tensor.numel(), stride, device=tensor.device)  # no copy of it all
+    which = torch.arange(0, tensor.numel(), stride, device=tensor.device)  # avoids a full copy
     return [tensor[torch.unravel_index(which, tensor.shape)]]
 
 
 def _read(samples: list[list[Tensor]]) -> Iterator[memoryview]:
-    """The bytes of each part, in order; those of one device and dtype come in one copy."""
+    """Yield the bytes of each part, in order, with one device copy per device and dtype."""
     parts = [part for sample in samples for part in sample]
     together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for part in parts:
@@ -163,7 +163,7 @@ def _bytes(tensor: Tensor) -> bytes:
 
 
 def _adapters(component: str, module: torch.nn.Module) -> list[dict[str, Any]]:
-    """The LoRAs in use, with the factor on each: one number, or those of its layers, sorted."""
+    """Return the active LoRAs with their scales: one number, or a sorted list if layers differ."""
     scales: dict[str, set[float]] = {}
     for layer in module.modules():
         scaling = getattr(layer, "scaling", None)  # of peft's layers; weight * alpha / rank
@@ -178,7 +178,7 @@ def _adapters(component: str, module: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def _attention(module: torch.nn.Module) -> list[str]:
-    """What computes its attention: classes of diffusers' processors, or transformers' name."""
+    """Return the attention processors of a diffusers module, or transformers' implementation."""
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
     found = set()
@@ -186,7 +186,7 @@ def _attention(module: torch.nn.Module) -> list[str]:
         processor = getattr(layer, "processor", None)
         if processor is not None:
             name = type(processor).__name__
-            if hasattr(processor, "_attention_backend"):  # None: what is set for all
+            if hasattr(processor, "_attention_backend"):  # None means the global backend
                 own = processor._attention_backend
                 backend = own or _AttentionBackendRegistry.get_active_backend()[0]
                 name += f" {getattr(backend, 'value', backend)}"
@@ -205,27 +205,27 @@ def _source(model: Any) -> str:
 
 
 def _keyword(name: str, value: Any) -> Any:
-    """Embeddings of prompts row by row, so that they can be told apart."""
+    """Return the JSON value of a keyword; prompt embeddings are described row by row."""
     if "prompt" in name and isinstance(value, Tensor):
         return [_jsonable(row) for row in value]
     return _jsonable(value)
 
 
 def _is_dealt(name: str, value: Any, b: int) -> bool:
-    """Whether a keyword of the pipeline has an entry for each of b prompts."""
+    """Return whether a keyword of the pipeline has one entry for each of b prompts."""
     return "prompt" in name and isinstance(value, list) and len(value) == b
 
 
 def versions() -> dict[str, str]:
-    """A fresh copy of what is looked up once."""
+    """Return the versions of Python and of the packages that affect the images, as a new dict."""
     return dict(_versions())
 
 
 @functools.cache
 def _versions() -> dict[str, str]:
-    """Of Python and of the packages that decide a picture; those that are not installed left out.
+    """Look up the versions once, skipping packages that are not installed.
 
-    A checkout of this package itself need not be installed.
+    A checkout of this package need not be installed either.
     """
     found = {"python": platform.python_version()}
     for name in _PACKAGES:

@@ -1,8 +1,8 @@
-"""Whether a pipeline draws from PyTorch's global generators, which no seed of a run sets.
+"""Detect pipelines that draw from PyTorch's global generators, which a run does not seed.
 
-Their states show that something was drawn, not by whom: another thread may draw from them at any
-time. So where a state has changed, the call is made once more up to its first step, and what this
-thread draws is watched.
+A changed state of a global generator shows that something drew from it, but not which thread did.
+So if a state has changed, the call is repeated up to its first step while the draws of this thread
+are watched.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ __all__ = ["global_states", "refuse_global_noise"]
 
 
 def global_states() -> list[Tensor]:
-    """The states of the global generators of the host and of every GPU in use; waits for none."""
+    """Return the states of the global generators of the CPU and, once CUDA is in use, the GPUs."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *gpus]
 
 
 def _unchanged(before: list[Tensor]) -> bool:
     now = global_states()
-    # a GPU that came into use meanwhile is not in `before`
+    # GPUs that were initialised since then are not in `before`
     return all(torch.equal(a, b) for a, b in zip(before, now, strict=False))
 
 
 class _Watched(TorchDispatchMode):
-    """Notes whether an operation of this thread moves a global generator on."""
+    """Records whether an operation of this thread advances a global generator."""
 
     drawn = False
 
@@ -43,7 +43,7 @@ class _Watched(TorchDispatchMode):
         if given or torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
         before = global_states()
-        out = func(*args, **kwargs)  # attention is of that kind as well, and draws none
+        out = func(*args, **kwargs)  # attention has this tag as well, but draws nothing
         self.drawn = self.drawn or not _unchanged(before)
         return out
 
@@ -51,9 +51,9 @@ class _Watched(TorchDispatchMode):
 def refuse_global_noise(
     pipe: DiffusionPipeline, before: list[Tensor], first: Callable[[], Any]
 ) -> None:
-    """Raise ValueError where a call has drawn from a global generator up to its first step.
+    """Raise ValueError if a call has drawn from a global generator before its first step.
 
-    before: `global_states` as it began; first: makes its first step once more.
+    before: `global_states()` at the beginning of the call; first: repeats its first step.
     """
     if _unchanged(before):
         return
@@ -61,7 +61,7 @@ def refuse_global_noise(
         first()
     if watched.drawn:
         raise ValueError(
-            f"{type(pipe).__name__} draws noise from PyTorch's global generator, which no seed "
-            "here sets, so a run could not be repeated nor its rows be told apart; use a pipeline "
-            "that draws from generator= alone."
+            f"{type(pipe).__name__} draws noise from PyTorch's global generator, which seed= does "
+            "not set, so a run could not be repeated; use a pipeline that draws only from "
+            "generator=."
         )

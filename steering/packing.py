@@ -1,8 +1,8 @@
-"""Whether a call may hold several rows, and whether its prompts see one another.
+"""Check that a call may hold several rows, and that its prompts do not affect each other.
 
-A pipeline may pad or cut the texts of a call to its longest one and let its network see it. Nothing
-is read off shapes, since a mask may hide it: the first step is made once for the shortest prompt of
-the run beside itself and once beside its longest, and what the networks say of it is compared.
+A pipeline may pad the texts of a call to the longest one without masking the padding. Shapes do not
+show this, so the first step of the run's shortest prompt is made twice, together with itself and
+together with the longest prompt, and the network outputs are compared.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 __all__ = ["check_alone", "first_step", "no_rows"]
 
-_ALIKE = 2e-3  # of their norm; another number of rows is rounded otherwise, more so in half
-_ROUNDINGS = 8  # of the dtype, as guidance enlarges them
-_FINE = 1e-4  # a dtype that rounds more is half precision
+_ALIKE = 2e-3  # tolerated relative difference, which rounding alone may cause
+_ROUNDINGS = 8  # the same in units of the dtype's eps, which guidance amplifies
+_FINE = 1e-4  # a dtype with a larger eps is half precision
 
 
 class _Stepped(BaseException):
-    """Ends a call at its first step; no pipeline catches it."""
+    """Ends a call at its first step; a BaseException, so that no pipeline catches it."""
 
 
 def check_alone(
@@ -40,10 +40,10 @@ def check_alone(
     way: int,
     stand_ins: dict[str, Any],
 ) -> None:
-    """Raise ValueError where a prompt's first step differs beside a longer one.
+    """Raise ValueError if a longer prompt in the same call changes a prompt's first step.
 
-    scheduler: makes the chain of a call from its generators; way: of call.WAYS, to ask for rows;
-    stand_ins: for the networks of a call of two rows, where its batch has to be cut.
+    scheduler: makes the scheduler of a call from its generators; way: index into call.WAYS;
+    stand_ins: replace the networks of a call of two rows if its batch has to be cut.
     """
     order = sorted(range(len(call.prompts)), key=lambda i: len(call.prompts[i]))
     eps = _rounding(pipe)
@@ -51,30 +51,30 @@ def check_alone(
     if eps > _FINE:
         texts[order[-1]] = _longer(texts[order[-1]])
     asked = replace(call, prompts=tuple(texts))
-    # as many rows in both calls: other numbers of rows are rounded otherwise
+    # as many rows in both calls, since rounding depends on the number of rows
     same, many = [order[0]] * 2, [order[0], order[-1]]
-    way = max(way, WAYS.index("texts"))  # as several prompts are written out
+    way = max(way, WAYS.index("texts"))  # several prompts are always repeated as texts
     alone, beside = (
         first_step(pipe, scheduler, asked, rows, 1, way, stand_ins) for rows in (same, many)
     )
     change = apart(alone[:1], beside[:1])
     if change > max(_ALIKE, _ROUNDINGS * eps):
         raise ValueError(
-            f"{type(pipe).__name__} lets a prompt see how long the other texts of its call are: "
-            f"its first step of {texts[order[0]]!r:.60} is another beside "
+            f"{type(pipe).__name__} lets the other texts of a call change a prompt's result: "
+            f"its first step of {texts[order[0]]!r:.60} is different beside "
             f"{texts[order[-1]]!r:.60}; leave prompts_per_call at 1."
         )
 
 
 def _rounding(pipe: DiffusionPipeline) -> float:
-    """The relative rounding of the coarsest of the pipeline's networks."""
+    """Return the largest machine epsilon among the dtypes of the pipeline's networks."""
     dtypes = [getattr(net, "dtype", torch.float32) for net in networks(pipe).values()]
     floats = [dtype for dtype in (*dtypes, torch.float32) if dtype.is_floating_point]
     return max(torch.finfo(dtype).eps for dtype in floats)
 
 
 def _longer(text: str) -> str:
-    """At least 60 words, which is as much as CLIP reads, and twice the text."""
+    """Repeat the text at least twice, and to about 60 words, which is about CLIP's limit."""
     return " ".join([text] * max(2, 60 // max(1, len(text.split()))))
 
 
@@ -86,18 +86,18 @@ def no_rows(
     k: int,
     met: Exception,
 ) -> Exception:
-    """What `met` comes to, where a call with k rows for each of `indices` makes no step in any way.
+    """Return the error to raise if no way to request k rows for each of `indices` works.
 
-    A fault that one row alone meets as well has nothing to do with their number.
+    That is `met` itself if a single row fails as well, since the number of rows is not the cause.
     """
     said = str(met)
-    if not isinstance(met, ValueError):  # else the pipeline's own refusal
+    if not isinstance(met, ValueError):  # a ValueError is the pipeline's own explanation
         try:
             first_step(pipe, scheduler, call, indices[:1], 1, 0)
         except Exception:
             return met
-        said = f"with one alone it comes to a step, and now fails ({said})"
-    rows, b = f"{type(pipe).__name__} makes no {len(indices) * k} rows", len(indices)
+        said = f"one row works, but several fail ({said})"
+    rows, b = f"{type(pipe).__name__} cannot make {len(indices) * k} rows", len(indices)
     if b > 1:
         return ValueError(
             f"{rows} of {b} prompts in one call: {said}; leave prompts_per_call at 1."
@@ -114,7 +114,7 @@ def first_step(
     way: int,
     stand_ins: dict[str, Any] | None = None,
 ) -> Tensor:
-    """What the networks give the first step of `each` rows for each of these prompts."""
+    """Return the network output at the first step, with `each` rows for each of these prompts."""
     noise = [Generator().manual_seed(seed) for seed in range(len(indices) * each)]
     made = scheduler(noise)
 

@@ -1,4 +1,4 @@
-"""The filter as a scheduler sees it: called before every move, it scores, weighs and resamples."""
+"""The filter as a scheduler's observer: called before every move to score, weigh and resample."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from steering.spread import Spread
 
 __all__ = ["Particles", "needs_scores", "refuse_not_finite", "refuse_overflow", "way_out"]
 
-PREVIEW = 64  # px, the longer side of the small pictures that a lineage keeps
+PREVIEW = 64  # pixels, the longer side of the small images that a lineage keeps
 
 
 class Particles:
     """Steers b prompts of k particles through one pipeline call (`Chain.observer`).
 
     `judge(x0) -> (b, num), (b*num, 3, h, w)` decodes and scores the rows x0 (b*num, *shape) of the
-    living particles, where there are several processes those of this one; `on_step(moment)` hears
-    of every step, after its score and before its move.
+    living particles, with several processes only those of this one. `on_step(moment)` is called at
+    every step, after its score and before its move.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Particles:
     def __call__(self, look: Look) -> Tensor | None:
         if look.step == 0:
             self._begin(look)
-        self.rows.progress = (look.step + 1) / len(look.stds)  # when the network is called next
+        self.rows.progress = (look.step + 1) / len(look.stds)  # for the next network call
         if look.step not in self._sizes:
             self._on_step(Moment(look.step, self._num_steps))
             return None
@@ -65,7 +65,7 @@ class Particles:
         rewards, previews = self.whole(rewards), self._previews(images)
         if self.state is None:
             self.state = start(self.b, self.k, rewards.device)
-        # the finite check comes with the one read below; until then no index may depend on a NaN
+        # NaN is only detected when `_keep` reads the scores; until then no index may depend on it
         safe = rewards.nan_to_num(0.0, 0.0, 0.0)
         progress = (len(self._scores) + 1) / (len(self._sizes) + 1)
         state = weigh(self.state, safe, self._settings, progress)
@@ -86,19 +86,19 @@ class Particles:
         noiseless = not any(std > 0 for std in look.stds[steps[0] :])
         if noiseless and self._settings.reward_scale != 0:
             raise ValueError(
-                f"No step from {steps[0]} on draws noise, so the copies of a particle would stay "
-                f"copies; {way_out(self._settings)}"
+                f"No step from {steps[0]} on draws noise, so the copies of a particle would remain "
+                f"identical; {way_out(self._settings)}"
             )
         for step, size, before in zip(steps, sizes, (self.k, *sizes), strict=False):
             if size < before and look.stds[step] == 0 and self._settings.reward_scale != 0:
                 raise ValueError(
-                    f"The funnel shrinks at step {step}, which draws no noise to tell copies "
-                    "apart; move the window with score_from or score_to."
+                    f"The funnel shrinks at step {step}, which draws no noise, so copies would "
+                    "remain identical; move the window with score_from or score_to."
                 )
         self._sizes = dict(zip(steps, sizes, strict=True))
 
     def _agreed(self, found: Resampled) -> Resampled:
-        """As the first process has it, or devices that round differently might disagree."""
+        """Return the result of rank 0, since devices that round differently may disagree."""
         if self._spread.size == 1:
             return found
         state, ancestors, ess, chosen = found
@@ -112,7 +112,7 @@ class Particles:
         return Resampled(state, ancestors.long(), ess, chosen.bool())
 
     def _previews(self, images: Tensor) -> Tensor:
-        """(b, num, 3, h, w) uint8 of all particles, on the way to the host: no one waits for it."""
+        """Return small images of all particles, (b, num, 3, h, w) uint8, copied asynchronously."""
         side = max(images.shape[2:])
         if side > PREVIEW:
             sides = [max(1, round(edge * PREVIEW / side)) for edge in images.shape[2:]]
@@ -128,7 +128,7 @@ class Particles:
         found: Resampled,
         previews: Tensor,
     ) -> None:
-        """Read everything about this score in one copy, and refuse a reward that is not finite."""
+        """Copy this score to the host and record it; ValueError if a reward is not finite."""
         one_each = torch.stack([found.ess, found.chosen.to(rewards.dtype)], 1)
         parts = (rewards, log_weights, one_each, found.ancestors.to(rewards.dtype))
         read = torch.cat(parts, dim=1).cpu().split([part.shape[1] for part in parts], dim=1)
@@ -141,7 +141,7 @@ class Particles:
         self._on_step(Moment(step, self._num_steps, score))
 
     def _descend(self, ancestors: Tensor) -> Tensor:
-        """This process's rows of the whole batch; those past the population repeat a living one."""
+        """Return the batch indices of this process's rows; dropped rows repeat a living one."""
         self.num, rows = ancestors.shape[1], self._rows_each
         ancestors = self._spread.own(ancestors)
         size, prompts = ancestors.shape[1], torch.arange(self.b, device=ancestors.device)[:, None]
@@ -152,51 +152,48 @@ class Particles:
         return (torch.cat([ancestors, spare], dim=1) + prompts * self.k).flatten()
 
     def living(self, x: Tensor) -> Tensor:
-        """Rows x of this process -> those of the present population."""
+        """Select the rows of the present population from this process's rows x."""
         living = self.num // self._spread.size
         return x.unflatten(0, (self.b, self._rows_each))[:, :living].flatten(0, 1)
 
     def whole(self, values: Tensor) -> Tensor:
-        """(b, ...) of this process's living particles -> (b, num) of all."""
+        """Gather values of this process's living particles to (b, num), for all particles."""
         return self._spread.whole(values.flatten()).unflatten(0, (self.b, self.num))
 
     def close(self, rewards: Tensor) -> FilterState:
-        """The final weights, by the rewards (b, num) of the final images."""
+        """Return the final state, weighed by the rewards (b, num) of the final images."""
         state = self.state
         if state is None:
             state = start(self.b, self.k, rewards.device)
         closed = close(state, rewards, self._settings)
-        if torch.isfinite(rewards).all():  # else that is to be said, with the particle
+        if torch.isfinite(rewards).all():  # otherwise `refuse_not_finite` names the particle
             refuse_overflow(closed.log_weights, self._settings)
         return closed
 
 
 def refuse_overflow(log_weights: Tensor, settings: FeynmanKac) -> None:
-    """Raise ValueError where λ times finite rewards has made a log-weight that is not finite.
-
-    log_weights: (b, k), on the CPU or else it is read back.
-    """
+    """Raise ValueError if λ times finite rewards gave log-weights (b, k) that are not finite."""
     if not torch.isfinite(log_weights).all():
         raise ValueError(
-            f"reward_scale={settings.reward_scale:g} times these rewards is more than a "
-            f"{str(log_weights.dtype).removeprefix('torch.')} holds; lower reward_scale."
+            f"reward_scale={settings.reward_scale:g} times these rewards overflows "
+            f"{str(log_weights.dtype).removeprefix('torch.')}; lower reward_scale."
         )
 
 
 def needs_scores(settings: FeynmanKac, k: int) -> bool:
-    """Whether scores before the last can change anything."""
+    """Return whether scores before the final one can affect the result."""
     resamples = settings.reward_scale != 0 and settings.min_ess > 0 and k > 1
     return resamples or settings.funnel != ()
 
 
 def way_out(settings: FeynmanKac) -> str:
-    """What to do about a chain whose moves draw no noise."""
+    """Return advice for a chain whose moves draw no noise."""
     without = "min_ess=0 and no funnel" if settings.funnel else "min_ess=0"
     return f"set FeynmanKac(noise=...) above 0, or {without} for best-of-k."
 
 
 def refuse_not_finite(rewards: Tensor, describe: Callable[[int, int], str], where: str) -> None:
-    """Raise ValueError, on the CPU, naming the first particle whose reward is not finite."""
+    """Raise ValueError that names the first particle whose reward is not finite."""
     if torch.isfinite(rewards).all():
         return
     prompt, particle = (~torch.isfinite(rewards)).nonzero()[0].tolist()

@@ -1,11 +1,11 @@
 """steer(): the particle filter inside a diffusers pipeline's own call.
 
-The pipeline runs unchanged, on a shallow copy that carries our scheduler. The pipeline that was
-passed in is never modified, so there is nothing to restore and concurrent calls do not interfere.
-The target is p(x0 | prompt) exp(λ r(x0, prompt)) with p the law of *this* call: guidance, steps,
-image and mask included.
+The pipeline's call runs unchanged on a shallow copy that has a stochastic scheduler. The pipeline
+that was passed in is never modified, so nothing needs restoring and concurrent calls do not
+interfere. The target is p(x0 | prompt) exp(λ r(x0, prompt)), where p is the law of *this* call,
+with its guidance, steps, image and mask.
 
-b prompts, k particles a prompt, rows prompt-major.
+b prompts, k particles per prompt, rows prompt-major.
 """
 
 import gc

@@ -1,19 +1,19 @@
-"""Potentials: how the rewards of the predicted images, seen on the way, weigh a particle.
+"""Potentials: how the rewards of the images predicted during the run weigh a particle.
 
-A potential sees r_t = r(x0_t), the reward of the image predicted from x_t, for the very x_t that
-it weighs. It keeps a running total S_t, and after a score the product of all potentials applied to
-a particle's line of descent is exp(λ_t S_t); the potential itself is the quotient
+A potential depends on r_t = r(x0_t), the reward of the image predicted from the x_t that it weighs.
+It keeps a running total S_t. After a score, the product of all potentials along a particle's
+ancestry is exp(λ_t S_t), so the potential itself is the quotient
 
     log G_t = λ_t S_t - λ_{t-1} S_{t-1}.
 
-Whatever S_t and λ_t were, the last potential divides the product out and puts exp(λ r(x_final)) in
-its place (`closing`), so every potential and every tempering has the same target. They differ in
-which particles survive on the way, hence in variance. Singhal et al. (2025), "A general framework
-for inference-time scaling and steering of diffusion models", name the first three.
+For any S_t and λ_t, the last potential replaces that product by exp(λ r(x_final)) (`closing`), so
+every potential and every tempering has the same target. They differ in which particles survive
+until then, and hence in variance. The first three are named in Singhal et al. (2025), "A general
+framework for inference-time scaling and steering of diffusion models".
 
 λ_t may depend on the whole population: γ_t(exp(-λ_t S_t) h_t), where γ_t is the weighted
 population and h_t(x) = E[exp(λ r(x_final)) | x_t = x], is a martingale in which λ_t cancels, so
-log_z stays unbiased in exp even when tempering is adaptive.
+exp(log_z) stays unbiased even if tempering is adaptive.
 """
 
 from collections.abc import Callable
@@ -37,11 +37,11 @@ __all__ = [
 
 
 class History(NamedTuple):
-    """What a potential remembers of the scores on a particle's line of descent, each (b, k)."""
+    """Statistics of the scores along each particle's ancestry, each (b, k)."""
 
     peak: Tensor  # the largest reward so far; -inf before the first
     sum: Tensor  # the sum of the rewards so far
-    total: Tensor  # S_t, of which the applied log-product is λ_t S_t
+    total: Tensor  # S_t; the log of the product of applied potentials is λ_t S_t
 
 
 def difference(history: History, rewards: Tensor) -> History:
@@ -62,7 +62,7 @@ def summed(history: History, rewards: Tensor) -> History:
 
 
 def immediate(history: History, rewards: Tensor) -> History:
-    """G_t = exp(λ r_t): no memory."""
+    """G_t = exp(λ r_t): independent of earlier scores."""
     return history._replace(total=history.total + rewards)
 
 
@@ -75,15 +75,15 @@ POTENTIALS: dict[str, Callable[[History, Tensor], History]] = {
 
 
 def closing(rewards: Tensor, reward_scale: float) -> Tensor:
-    """The log-product every line of descent ends with, λ r(x_final), whatever was applied before.
+    """Return λ r(x_final), the log of the product of all potentials, the last included.
 
-    rewards (b, k), of the images that are returned. The running maximum or sum has no say here:
+    rewards (b, k): those of the returned images. The running maximum or sum is not used here;
     closing with it would target exp(λ max r) instead.
     """
     return reward_scale * rewards
 
 
-# The conditional ess that one score may leave, and the cuts that find its λ to 32^-6 = 1e-9 of λ.
+# The conditional ess, as a fraction of k, that one score may leave. The search is exact to 32^-6 λ.
 TARGET = 0.5
 ROUNDS, PARTS = 6, 32
 
@@ -91,14 +91,14 @@ ROUNDS, PARTS = 6, 32
 def adaptive(
     log_weights: Tensor, total: Tensor, applied: Tensor, scale: Tensor, reward_scale: float
 ) -> Tensor:
-    """The λ_t of each prompt at which one score costs no more than half of the population.
+    """Return the λ_t of each prompt at which one score leaves a conditional ess of k/2.
 
     Moves from the λ_{t-1} in `scale` (b,) towards `reward_scale` until the conditional ess
     k (Σ W g)^2 / Σ W g^2 of the increments g = exp(λ_t S_t - applied) falls to k/2 (Zhou, Johansen
-    & Aston 2016), or all the way where it does not. `log_weights`, `total` = S_t and `applied` =
-    λ_{t-1} S_{t-1} are (b, k); returns (b,). A fixed number of rounds, on the device, each of which
-    cuts the bracket in PARTS at once. Of the last one it takes the end just past the target, so
-    that min_ess = 0.5 resamples there.
+    & Aston 2016), or all the way if it stays above. `log_weights`, `total` = S_t and `applied` =
+    λ_{t-1} S_{t-1} are (b, k); returns (b,). The search runs on the device: each of ROUNDS rounds
+    splits the bracket into PARTS. It returns the end just past the target, so that min_ess = 0.5
+    resamples.
     """
     k = log_weights.shape[-1]
     low = torch.zeros_like(scale)[:, None]
@@ -115,9 +115,9 @@ def adaptive(
     binds = too_far(high)[:, 0]
     for _ in range(ROUNDS):
         ends = torch.cat([low, low + cuts * (high - low), high], dim=1)
-        # the first end past the target, the last of them where none is
+        # the first end past the target, or the last end if none is
         past = torch.cat([too_far(ends[:, 1:-1]), torch.ones_like(low, dtype=torch.bool)], dim=1)
         first = past.to(torch.uint8).argmax(dim=1, keepdim=True)
         low, high = ends.gather(1, first), ends.gather(1, first + 1)
-    # Full scale exactly, not to within round-off, where nothing binds.
+    # Exactly the full scale, without round-off, if the target is not reached.
     return torch.where(binds, reached(high)[:, 0], torch.full_like(scale, reward_scale))

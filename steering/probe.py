@@ -1,12 +1,12 @@
-"""Which axis of a network's arguments is the batch, and which of its rows carry the prompt.
+"""Determine the batch axis of a network's arguments, and which of its rows carry the prompt.
 
-Nothing is read off one shape. The pipeline's own call is made once more, with another number of
-rows, and stopped where it asks a network; those that were asked before, at this step or earlier
-ones, are not asked again but answered in the form of what they gave. What grew with the rows is the
-batch, what did not is shared by all rows, and anything else is refused.
+A single shape cannot show this, so the pipeline's own call is repeated with another number of rows
+and stopped when it calls the network; earlier network calls are answered with outputs of the known
+form. An axis whose size changed with the number of rows is the batch, an unchanged tensor is shared
+by all rows, and anything else is refused.
 
-n particles in the call to be cut, m in the one beside it; a network's batch holds each of them c
-times: once, or without and with its prompt where guidance asks for both together.
+The call to be cut has n particles, the repeated one m. A network's batch holds each particle c
+times: once, or (guidance) without and with its prompt.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 __all__ = ["Again", "Batch", "apart"]
 
 
-_ALIKE = 0.02  # of their norm: rows that differ by less hold the same
+_ALIKE = 0.02  # rows whose relative difference is smaller count as equal
 
 
 class _Asked(BaseException):
-    """Ends the call beside where it asks a network; no pipeline catches it."""
+    """Ends the repeated call at a network call; a BaseException, so no pipeline catches it."""
 
     def __init__(self, name: str, call: dict[str | int, Any]):
         self.name, self.call = name, call
@@ -55,9 +55,9 @@ class _Asked(BaseException):
 
 @dataclass(frozen=True)
 class Answer:
-    """The first row of what a network gave for `rows` of them, where it gave n particles' each.
+    """The first row of a network's output, which had `rows` rows for n particles.
 
-    `as_list`: it is a list with an entry a row.
+    as_list: whether the output is a list with one entry per row.
     """
 
     out: Any
@@ -66,15 +66,15 @@ class Answer:
     n: int
 
     def repeated(self, name: str, num: int) -> Any:
-        """The same for a call with `num` in place of its n particles."""
+        """Return an output of the same form for a call with `num` particles instead of n."""
         rows = self.rows // self.n * num if self.rows % self.n == 0 else self.rows
         return picked(name, self.out, torch.zeros(rows, dtype=torch.int64), self.as_list)
 
 
 class Again:
-    """The pipeline's call once more, with `each` rows for each of `prompts` prompts.
+    """The pipeline's call repeated with `each` rows for each of `prompts` prompts.
 
-    The first row of a prompt draws other noise than the rest, which all draw the same.
+    The first row of a prompt has different noise from the others, which all have the same noise.
     """
 
     def __init__(
@@ -87,20 +87,20 @@ class Again:
     ):
         self.num, self.prompts, self.each = prompts * each, prompts, each
         self._pipe, self._scheduler = pipe, scheduler
-        # what a user's callback is told of is the run, not this
+        # the user's callbacks are only for the run itself
         self._call = {key: v for key, v in call.items() if not key.startswith("callback")}
         self._tape: Tape | None = None
 
     def first(
         self, name: str, before: Sequence[str], answers: Mapping[str, Answer]
     ) -> dict[str | int, Any]:
-        """The arguments of the network that is asked after `before`, which should be `name`."""
+        """Return the arguments of the call after those in `before`; Unclear if it is not `name`."""
         left = iter(before)
 
         def asked(network: str, *args: Any, **kwargs: Any) -> Any:
             due = next(left, None)
             if due != network:
-                # asked before its turn, it is not asked as in the call beside
+                # the order of the network calls differs from that of the run
                 raise _Asked(network if due is None else "", dict(enumerate(args)) | kwargs)
             return answers[network].repeated(network, self.num)
 
@@ -118,15 +118,15 @@ class Again:
         except _Asked as reached:
             if reached.name == name:
                 return reached.call
-            raise Unclear(name, f"with {self.num} rows another network is asked first") from None
+            raise Unclear(name, f"with {self.num} rows another network is called first") from None
         except Exception as error:
             if out_of_memory(error):
                 raise
             raise Unclear(name, f"the same call with {self.num} rows fails ({error})") from error
-        raise Unclear(name, f"the same call with {self.num} rows asks it less often")
+        raise Unclear(name, f"the same call with {self.num} rows calls it less often")
 
     def let_go(self) -> None:
-        """Forget what its head returned: it runs again where it is needed once more."""
+        """Discard what the call's head returned; the head runs again if it is needed."""
         self._tape = None
 
 
@@ -134,27 +134,27 @@ _QUIET = {"disable": True}
 
 
 class Batch:
-    """What is known of the networks' batches in a run, learned when each is first asked.
+    """The layout of the networks' batches in a run, determined when each network is first called.
 
-    `again` is the same call with other rows; `changed` one of two rows whose prompts differ and
-    whose noise does not, where it has to be known which copy carries the prompt.
+    `again` is the same call with another number of rows. `changed`, needed only to find which copy
+    carries the prompt, is a call of two rows with different prompts and equal noise.
     """
 
     def __init__(self) -> None:
         self.axes: Axes = {}
         self.conditional: dict[str, int] = {}
-        self._places: set[tuple[Path, bool]] = set()  # of all calls that are known
+        self._places: set[tuple[Path, bool]] = set()  # the paths in all calls seen so far
         self._in_copies: dict[str, bool] = {}  # whether each copy holds all particles in order
-        self._of_copies: dict[Path, bool] = {}  # whether what rows share has a row for each copy
+        self._of_copies: dict[Path, bool] = {}  # whether an argument has one row per copy
         self._again: Again | None = None
         self._changed: Again | None = None
-        self._before: list[str] = []  # the networks that this call has asked, in order
+        self._before: list[str] = []  # the networks called so far in this call, in order
         self._answers: dict[str, Answer] = {}
         self._thins = self._ordered = self._counted = False
 
     @property
     def asked(self) -> bool:
-        """Whether the present call has asked a network that is known."""
+        """Whether the present call has called a known network."""
         return bool(self._before)
 
     def start(
@@ -165,38 +165,38 @@ class Batch:
         ordered: bool = False,
         counted: bool = False,
     ) -> None:
-        """Of a new call; `thins`: whether single rows of its batches will be left out.
+        """Begin a new call; thins: whether single rows of its batches will be left out.
 
-        ordered: whether, beside that, it has to be known which rows are a particle's; counted:
-        whether rows were asked for by a count, which may not have reached all of the call.
+        ordered: whether the rows of each particle must be known anyway; counted: whether rows were
+        requested by a count, which the pipeline may not apply to all arguments.
         """
         self._again, self._changed, self._before, self._answers = again, changed, [], {}
         self._thins, self._ordered, self._counted = thins, thins or ordered, counted
 
     def step(self) -> None:
-        """The first step is over, where most is learned."""
+        """Free memory after the first step, when most is known."""
         for call in (self._again, self._changed):
             if call is not None:
                 call.let_go()
 
     def keep(self, name: str, out: Any, as_list: bool, n: int) -> None:
-        """Remember that the network `name` was asked, and the form of what it gave."""
+        """Record that the network `name` was called, and the form of its output."""
         self._before.append(name)
         if name in self._answers:
             return
-        if self._thins:  # what else holds rows (a cache) would not fit once some are left out
+        if self._thins:  # refuses outputs (a cache) whose rows could not be selected
             picked(name, out, torch.zeros(0, dtype=torch.int64), as_list)
         first = picked(None, out, torch.zeros(1, dtype=torch.int64), as_list)
         self._answers[name] = Answer(first, as_list, rows_of(out, as_list) or 1, n)
 
     def learn(self, name: str, call: dict[str | int, Any], n: int) -> None:
-        """Find the batch axes of a call of the network `name` that holds n particles."""
+        """Determine the batch axes of a call of the network `name` with n particles."""
         held = set(places(call, (name,)))
         known = all(path in self.axes for path, _ in leaves(call, self.axes, (name,)))
         if known and held <= self._places:
             return
         if self._again is None:
-            raise Unclear(name, "the call beside it is not known")
+            raise Unclear(name, "there is no second call to compare it with")
         beside = self._again.first(name, self._before, self._answers)
         self.axes |= compared(name, call, beside, n, self._again.num)
         self._places |= held
@@ -212,7 +212,7 @@ class Batch:
         if not self._ordered:
             return
         if not self._in_copies[name]:
-            raise Unclear(name, f"where each particle is among its {rows} rows cannot be told")
+            raise Unclear(name, f"the order of the particles in its {rows} rows is unknown")
         if self._changed is not None and rows == 2 * n:
             changed = self._changed.first(name, self._before, self._answers)
             self.conditional[name] = _conditional(name, changed, self.axes)
@@ -220,16 +220,16 @@ class Batch:
     def dealt(
         self, name: str, call: dict[str | int, Any], n: int, ask: Callable[[Any], int | None]
     ) -> tuple[dict[str | int, Any], Axes]:
-        """A call that is known, with a row a row of all that has one for each copy, and its axes.
+        """Return a known call with its per-copy arguments repeated for every row, and its axes.
 
-        ask: how many rows the network gives for a call, which is asked where that is not clear.
+        ask: returns the number of output rows of a call, for trials if the layout is not clear.
         """
         copies = (rows_in(name, call, self.axes) or n) // n
         paths = as_many_as_copies(name, call, self.axes, copies) if copies > 1 else []
         if any(path not in self._of_copies for path in paths):
             found = of_copies(name, call, self.axes, paths, ask)
             if found and not self._in_copies.get(name):
-                raise Unclear(name, f"which of its {copies * n} rows are a copy cannot be told")
+                raise Unclear(name, f"which of its {copies * n} rows form a copy is unknown")
             self._of_copies |= {path: path in found for path in paths}
         paths = [path for path in paths if self._of_copies[path]]
         if not paths:
@@ -238,7 +238,7 @@ class Batch:
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    """How far two rows are from one another, as a share of the larger's norm."""
+    """Return the distance of two rows relative to the larger norm; 1 if their shapes differ."""
     if a.shape != b.shape:
         return 1.0
     a, b = a.double(), b.double()
@@ -247,9 +247,9 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 def _check_shared(name: str, call: dict[str | int, Any], axes: Axes, copies: int) -> None:
-    """Raise ValueError where an argument seems to hold one row a copy, for all its particles.
+    """Raise ValueError if an argument seems to hold one row per copy.
 
-    The network would not take it with all rows, but might with as many as there are copies.
+    The network would refuse it with all rows, but might accept it with one row per copy.
     """
     for path, value in leaves(call, axes, (name,)):
         if axes[path] is None and value.ndim > 1 and len(value) == copies:
@@ -258,9 +258,9 @@ def _check_shared(name: str, call: dict[str | int, Any], axes: Axes, copies: int
 
 
 def _blocks(name: str, call: dict[str | int, Any], axes: Axes, again: Again) -> bool:
-    """Whether each copy holds all particles in order: some argument shows where the first are.
+    """Return whether each copy holds all particles in order, as some argument shows.
 
-    Of a prompt's rows the first has other noise than the rest, which are alike.
+    The first row of each prompt has different noise from the others, which are alike.
     """
     for path, value in leaves(call, axes, (name,)):
         axis = axes[path]
@@ -279,9 +279,9 @@ def _as_drawn(rows: list[Tensor]) -> bool:
 
 
 def _conditional(name: str, call: dict[str | int, Any], axes: Axes) -> int:
-    """Which of two copies changes with the prompt: rows that differ by it, and hardly otherwise.
+    """Return which of two copies changes with the prompt.
 
-    What changes in both copies, or in neither, says nothing.
+    Arguments that change in both copies, or in neither, are ignored.
     """
     found = set()
     for path, value in leaves(call, axes, (name,)):
@@ -291,7 +291,7 @@ def _conditional(name: str, call: dict[str | int, Any], axes: Axes) -> int:
             if max(first, second) > 5 * min(first, second) + 1e-6:
                 found.add(int(second > first))
     if len(found) != 1:
-        raise Unclear(name, "which half of it carries the prompt cannot be told")
+        raise Unclear(name, "which half of it carries the prompt is unknown")
     return found.pop()
 
 

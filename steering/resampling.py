@@ -1,8 +1,8 @@
-"""Resampling: draw `num` ancestors so that particle i has num * W_i children on average.
+"""Resampling schemes: draw `num` ancestors so that particle i has num * W_i children on average.
 
 Every scheme is `f(weights (b, k), num, generator) -> ancestors (b, num)` int64. `weights` need not
 sum to one; a particle of weight zero is never drawn. `generator` is one torch.Generator, or a
-sequence of b of them, one a prompt: a prompt then gets the same ancestors whatever else is in the
+sequence of b generators, one per prompt; a prompt's ancestors then do not depend on the rest of the
 batch. Nothing is read back from the device. Generators may live on the CPU while the weights do
 not, so the same seed gives the same ancestors on every device.
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Resampler(Protocol):
-    """weights (b, k), num, generator -> ancestors (b, num) int64, as the module says."""
+    """Maps weights (b, k), num and generator to ancestors (b, num) int64 (see the module)."""
 
     def __call__(
         self, weights: Tensor, num: int, generator: Generator | Sequence[Generator]
@@ -37,36 +37,36 @@ class Resampler(Protocol):
 
 
 def multinomial(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -> Tensor:
-    """`num` independent draws from the weights."""
+    """Draw `num` independent ancestors from the weights."""
     return _inverse_cdf(weights, _uniforms(weights, num, generator))
 
 
 def stratified(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -> Tensor:
-    """One uniform in each of `num` equal intervals (Kitagawa 1996): |N_i - num W_i| < 2."""
+    """Draw one uniform in each of `num` equal intervals (Kitagawa 1996): |N_i - num W_i| < 2."""
     return _inverse_cdf(weights, _strata(_uniforms(weights, num, generator), num))
 
 
 def systematic(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -> Tensor:
-    """One uniform shared by `num` equal intervals: N_i is num W_i rounded down or up."""
+    """Draw one uniform for all of `num` equal intervals: N_i is num W_i rounded down or up."""
     return _inverse_cdf(weights, _strata(_uniforms(weights, 1, generator), num))
 
 
 def residual(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -> Tensor:
-    """floor(num W_i) children each, the rest drawn from the remainders (Liu & Chen 1998)."""
+    """Give each particle floor(num W_i) children, draw the rest by remainder (Liu & Chen 1998)."""
     counts, remainders = _whole_and_remainder(weights, num)
-    # How many are left to draw differs from prompt to prompt; drawing `num` for each and using
-    # the last ones keeps the shapes fixed.
+    # The number left to draw differs between prompts; drawing `num` for each and using only the
+    # last ones keeps the shapes fixed.
     drawn = _inverse_cdf(remainders, _uniforms(weights, num, generator))
     settled = counts.sum(dim=1, keepdim=True)
     return torch.where(_slots(drawn) < settled, _repeat(counts, num), drawn)
 
 
 def ssp(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -> Tensor:
-    """Srinivasan sampling process: N_i is num W_i rounded down or up, without systematic's flaw.
+    """Srinivasan sampling process: N_i is num W_i rounded down or up, and convergence is proven.
 
-    The remainders are settled in pairs. Two of them, p and q, that sum to at most 1 become
-    (p+q, 0) or (0, p+q); otherwise (1, p+q-1) or (p+q-1, 1); the probabilities keep both means.
-    Either way one of the two is settled and the other meets the next particle.
+    The remainders are rounded in pairs. Two remainders p and q with p+q <= 1 become (p+q, 0) or
+    (0, p+q), otherwise (1, p+q-1) or (p+q-1, 1), with probabilities that keep both means. One of
+    the two is then an integer, and the other is paired with the next particle's remainder.
     """
     counts, remainders = _whole_and_remainder(weights, num)
     b, k = weights.shape
@@ -83,7 +83,7 @@ def ssp(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -
         counts = counts.scatter_add(1, settled, over.to(counts.dtype))
         holder = torch.where(stays, holder, j)
         held = torch.where(over, total - 1, total)
-    # What is held now is 0 or 1 up to round-off; counting says exactly which.
+    # The last remainder is 0 or 1 up to round-off; the counts determine which.
     counts = counts.scatter_add(1, holder, num - counts.sum(dim=1, keepdim=True))
     return _repeat(counts, num)
 
@@ -98,7 +98,7 @@ RESAMPLERS: dict[str, Resampler] = {
 
 
 def _uniforms(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -> Tensor:
-    """(b, num) in [0, 1); float64 where the device has it."""
+    """Draw (b, num) uniforms in [0, 1), in float64 if the device supports it."""
     b = weights.shape[0]
     dtype = _precision(weights)
     if isinstance(generator, Generator):
@@ -124,10 +124,10 @@ def _strata(uniforms: Tensor, num: int) -> Tensor:
 
 
 def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The particle whose interval of the cumulated weights holds each uniform."""
+    """Return the particle whose interval of the cumulated weights contains each uniform."""
     cdf = weights.to(uniforms.dtype).cumsum(dim=1)
-    # Divided by its own end, or the last uniforms could fall past it; kept below 1 and searched
-    # to the right, or a particle of weight zero could be drawn.
+    # Dividing by the last value keeps every uniform below the end. Clamping below 1 and searching
+    # to the right ensure that a particle of weight zero is never drawn.
     cdf = cdf / cdf[:, -1:]
     below_one = 1 - torch.finfo(uniforms.dtype).eps
     found = torch.searchsorted(cdf, uniforms.clamp(max=below_one).contiguous(), right=True)
@@ -135,10 +135,10 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _whole_and_remainder(weights: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """num W as int64 counts and what is left over, in [0, 1)."""
+    """Split num W into int64 counts and remainders in [0, 1)."""
     weights = weights.to(_precision(weights))
     expected = num * weights / weights.sum(dim=1, keepdim=True)
-    # Within round-off of an integer is that integer: 49 * (1/49) is 1, not 0.99...
+    # A value within round-off of an integer counts as that integer: 49 * (1/49) is 1, not 0.99...
     slack = 16 * num * torch.finfo(expected.dtype).eps
     whole = torch.floor(expected + slack)
     remainders = expected - whole
@@ -147,7 +147,7 @@ def _whole_and_remainder(weights: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def _repeat(counts: Tensor, num: int) -> Tensor:
-    """Particle i repeated counts_i times, in order, in `num` slots."""
+    """Return `num` ancestors: particle i repeated counts_i times, in order."""
     slots = torch.arange(num, device=counts.device).expand(counts.shape[0], num).contiguous()
     found = torch.searchsorted(counts.cumsum(dim=1), slots, right=True)
     return found.clamp(max=counts.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""What a steered run returns, and how it is kept on disk."""
+"""The result of a steered run, and how it is saved."""
 
 import json
 from collections.abc import Sequence
@@ -22,47 +22,47 @@ __all__ = ["Steered"]
 
 @dataclass(frozen=True, kw_only=True)
 class Steered:
-    """The weighted particles of b prompts, k_final a prompt; tensors are on the CPU.
+    """The weighted particles of b prompts, k_final per prompt; tensors are on the CPU.
 
-    The expectation of f under the tilted law is the mean of f weighted by softmax(log_weights);
+    The mean of f weighted by softmax(log_weights) estimates its expectation under the tilted law;
     `log_z` is the log of an unbiased estimate of E_p[exp(λ r)].
     """
 
     prompts: tuple[str, ...]
     images: list[list[Image.Image]]  # [prompt][particle]
-    rewards: Tensor  # (b, k_final), of exactly these images; in the reward's dtype, as the weights
-    components: dict[str, Tensor]  # name -> (b, k_final), where the reward has parts
+    rewards: Tensor  # (b, k_final), of exactly these images; weights and rewards share a dtype
+    components: dict[str, Tensor]  # name -> (b, k_final), if the reward has parts
     log_weights: Tensor  # (b, k_final)
     log_z: Tensor  # (b,)
     lineage: Lineage
     latents: Tensor  # (b, k_final, *shape), as the pipeline returns them
-    manifest: dict[str, Any]  # what it takes to repeat the run
+    manifest: dict[str, Any]  # settings, seed and versions that repeat the run
 
     @property
     def best(self) -> list[Image.Image]:
-        """The image of highest reward, one a prompt; ValueError where one has no images."""
+        """The image of highest reward of each prompt; ValueError if a prompt has no images."""
         self._check_images()
         return [row[i] for row, i in zip(self.images, self.rewards.argmax(1).tolist(), strict=True)]
 
     def sample(self, generator: Generator) -> list[Image.Image]:
-        """One image a prompt, drawn by weight: a sample of the (approximate) tilted law.
+        """Draw one image per prompt by weight: a sample of the (approximate) tilted law.
 
-        Raises ValueError where a prompt has no images.
+        Raises ValueError if a prompt has no images.
         """
         self._check_images()
         drawn = multinomial(normalize(self.log_weights), 1, generator).flatten().tolist()
         return [row[i] for row, i in zip(self.images, drawn, strict=True)]
 
     def save(self, folder: str | Path) -> Path:
-        """Write every image as PNG, `manifest.json`, `lineage.json` and what each score looked at.
+        """Write every image as PNG, `manifest.json`, `lineage.json` and previews of each score.
 
-        The manifest repeats the run, and lists the files. Each PNG carries its parameters as text,
-        with what its noise depends on: the seed, the prompt's text and how often that came before
-        (its occurrence), and the particle's index. previews-0000.webp, ... hold small pictures of
-        a prompt's particles, a column a score. `tilt.report.write` makes a page of all of it.
+        The manifest suffices to repeat the run, and lists the files. Each PNG holds its parameters
+        as text, including all that its noise depends on: the seed, the prompt's text, how often
+        that came before (its occurrence), and the particle's index. previews-0000.webp, ... hold
+        small images of a prompt's particles, one column per score. `tilt.report.write` shows all.
 
-        Of prompts without images, whose pictures or last scores failed, only the latents are
-        written, "latents" (k, *shape) of undecoded-0000.safetensors, ..., named in the manifest.
+        For prompts without images, whose decoding or final scores failed, only the latents are
+        written: "latents" (k, *shape) in undecoded-0000.safetensors, ..., listed in the manifest.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,12 +84,12 @@ class Steered:
         late = [prompt for prompt, row in zip(self.prompts, self.images, strict=True) if not row]
         if late:
             raise ValueError(
-                f"{late[0]!r:.60} has no images, as its pictures or their scores failed; its "
+                f"{late[0]!r:.60} has no images, because decoding or scoring them failed; its "
                 "latents are in Steered.latents."
             )
 
     def _some(self, indices: Sequence[int]) -> "Steered":
-        """The result of some of the prompts."""
+        """Return the result for some of the prompts."""
         rows = torch.tensor(indices, dtype=torch.int64)
         return Steered(
             prompts=tuple(self.prompts[i] for i in indices),
@@ -123,7 +123,7 @@ class Steered:
         return folder
 
     def _save_previews(self, folder: Path) -> dict[str, Any]:
-        """Their entry in lineage.json; none where nothing was scored."""
+        """Write the previews and return their entry in lineage.json, empty if there are none."""
         sheets = [sheet for i in range(len(self.prompts)) if (sheet := _sheet(self.lineage, i))]
         if not sheets:
             return {}
@@ -148,7 +148,7 @@ class Steered:
 
     @staticmethod
     def join(parts: Sequence["Steered"]) -> "Steered":
-        """One result over the prompts of several runs with the same settings."""
+        """Concatenate the results of several runs with the same settings."""
         first = parts[0]
         names = first.components
         return Steered(
@@ -165,12 +165,12 @@ class Steered:
 
 
 def _component(part: Steered, name: str) -> Tensor:
-    """NaN where its pictures could not be scored."""
+    """Return a component (b, k_final), NaN if the images could not be scored."""
     return part.components.get(name, torch.full_like(part.rewards, torch.nan))
 
 
 def _sheet(lineage: Lineage, prompt: int) -> tuple[Image.Image, tuple[int, int]] | None:
-    """One prompt's previews, a column a score and a row a particle, and the size of a tile."""
+    """Return one prompt's previews (a column per score, a row per particle) and a tile's size."""
     columns = [score.previews[prompt] for score in lineage.scores if score.previews is not None]
     if not columns:
         return None

@@ -1,6 +1,6 @@
-"""One run of steer(): its checked arguments, and one call of the pipeline for some of its prompts.
+"""One run of steer(): its checked arguments, and a pipeline call for some of its prompts.
 
-b prompts, k particles a prompt, rows prompt-major.
+b prompts, k particles per prompt, rows prompt-major.
 """
 
 import math
@@ -58,7 +58,7 @@ DECODE_CHUNK = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """steer()'s arguments, checked; `steered` is one call of the pipeline."""
+    """The arguments of steer(); `check` checks them and `steered` makes one pipeline call."""
 
     pipe: DiffusionPipeline
     call: PipelineCall
@@ -76,7 +76,7 @@ class Run:
     learned: Learned = field(default_factory=Learned)
 
     def check(self) -> None:
-        """Raise ValueError, before any step, for what cannot work."""
+        """Raise ValueError, before any step, for arguments that cannot work."""
         self.spread.check("particles=", (self.k,))
         self.spread.check("funnel=", self.settings.funnel)
         if self.spread.size > 1:
@@ -87,7 +87,7 @@ class Run:
         refuse_step_caches(self.pipe)
         if self._cuts() and self.perturbed():
             raise ValueError(
-                "Perturbed attention guidance needs its whole batch at once; leave max_batch=, "
+                "Perturbed attention guidance needs the whole batch at once; leave max_batch=, "
                 "guidance_interval= and funnel out, or pass pag_scale=0."
             )
         check_preview(self.pipe, self.preview)
@@ -95,22 +95,21 @@ class Run:
             return
         if self.settings.noise == 0 and self.settings.reward_scale != 0:
             raise ValueError(
-                "noise=0 leaves no noise to tell the copies of a particle apart; "
-                + way_out(self.settings)
+                "with noise=0 the copies of a particle remain identical; " + way_out(self.settings)
             )
         self._check_window()
 
     def _cuts(self) -> bool:
-        """Whether a network may be shown other rows than its pipeline hands it."""
+        """Return whether a network may get other rows than the pipeline passes to it."""
         rows, deals = self.rows, self.learned.deals
         return rows.max_batch is not None or rows.halvings > 0 or self._thins() or deals
 
     def _thins(self) -> bool:
-        """Whether single rows of a batch may be left out."""
+        """Return whether single rows of a batch may be left out."""
         return self.rows.guidance != (0.0, 1.0) or self.settings.funnel != ()
 
     def _follows(self) -> bool:
-        """Whether the head may draw noise of each row's: for a picture, or steps of its own."""
+        """Return whether the head may draw per-row noise, for an image or for a prior's steps."""
         chains = sum(isinstance(p, SchedulerMixin) for p in self.pipe.components.values())
         draws = bool(self.call.pictures()) or chains > 1
         return draws and needs_scores(self.settings, self.k)
@@ -124,19 +123,19 @@ class Run:
                 population_sizes(self.k, len(scored), self.settings)
             except ValueError as error:
                 refused.append(error)
-        if refused and len(refused) == len(counts):  # else the first step knows, and decides
+        if refused and len(refused) == len(counts):  # otherwise the first step decides
             raise refused[0]
 
     def perturbed(self) -> bool:
-        """Whether the rows of a batch depend on one another, so that it must not be cut."""
+        """Return whether the rows of a batch depend on each other, so that it must not be cut."""
         return perturbed(self.pipe, self.call.value("pag_scale"))
 
     def attempt(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered | None:
-        """As `steered`; None, with no traceback that holds tensors, where memory ran out."""
+        """As `steered`, but return None, keeping no traceback, if a smaller batch may fit."""
         try:
             return self.steered(indices, on_step)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            whole = 2 * len(indices) * self.k  # guided rows too
+            whole = 2 * len(indices) * self.k  # with guidance
             smallest = self.rows.chunk(min(whole, self.rows.max_batch or whole)) == 1
             # another process would wait for this one at the next score
             alone = self.spread.size == 1
@@ -148,8 +147,8 @@ class Run:
     def steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
         """Steer the prompts `indices` through one call of the pipeline.
 
-        Where a pipeline does not come to its first step as it is asked for its rows, the other ways
-        to ask are tried, and what the first of them met is raised where none works.
+        If the call fails before its first step, the other ways to request rows are tried. If none
+        works, the first error is raised.
         """
         met: Exception | None = None
         while True:
@@ -159,19 +158,19 @@ class Run:
             except Exception as error:
                 if isinstance(error, AttributeError) and isinstance(error.obj, SchedulerMixin):
                     raise ValueError(
-                        f"{type(self.pipe).__name__} reads scheduler.{error.name}, which the chain "
-                        "here does not have; use a pipeline that works with other schedulers."
+                        f"{type(self.pipe).__name__} reads scheduler.{error.name}, which DDIM and "
+                        "Euler do not have; use a pipeline that works with other schedulers."
                     ) from error
                 if isinstance(error, Unclear) and not self._cuts():
                     raise error.of_following() from None
                 ours = isinstance(error, Undecodable) or out_of_memory(error)
-                # what was dealt in vain is told by what went wrong before
+                # with `deals`, the earlier error is more informative than Unclear
                 ours = ours or (isinstance(error, Unclear) and not self.learned.deals)
                 if self.learned.began or ours or len(indices) * self.k == 1:
                     raise
                 if met is None:
                     met = error
-                    traceback.clear_frames(error.__traceback__)  # they hold the call's tensors
+                    traceback.clear_frames(error.__traceback__)  # frees the call's tensors
                 if not self.learned.turn():
                     told = no_rows(self.pipe, self._chain, self.call, indices, self.k, met)
                     raise told from (None if told is met else met)
@@ -182,7 +181,7 @@ class Run:
     def _steered(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered:
         self.learned.rng = global_states()
         texts = [keys(self.prompts)[i] for i in indices]
-        own = range(self.spread.rank, self.k, self.spread.size)  # of the particles
+        own = range(self.spread.rank, self.k, self.spread.size)  # this process's particles
         noise = [generator(self.seed, text, i) for text in texts for i in own]
         rows = replace(self.rows, num=len(noise), whole=not self._cuts())
         call = self.call.for_prompts(indices, len(own), noise, self.learned.way)
@@ -218,7 +217,7 @@ class Run:
         )
 
         scheduler.chain.exchange = self.spread.whole
-        if self.learned.packed != (len(indices) > 1):  # asked for in another way
+        if self.learned.packed != (len(indices) > 1):  # the layout of rows may have changed
             self.learned.batch, self.learned.packed = Batch(), len(indices) > 1
         if self._follows():
             rows.following = Following(scheduler.chain, self.learned.batch, len(noise))
@@ -246,7 +245,7 @@ class Run:
         replaced = {
             "scheduler": scheduler,
             "_progress_bar_config": {"disable": True},
-            "maybe_free_model_hooks": do_nothing,  # it would hook the stand-ins
+            "maybe_free_model_hooks": do_nothing,  # would hook the stand-ins
         }
         if self._cuts() or rows.following is not None:
             self._look_beside(indices, rows.num)
@@ -256,7 +255,7 @@ class Run:
         return view_of(self.pipe, **replaced)
 
     def _look_beside(self, indices: Sequence[int], num: int) -> None:
-        """Have the same call ready with another number of rows, for whatever is cut first."""
+        """Prepare the repeated calls with other numbers of rows, from which `Batch` learns."""
         each = 4 if num == 3 * len(indices) else 3
         call, way = self.call, self.learned.way
 
@@ -274,13 +273,13 @@ class Run:
         self.learned.batch.start(beside, changed, self._thins(), self._follows(), counted)
 
     def _begin(self, look: Look, decoder: Decoder, indices: Sequence[int]) -> None:
-        """Before the first move of a call: what is not spent yet can be saved."""
+        """Check the pipeline before the first move of a call, so that failures cost little."""
         if look.step > 0:
             return
         if self.learned.began:
             raise ValueError(
-                f"{type(self.pipe).__name__} denoises more than once a call, which the filter "
-                "cannot follow; use a pipeline, or a length, that takes one run of the scheduler."
+                f"{type(self.pipe).__name__} denoises more than once per call, which the filter "
+                "cannot follow; use a pipeline, or a length, that runs the scheduler once."
             )
         self.learned.began = True
         call, way = self.call, self.learned.way
@@ -308,7 +307,7 @@ class Run:
         particles: Particles,
         last: Tensor | None,
     ) -> Steered:
-        """The result. Where something fails now, the exception's `finished` has the latents."""
+        """Return the result; if scoring it fails, the exception's `finished` has the latents."""
         if last is None:
             raise ValueError(
                 f"{type(self.pipe).__name__} made no step of its scheduler, so nothing was "
@@ -368,7 +367,7 @@ class Run:
 
     @cached_property
     def _described(self) -> dict[str, Any]:
-        """The manifest of all prompts: it reads the weights, once a run."""
+        """The manifest of all prompts, cached because it reads the weights."""
         return describe(
             self.pipe,
             self.settings,

@@ -1,8 +1,8 @@
-"""Schedulers whose step is the filter's step: a stochastic move, with a place to look before it.
+"""Stochastic schedulers that call an observer before every move.
 
-A pipeline's own loop calls `scheduler.step(model_output, timestep, sample)` once a step, after
-guidance and rescaling. That is the point where the filter scores x̂0, resamples the sample together
-with the network's output and only then draws the noise of the move (`Chain.observer`).
+A pipeline's own loop calls `scheduler.step(model_output, timestep, sample)` once per step, after
+guidance and rescaling. At that point the filter (`Chain.observer`) scores x̂0 and resamples the
+sample together with the network's output, before the noise of the move is drawn.
 
 n rows are the particles of a call, prompt-major.
 """
@@ -35,16 +35,16 @@ __all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "stochastic"]
 
 logger = logging.getLogger(__name__)
 
-DIFFUSION_NOISE = 1.0  # DDIM's eta where none is asked for: ancestral sampling, as DDPM's
-FLOW_NOISE = 0.5  # a stock flow sampler has none; more of it costs sharpness, less tells less apart
+DIFFUSION_NOISE = 1.0  # DDIM's default eta here: ancestral sampling, as DDPM
+FLOW_NOISE = 0.5  # stock flow samplers use 0; more costs sharpness, less makes children alike
 
 
 @dataclass(frozen=True)
 class Look:
-    """What an observer sees before the move of one step.
+    """The argument of an observer, before the move of one step.
 
-    `predict()` is x̂0 (n, *shape) in the dtype of the latents; `stds` are those of every move of
-    this run, so `stds[step]` is the one to come and `len(stds)` the number of executed steps.
+    `predict()` returns x̂0 (n, *shape) in the dtype of the latents. `stds` are those of every move
+    of this run: `stds[step]` is that of the coming move, `len(stds)` the number of executed steps.
     """
 
     step: int
@@ -56,10 +56,10 @@ class Look:
 class Chain:
     """The state of one run of a stochastic scheduler.
 
-    `observer(look)` returns the rows (n,) int64 that survive, or None; `lineage` (n,) says from
-    which row of the start each present row descends. Both are rows of `exchange(x)`, which adds
-    those of other processes to the rows x of this one. A `finished` chain has no steps left: its
-    scheduler takes a pipeline straight to the tail of its call.
+    `observer(look)` returns the rows (n,) int64 that survive, or None to keep all; `lineage` (n,)
+    is the initial row from which each present row descends. Both index `exchange(x)`, which gathers
+    the rows x of all processes. A `finished` chain has no steps left, so that a pipeline goes
+    straight to the code after its loop.
     """
 
     noise: float
@@ -68,13 +68,13 @@ class Chain:
     exchange: Callable[[Tensor], Tensor] = lambda x: x
     finished: bool = False
     stds: tuple[float, ...] = ()
-    clamped: tuple[bool, ...] = ()  # DDIM: where 1 - ᾱ' - σ² rounds below 0
-    timesteps: tuple[int, ...] = ()  # DDIM: those of the executed steps
+    clamped: tuple[bool, ...] = ()  # DDIM: whether 1 - ᾱ' - σ² rounds below 0
+    timesteps: tuple[int, ...] = ()  # DDIM: timesteps of the executed steps
     step: int = 0
     lineage: Tensor | None = None
-    sample: Any = None  # what the present move is given
-    output: Any = None  # of the network, after guidance
-    last: Tensor | None = None  # what the last move gave
+    sample: Any = None  # input of the present move
+    output: Any = None  # network output, after guidance
+    last: Tensor | None = None  # result of the last move
 
     def restart(self) -> None:
         self.stds, self.step, self.lineage, self.last = (), 0, None, None
@@ -82,9 +82,9 @@ class Chain:
     def select(
         self, sample: Tensor, model_output: Tensor, predict: Callable[[], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The sample and the network's output of the rows that the observer lets survive."""
+        """Return the sample and the network's output of the surviving rows."""
         if self.generators is not None and len(sample) != (asked := len(self.generators)):
-            raise ValueError(f"The pipeline made {len(sample)} rows where {asked} were asked for.")
+            raise ValueError(f"The pipeline made {len(sample)} rows instead of {asked}.")
         rows, self.sample, self.output = None, sample, model_output
         if self.observer is not None:
             rows = self.observer(Look(self.step, self.stds, predict))
@@ -95,14 +95,14 @@ class Chain:
         return self.exchange(sample)[rows], self.exchange(model_output)[rows]
 
     def follow(self, x: Tensor) -> Tensor:
-        """Per-row noise or image latents that the pipeline keeps, in the order of the lineage."""
+        """Reorder per-row noise or image latents that the pipeline keeps by the lineage."""
         if self.lineage is None or x.shape[0] != self.lineage.shape[0]:
             return x
         return self.exchange(x)[self.lineage.to(x.device)]
 
 
 class _NoSteps(Tensor):
-    """Timesteps that can be counted and sliced but not looped over."""
+    """Timesteps that can be counted and sliced, but that yield nothing when iterated."""
 
     def __iter__(self):
         return iter(())
@@ -111,8 +111,8 @@ class _NoSteps(Tensor):
 class StochasticDDIM(DDIMScheduler):
     """DDIM whose eta is the chain's `noise` (Song et al. 2021, eq. 12 and 16).
 
-    Its moves are the stock scheduler's, bit for bit, except where 1 - ᾱ' - σ² rounds below 0
-    (zero terminal SNR at eta 1): there the direction is clamped at 0 where stock DDIM returns NaN.
+    Its moves are bit for bit those of the stock scheduler, unless 1 - ᾱ' - σ² rounds below 0 (zero
+    terminal SNR at eta 1): it is then clamped to 0, where stock DDIM returns NaN.
     """
 
     chain: Chain
@@ -137,12 +137,12 @@ class StochasticDDIM(DDIMScheduler):
         if eta not in (0.0, self.chain.noise):
             raise ValueError(
                 f"eta={eta} was passed to a scheduler made with noise={self.chain.noise}; "
-                "give the noise to stochastic(), or in the settings, and leave eta out."
+                "pass the noise to stochastic(), or in the settings, and leave eta out."
             )
         if not self.chain.stds:
             self._plan(timestep)
         std, clamped = self.chain.stds[self.chain.step], self.chain.clamped[self.chain.step]
-        # as a number: asking a tensor on the device whether it is the last would wait for it
+        # an int, since comparing a timestep on the device would synchronise
         stock: Any = functools.partial(super().step, timestep=self.chain.timesteps[self.chain.step])
 
         def predict() -> Tensor:
@@ -168,7 +168,7 @@ class StochasticDDIM(DDIMScheduler):
         return move if return_dict else (move.prev_sample, move.pred_original_sample)
 
     def _plan(self, first: Any) -> None:
-        """The σ of every step from timestep `first` on, rounded as the stock step rounds it."""
+        """Compute the σ of every step from timestep `first` on, rounded as in the stock step."""
         timesteps = self.timesteps.tolist()
         timesteps = timesteps[timesteps.index(int(first)) :]
         stds, clamped = [], []
@@ -187,14 +187,14 @@ class StochasticDDIM(DDIMScheduler):
 
 
 class StochasticFlow(FlowMatchEulerDiscreteScheduler):
-    """Euler for rectified flow with noise put back: eta = noise * s' (Gaussian, finite at s = 1).
+    """Euler for rectified flow with noise: eta = noise * s' (Gaussian, finite at s = 1).
 
     x' = x + (s'-s) v - (s' - √(s'²-η²)) ε̂ + η z, with x̂0 = x - s v and ε̂ = x + (1-s) v.
-    At noise 0 it is the stock scheduler, bit for bit; at noise 1 it renoises x̂0.
+    At noise 0 it is bit for bit the stock scheduler; at noise 1 it fully renoises x̂0.
     """
 
     chain: Chain
-    schedule: Any = None  # the scheduler whose sigmas count, where that is another class
+    schedule: Any = None  # a scheduler of another class that provides the sigmas
 
     @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -218,8 +218,8 @@ class StochasticFlow(FlowMatchEulerDiscreteScheduler):
     ) -> Any:
         if args or kwargs.get("per_token_timesteps") is not None:
             raise ValueError(
-                "This pipeline gives every token a timestep of its own, which the filter cannot "
-                "weigh; use a pipeline with one timestep a step."
+                "This pipeline gives every token its own timestep, which the filter cannot "
+                "weigh; use a pipeline with one timestep per step."
             )
         if self.step_index is None:
             self._init_step_index(timestep)
@@ -246,7 +246,7 @@ class StochasticFlow(FlowMatchEulerDiscreteScheduler):
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample as it is; Bria asks this of every scheduler but the stock one."""
+        """Return the sample unchanged; Bria calls this on every scheduler but the stock one."""
         return sample
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -263,30 +263,29 @@ def _restart(scheduler: StochasticDDIM | StochasticFlow) -> None:
 def _draw(like: Tensor, generators: Any) -> Tensor:
     if generators is None:
         raise ValueError(
-            "This pipeline passes no generator to its scheduler; give one a particle as "
+            "This pipeline passes no generator to its scheduler; pass one per particle as "
             "stochastic(scheduler, noise, generators)."
         )
     one = generators[0] if isinstance(generators, list | tuple) else generators
     noise = randn_tensor(like.shape, generator=generators, device=one.device, dtype=like.dtype)
     if one.device.type == "cpu" and like.device.type == "cuda":
-        noise = noise.pin_memory()  # else the copy would wait for the device
+        noise = noise.pin_memory()  # makes the copy asynchronous
     return noise.to(like.device, non_blocking=True)
 
 
 def stochastic(
     scheduler: Any, noise: float | None = None, generators: Sequence[Generator] | None = None
 ) -> StochasticDDIM | StochasticFlow:
-    """A copy of a pipeline's scheduler whose chain is Markov and Gaussian: the law p of `steer`.
+    """Return a copy of a pipeline's scheduler as a Markov chain with Gaussian moves.
 
-    Schedulers with betas become DDIM with eta = `noise`, flow schedulers Euler with
-    eta = `noise` * s'. `scheduler` itself is not touched; one of another class is replaced by a
-    DDIM or Euler of the same config, which is logged.
+    Its law is the p that `steer` tilts. Schedulers with betas become DDIM with eta = `noise`, flow
+    schedulers become Euler with eta = `noise` * s'. `scheduler` itself is not modified; a scheduler
+    of another class is replaced by DDIM or Euler with the same config, which is logged.
 
-    noise: 0 (deterministic) to 1; None is 1.0 for schedulers with betas and 0.5 for flows, and the
-    copy's `chain.noise` says which. The noise of a flow makes p duller than the stock sampler's,
-    which has none, and steering is relative to that p. generators: one a row, for pipelines which
-    pass none to `step` (SD3, Flux, Wan). Raises ValueError where the scheduler is neither a flow
-    nor has betas.
+    noise: 0 (deterministic) to 1; None means 1.0 for schedulers with betas and 0.5 for flows, and
+    the copy's `chain.noise` holds the value. Noise in a flow costs some sharpness compared to the
+    stock sampler, which has none. generators: one per row, for pipelines that pass none to `step`
+    (SD3, Flux, Wan). Raises ValueError if the scheduler is neither a flow nor has betas.
     """
     _check_stochastic(scheduler, noise, generators)
     finished = False
@@ -300,8 +299,8 @@ def stochastic(
     made.chain = Chain(noise=float(noise), generators=generators, finished=finished)
     if isinstance(made, StochasticFlow) and made.config.invert_sigmas:
         raise ValueError(
-            "The scheduler has invert_sigmas=True (its sigmas run from 0 to 1), for which no noisy "
-            "move is known; use a pipeline whose sigmas run from 1 to 0."
+            "The scheduler has invert_sigmas=True (its sigmas run from 0 to 1), for which moves "
+            "with noise are not implemented; use a pipeline whose sigmas run from 1 to 0."
         )
     return made
 
@@ -315,11 +314,11 @@ def _check_stochastic(scheduler: Any, noise: Any, generators: Any) -> None:
     each = generators if isinstance(generators, list | tuple) and generators else [generators]
     if generators is not None and not all(isinstance(one, Generator) for one in each):
         raise ValueError(
-            f"generators={generators!r:.80}: pass a list of torch.Generator, one a row, or None."
+            f"generators={generators!r:.80}: pass a list of torch.Generator, one per row, or None."
         )
     if not isinstance(scheduler, SchedulerMixin):
         raise ValueError(
-            f"the scheduler is a {type(scheduler).__name__}: pass a pipeline's, pipe.scheduler."
+            f"the scheduler is a {type(scheduler).__name__}: pass a pipeline's pipe.scheduler."
         )
 
 
@@ -333,18 +332,18 @@ def _stochastic_copy(scheduler: Any) -> Any:
     if getattr(scheduler, "betas", None) is not None:
         return _ddim_from(scheduler)
     raise ValueError(
-        f"{type(scheduler).__name__} is neither a flow-matching scheduler nor has betas, so no "
+        f"{type(scheduler).__name__} is no flow-matching scheduler and has no betas, so no "
         "Gaussian move is known for it; set pipe.scheduler to a DDIMScheduler or a "
         "FlowMatchEulerDiscreteScheduler that fits the model."
     )
 
 
 def _become(cls: type, scheduler: Any) -> Any:
-    """A deepcopy with everything that was set on the scheduler, and only our methods changed."""
+    """Return a deep copy that keeps everything set on the scheduler, as an instance of `cls`."""
     made = copy.deepcopy(scheduler)
     made.__class__ = cls
     if cls is StochasticFlow and made.config.stochastic_sampling:
-        made.register_to_config(stochastic_sampling=False)  # our noise replaces its renoising
+        made.register_to_config(stochastic_sampling=False)  # replaced by the noise added here
     return made
 
 
@@ -365,13 +364,13 @@ def _flow_from(scheduler: Any) -> StochasticFlow:
     made = StochasticFlow(**config | {"stochastic_sampling": False})
     if not name.startswith("FlowMatch"):
         made.schedule = copy.deepcopy(scheduler)
-        made.register_to_config(use_flow_sigmas=True)  # Flux asks for this key
-    _log_once(f"{name} is replaced by Euler for rectified flow: a particle is one state x_t.")
+        made.register_to_config(use_flow_sigmas=True)  # Flux reads this key
+    _log_once(f"{name} is replaced by Euler for rectified flow: steering needs a Markov chain.")
     return made
 
 
 def _ddim_from(scheduler: Any) -> StochasticDDIM:
-    # a config without the key comes from a class that never clips; DDIM's default is to clip
+    # a config without this key comes from a class that never clips; DDIM clips by default
     clip_sample = scheduler.config.get("clip_sample", False)
     made: Any = StochasticDDIM.from_config(scheduler.config, clip_sample=clip_sample)
     theirs = scheduler.alphas_cumprod.to(made.alphas_cumprod)
@@ -379,7 +378,7 @@ def _ddim_from(scheduler: Any) -> StochasticDDIM:
         made.alphas_cumprod = theirs.clone()
         if not made.config.set_alpha_to_one:
             made.final_alpha_cumprod = made.alphas_cumprod[0]
-    _log_once(f"{type(scheduler).__name__} is replaced by DDIM: a particle is one state x_t.")
+    _log_once(f"{type(scheduler).__name__} is replaced by DDIM: steering needs a Markov chain.")
     return made
 
 
@@ -388,8 +387,8 @@ def _warn_distilled(scheduler: Any) -> None:
     turbo = "EulerAncestral" in name and scheduler.config.get("timestep_spacing") == "trailing"
     if "LCM" in name or name == "TCDScheduler" or turbo:
         _log_once(
-            f"{name} belongs to a model distilled to a few steps; its chain here is DDIM or Euler "
-            "with noise, another law, and there are few steps to steer."
+            f"{name} belongs to a model distilled to a few steps; it is replaced by DDIM or Euler "
+            "with noise, which samples another distribution, and there are few steps to steer."
         )
 
 

@@ -1,4 +1,4 @@
-"""The noise of a run: one generator a particle, by what it is and not by where it runs."""
+"""The noise of a run: one generator per particle, independent of where the particle runs."""
 
 import hashlib
 from collections import Counter
@@ -12,11 +12,11 @@ __all__ = ["generator", "generators", "keys"]
 
 
 def generators(seed: int, prompts: Sequence[str] | str, k: int) -> list[Generator]:
-    """The b*k CPU generators of a run, prompt-major: one a particle.
+    """Return the b*k CPU generators of a run, prompt-major: one per particle.
 
-    Each depends on the seed, its prompt's text, how often that text came before, and its index
-    alone, so a prompt draws the same noise whatever else is in the call. Raises ValueError for
-    what steer() refuses as seed, prompts or particles.
+    Each depends only on the seed, its prompt's text, how often that text came before, and its
+    index, so a prompt's noise does not depend on the other prompts. Raises ValueError for a seed,
+    prompts or k that steer() would refuse.
     """
     check_seed(seed)
     check_count("k", k, MOST_PARTICLES)
@@ -25,7 +25,7 @@ def generators(seed: int, prompts: Sequence[str] | str, k: int) -> list[Generato
 
 
 def keys(prompts: Sequence[str]) -> list[tuple[str, int]]:
-    """Of each prompt its text and how often that came before: what its noise depends on."""
+    """Return for each prompt its text and how often that text came before it."""
     seen: Counter[str] = Counter()
     found = []
     for prompt in prompts:
@@ -35,9 +35,9 @@ def keys(prompts: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def generator(seed: int, key: tuple[str, int], purpose: int | str) -> Generator:
-    """The CPU generator of one prompt's particle (`purpose` its index) or of its resampling.
+    """Return the CPU generator of one particle (purpose: its index) or of a prompt's resampling.
 
-    key: as `keys` has it. Seeded by a hash of all three, the same on every machine.
+    key: an entry of `keys`. The seed is a hash of all three, the same on every machine.
     """
     digest = hashlib.sha256(repr((seed, *key, purpose)).encode()).digest()
     return Generator().manual_seed(int.from_bytes(digest[:8], "big"))

@@ -1,4 +1,4 @@
-"""The settings of the filter, and what they say about a run of so many steps and particles."""
+"""The settings of the filter, and the scored steps and population sizes that follow from them."""
 
 import difflib
 import math
@@ -12,7 +12,7 @@ from steering.resampling import RESAMPLERS
 __all__ = ["FeynmanKac", "is_count", "population_sizes", "scored_steps"]
 
 TEMPERINGS = ("none", "linear", "adaptive")
-LARGEST_SCALE = 1e30  # of |λ|: times a reward it has to stay finite in float32
+LARGEST_SCALE = 1e30  # largest |λ|: its product with a reward must stay finite in float32
 
 
 def _listed(names: Collection[str]) -> str:
@@ -21,44 +21,44 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _setting(default: Any, help: str) -> Any:
-    """A field with its help, which commands show."""
+    """Return a dataclass field with its help text, which commands show."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeynmanKac:
-    """Settings of the filter; each is checked when it is made and a bad one is a ValueError.
+    """Settings of the filter; raises ValueError for invalid values.
 
-    The defaults are those that beat best-of-k on the embedded models (docs/lift.md). What a picture
-    shows is decided early, and a score that comes later has nothing left to choose between. How far
-    adaptive tempering goes at each score follows from the scores, so λ need not be tuned to them.
+    The defaults beat best-of-k on the embedded models (docs/lift.md). They score early, because the
+    contents of an image are decided early, and late scores have little left to select. Adaptive
+    tempering takes its increments from the scores, so λ need not be tuned to their range.
     """
 
     reward_scale: float = _setting(
         100.0,
-        "λ, from -1e30 to 1e30: a reward higher by 1/λ makes a picture e times as likely; 0 leaves "
-        "the model alone",
+        "λ, from -1e30 to 1e30: a reward higher by 1/λ makes an image e times as likely; 0 samples "
+        "from the model itself",
     )
-    potential: str = _setting("difference", f"what a score weighs by: {_listed(POTENTIALS)}")
-    resampler: str = _setting("ssp", _listed(RESAMPLERS))
+    potential: str = _setting("difference", f"potential of a score: {_listed(POTENTIALS)}")
+    resampler: str = _setting("ssp", f"resampling scheme: {_listed(RESAMPLERS)}")
     min_ess: float = _setting(
         1.0,
-        "resample where the effective sample size is below this share of the particles: 0 never, "
-        "which is best-of-k, 1 at every score",
+        "resample if the effective sample size is below this fraction of the particles; 0 never "
+        "resamples, which is best-of-k, and 1 resamples at every score",
     )
-    num_scores: int = _setting(8, "at most so many steps are scored, besides the final image")
+    num_scores: int = _setting(8, "maximum number of scored steps, besides the final image")
     score_from: float = _setting(0.05, "first scored step, as a fraction of the executed steps")
     score_to: float = _setting(0.7, "last scored step, as a fraction of the executed steps")
     noise: float | None = _setting(
         None,
-        "noise of each move: DDIM's eta (by default 1), or its share of sigma for flow models (by "
+        "noise of each move: DDIM's eta (by default 1), or a fraction of sigma for flow models (by "
         "default 0.5)",
     )
-    tempering: str = _setting("adaptive", f"how λ grows: {_listed(TEMPERINGS)}")
+    tempering: str = _setting("adaptive", f"schedule of λ: {_listed(TEMPERINGS)}")
     funnel: tuple[int, ...] = _setting(
         (),
-        "particles left after each scored step, one number for each of num_scores, as in "
-        "8,8,8,4,4,4,2,2; empty keeps all",
+        "number of particles after each of num_scores scored steps, such as 8,8,8,4,4,4,2,2; empty "
+        "keeps all",
     )
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class FeynmanKac:
             )
         if self.score_from > self.score_to:
             raise ValueError(
-                f"score_from={self.score_from} lies after score_to={self.score_to}, "
+                f"score_from={self.score_from} is greater than score_to={self.score_to}, "
                 "which leaves no step to score: swap them"
             )
         self._check_funnel()
@@ -96,24 +96,24 @@ class FeynmanKac:
         if self.funnel and len(self.funnel) != self.num_scores:
             raise ValueError(
                 f"funnel={self.funnel} has {len(self.funnel)} populations for num_scores="
-                f"{self.num_scores}: give one for each scored step"
+                f"{self.num_scores}: pass one for each scored step"
             )
 
 
 def scored_steps(num_steps: int, settings: FeynmanKac) -> tuple[int, ...]:
-    """The step indices to score: `num_scores` of them, or fewer, evenly over the window, rising.
+    """Return the indices of the scored steps: at most `num_scores`, evenly spaced, ascending.
 
-    num_steps is the number of steps *executed*. The last step is never among them: its outcome is
-    the final image, which is always scored. Raises ValueError where the window holds no step.
+    num_steps is the number of *executed* steps. The last step is never included, because its result
+    is the final image, which is always scored. Raises ValueError if the window holds no step.
     """
-    # The slack forgives fractions that are not exact: 0.7 * 10 is a little less than 7.
+    # The slack allows for fractions that are not exact: 0.7 * 10 is a little less than 7.
     first = math.ceil(settings.score_from * num_steps - 1e-9)
     last = min(math.floor(settings.score_to * num_steps + 1e-9), num_steps - 2)
     if last < first:
         raise ValueError(
             f"no step to score between score_from={settings.score_from} and "
             f"score_to={settings.score_to} of {num_steps} steps (the last step does not count): "
-            "widen the window or take more steps"
+            "widen the window or use more steps"
         )
     count = min(settings.num_scores, last - first + 1)
     if count == 1:
@@ -123,9 +123,9 @@ def scored_steps(num_steps: int, settings: FeynmanKac) -> tuple[int, ...]:
 
 
 def population_sizes(k: int, num_scored: int, settings: FeynmanKac) -> tuple[int, ...]:
-    """How many particles remain after each scored step: the funnel, or k throughout.
+    """Return the number of particles after each scored step: the funnel, or always k.
 
-    Raises ValueError where the funnel does not fit k or the number of scored steps.
+    Raises ValueError if the funnel does not match k or the number of scored steps.
     """
     if not is_count(k):
         raise ValueError(f"the number of particles is {k!r:.80}: pass a whole number, 1 or more")
@@ -134,7 +134,7 @@ def population_sizes(k: int, num_scored: int, settings: FeynmanKac) -> tuple[int
     if len(settings.funnel) != num_scored:
         raise ValueError(
             f"funnel={settings.funnel} has {len(settings.funnel)} populations but only "
-            f"{num_scored} steps are scored: shorten it and num_scores, or take more steps"
+            f"{num_scored} steps are scored: shorten it and num_scores, or use more steps"
         )
     if settings.funnel[0] > k:
         raise ValueError(
@@ -145,12 +145,12 @@ def population_sizes(k: int, num_scored: int, settings: FeynmanKac) -> tuple[int
 
 
 def is_count(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number of 1 or more; True is none."""
+    """Return whether `value` is an int of 1 or more, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_number(field: str, value: object, low: float, high: float) -> None:
-    # a comparison, which is False for NaN, and not isfinite(), which fails for a huge int
+    # a comparison is False for NaN; isfinite() would fail for a huge int
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not low <= number <= high:
         raise ValueError(f"{field} is {value!r:.80}: pass a number from {low:g} to {high:g}")

@@ -1,8 +1,8 @@
-"""A copy of a pipeline, and what the head of its call returned.
+"""Shallow copies of a pipeline, and recordings of the head of its call.
 
 A pipeline's call has a head (encode the prompt, prepare latents, images and masks), a loop and a
-tail (unpack, decode, safety checker, watermark). `Tape` records what the head returned while the
-pipeline runs, so that the same call can be made again without it.
+tail (unpack, decode, safety checker, watermark). `Tape` records the results of the head's methods,
+so that the same call can be repeated without computing them again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["SHARED", "Tape", "view_of"]
 
 _HEAD = re.compile(r"_?(encode|prepare)_(?!extra_step_kwargs)\w+")
 
-# Pipelines shared by threads: fast tokenizers, causal video decoders and the upcast of the SDXL
-# decoder keep state in the object while they work.
+# Protects pipelines shared by threads: fast tokenizers, causal video decoders and the upcast of the
+# SDXL decoder keep state in the shared object during a call.
 SHARED = threading.RLock()
 
 
 def view_of(pipe: DiffusionPipeline, **replaced: Any) -> Any:
-    """A shallow copy of a pipeline with some attributes replaced; `pipe` itself never sees them.
+    """Return a shallow copy of a pipeline with some attributes replaced.
 
-    Nor does it see what the copy's call does to its guidance and its schedulers.
+    `pipe` is not modified, nor are its guidance and schedulers when the copy is called.
     """
     view = copy.copy(pipe)
     for name, value in (_stateful(pipe, replaced.keys()) | replaced).items():
@@ -40,9 +40,9 @@ def view_of(pipe: DiffusionPipeline, **replaced: Any) -> Any:
 
 
 def _stateful(pipe: DiffusionPipeline, without: Collection[str]) -> dict[str, Any]:
-    """Copies of the parts that keep a state while a call runs: guidance, other schedulers.
+    """Return copies of the components that a call modifies: guidance and other schedulers.
 
-    And of modules with a `to` of their own, which unCLIP's normalizer takes new weights by.
+    Modules with their own `to` are included: that of unCLIP's normalizer assigns new weights.
     """
     from diffusers.configuration_utils import ConfigMixin
 
@@ -56,14 +56,14 @@ def _stateful(pipe: DiffusionPipeline, without: Collection[str]) -> dict[str, An
 
 
 class Tape:
-    """What the head of one pipeline call returned, in the order of the calls."""
+    """The results of the head's methods in one pipeline call, in order."""
 
     def __init__(self) -> None:
         self._results: dict[str, list[Any]] = {}
         self._depth = 0
 
     def record(self, view: Any) -> None:
-        """Let the head's methods of a pipeline keep what they return; `view` must be a copy."""
+        """Record the results of the head's methods of `view`, a copy of the pipeline."""
         for name in dir(type(view)):
             if _HEAD.fullmatch(name):
                 self._results[name] = []
@@ -77,22 +77,22 @@ class Tape:
                     result = method(*args, **kwargs)
                 finally:
                     self._depth -= 1
-            if self._depth == 0:  # a method that another one calls is not played back
+            if self._depth == 0:  # calls within another recorded method are not replayed
                 self._results[name].append(result)
             return result
 
         return recorded
 
     def players(self, view: Any, latents: Tensor | None = None) -> dict[str, Callable]:
-        """Methods that return what was recorded, with `latents` in place of the prepared ones.
+        """Return methods that replay the recorded results, with `latents` as the prepared ones.
 
-        What the head did not ask for is asked of `view` itself.
+        Calls beyond those recorded go to `view` itself.
         """
         return {name: self._player(name, getattr(view, name), latents) for name in self._results}
 
     @property
     def prepared(self) -> bool:
-        """Whether latents can be handed to the tail: the head prepared them by a method."""
+        """Whether the head prepared latents by a method, so that they can be replaced."""
         return bool(self._results.get("prepare_latents"))
 
     def _player(self, name: str, method: Callable, latents: Tensor | None) -> Callable:
@@ -103,7 +103,7 @@ class Tape:
                 number, result = next(results)
             except StopIteration:
                 return method(*args, **kwargs)
-            # before those of the picture, unCLIP prepares those of its prior
+            # unCLIP also prepares latents for its prior, before those of the image
             is_last = number == len(self._results[name])
             if name != "prepare_latents" or latents is None or not is_last:
                 return result

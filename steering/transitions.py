@@ -1,7 +1,7 @@
-"""From a network's output to the Gaussian move it proposes: VP (DDIM) and rectified flow.
+"""Gaussian moves proposed by a network's output, for VP diffusion (DDIM) and rectified flow.
 
 alpha_bar is the VP signal level ᾱ_t in x_t = √ᾱ_t x0 + √(1-ᾱ_t) noise; sigma is the flow time s in
-x_s = (1-s) x0 + s noise. Both are 0-dim tensors or floats, or broadcast against the sample.
+x_s = (1-s) x0 + s noise. Both are floats or tensors that broadcast against the sample.
 """
 
 import math
@@ -15,10 +15,10 @@ __all__ = ["Transition", "ddim_transition", "flow_transition", "log_prob"]
 
 @dataclass(frozen=True)
 class Transition:
-    """A proposed move N(mean, std² I) and the image predicted on the way to it."""
+    """A proposed move N(mean, std² I) and the predicted x0 from which it was computed."""
 
     mean: Tensor  # (b, k, *shape), or any shape for a single move
-    std: Tensor  # broadcasts against mean; 0 where the move draws no noise
+    std: Tensor  # broadcasts against mean; 0 for a move without noise
     x0: Tensor  # shaped as mean
 
 
@@ -30,12 +30,12 @@ def ddim_transition(
     eta: float,
     prediction_type: str,
 ) -> Transition:
-    """DDIM (Song, Meng & Ermon 2021, eqs. 12 and 16), η from 0 (noiseless) to 1 (ancestral).
+    """Return the DDIM move (Song, Meng & Ermon 2021, eqs. 12, 16), η from 0 (no noise) to 1 (DDPM).
 
     x' = √ᾱ' x̂0 + √(1-ᾱ'-σ²) ε̂ + σ z, σ = η √((1-ᾱ')/(1-ᾱ)) √(1-ᾱ/ᾱ'), with ᾱ' = alpha_bar_prev.
-    prediction_type is "epsilon", "v_prediction" or "sample", what model_output predicts. Computed
-    in the precision of the sample, float32 at least. Finite at ᾱ = 0 except for "epsilon", which
-    does not determine x̂0 there. Raises ValueError for an unknown prediction_type.
+    prediction_type says what model_output predicts: "epsilon", "v_prediction" or "sample". Computed
+    in the dtype of the sample, at least float32. Finite at ᾱ = 0 except for "epsilon", which does
+    not determine x̂0 there. Raises ValueError for an unknown prediction_type.
     """
     dtype = torch.promote_types(sample.dtype, torch.float32)
     sample, model_output = sample.to(dtype), model_output.to(dtype)
@@ -70,13 +70,13 @@ def flow_transition(
     sigma_next: Tensor | float,
     eta: Tensor | float,
 ) -> Transition:
-    """A rectified-flow step with noise: from s = sigma down to s' = sigma_next, 0 <= η <= s'.
+    """Return a rectified-flow step with noise, from s = sigma to s' = sigma_next, 0 <= η <= s'.
 
-    x' = x + (s'-s) v - (s' - √(s'²-η²)) ε̂ + η z, with x̂0 = x - s v and ε̂ = x + (1-s) v: the mean
-    is (1-s') x̂0 + √(s'²-η²) ε̂. η = 0 is Euler, bit for bit that of diffusers; η = s' forgets all
-    noise. Finite at s = 1. Computed in the precision of x, float32 at least, except that (s'-s) v
-    is rounded as the stock scheduler rounds it. Raises ValueError where η > s' can be seen without
-    reading the device.
+    x' = x + (s'-s) v - (s' - √(s'²-η²)) ε̂ + η z, with x̂0 = x - s v and ε̂ = x + (1-s) v; the mean
+    is (1-s') x̂0 + √(s'²-η²) ε̂. η = 0 is the Euler step, bit for bit as in diffusers; η = s'
+    replaces all noise. Finite at s = 1. Computed in the dtype of x, at least float32, except that
+    (s'-s) v is rounded as in the stock scheduler. Raises ValueError if η > s', which is checked
+    only for tensors on the CPU.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.to(dtype)
@@ -85,21 +85,21 @@ def flow_transition(
     eta = torch.as_tensor(eta, dtype=dtype)
     if eta.device.type == sigma_next.device.type == "cpu" and (eta > sigma_next * (1 + 1e-6)).any():
         raise ValueError(
-            f"eta is {eta.max().item():g}, more noise than sigma_next = "
-            f"{sigma_next.min().item():g} leaves room for: pass eta between 0 and sigma_next"
+            f"eta is {eta.max().item():g}, which exceeds sigma_next = "
+            f"{sigma_next.min().item():g}: pass eta between 0 and sigma_next"
         )
     x0 = x - sigma * velocity.to(dtype)
     noise = x + (1 - sigma) * velocity.to(dtype)
     removed = sigma_next - (sigma_next**2 - eta**2).clamp(min=0).sqrt()
-    # √(s'²) is s' exactly in binary floating point, so without noise nothing is removed at all.
+    # √(s'²) is exactly s' in binary floating point, so for η = 0 nothing is removed.
     mean = x + (sigma_next - sigma) * velocity - removed * noise
     return Transition(mean, eta, x0)
 
 
 def log_prob(transition: Transition, x: Tensor) -> Tensor:
-    """log N(x; mean, std² I), *summed* over the dimensions of the latent, not averaged.
+    """Return log N(x; mean, std² I), *summed* (not averaged) over the dimensions of the latent.
 
-    x (b, k, *shape) -> (b, k). float32 at least; -inf or nan where std is 0.
+    x (b, k, *shape) -> (b, k), at least float32; -inf or nan if std is 0.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     std = transition.std.to(dtype)

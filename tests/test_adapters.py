@@ -200,7 +200,7 @@ def test_one_with_a_number_that_is_not_finite_is_refused(tmp_path, value):
     name = next(iter(state))
     state[name][0, 0] = value
     save_file(state, tmp_path / "file.safetensors")
-    with pytest.raises(ValueError, match=f"the LoRA .* not finite, in 1 of .* as {name}"):
+    with pytest.raises(ValueError, match=f"the LoRA .* not finite in 1 of .* such as {name}"):
         load_lora(pipe, str(tmp_path / "file.safetensors"))
 
 

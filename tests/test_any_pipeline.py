@@ -157,7 +157,7 @@ def test_a_funnel_leaves_out_the_rows_of_the_dead(odd):
 @pytest.mark.parametrize("change", [{"settings": FUNNEL}, {"guidance_interval": (0.0, 0.5)}])
 def test_an_order_of_rows_that_cannot_be_told_is_refused(change):
     pipe = odd_pipeline("interleaved")
-    with pytest.raises(ValueError, match="where each particle is among its 6 rows cannot be told"):
+    with pytest.raises(ValueError, match="the order of the particles in its 6 rows is unknown"):
         latents(pipe, **change)
     assert pipe.unet.rows == []
 
@@ -167,7 +167,7 @@ def test_an_order_of_rows_that_cannot_be_told_is_refused(change):
 )
 def test_what_else_a_network_may_keep_of_its_rows_is_refused_at_the_first_step(change):
     pipe = odd_pipeline("cache")
-    with pytest.raises(ValueError, match="it gives a Cache, which may hold rows as well"):
+    with pytest.raises(ValueError, match="it returns a Cache, which may hold rows as well"):
         latents(pipe, **change)
     assert sum(pipe.unet.rows) <= 6
     assert latents(pipe).isfinite().all()
@@ -186,7 +186,7 @@ def test_a_network_that_is_not_known_is_not_passed_over(monkeypatch, change):
 
 def test_an_interval_of_guidance_that_nothing_shows_is_refused_at_the_first_step():
     pipe = odd_pipeline("unguided")
-    with pytest.raises(ValueError, match=r"network sees each particle 1 times a step"):
+    with pytest.raises(ValueError, match=r"network gets each particle 1 times per step"):
         latents(pipe, guidance_interval=(0.0, 0.9))
     assert pipe.unet.rows == []
 
@@ -249,9 +249,9 @@ def test_what_all_rows_share_is_not_dealt_though_it_has_as_many_entries():
 
 def test_copies_whose_rows_are_not_known_are_refused():
     """Their rows alternate, so nothing shows which of them are of a copy."""
-    with pytest.raises(ValueError, match="which of its 6 rows are a copy cannot be told"):
+    with pytest.raises(ValueError, match="which of its 6 rows form a copy is unknown"):
         latents(odd_pipeline("shifts", "interleaved"), max_batch=2)
-    with pytest.raises(ValueError, match=r"makes no 3 rows in one call.*must match the size"):
+    with pytest.raises(ValueError, match=r"cannot make 3 rows in one call.*must match the size"):
         latents(odd_pipeline("shifts", "interleaved"))
 
 
@@ -259,9 +259,7 @@ def test_a_network_that_never_gives_one_row_is_refused():
     call, axes = {"x": torch.ones(6, 1), "t": torch.ones(2)}, {("N", "x"): 0, ("N", "t"): None}
     paths = as_many_as_copies("N", call, axes, 2)
     assert paths == [("N", "t")]
-    with pytest.raises(
-        ValueError, match=r"\['t'\] has a row for each guidance copy cannot be told"
-    ):
+    with pytest.raises(ValueError, match=r"whether \['t'\] has one row per guidance copy"):
         of_copies("N", call, axes, paths, lambda call: 6)
 
     def full(call):
@@ -293,7 +291,7 @@ def test_the_rows_without_guidance_are_those_with_the_prompt(odd):
 def test_a_prompt_that_changes_nothing_is_refused():
     pipe = odd_pipeline()
     pipe.encode_prompt = lambda texts, negative, count: (torch.ones(len(texts) * count, 6, 4),) * 2
-    with pytest.raises(ValueError, match="which half of it carries the prompt cannot be told"):
+    with pytest.raises(ValueError, match="which half of it carries the prompt is unknown"):
         latents(pipe, guidance_interval=(0.0, 0.5))
 
 
@@ -318,7 +316,7 @@ def test_where_no_way_works_the_first_error_is_raised():
 
 
 def test_a_pipeline_that_fails_on_more_rows_than_one_is_refused():
-    why = r"makes no 3 rows in one call.* with one alone it comes to a step.*\(rows of several"
+    why = r"cannot make 3 rows in one call.* one row works, but several fail.*\(rows of several"
     with pytest.raises(ValueError, match=why) as caught:
         latents(odd_pipeline("one row"))
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -334,7 +332,7 @@ def packed(pipe, prompts, **change):
 
 def test_prompts_that_see_how_long_the_others_of_their_call_are_are_refused():
     pipe, prompts = odd_pipeline("sees the longest"), ["a red cube", "dots", "two small dots here"]
-    with pytest.raises(ValueError, match=r"first step of 'dots' is another beside 'two small"):
+    with pytest.raises(ValueError, match=r"first step of 'dots' is different beside 'two small"):
         packed(pipe, prompts)
     assert pipe.unet.rows == [8, 4, 4]  # the call's first step, and that of the two pairs
     assert packed(pipe, prompts, prompts_per_call=1).isfinite().all()
@@ -344,7 +342,7 @@ def test_half_precision_hides_no_sight_of_the_others_lengths():
     """There a few words change less than rounding may, so many more are tried."""
     pipe, prompts = odd_pipeline("sees it a little"), ["dots", "two dots"]
     pipe.unet.dtype = torch.bfloat16  # by which the threshold goes; computed in float32
-    with pytest.raises(ValueError, match=r"first step of 'dots' is another beside 'two dots two"):
+    with pytest.raises(ValueError, match=r"first step of 'dots' is different beside 'two dots two"):
         packed(pipe, prompts)
     pipe = odd_pipeline()
     pipe.unet.dtype = torch.bfloat16
@@ -361,7 +359,9 @@ def test_prompts_that_do_not_see_one_another_are_packed_and_tried_once(odd):
 
 
 def test_a_pipeline_that_fails_on_several_prompts_is_refused():
-    with pytest.raises(ValueError, match=r"no 4 rows of 2 prompts in one call: .*\(texts of"):
+    with pytest.raises(
+        ValueError, match=r"cannot make 4 rows of 2 prompts in one call: .*\(texts of"
+    ):
         packed(odd_pipeline("one text"), ["a red cube", "dots"])
     assert packed(odd_pipeline("one text"), ["a", "b"], prompts_per_call=1).isfinite().all()
 
@@ -381,7 +381,7 @@ def test_a_tail_that_fails_is_refused_at_the_first_step(settings):
 def test_videos_are_not_scored_by_their_first_frame():
     pipe = odd_pipeline("frames")
     with pytest.raises(
-        ValueError, match=r"5 frames a row, and a reward scores pictures. .*decode="
+        ValueError, match=r"5 frames per row, and a reward scores images. .*decode="
     ):
         latents(pipe)
     assert len(pipe.unet.rows) == 1
@@ -472,7 +472,7 @@ def test_a_call_without_a_step_is_no_steered_run():
 
 
 def test_a_call_that_denoises_twice_is_refused():
-    with pytest.raises(ValueError, match="denoises more than once a call"):
+    with pytest.raises(ValueError, match="denoises more than once per call"):
         latents(odd_pipeline("twice"))
 
 

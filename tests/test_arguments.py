@@ -120,14 +120,14 @@ def test_a_scale_that_overflows_with_these_rewards_is_said():
 
 @pytest.mark.parametrize("reward", [len, lambda images: images, lambda a, b, c: a])
 def test_a_reward_that_cannot_be_called_so_is_refused(reward):
-    with pytest.raises(ValueError, match=r"is called as f\(images, prompts\)"):
+    with pytest.raises(ValueError, match=r"cannot be called as f\(images, prompts\)"):
         PromptScorer(reward, ["a"], None)
 
 
 @pytest.mark.parametrize("scores", [None, "high", [["a"]], {"a": 1}])
 def test_what_a_reward_returns_is_looked_at(scores):
     judge = PromptScorer(lambda images, prompts: scores, ["a"], None)
-    with pytest.raises(ValueError, match="return 2 numbers, one an image"):
+    with pytest.raises(ValueError, match="return 2 numbers, one per image"):
         judge.score(torch.zeros(2, 3, 4, 4), [0])
 
 

@@ -144,7 +144,7 @@ def test_a_network_that_xformers_may_change_keeps_its_own(family, use, switch, c
     ops.calls.clear()
     assert torch.equal(latents(pipe, keywords), before)
     assert ops.calls == []
-    said = "xformers cannot be used here; transformer goes on with PyTorch's own"
+    said = "xformers cannot be used here; transformer uses PyTorch's attention"
     assert caplog.text.count(said) == 1
 
 

@@ -231,12 +231,12 @@ def test_a_tail_that_lets_rows_see_one_another_is_refused_at_the_first_step(funn
     pipe = odd_pipeline("averages")
     settings = FeynmanKac(num_scores=1, reward_scale=0.0, funnel=funnel)
     run = {"particles": 3, "settings": settings, "progress": False}
-    with pytest.raises(ValueError, match="its tail lets the rows of a call see one another"):
+    with pytest.raises(ValueError, match="it mixes the rows of a call after its last step"):
         steer(pipe, "a red cube", brightness, **run)
     assert len(pipe.unet.rows) == 1
     run |= {"decode": lambda x: x[:, :3].sigmoid()}
     if funnel:
-        with pytest.raises(ValueError, match="those that a funnel drops would stay"):
+        with pytest.raises(ValueError, match="those that a funnel drops would still affect"):
             steer(pipe, "a red cube", brightness, **run)
     else:
         assert steer(pipe, "a red cube", brightness, **run).latents.isfinite().all()

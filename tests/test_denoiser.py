@@ -131,7 +131,7 @@ def test_arguments_in_which_no_rows_are_found_are_refused(odd, why):
 def test_an_output_that_may_hold_rows_unseen_is_refused():
     network = Recorder()
     network.forward = lambda x: (x, object())
-    with pytest.raises(Unclear, match="it gives a object, which may hold rows"):
+    with pytest.raises(Unclear, match="it returns a object, which may hold rows"):
         call(stand_in(network, lambda n: {0: torch.zeros(n)}, Rows(1, num=6)), {0: torch.zeros(6)})
 
 

@@ -249,8 +249,8 @@ def test_scores_on_the_way_look_at_fewer_pixels(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"preview_size": 0}, "preview_size=0: pass a share"),
-        ({"preview_size": 2}, "preview_size=2: pass a share"),
+        ({"preview_size": 0}, "preview_size=0: pass a fraction"),
+        ({"preview_size": 2}, "preview_size=2: pass a fraction"),
         ({"guidance_interval": (0.5, 0.5)}, r"guidance_interval=\(0.5, 0.5\): pass two"),
         ({"guidance_interval": 0.5}, "guidance_interval=0.5: pass two"),
         ({"max_batch": "all"}, "max_batch='all': pass a whole number of 1 or more, or \"auto\""),

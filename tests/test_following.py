@@ -165,7 +165,7 @@ def test_a_picture_that_comes_after_rows_were_resampled_is_refused():
     chain.step = 4
     following.followed("N", {"x": LATENTS, "image": LATENTS * 7}, "x")
     chain.step = 5
-    with pytest.raises(ValueError, match=r"\['image'\] came after the first resampling"):
+    with pytest.raises(ValueError, match=r"\['image'\] appeared after the first resampling"):
         following.followed("N", {"x": LATENTS, "image": LATENTS * 7}, "x")
 
 
@@ -222,7 +222,7 @@ def test_what_stands_beside_the_latents_is_refused_where_it_cannot_be_told_apart
     latents, chain = torch.ones(2, 1, 1), Chain(noise=1.0)
     following = Following(chain, Learned(), 2)
     following.followed("N", {"x": torch.rand(2, 3, 1)}, "x")
-    with pytest.raises(ValueError, match="what stands beside the latents"):
+    with pytest.raises(ValueError, match="the latents were not found among the contents"):
         following.settle(latents)
 
 
@@ -284,11 +284,11 @@ def test_a_guidance_that_hooks_layers_leaves_none_behind(monkeypatch, fails):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("KandinskyV22PriorPipeline", "draws no pictures .* steer the pipeline that takes what"),
-        ("AceStepPipeline", "draws sound, alone or beside a picture"),
-        ("LTX2Pipeline", "draws sound, alone or beside a picture"),
-        ("LatentConsistencyModelPipeline", "chooses its timesteps by original_inference_steps="),
-        ("KandinskyV22CombinedPipeline", r"runs pipelines of its own \(prior_pipe, decoder_pipe\)"),
+        ("KandinskyV22PriorPipeline", "generates no images .* steer the pipeline that uses its"),
+        ("AceStepPipeline", "generates sound, which rewards cannot score"),
+        ("LTX2Pipeline", "generates sound, which rewards cannot score"),
+        ("LatentConsistencyModelPipeline", "sets its timesteps by original_inference_steps="),
+        ("KandinskyV22CombinedPipeline", r"runs other pipelines \(prior_pipe, decoder_pipe\)"),
         ("IFPipeline", "variance_type='learned_range'.* set pipe.scheduler to one with a fixed"),
     ],
 )

@@ -115,7 +115,7 @@ def test_whatever_cuts_a_run_off_hands_over_the_finished_prompts():
             {"settings": FeynmanKac(noise=0.0, min_ess=0.0, num_scores=1, funnel=(1,))},
             r"noise=0 .* min_ess=0 and no funnel",
         ),
-        ({"reward": rewards.load("jpeg"), "references": [["x"]]}, "this reward takes none"),
+        ({"reward": rewards.load("jpeg"), "references": [["x"]]}, "reward takes no references"),
     ],
 )
 def test_it_is_refused(change, message):
@@ -128,7 +128,7 @@ def test_it_is_refused(change, message):
 def test_a_picture_for_each_prompt_is_refused():
     pipe, keywords = family("img2img")
     given = keywords | {"image": [picture(), picture()]}
-    with pytest.raises(ValueError, match=r"holds different pictures, .* in a call of their own"):
+    with pytest.raises(ValueError, match=r"holds different images, .* in a separate call"):
         steer(pipe, ["a", "b"], brightness, 2, SHARP, progress=False, **given)
 
 

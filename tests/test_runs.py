@@ -177,7 +177,7 @@ def test_every_seed_is_checked_before_any_step(tmp_path, kinds):
     shares = shares_of_two_seeds(tmp_path, tmp_path / "red.png")
     pipe = tiny_pipelines.sd()
     runs.check_calls(pipe, compared, shares, kinds)
-    with pytest.raises(ValueError, match="references= was given but this reward takes none"):
+    with pytest.raises(ValueError, match="this reward takes no references"):
         runs.check_calls(pipe, brightness, shares, kinds)
 
 

@@ -203,7 +203,7 @@ def test_noise_that_the_pipeline_keeps_follows_the_lineage(make):
 
 
 def test_what_is_no_flow_and_has_no_betas_is_refused():
-    with pytest.raises(ValueError, match="EDMEulerScheduler is neither a flow-matching scheduler"):
+    with pytest.raises(ValueError, match="EDMEulerScheduler is no flow-matching scheduler"):
         stochastic(EDMEulerScheduler(), 1.0)
     with pytest.raises(ValueError, match="invert_sigmas=True"):
         stochastic(FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 1.0)

@@ -23,7 +23,7 @@ from steering.settings import scored_steps
         ({"min_ess": 1.5}, "min_ess is 1.5: pass a number from 0 to 1"),
         ({"noise": -0.1}, "noise is -0.1"),
         ({"num_scores": 0}, "num_scores is 0"),
-        ({"score_from": 0.9}, "score_from=0.9 lies after score_to=0.8"),
+        ({"score_from": 0.9}, "score_from=0.9 is greater than score_to=0.8"),
         ({"score_to": 1.2}, "score_to is 1.2"),
         ({"funnel": (4, 2, 3, 1)}, "grows"),
         ({"funnel": (4, 2)}, "2 populations for num_scores=4"),

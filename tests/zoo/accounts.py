@@ -32,7 +32,7 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(
         ("LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"),
-        "chooses its timesteps by original_inference_steps=",
+        "sets its timesteps by original_inference_steps=",
     ),
     **dict.fromkeys(
         (
@@ -53,7 +53,7 @@ REFUSED: dict[str, str] = {
             "LTX2InContextPipeline",
             "Cosmos3OmniPipeline",
         ),
-        "draws sound",
+        "generates sound",
     ),
     **dict.fromkeys(
         (
@@ -66,7 +66,7 @@ REFUSED: dict[str, str] = {
             "DiffusionGemmaPipeline",
             "StableCascadePriorPipeline",
         ),
-        "draws no pictures",
+        "generates no images",
     ),
     **dict.fromkeys(
         (
@@ -77,7 +77,7 @@ REFUSED: dict[str, str] = {
             "KandinskyV22Img2ImgCombinedPipeline",
             "KandinskyV22InpaintCombinedPipeline",
         ),
-        "runs pipelines of its own",
+        "runs other pipelines",
     ),
     **dict.fromkeys(
         (
@@ -85,12 +85,12 @@ REFUSED: dict[str, str] = {
             "SkyReelsV2DiffusionForcingImageToVideoPipeline",
             "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
         ),
-        "each frame at a time of its own",
+        "each frame its own timestep and scheduler",
     ),
-    "CosmosTextToWorldPipeline": "is neither a flow-matching scheduler nor has betas",
-    "CosmosVideoToWorldPipeline": "is neither a flow-matching scheduler nor has betas",
-    "AnyFlowFARPipeline": "is neither a flow-matching scheduler nor has betas",
-    "AnyFlowPipeline": "is neither a flow-matching scheduler nor has betas",
+    "CosmosTextToWorldPipeline": "is no flow-matching scheduler and has no betas",
+    "CosmosVideoToWorldPipeline": "is no flow-matching scheduler and has no betas",
+    "AnyFlowFARPipeline": "is no flow-matching scheduler and has no betas",
+    "AnyFlowPipeline": "is no flow-matching scheduler and has no betas",
 }
 # class -> why it is neither built nor refused here
 REASONS: dict[str, str] = {
@@ -170,7 +170,7 @@ def refusal(name: str) -> str | None:
     if issubclass(cls, ModularPipeline):
         return "pass a diffusers pipeline"
     if "prompt" not in inspect.signature(cls.__call__).parameters:
-        return "takes no prompt|draws no pictures"
+        return "takes no prompt|generates no images"
     return REFUSED.get(name)
 
 

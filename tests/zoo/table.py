@@ -108,7 +108,7 @@ def write(rows: dict[str, Row]) -> None:
 
 # what refuses a class that no filter of one Gaussian chain a row could steer
 _BEYOND = re.compile(
-    "draws noise from PyTorch's global generator|gives every token a timestep of its own"
+    "draws noise from PyTorch's global generator|gives every token its own timestep"
     "|reads scheduler.|denoises more than once"
 )
 
