@@ -55,7 +55,7 @@ def set_attention(pipe: Any, name: str) -> None:
         return
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    from steering.denoiser import networks
+    from steering.networks import networks
 
     backend = "native" if name == "sdpa" else name
     known = ["auto", "sdpa", *(item.value for item in AttentionBackendName)]

@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from steering.arguments import MOST_PIXELS, MOST_STEPS, check_count
-from steering.denoiser import networks
 from steering.keywords import check_keywords
+from steering.networks import networks
 from steering.refusals import refuse_unsteerable
 from steering.settings import FeynmanKac
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from steering.axes import Axes, Path, Unclear, leaves, take
-from steering.decoding import out_of_memory
+from steering.networks import out_of_memory
 
 __all__ = ["as_many_as_copies", "deal", "of_copies"]
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from steering.axes import joined, picked
-from steering.denoiser import Rows, StandIn
+from steering.denoiser import Rows
+from steering.networks import StandIn, out_of_memory
 from steering.schedulers import Chain
 from steering.tape import SHARED, Tape, view_of
 
@@ -31,7 +32,6 @@ __all__ = [
     "Undecodable",
     "do_nothing",
     "in_float32",
-    "out_of_memory",
     "to_pil",
     "to_tensor",
 ]
@@ -270,14 +270,6 @@ def in_float32(pipe: DiffusionPipeline) -> Any:
     if not overflows or not vae.config.get("force_upcast") or hasattr(vae, "_hf_hook"):
         return None
     return copy.deepcopy(vae).to(torch.float32)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` reports that a device or the host is out of memory."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in said for words in ("not enough memory", "can't allocate memory", "out of memory")
-    )
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -6,10 +6,7 @@ and passes all others on. The module itself is not patched, so a compiled one ke
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,32 +15,14 @@ from torch import Tensor
 
 from steering.axes import Axes, joined, picked, rows_in, rows_of, take
 from steering.following import Following
-from steering.tape import SHARED
+from steering.networks import StandIn, kind_of, networks
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from steering.probe import Batch
 
-__all__ = [
-    "Denoiser",
-    "Rows",
-    "StandIn",
-    "denoisers",
-    "distinct",
-    "kind_of",
-    "networks",
-    "perturbed",
-    "refuse_step_caches",
-    "undisturbed",
-]
-
-_NETWORKS = (
-    "unet", "transformer", "transformer_2", "unconditional_transformer", "controlnet", "prior",
-    "decoder", "image_unet",
-)  # fmt: skip
-_PERTURBED = threading.RLock()  # perturbed attention sets processors that all threads share
-_CACHES = ("cache", "fbc", "pyramid_attention_broadcast")
+__all__ = ["Denoiser", "Rows", "denoisers", "distinct"]
 
 
 @dataclass
@@ -102,23 +81,6 @@ class Rows:
     def chunk(self, n: int) -> int:
         size = n if self.max_batch is None else min(n, self.max_batch)
         return -(-size // 2**self.halvings)
-
-
-class StandIn:
-    """Delegates to `module` except for `call` and `methods`; passes `isinstance` as `module`."""
-
-    def __init__(self, module: Any, call: Callable[..., Any] | None = None, **methods: Callable):
-        vars(self).update(methods, _module=module, _call=call or module)
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self._module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
 
 
 class Denoiser:
@@ -183,17 +145,6 @@ def _sample(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kwargs.get("hidden_states", kwargs.get("sample", next(iter(kwargs.values()))))
 
 
-def kind_of(network: torch.nn.Module) -> str:
-    """Return the class name of a network, also of a compiled one."""
-    return type(getattr(network, "_orig_mod", network)).__name__
-
-
-def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """Return the networks that a pipeline calls at every step, by attribute name."""
-    found = {name: getattr(pipe, name, None) for name in _NETWORKS}
-    return {name: net for name, net in found.items() if isinstance(net, torch.nn.Module)}
-
-
 def denoisers(pipe: DiffusionPipeline, rows: Rows, batch: Batch) -> dict[str, StandIn]:
     """Return a stand-in for each of the networks, all cutting by the same `rows`."""
     return {name: StandIn(net, Denoiser(net, rows, batch)) for name, net in networks(pipe).items()}
@@ -224,87 +175,3 @@ def _once(encoder: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     positional = [part for key, part in cut.items() if isinstance(key, int)]
     named = {key: part for key, part in cut.items() if isinstance(key, str)}
     return picked(None, encoder(*positional, **named), source)  # any cache in the output is unused
-
-
-def perturbed(pipe: DiffusionPipeline, pag_scale: float | None) -> bool:
-    """Return whether perturbed attention guidance is on, whose layers need the whole batch."""
-    if pag_scale and hasattr(pipe, "pag_attn_processors"):  # its call sets and removes them
-        return True
-    return any(
-        type(processor).__name__.startswith("PAG")
-        for net in networks(pipe).values()
-        for processor in getattr(net, "attn_processors", {}).values()
-    )
-
-
-@contextlib.contextmanager
-def undisturbed(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Restore, on any exit, what a call may have changed on the user's networks.
-
-    These are the attention processors (perturbed attention), the hooks of layer-skipping guidance,
-    and the dtype of a decoder that its pipeline upcasts during the call (SDXL in float16).
-    """
-    perturbs, hooks = hasattr(pipe, "pag_attn_processors"), _hooks_layers(pipe)
-    with _PERTURBED if perturbs or hooks else contextlib.nullcontext():
-        vae: Any = getattr(pipe, "vae", None)
-        with SHARED:  # another thread may have upcast it temporarily
-            dtype = getattr(vae, "dtype", None)
-        processors = {
-            name: dict(net.attn_processors)  # type: ignore[arg-type]
-            for name, net in networks(pipe).items()
-            if perturbs and hasattr(net, "attn_processors")
-        }
-        hooked = [_hooks_of(net) for net in networks(pipe).values() if hooks]
-        try:
-            yield
-        finally:  # some calls (SDXL-PAG's inpainting) leave them even on success
-            for name, before in processors.items():
-                getattr(pipe, name).set_attn_processor(before)
-            for before in hooked:
-                _unhook(before)
-            with SHARED:
-                if dtype is not None and vae.dtype != dtype:
-                    vae.to(dtype)
-
-
-def _hooks_layers(pipe: DiffusionPipeline) -> bool:
-    """Return whether a guidance of the pipeline hooks layers of its network during a call."""
-    names = (name for part in pipe.components.values() for name in getattr(part, "__dict__", ()))
-    return any(name.endswith("_hook_names") for name in names)
-
-
-def _hooks_of(network: torch.nn.Module) -> dict[torch.nn.Module, tuple[set[str], bool]]:
-    """Return for each layer the names of its hooks, and whether its forward is overridden."""
-    return {
-        module: (
-            set(getattr(getattr(module, "_diffusers_hook", None), "hooks", ())),
-            "forward" in vars(module),
-        )
-        for module in network.modules()
-    }
-
-
-def _unhook(before: dict[torch.nn.Module, tuple[set[str], bool]]) -> None:
-    for module, (names, own) in before.items():
-        registry: Any = getattr(module, "_diffusers_hook", None)
-        for name in [name for name in getattr(registry, "hooks", ()) if name not in names]:
-            registry.remove_hook(name, recurse=False)
-        if not own:
-            vars(module).pop("forward", None)
-
-
-def refuse_step_caches(pipe: DiffusionPipeline) -> None:
-    """Raise ValueError if a network caches what it computed for a row at an earlier step."""
-    for name, net in networks(pipe).items():
-        hooks = [
-            hook
-            for module in net.modules()
-            for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        ]
-        cached = [hook for hook in hooks if any(word in hook for word in _CACHES)]
-        if cached or getattr(net, "is_cache_enabled", False):
-            what = cached[0] if cached else type(net._cache_config).__name__
-            raise ValueError(
-                f"pipe.{name} has a step cache ({what}), which holds the state of rows that "
-                f"resampling replaces; call pipe.{name}.disable_cache() first."
-            )

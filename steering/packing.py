@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from steering.call import WAYS, PipelineCall
-from steering.denoiser import networks
+from steering.networks import networks
 from steering.probe import apart
 from steering.tape import SHARED, view_of
 

@@ -33,8 +33,7 @@ from steering.axes import (
     rows_of,
 )
 from steering.copies import as_many_as_copies, deal, of_copies
-from steering.decoding import out_of_memory
-from steering.denoiser import StandIn, kind_of, networks
+from steering.networks import StandIn, kind_of, networks, out_of_memory
 from steering.tape import Tape, view_of
 
 if TYPE_CHECKING:

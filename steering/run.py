@@ -17,28 +17,14 @@ from torch import Generator, Tensor
 
 from steering.axes import Unclear
 from steering.call import PipelineCall, check_preview
-from steering.decoding import (
-    Decoder,
-    Undecodable,
-    do_nothing,
-    in_float32,
-    out_of_memory,
-    to_pil,
-    to_tensor,
-)
-from steering.denoiser import (
-    Rows,
-    denoisers,
-    distinct,
-    perturbed,
-    refuse_step_caches,
-    undisturbed,
-)
+from steering.decoding import Decoder, Undecodable, do_nothing, in_float32, to_pil, to_tensor
+from steering.denoiser import Rows, denoisers, distinct
 from steering.filter import final_log_z
 from steering.following import Following, follow_momentum
 from steering.learned import Learned
 from steering.lineage import Moment
 from steering.manifest import describe, select
+from steering.networks import out_of_memory, perturbed, refuse_step_caches, undisturbed
 from steering.noise import global_states, refuse_global_noise
 from steering.packing import check_alone, first_step, no_rows
 from steering.particles import Particles, needs_scores, refuse_not_finite, way_out

@@ -20,7 +20,7 @@ from diffusers.utils import import_utils
 from test_seams import ROOT
 
 from steering import attention
-from steering.denoiser import networks
+from steering.networks import networks
 
 COMPUTES = """
     import torch.nn.functional as F

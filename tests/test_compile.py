@@ -12,8 +12,8 @@ import tiny_pipelines
 import torch
 
 from steering import FeynmanKac, steer
-from steering.denoiser import networks
 from steering.manifest import fingerprint
+from steering.networks import networks
 from tilt import loading
 
 PROMPTS = ("a cat", "two dogs", "x")

@@ -13,7 +13,8 @@ from tiny_pipelines import family
 
 from steering import FeynmanKac, steer
 from steering.axes import Unclear
-from steering.denoiser import Denoiser, Rows, denoisers, kind_of, networks, refuse_step_caches
+from steering.denoiser import Denoiser, Rows, denoisers
+from steering.networks import kind_of, networks, refuse_step_caches
 from steering.probe import Batch
 
 

@@ -18,8 +18,9 @@ from tiny_pipelines import family, picture, sd
 import rewards
 import steering
 from steering import FeynmanKac, steer
-from steering.denoiser import Rows, undisturbed
+from steering.denoiser import Rows
 from steering.filter import close, final_log_z, resample, start, weigh
+from steering.networks import undisturbed
 from steering.potentials import POTENTIALS
 
 PROMPT = "a red cube"

@@ -28,8 +28,9 @@ from tiny_pipelines import family, picture, sd, sd3
 
 from steering import Steered, steer
 from steering.call import PipelineCall
-from steering.denoiser import Rows, perturbed
+from steering.denoiser import Rows
 from steering.lineage import Lineage, Score, why_nothing_moved
+from steering.networks import perturbed
 from steering.particles import Particles
 from steering.pipeline import steer_each
 from steering.schedulers import Chain, Look

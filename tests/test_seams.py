@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,18 @@ def test_imports_follow_the_table(path: Path) -> None:
     module = module_of(path)
     names = imported(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
     assert [name for name in sorted(names) if forbidden(module, name)] == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and those for type checkers count, too."""
+    paths = {module_of(path): path for path in sources()}
+    graph = {}
+    for module, path in paths.items():
+        names = imported(module, path.read_text(encoding="utf-8"), path.name == "__init__.py")
+        found = {next((m for m in (n, n.rpartition(".")[0]) if m in paths), "") for n in names}
+        graph[module] = found - {"", module}
+    order = TopologicalSorter(graph).static_order()  # raises CycleError, which names the circle
+    assert len(list(order)) == len(paths)
 
 
 @pytest.mark.parametrize(

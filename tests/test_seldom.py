@@ -15,8 +15,9 @@ from tiny_pipelines import family, picture
 import steering.probe
 from steering import FeynmanKac, steer
 from steering.call import PipelineCall
-from steering.denoiser import Rows, undisturbed
+from steering.denoiser import Rows
 from steering.following import Following
+from steering.networks import undisturbed
 from steering.schedulers import Chain
 from steering.tape import SHARED
 

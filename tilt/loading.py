@@ -177,7 +177,7 @@ def tune(pipe: Any, compile: bool = False, preview: Any = None) -> None:
     channels_last. compile: torch.compile of the denoising networks for each shape they meet, which
     takes minutes at the first step and needs a compiler.
     """
-    from steering.denoiser import networks
+    from steering.networks import networks
 
     if pipe.device.type == "cuda":
         parts = [getattr(pipe, name, None) for name in ("unet", "controlnet", "vae")]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from steering import FeynmanKac, Steered, tiny
-from steering.denoiser import networks
+from steering.networks import networks
 
 from .lift import TASKS, chosen, interval, judged, prompts_of, read, steered
 
