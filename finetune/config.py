@@ -97,6 +97,9 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
     names, free = _names(kind), _free(kind)
     for key in _keys(given):
         if key not in names and not key.startswith(free):
+            owner = next((name for name in names if key.startswith(f"{name}.")), "")
+            if allowed := _ranges(kind).get(owner):  # a group, given for one value
+                allowed.check(owner, OmegaConf.to_container(OmegaConf.select(given, owner)))
             inner = [name for name in names if name.startswith(f"{key}.")]
             if inner:
                 raise ValueError(f"{where} sets {key!r}, which is a group; set {inner[0]}, say")

@@ -14,6 +14,7 @@ from typing import Any
 
 __all__ = [
     "FLAG",
+    "GIVEN",
     "KEYWORDS",
     "NAME",
     "PROMPTS",
@@ -38,10 +39,14 @@ MOST_FLOAT = 3e38  # float32, which every number meets somewhere, has no larger 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may have. said: as in "lr must be a number above 0"."""
+    """The values that a setting may have. said: as in "lr must be a number above 0".
+
+    choices: all of them, where they are a few names.
+    """
 
     said: str
     allows: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
         """ValueError, with the setting's name, for a value that it may not have."""
@@ -130,7 +135,7 @@ def one_of(*names: str) -> Range:
     """One of these texts."""
     *others, last = map(repr, names)
     said = f"{', '.join(others)} or {last}" if others else last
-    return Range(said, lambda value: isinstance(value, str) and value in names)
+    return Range(said, lambda value: isinstance(value, str) and value in names, names)
 
 
 def optional(inner: Range) -> Range:
@@ -154,6 +159,7 @@ def _is_name(value: Any) -> bool:
 FLAG = Range("true or false", lambda value: isinstance(value, bool))
 TEXT = Range("text", _is_text)
 NAME = Range("text, and not empty", _is_name)
+GIVEN = Range("given", _is_name)  # by the user: its default is "", which it may not be
 TEXTS = Range(
     "a list of names", lambda value: isinstance(value, list) and all(map(_is_name, value))
 )

@@ -5,7 +5,6 @@ Of every option, setting or argument: values that its own type, range or help ex
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -21,19 +20,10 @@ from typing import Any
 
 import torch
 
-from tilt import options
-
 LONG = "x" * 5000
-NUMBERS = ["x", "", "1,5", "[1]", "0x1f", "١.٥.١"]
 # What cannot be a name of anything that is to be found or made.
 NAMES = ["", " ", "~no-such-user/x", "no/such/thing/here", LONG, "\udcff", "/dev/null/x", "a\tb"]
 PLACES = [" ", "/dev/null/x", LONG, "\udcff"]  # no folder of such a name can be made
-OTHERS = {  # by the name of the function that is an option's type
-    "path": ["", *PLACES],
-    "_rows": ["0", "-1", "1.5", "all", ""],
-    "_interval": ["0.5", "a,b", "0.9,0.1", "0,2", "nan,1", "0,0.5,1", ""],
-    "_populations": ["a", "8,4.5", "0,0", "-1", "2,4"],
-}
 
 
 class Hang(BaseException):
@@ -67,32 +57,6 @@ def said(main: Callable[[list[str]], int], words: Sequence[str]) -> tuple[int, l
     return status, [line for line in lines if not progress.search(line)]
 
 
-def of_parser(parser: argparse.ArgumentParser, free: set[str]) -> list[tuple[str, str]]:
-    """(option, bad value) of every option; `free` ones take any text."""
-    calls = []
-    for action in parser._actions:
-        if not action.option_strings or action.nargs == 0 or action.dest in free:
-            continue
-        calls += [(action.option_strings[-1], value) for value in _of_action(action)]
-    return calls
-
-
-def _of_action(action: argparse.Action) -> list[str]:
-    kind: Any = action.type
-    if action.choices:
-        return ["nonsense", "", LONG]
-    if isinstance(kind, options.Whole):
-        bad = [*NUMBERS, "1.5", "nan", str(kind.low - 1), "-" + "9" * 5000, "1e3"]
-        return bad + ([str(kind.high + 1), "9" * 5000] if kind.high else [])
-    if isinstance(kind, options.Number):
-        return [*NUMBERS, "nan", "inf", "-inf", "1e400"]
-    if kind in (None, str):
-        return NAMES
-    name = getattr(kind, "__name__", repr(kind))
-    assert name in OTHERS, f"say in OTHERS what {action.option_strings}, a {name}, does not take"
-    return OTHERS[name]
-
-
 def of_settings(kind: type, free: set[str], prefix: str = "") -> list[tuple[str, str]]:
     """(key, bad value) of every setting of a dataclass of key=value words."""
     calls, hints = [], typing.get_type_hints(kind)
@@ -102,7 +66,7 @@ def of_settings(kind: type, free: set[str], prefix: str = "") -> list[tuple[str,
             calls += of_settings(typing.cast(type, inner), free, f"{name}.")
             calls += [(name, value) for value in ("5", "x", "[1]", "{no_such_setting: 1}")]
         elif name not in free:
-            bad = PLACES if field.name == "out" else _of_hint(inner)
+            bad = PLACES if field.name in ("out", "calibrate") else _of_hint(inner)
             calls += [(name, value) for value in ["", *bad]]
     return calls
 

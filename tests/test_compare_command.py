@@ -12,8 +12,7 @@ from PIL import Image
 
 import rewards
 from rewards.samples import read_samples
-from tilt.commands.compare import main
-from tilt.comparison import agreement_report, ranked, win_report
+from tilt.commands.compare import agreement_report, main, ranked, win_report
 from tilt.pairwise_judge import GAP, SideBySideJudge, side_by_side
 from tilt.score_table import write_table
 

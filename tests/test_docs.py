@@ -30,6 +30,8 @@ FILE = re.compile(
 )
 OPTIONS = {
     "steer": steer_options.OPTIONS,
+    "score": score.OPTIONS,
+    "app": app.OPTIONS,
     "rollout": rollout.OPTIONS,
     "train gdro": train_gdro.OPTIONS,
     "train adversarial": train_adversarial.OPTIONS,
@@ -68,7 +70,7 @@ def slugs(page: Path) -> set[str]:
 
 def test_there_are_commands_to_check():
     assert len(commands("steer")) > 10
-    assert all(commands(name) for name in OPTIONS)
+    assert all(commands(name) for name in OPTIONS if name != "app")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -114,22 +116,15 @@ def test_benchmarks_and_their_options_exist(capsys):
         assert options <= known, f"{name} has no {options - known}"
 
 
-def test_command_lines_of_score_and_the_app_are_understood():
-    for page, line in commands("score"):
-        args = score.parser().parse_args(line)
-        assert args.list or args.source, (page, line)
-        if args.reward:
-            parse_spec(args.reward)
-    for _, line in commands("app"):
-        app.parser().parse_args(line)
-
-
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_in_commands_are_known(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     for page, line in commands(name):
         settings = OPTIONS[name].read(line)
-        assert settings.out or name == "steer", (page, line)
+        if name == "score":
+            assert settings.list or settings.source, (page, line)
+        elif name not in ("steer", "app"):
+            assert settings.out, (page, line)
         if getattr(settings, "reward", None):
             parse_spec(settings.reward)
 

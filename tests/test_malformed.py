@@ -20,7 +20,7 @@ import pytest
 import torch
 from chains import gaussian_kernel, linear, seeded
 from diffusers import DDIMScheduler
-from malformed import LONG, of_parser, of_settings, of_signature, said, within
+from malformed import LONG, of_settings, of_signature, said, within
 from PIL import Image
 from tiny_pipelines import family
 
@@ -28,10 +28,11 @@ import rewards
 from steering import FeynmanKac, Steered, generators, particle_filter, pipeline
 from steering.schedulers import stochastic
 from tilt import loading
-from tilt.commands import app, evaluate, rollout, score, steer, steer_options
+from tilt.commands import app, compare, evaluate, rollout, score, steer, steer_options
 from tilt.commands import train_adversarial as online
 from tilt.commands import train_critic as critic
 from tilt.commands import train_gdro as gdro
+from tilt.score_table import write_table
 
 SHARED = [True]  # whether a model is loaded once; trainers change it
 EVERY = 17  # of the calls one in so many runs by default
@@ -50,6 +51,10 @@ def place(tmp_path_factory):
     (folder / "pictures").mkdir()
     for i in range(2):
         Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "pictures" / f"{i}.png")
+    row = {"image": "0.png", "prompt": "a", "reward": 1.0, "clip": 2.0}
+    write_table(folder / "one.csv", [row], "jpeg")
+    choice = {"prompt": "a", "chosen": "pictures/0.png", "rejected": ["pictures/1.png"]}
+    (folder / "choices.jsonl").write_text(json.dumps(choice), encoding="utf-8")
     whole = functools.cache(loading.load_pipeline)
 
     def load(name, dtype, lora=None, **parts):
@@ -71,10 +76,24 @@ def scored(place):
 
 
 STEER = ["a red star", "--steps", "4", "--particles", "2", "--num-scores", "1", "--reward", "jpeg"]
+JUDGE = "--judge=judge(url=http://127.0.0.1:1/v1, model=stub)"
+compared = functools.partial(functools.partial, compare.run)
 SCRIPTS = {  # a command that works, and what any text may be given to
     "steer": (steer.main, [*STEER, "--out", "steered"], {"negative_prompt"}),
     "score": (score.main, ["pictures", "--prompt", "a", "--reward", "jpeg"], {"prompt"}),
     "app": (app.main, [], {"lora", "reward", "host"}),  # those are for the page to refuse
+    "compare_agreement": (compared("agreement"), ["--table=one.csv"], set()),
+    "compare_wins": (compared("wins"), ["--table=one.csv", "--baseline=one.csv"], set()),
+    "compare_preferences": (
+        compared("preferences"),
+        ["--file=choices.jsonl", "--reward=jpeg(incompressibility)"],
+        set(),
+    ),
+    "compare_tournament": (
+        compared("tournament"),
+        ["--images=pictures", "--prompt=a", JUDGE],
+        {"prompt"},
+    ),
     "rollout": (
         rollout.main,
         ["--prompts=prompts.txt", "--out=rolled", "--images=2", *CALL],
@@ -101,15 +120,16 @@ SCRIPTS = {  # a command that works, and what any text may be given to
         set(),
     ),
 }
-PARSERS = {"score": score.parser, "app": app.parser}
 SETTINGS = {
     "steer": steer_options.OPTIONS,
+    "score": score.OPTIONS,
+    "app": app.OPTIONS,
     "rollout": rollout.OPTIONS,
     "evaluate": evaluate.OPTIONS,
     "train_gdro": gdro.OPTIONS,
     "train_adversarial": online.OPTIONS,
     "train_critic": critic.OPTIONS,
-}
+} | {f"compare_{name}": options for name, options in compare.OPTIONS.items()}
 # Settings that only serve beside others, by how their names begin: what is set with them.
 BESIDE = {
     "train_gdro check.": ["--check.every=1", "--check.prompts=other.txt", "--check.images=1"],
@@ -132,16 +152,11 @@ BESIDE = {
 
 
 def calls() -> list[tuple[str, str, str]]:
-    found = [
-        (script, option, value)
-        for script, parser in PARSERS.items()
-        for option, value in of_parser(parser(), SCRIPTS[script][2])
-    ]
-    return found + [
-        (script, options.flags()[key], value)
+    return [
+        (script, flag, value)
         for script, options in SETTINGS.items()
         for key, value in of_settings(options.kind, SCRIPTS[script][2])
-        if key in options.flags()
+        if (flag := options.flags().get(key, "")).startswith("--")
     ]
 
 
@@ -152,8 +167,9 @@ def marked(every: list, quick: int = EVERY) -> list:
     ]
 
 
-OPTIONS = [call for call in calls() if call[0] in PARSERS]
-WORDS = [call for call in calls() if call[0] in SETTINGS]
+LIGHT = {script for script in SCRIPTS if script in ("score", "app") or "compare" in script}
+OPTIONS = [call for call in calls() if call[0] in LIGHT]
+WORDS = [call for call in calls() if call[0] not in LIGHT]
 
 
 def test_there_are_enough():
@@ -186,7 +202,7 @@ def refused(script: str, option: str, value: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "app"])
+@pytest.mark.parametrize("script", SCRIPTS.keys() - {"app", "compare_tournament"})
 def test_the_commands_themselves_work(scored, script):
     main, base, _ = SCRIPTS[script]
     clean()

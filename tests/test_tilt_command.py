@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +12,14 @@ from pathlib import Path
 import pytest
 from saved_runs import save
 
+from finetune.ranges import GIVEN
 from tilt import main as tilt
-from tilt.commands import rollout
+from tilt.commands import compare, report, rollout, score
 
 ROOT = Path(__file__).parents[1]
+MODULES = [importlib.import_module(f"tilt.commands.{n.replace(' ', '_')}") for n in tilt.COMMANDS]
+EVERY = [module.OPTIONS for module in MODULES if module is not compare]
+EVERY += compare.OPTIONS.values()
 
 
 def test_without_a_command_there_is_a_list_of_them(capsys):
@@ -35,13 +42,15 @@ def test_an_unknown_command_is_refused_with_the_nearest_one(capsys, word, said):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", tilt.COMMANDS)
+@pytest.mark.parametrize("name", [*tilt.COMMANDS, *(f"compare {n}" for n in compare.OPTIONS)])
 def test_every_command_has_a_help_that_names_it(capsys, name, monkeypatch):
     monkeypatch.setattr(tilt.started, "run", lambda work: work())
     monkeypatch.setattr(tilt.started, "begin", lambda name: None)
-    with pytest.raises(SystemExit) as ended:
-        tilt.main([*name.split(), "--help"])
-    assert ended.value.code == 0
+    try:
+        status = tilt.main([*name.split(), "--help"])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 0
     assert capsys.readouterr().out.startswith(f"usage: tilt {name} ")
 
 
@@ -55,6 +64,50 @@ def test_a_report_is_written_of_what_lies_in_a_folder(tmp_path):
     done = subprocess.run([*line[:-1], str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "neither log.csv nor checks.csv" in done.stderr
+
+
+def test_a_file_of_settings_serves_every_command(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("source: pictures\nreward: jpeg\nbatch_size: 3\n", encoding="utf-8")
+    settings = score.OPTIONS.read(["--config", str(file), "others", "--prompt", "null"])
+    assert (settings.source, settings.reward, settings.prompt) == ("others", "jpeg", "null")
+    assert (settings.batch_size, settings.resume, settings.list) == (3, False, False)
+    file.write_text("table: a.csv\ncolumns: [clip, ocr]\n", encoding="utf-8")
+    assert compare.OPTIONS["agreement"].read(["--config", str(file)]).columns == ["clip", "ocr"]
+    words = ["--table", "b.csv", "--columns", "x", "y"]
+    assert compare.OPTIONS["agreement"].read(words) == compare.Agreement("b.csv", ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "said"),
+    [
+        (report.OPTIONS, [], "FOLDER is '' but must be given"),
+        (report.OPTIONS, ["a", "b"], "'b' belongs to no option: --help lists the options"),
+        (report.OPTIONS, ["--folder", "a"], "there is no option --folder: "),
+        (compare.OPTIONS["wins"], ["--table", "a"], "--baseline is '' but must be given"),
+        (score.OPTIONS, [" "], "SOURCE is ' ' but must be text, and not empty, or null"),
+        (score.OPTIONS, ["--batch-size", "0"], "--batch-size is 0 but must be a whole number, "),
+        (score.OPTIONS, ["--batch-size={a: 1}"], "--batch-size is {'a': 1} but must be a whole "),
+        (score.OPTIONS, ["--out"], "argument --out: expected one argument (--help lists "),
+    ],
+)
+def test_what_is_missing_or_out_of_range_is_refused_by_its_option(options, words, said):
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+        options.read(words)
+
+
+@pytest.mark.parametrize("options", EVERY, ids=lambda options: options.name)
+def test_the_help_says_what_each_option_may_be(options):
+    said = " ".join(options.parser().format_help().split())
+    for field in dataclasses.fields(options.kind):
+        if "help" in field.metadata:
+            allowed = field.metadata["range"]
+            assert field.metadata["help"]
+            default = field.default_factory
+            default = default() if callable(default) else field.default
+            assert allowed.allows(default) or allowed is GIVEN
+            assert "number" not in allowed.said or allowed.said in said
+            assert all(choice in said for choice in allowed.choices)
 
 
 def test_an_option_is_not_taken_for_the_value_of_a_keyword():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from tilt import started
 
-__all__ = ["COMMANDS", "main", "run"]
+__all__ = ["COMMANDS", "dispatch", "main", "run"]
 
 # name -> what it does; the module is tilt.commands and the name, blanks as underscores
 COMMANDS = {
@@ -26,32 +26,42 @@ COMMANDS = {
     "app": "open a page to play in",
 }
 
-USAGE = """usage: tilt COMMAND [OPTIONS]
+USAGE = """usage: {program} COMMAND [OPTIONS]
 
 {commands}
 
-`tilt COMMAND --help` lists the options of a command.
+`{program} COMMAND --help` lists the options of a command.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Run the command that the first words name; the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:{width}}{about}" for name, about in COMMANDS.items()]
-    usage = USAGE.format(commands="\n".join(lines))
+    return dispatch("tilt", COMMANDS, sys.argv[1:] if argv is None else argv, run)
+
+
+def dispatch(
+    program: str,
+    commands: Mapping[str, str],
+    argv: Sequence[str],
+    run: Callable[[str, Sequence[str]], int | None],
+) -> int | None:
+    """run(name, words) of the command that the first words name, or the list of the commands."""
+    words = list(argv)
     if not words or words[0] in ("-h", "--help"):
+        width = max(map(len, commands)) + 2
+        listed = "\n".join(f"  {name:{width}}{about}" for name, about in commands.items())
+        usage = USAGE.format(program=program, commands=listed)
         print(usage, end="", file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     for length in (2, 1):
         name = " ".join(words[:length])
-        if name in COMMANDS:
+        if name in commands:
             return run(name, words[length:])
-    begun = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+    begun = [name for name in commands if name.startswith(f"{words[0]} ")]
+    near = difflib.get_close_matches(words[0], commands, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
     hint = f"there are {', '.join(begun)}" if begun else hint
-    print(f"tilt: there is no command {words[0]!r:.80}: {hint}", file=sys.stderr)
+    print(f"{program}: there is no command {words[0]!r:.80}: {hint}", file=sys.stderr)
     return 2
 
 

@@ -9,35 +9,20 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune import config
 
-__all__ = [
-    "COUNT",
-    "NUMBER",
-    "PORT",
-    "SEED",
-    "Number",
-    "Options",
-    "Parser",
-    "Whole",
-    "check_words",
-    "ended",
-    "in_words",
-    "one_line",
-    "path",
-]
+__all__ = ["Options", "ended", "in_words", "one_line"]
 
 
-class Parser(argparse.ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     """Mistakes are a ValueError, for the command to print as its own sentence."""
 
     def error(self, message: str) -> Any:
@@ -45,50 +30,16 @@ class Parser(argparse.ArgumentParser):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A whole number from `low` to `high`, None without an end, as the type of an option."""
-
-    low: int = 1
-    high: int | None = None
-
-    def __call__(self, text: str) -> int:
-        digits = text.removeprefix("-")
-        value = int(text) if digits.isascii() and digits.isdecimal() and len(text) < 99 else None
-        if value is None or value < self.low or (self.high is not None and value > self.high):
-            low, high = self.low, self.high
-            above = value is not None and value > low and high is not None
-            wanted = f", {low} to {high}" if above else f" of {low} or more"
-            raise argparse.ArgumentTypeError(f"{text!r:.80}: pass a whole number{wanted}")
-        return value
-
-
-@dataclass(frozen=True)
-class Number:
-    """A finite number, as the type of an option."""
-
-    def __call__(self, text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text!r:.80}: pass a finite number")
-        return value
-
-
-COUNT, NUMBER, SEED, PORT = Whole(), Number(), Whole(0, 2**63 - 1), Whole(1, 65535)
-
-
-@dataclass(frozen=True)
 class _Option:
     """One field of the settings, as an option."""
 
     path: str  # "check.every"
-    flag: str  # "--check.every"
+    flag: str  # "--check.every"; "PROMPTS" of the one that words without an option are for
     group: str  # the heading that it stands under
     hint: Any
     default: Any
     help: str
+    choices: Sequence[str] = ()
 
     @property
     def is_text(self) -> bool:
@@ -103,21 +54,23 @@ class _Option:
     def is_list(self) -> bool:
         return typing.get_origin(self.hint) is list
 
-    def add_to(self, group: Any, positional: bool) -> None:
+    def add_to(self, group: Any) -> None:
         """Declare it to argparse, which keeps what was given as it was written."""
-        unsaid = self.default in (None, "", [], (), {}, False)
+        unsaid = self.default is False or self.default in (None, "", [], (), {})
         said = self.help if unsaid else f"{self.help} (default: {_shown(self.default)})"
         said = said.replace("%", "%%")
-        if positional:
-            group.add_argument(self.path, nargs="*", metavar=self.path.upper(), help=said)
+        if self.flag[0] != "-":
+            many = "*" if self.is_list else "?"
+            group.add_argument(self.path, nargs=many, metavar=self.flag, help=said)
         elif self.hint is bool:
             act = argparse.BooleanOptionalAction
             group.add_argument(self.flag, dest=self.path, action=act, help=said)
         elif self.is_free:
             group.add_argument(f"{self.flag}.NAME", dest=self.path, metavar="VALUE", help=said)
         else:
+            shown = f"{{{','.join(filter(None, self.choices))}}}" if self.choices else "VALUE"
             many = "+" if self.is_list else None
-            group.add_argument(self.flag, dest=self.path, nargs=many, metavar="VALUE", help=said)
+            group.add_argument(self.flag, dest=self.path, nargs=many, metavar=shown, help=said)
 
     def word(self, given: Any) -> str:
         """What was given as `path=value` in YAML."""
@@ -152,7 +105,7 @@ class Options:
     in `--call.height 512`. The file that --config names, in YAML, holds settings by their fields'
     names, and options win over it.
 
-    positional: the field, a list, that words without an option are for.
+    positional: the field, a text or a list of them, that words without an option are for.
     """
 
     name: str
@@ -163,7 +116,7 @@ class Options:
 
     def read(self, argv: Sequence[str]) -> Any:
         """The settings; ValueError, in words of options, for what is wrong with these words."""
-        check_words(argv)
+        _check_words(argv)
         file, words = self._words(argv)
         try:
             return config.read(self.kind, file, words)
@@ -173,9 +126,9 @@ class Options:
     def in_words(self, message: str) -> str:
         """A library's sentence, its arguments as the options that set them."""
         flags = self.flags()
-        names = {flag[2:].replace("-", "_"): flag for flag in flags.values()}
+        names = {flag[2:].replace("-", "_"): flag for flag in flags.values() if flag[0] == "-"}
         said = in_words(message, names | flags)
-        for option in _options(self.kind):
+        for option in self._options():
             if option.hint is bool:
                 said = said.replace(f"{option.flag} true", option.flag)
             if option.is_free:
@@ -185,14 +138,15 @@ class Options:
 
     def flags(self) -> dict[str, str]:
         """The option of each setting, by the path of its field."""
-        return {option.path: option.flag for option in _options(self.kind)}
+        return {option.path: option.flag for option in self._options()}
 
-    def parser(self) -> Parser:
+    def parser(self) -> argparse.ArgumentParser:
         """What reads the words, and prints the help."""
-        words = [f"[{self.positional.upper()} ...]"] if self.positional else []
-        parser = Parser(
+        every = self._options()
+        rest = next((o for o in every if o.path == self.positional), None)
+        parser = _Parser(
             prog=self.name,
-            usage=" ".join(["%(prog)s [OPTIONS]", *words]),
+            usage="%(prog)s [OPTIONS]" + (f" {rest.flag}{' ...' * rest.is_list}" if rest else ""),
             description=self.about,
             epilog=self.examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -200,16 +154,22 @@ class Options:
             argument_default=argparse.SUPPRESS,
         )
         said = "settings as YAML; options win over it"
-        parser.add_argument("--config", type=path, metavar="FILE", help=said)
+        parser.add_argument("--config", type=Path, metavar="FILE", help=said)
         groups: dict[str, Any] = {"": parser}
-        for option in _options(self.kind):
+        for option in every:
             if option.group not in groups:
                 groups[option.group] = parser.add_argument_group(option.group)
-            option.add_to(groups[option.group], option.path == self.positional)
+            option.add_to(groups[option.group])
         return parser
 
+    def _options(self) -> list[_Option]:
+        return [
+            replace(option, flag=option.path.upper()) if option.path == self.positional else option
+            for option in _options(self.kind)
+        ]
+
     def _words(self, argv: Sequence[str]) -> tuple[Path | None, list[str]]:
-        options = {option.path: option for option in _options(self.kind)}
+        options = {option.path: option for option in self._options()}
         free = [option for option in options.values() if option.is_free]
         rest, words = _keywords(argv, free)
         parser = self.parser()
@@ -243,9 +203,10 @@ def _options(kind: type, prefix: str = "", flat: bool = True, group: str = "") -
         heading = field.metadata.get("heading", group)
         said = field.metadata.get("help", "")
         allowed = field.metadata.get("range")
-        if allowed and "number" in allowed.said:  # choices stand in the help
+        if allowed and "number" in allowed.said:
             said += f"; {allowed.said}"
-        yield _Option(name, flag, heading, hints[field.name], default, said)
+        choices = allowed.choices if allowed else ()
+        yield _Option(name, flag, heading, hints[field.name], default, said, choices)
 
 
 def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], list[str]]:
@@ -280,14 +241,7 @@ def _no_option(word: str, parser: argparse.ArgumentParser) -> str:
     return f"there is no option {word:.80}: {hint}"
 
 
-def path(text: str) -> Path:
-    """A file or a folder, as the type of an option; "" would be the present folder."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r}: name a file or a folder")
-    return Path(text)
-
-
-def check_words(words: Sequence[str]) -> None:
+def _check_words(words: Sequence[str]) -> None:
     """Raise ValueError for a word of the command line that is not UTF-8: nothing could keep it."""
     for word in words:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
@@ -320,11 +274,11 @@ def in_words(message: str, options: Mapping[str, str]) -> str:
     return re.sub(pattern, option, message)
 
 
-def ended(name: str, work: Callable[[], None]) -> int:
-    """Run a command that keeps nothing; exit status 0, or 2 for what it refused."""
+def ended(options: Options, argv: Sequence[str], work: Callable[[Any], None]) -> int:
+    """Read a command's settings and run it; exit status 0, or 2 for what it refused."""
     try:
-        work()
+        work(options.read(argv))
     except (ValueError, OSError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        print(f"{options.name}: {one_line(error)}", file=sys.stderr)
         return 2
     return 0

@@ -2,97 +2,228 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import rewards
+from finetune.ranges import GIVEN, NAME, SEED, TEXTS, optional, setting
 from rewards.backends.local_vlm import LocalVlm
+from rewards.best_of_n import choice_results, read_choices, score_choices
+from rewards.compare import agreement, kendall_tau, starc_distance
 from rewards.models.vlm_judge import JudgeReward
-from rewards.samples import read_samples
-from tilt.comparison import agreement_report, preference_report, ranked, win_report
+from rewards.samples import Sample, open_picture, read_samples
+from rewards.tournament import tournament
+from tilt import score_table
 from tilt.loading import pick_device
-from tilt.options import SEED, Parser, ended
+from tilt.main import dispatch
+from tilt.options import Options, ended
+from tilt.pairwise_judge import SideBySideJudge
 from tilt.score_summary import FIGURES
-from tilt.score_table import read_table
+from tilt.statistics import bootstrap, win_rate
 
-__all__ = ["main", "parser"]
+__all__ = ["OPTIONS", "agreement_report", "main", "preference_report", "ranked", "win_report"]
 
-EXAMPLES = """\
-examples:
-  # how far the columns of a table of scores agree
-  tilt compare agreement --table scores.csv --columns clip ocr
-
-  # how often one table's images beat another's of the same prompts and seeds
-  tilt compare wins --table tuned.csv --baseline base.csv --column reward
-
-  # best-of-n accuracy of a reward on lines of {"prompt": ..., "chosen": ..., "rejected": [...]}
-  tilt compare preferences --file choices.jsonl --reward "clip(tiny)"
-
-  # rank the images of each prompt by a vision-language model that sees two at a time
-  tilt compare tournament --images out/demo --judge "judge(url=URL, model=NAME)"
-"""
+Rows = Sequence[Mapping[str, Any]]
 
 
-def parser() -> argparse.ArgumentParser:
-    """Every option."""
-    kind = argparse.RawDescriptionHelpFormatter
-    p = Parser(prog="tilt compare", description=__doc__, epilog=EXAMPLES, formatter_class=kind)
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMPARISON")
-    one = commands.add_parser("agreement", help="how far the columns of a table agree")
-    one.add_argument("--table", type=Path, required=True, help="Table of scores.")
-    one.add_argument("--columns", nargs="+", default=[], help="Columns (default: all scores).")
-    one = commands.add_parser("wins", help="how often one table's images beat another's")
-    one.add_argument("--table", type=Path, required=True, help="Table of scores.")
-    one.add_argument("--baseline", type=Path, required=True, help="Table to compare it with.")
-    one.add_argument("--column", default="reward", help="Column to compare (default: reward).")
-    one.add_argument("--seed", type=SEED, default=0, help="Seed of the bootstrap (default: 0).")
-    one = commands.add_parser("preferences", help="accuracy of a reward on a preference file")
-    one.add_argument("--file", type=Path, required=True, help="Preference file, .jsonl.")
-    one.add_argument("--reward", required=True, help="Spec of the reward.")
-    one = commands.add_parser("tournament", help="rank the images of each prompt by a judge")
-    one.add_argument("--images", type=Path, required=True, help="Folder of images, or .jsonl file.")
-    one.add_argument("--prompt", help="Prompt of the images that do not record their own.")
-    one.add_argument("--judge", required=True, help="Spec of the judge, judge(url=..., model=...).")
-    for one in (commands.choices["preferences"], commands.choices["tournament"]):
-        one.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto).")
-    return p
+@dataclass
+class Agreement:
+    """Say how far the columns of a table of scores agree."""
+
+    table: str = setting("", GIVEN, "table of scores")
+    columns: list[str] = setting(list, TEXTS, "columns; by default all scores")
+
+    def report(self) -> str:
+        return agreement_report(_table(self.table), self.columns)
 
 
-def main(argv: Sequence[str]) -> int:
+@dataclass
+class Wins:
+    """Say how often one table's images beat another's of the same prompts."""
+
+    table: str = setting("", GIVEN, "table of scores")
+    baseline: str = setting("", GIVEN, "table to compare it with")
+    column: str = setting("reward", NAME, "column to compare")
+    seed: int = setting(0, SEED, "seed of the bootstrap")
+
+    def report(self) -> str:
+        return win_report(_table(self.table), _table(self.baseline), self.column, self.seed)
+
+
+@dataclass
+class Preferences:
+    """Say how often a reward prefers what people prefer: its best-of-n accuracy."""
+
+    file: str = setting("", GIVEN, "preference file, .jsonl")
+    reward: str = setting("", GIVEN, "spec of the reward")
+    device: str = setting("auto", NAME, "auto, cpu, cuda or mps")
+
+    def report(self) -> str:
+        device = pick_device(self.device)
+        reward = rewards.load(self.reward, device, imports=True)
+        return preference_report(Path(self.file), reward, device)
+
+
+@dataclass
+class Tournament:
+    """Rank the images of each prompt by a vision-language model that sees two at a time."""
+
+    images: str = setting("", GIVEN, "folder of images, or .jsonl file")
+    prompt: str | None = setting(
+        None, optional(NAME), "prompt of the images that do not record their own"
+    )
+    judge: str = setting("", GIVEN, "spec of the judge, judge(url=..., model=...)")
+    device: str = setting("auto", NAME, "auto, cpu, cuda or mps")
+
+    def report(self) -> str:
+        samples = read_samples(Path(self.images), self.prompt, exclude=FIGURES)
+        judge, lines = _judge(self.judge, pick_device(self.device)), []
+        for prompt, paths in ranked(samples, judge).items():
+            lines += [prompt, *(f"  {i}. {path}" for i, path in enumerate(paths, 1))]
+        return "\n".join(lines)
+
+
+EXAMPLES = {
+    Agreement: "--table scores.csv --columns clip ocr",
+    Wins: "--table tuned.csv --baseline base.csv --column reward",
+    Preferences: """--file choices.jsonl --reward "clip(tiny)"
+
+a preference file has one object a line, its paths relative to it:
+  {"prompt": "a red circle", "chosen": "a.png", "rejected": ["b.png"]}""",
+    Tournament: '--images out/demo --judge "judge(url=URL, model=NAME)"',
+}
+OPTIONS = {
+    name: Options(
+        f"tilt compare {name}", kind, kind.__doc__ or "", f"example:\n  tilt compare {name} {words}"
+    )
+    for kind, words in EXAMPLES.items()
+    for name in [kind.__name__.lower()]
+}
+
+
+def main(argv: Sequence[str]) -> int | None:
     """Exit status: 0; 2 for what was refused, in one sentence."""
-    return ended("tilt compare", lambda: print(_report(parser().parse_args(argv))))
+    about = {name: options.about for name, options in OPTIONS.items()}
+    return dispatch("tilt compare", about, argv, run)
 
 
-def _report(args: argparse.Namespace) -> str:
-    if args.command == "agreement":
-        return agreement_report(_table(args.table), args.columns)
-    if args.command == "wins":
-        return win_report(_table(args.table), _table(args.baseline), args.column, args.seed)
-    if args.command == "preferences":
-        device = pick_device(args.device)
-        return preference_report(args.file, rewards.load(args.reward, device, imports=True), device)
-    samples = read_samples(args.images, args.prompt, exclude=FIGURES)
-    found = ranked(samples, _judge(args.judge, args.device))
-    lines = [
-        f"{prompt}\n" + "\n".join(f"  {i}. {p}" for i, p in enumerate(paths, 1))
-        for prompt, paths in found.items()
-    ]
-    return "\n".join(lines)
+def run(name: str, argv: Sequence[str]) -> int:
+    """Print one comparison; exit status as that of `main`."""
+    return ended(OPTIONS[name], argv, lambda settings: print(settings.report()))
 
 
-def _table(path: Path) -> list[dict[str, Any]]:
-    rows = read_table(path)
+def _table(path: str) -> list[dict[str, Any]]:
+    rows = score_table.read_table(Path(path))
     if not rows:
         raise ValueError(f"{path} holds no rows; score some images first")
     return rows
 
 
-def _judge(spec: str, device: str) -> JudgeReward:
+def _judge(spec: str, device: torch.device) -> JudgeReward:
     found = rewards.load(spec, imports=True).parts[0].reward
     if not isinstance(found, JudgeReward):
         raise ValueError(f"{spec!r} is no judge; write judge(url=..., model=...) or judge(FOLDER)")
     if isinstance(found.model, LocalVlm):
-        found.model.to(pick_device(device))
+        found.model.to(device)
+    return found
+
+
+def agreement_report(rows: Rows, columns: Sequence[str] = ()) -> str:
+    """How far each two score columns of a table agree, a line for each pair.
+
+    Images on which either score is missing are left out of that pair. See `rewards.compare` for
+    the figures: Kendall's τ over all images, and within prompts τ, the share of concordant pairs
+    and the STARC distance.
+    """
+    names = list(columns) or [name for name in rows[0] if name not in score_table.TEXTS]
+    if len(names) < 2:
+        raise ValueError(f"two columns or more are compared, but there is only {names}")
+    width = max(len(f"{a}, {b}") for a, b in combinations(names, 2))
+    lines = [f"{'':{width}}  images     tau  tau within  concordant  STARC"]
+    for first, second in combinations(names, 2):
+        a, b = _column(rows, first), _column(rows, second)
+        kept = a.isfinite() & b.isfinite()
+        prompts = [row["prompt"] for row, keep in zip(rows, kept, strict=True) if keep]
+        a, b = a[kept], b[kept]
+        within = agreement(a, b, prompts)
+        cells = f"{kendall_tau(a, b):7.3f} {within.tau:11.3f} {within.concordant:11.3f}"
+        distance = starc_distance(a, b, prompts)
+        lines.append(f"{f'{first}, {second}':{width}} {len(a):7d} {cells} {distance:6.3f}")
+    return "\n".join(lines)
+
+
+def win_report(rows: Rows, baseline: Rows, column: str, seed: int = 0) -> str:
+    """How often the images of one table beat those of another in a column, paired by prompt.
+
+    The i-th image of a prompt is compared with the i-th image of the same prompt.
+    """
+    ours, theirs = (_by_turn(table) for table in (rows, baseline))
+    if set(ours) != set(theirs):
+        missing = next(iter(set(ours) ^ set(theirs)))
+        raise ValueError(
+            f"the tables do not pair: image {missing[1] + 1} of the prompt {missing[0]!r} is in "
+            "one of them only"
+        )
+    a, b = (_column([table[key] for key in ours], column) for table in (ours, theirs))
+    prompts = [prompt for prompt, _ in ours]
+    won = win_rate(a, b, prompts, torch.Generator().manual_seed(seed))
+    gain = bootstrap(a - b, torch.Generator().manual_seed(seed))
+    return (
+        f"{len(ours)} pairs of {len(set(prompts))} prompts, 95 % intervals\n"
+        f"wins        {won.text()} over prompts\n"
+        f"difference  {gain.text('+')} over pairs"
+    )
+
+
+def preference_report(file: Path, reward: Any, device: torch.device | None = None) -> str:
+    """Best-of-n accuracy of a reward on each subset of a preference file, a line for each."""
+    choices = read_choices(file)
+    reward.check([choice.prompt for choice in choices])
+    results = choice_results(choices, score_choices(reward, choices, file.parent, device))
+    counts = {name: 0 for name in results}
+    for choice in choices:
+        counts["ties" if choice.subset.lower() == "ties" else choice.subset] += 1
+    return "\n".join(
+        f"{name or 'all'}: {value:.4f} of {counts[name]} prompts" for name, value in results.items()
+    )
+
+
+def ranked(samples: Sequence[Sample], judge: JudgeReward) -> dict[str, list[Path]]:
+    """The images of each prompt that has several, best first, by a tournament."""
+    groups: dict[str, list[Path]] = {}
+    for sample in samples:
+        groups.setdefault(sample.prompt, []).append(sample.image)
+    found = {}
+    for prompt, paths in groups.items():
+        if len(paths) > 1:
+            judge.check([prompt])
+            pictures = [open_picture(path) for path in paths]
+            ranks = tournament(SideBySideJudge(judge.model, pictures, prompt), len(paths)).ranks
+            found[prompt] = [paths[i] for i in ranks.argsort().tolist()]
+    if not found:
+        raise ValueError("no prompt has two images or more, which a tournament needs")
+    return found
+
+
+def _column(rows: Rows, name: str) -> Tensor:
+    known = [key for key in rows[0] if key not in score_table.TEXTS]
+    if name not in known:
+        raise ValueError(f"the table has no column {name!r}; it has {known}")
+    return torch.tensor([row[name] for row in rows], dtype=torch.float64)
+
+
+def _by_turn(rows: Rows) -> dict[tuple[str, int], Mapping[str, Any]]:
+    """{(prompt, how many of its images came before): row}."""
+    seen: dict[str, int] = {}
+    found = {}
+    for row in rows:
+        turn = seen.get(row["prompt"], 0)
+        seen[row["prompt"]] = turn + 1
+        found[row["prompt"], turn] = row
     return found

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from finetune.ranges import GIVEN, setting
 from tilt import report
-from tilt.options import Parser, ended, path
+from tilt.options import Options, ended
 
-__all__ = ["main"]
+__all__ = ["OPTIONS", "main"]
+
+
+@dataclass
+class Report:
+    """What to write a report of."""
+
+    folder: str = setting("", GIVEN, "the folder of a run, or what Steered.save() wrote")
+
+
+OPTIONS = Options("tilt report", Report, __doc__ or "", positional="folder")
 
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence."""
-    p = Parser(prog="tilt report", description=__doc__, allow_abbrev=False)
-    p.add_argument("folder", type=path, help="the folder of a run, or what Steered.save() wrote")
-    return ended("tilt report", lambda: print(report.write(p.parse_args(argv).folder)))
+    return ended(OPTIONS, argv, lambda settings: print(report.write(settings.folder)))

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import rewards
 from rewards.catalogue import factory_of
-from tilt.options import Parser, ended
+from tilt.options import Options, ended
 
-__all__ = ["listing", "main"]
+__all__ = ["OPTIONS", "listing", "main"]
+
+
+@dataclass
+class Rewards:
+    """There is nothing to set."""
+
+
+OPTIONS = Options("tilt rewards", Rewards, __doc__ or "")
 
 
 def listing() -> str:
@@ -41,10 +50,4 @@ def _about(factory: Any) -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence."""
-    p = Parser(prog="tilt rewards", description=__doc__, allow_abbrev=False)
-
-    def work() -> None:
-        p.parse_args(argv)
-        print(listing())
-
-    return ended("tilt rewards", work)
+    return ended(OPTIONS, argv, lambda settings: print(listing()))

@@ -6,11 +6,11 @@ whose shards get a column for each reward.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import rewards
+from finetune.ranges import FLAG, NAME, TEXT, optional, setting, whole
 from rewards.algebra import calibrate
 from rewards.combine import Aggregate, Function, Part, component_names, names_in
 from rewards.images import to_images
@@ -25,7 +26,7 @@ from rewards.samples import Sample, batches, load_batch, read_samples
 from tilt import started
 from tilt.commands.rewards import listing
 from tilt.loading import pick_device
-from tilt.options import COUNT, Parser, check_words, one_line, path
+from tilt.options import Options, ended
 from tilt.score_summary import FIGURES, draw, summary
 from tilt.score_table import TEXTS, Table, ensure_writable, read_table
 
@@ -56,40 +57,45 @@ a .jsonl file has one object a line, its paths relative to it:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Every option."""
-    p = Parser(
-        prog="tilt score",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+@dataclass
+class Score:
+    """Which pictures to score, and by what."""
+
+    source: str | None = setting(None, optional(NAME), "folder of pictures, or a .jsonl file")
+    reward: str | None = setting(
+        None, optional(NAME), "a spec such as 'clip(tiny) + 0.5*ocr(mode=strict)'"
     )
-    p.add_argument("source", nargs="?", type=path, help="folder of pictures, or a .jsonl file")
-    p.add_argument("--reward", help="a spec such as 'clip(tiny) + 0.5*ocr(mode=strict)'")
-    p.add_argument("--prompt", help="of all pictures that do not say their own")
-    p.add_argument("--out", type=path, help=".csv or .parquet (default: scores.csv beside them)")
-    p.add_argument("--resume", action="store_true", help="skip what --out already holds")
-    p.add_argument("--batch-size", type=COUNT, default=32, help="pictures at once (default: 32)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    scale = "also write a calibration file, for calibrated(..., file=FILE) in a spec"
-    p.add_argument("--calibrate", type=path, metavar="FILE", help=scale)
-    p.add_argument("--list", action="store_true", help="print the rewards, and stop")
-    return p
+    prompt: str | None = setting(None, optional(TEXT), "of all pictures that do not say their own")
+    out: str | None = setting(
+        None, optional(NAME), ".csv or .parquet (default: scores.csv beside them)"
+    )
+    resume: bool = setting(False, FLAG, "skip what --out already holds")
+    batch_size: int = setting(32, whole(1), "pictures at once")
+    device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps")
+    calibrate: str | None = setting(
+        None,
+        optional(NAME),
+        "also write a calibration file, for calibrated(..., file=FILE) in a spec",
+    )
+    list: bool = setting(False, FLAG, "print the rewards, and stop")
 
 
-def run(args: argparse.Namespace) -> int:
+OPTIONS = Options("tilt score", Score, __doc__ or "", EXAMPLES, positional="source")
+
+
+def run(settings: Score) -> None:
     """Score what is not there yet, of a run of `tilt rollout` or of pictures."""
-    if args.list:
+    if settings.list:
         print(listing())
-        return 0
-    if args.source is None or args.reward is None:
+        return
+    if settings.source is None or settings.reward is None:
         raise ValueError("give a folder or a .jsonl file, and --reward (--list shows them)")
-    if args.calibrate:
-        ensure_writable(Path(os.path.expanduser(args.calibrate)))
-    if (args.source / "00000" / "tensors.safetensors").is_file():
-        return score_rollouts(args, pick_device(args.device))
-    return score_pictures(args, pick_device(args.device))
+    if settings.calibrate:
+        ensure_writable(Path(os.path.expanduser(settings.calibrate)))
+    source, device = Path(settings.source), pick_device(settings.device)
+    of_rollouts = (source / "00000" / "tensors.safetensors").is_file()
+    work = score_rollouts if of_rollouts else score_pictures
+    work(source, settings.reward, settings, device)
 
 
 def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.WeightedSum:
@@ -118,36 +124,35 @@ def needs_references(parts: Sequence[Part]) -> bool:
     return False
 
 
-def score_pictures(args: argparse.Namespace, device: torch.device) -> int:
+def score_pictures(source: Path, spec: str, settings: Score, device: torch.device) -> None:
     """Refuse what cannot work, the cheapest check first; then fill the table and report."""
-    samples = read_samples(args.source, args.prompt, exclude=FIGURES)
-    if args.calibrate and len(samples) < 2:
-        raise ValueError(f"--calibrate needs two pictures or more but {args.source} holds one")
-    beside = args.source if args.source.is_dir() else args.source.parent
-    out = args.out or beside / "scores.csv"
+    samples = read_samples(source, settings.prompt, exclude=FIGURES)
+    if settings.calibrate and len(samples) < 2:
+        raise ValueError(f"--calibrate needs two pictures or more but {source} holds one")
+    beside = source if source.is_dir() else source.parent
+    out = Path(settings.out) if settings.out else beside / "scores.csv"
     picture = out.with_name(out.name + ".histogram.png")  # no picture of the user's has such a name
-    if args.resume and not args.calibrate and is_complete(out, args.reward, samples):
+    if settings.resume and not settings.calibrate and is_complete(out, spec, samples):
         print(f"{out} is complete")
         report(read_table(out), picture)
-        return 0
-    reward = load(args.reward, device, [sample.prompt for sample in samples])
+        return
+    reward = load(spec, device, [sample.prompt for sample in samples])
     without = [sample.image for sample in samples if not sample.references]
     if without and needs_references(reward.parts):
         raise ValueError(
             f"{reward} compares with reference pictures but {without[0]} has none; write "
             '"references": [...] in its line of a .jsonl file'
         )
-    table = Table(out, versioned(reward.spec), args.resume)
+    table = Table(out, versioned(reward.spec), settings.resume)
     rows = [texts(sample, reward.wants_references) for sample in samples]
     left = table.missing(rows)
     try:
-        score(reward, [samples[i] for i in left], table, args.batch_size, device)
+        score(reward, [samples[i] for i in left], table, settings.batch_size, device)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"{len(table.rows)} of {len(samples)} are kept") from None
     print(out if table.finish(rows) else f"{out} is complete")
     report(table.rows, picture)
-    keep_scale(reward, table.rows, args.calibrate)
-    return 0
+    keep_scale(reward, table.rows, settings.calibrate)
 
 
 def is_complete(out: Path, spec: str, samples: Sequence[Sample]) -> bool:
@@ -207,17 +212,17 @@ def report(rows: Sequence[dict[str, Any]], picture: Path) -> None:
 
 
 def keep_scale(
-    reward: rewards.WeightedSum, rows: Sequence[dict[str, Any]], calibration: Path | None
+    reward: rewards.WeightedSum, rows: Sequence[dict[str, Any]], calibration: str | None
 ) -> None:
     """Keep the scores as a scale if that is asked for."""
     if calibration:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         measured = calibrate.by_fingerprint(reward, columns.pop("reward"), columns)
-        calibrate.save(calibration, measured)
+        calibrate.save(Path(calibration), measured)
         print(calibration)
 
 
-def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
+def score_rollouts(source: Path, spec: str, settings: Score, device: torch.device) -> None:
     """Add the columns "reward" and each component to every shard of `tilt rollout`.
 
     A column that is there already is replaced. --resume skips shards where all of them are of
@@ -227,38 +232,37 @@ def score_rollouts(args: argparse.Namespace, device: torch.device) -> int:
     from finetune.shards import Rollouts, add_rewards
 
     for option in ("out", "prompt"):
-        if getattr(args, option) is not None:
+        if getattr(settings, option) is not None:
             raise ValueError(
                 "rollouts have prompts and keep their scores in their own shards; "
                 f"leave out --{option}"
             )
-    run, reward = Rollouts(args.source), None
-    spec = rewards.spelled(args.reward, imports=True)
+    run, reward = Rollouts(source), None
+    spec = rewards.spelled(spec, imports=True)
     names, version = ["reward", *names_in(spec)], rewards.identity(spec)
     left = [
         shard
         for shard in run.shards
-        if not args.resume
+        if not settings.resume
         or {(shard.scored_by(name), shard.versions().get(name)) for name in names}
         != {(spec, version)}
     ]
-    if left or args.calibrate:
-        reward = load(args.reward, device, run.manifest["plan"]["prompts"])
+    if left or settings.calibrate:
+        reward = load(spec, device, run.manifest["plan"]["prompts"])
         if needs_references(reward.parts):
             raise ValueError(f"{reward} compares with reference pictures, which rollouts lack")
         try:
             for shard in tqdm(left, unit="shard"):
-                found = score_shard(reward, shard, args.batch_size, device)
+                found = score_shard(reward, shard, settings.batch_size, device)
                 add_rewards(shard, found, spec, {"reward": reward.range}, version)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("finished shards are kept") from None
     rows = [row for shard in run.shards for row in scored(shard, names)]
-    report(rows, args.source / "scores.histogram.png")
+    report(rows, source / "scores.histogram.png")
     if reward:
-        keep_scale(reward, rows, args.calibrate)
+        keep_scale(reward, rows, settings.calibrate)
     if little := of_rollouts(run, "reward"):
         print(f"before a model is trained on these: {little}")
-    return 0
 
 
 def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -285,15 +289,10 @@ def score_shard(
     return columns
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
-    words = sys.argv[1:] if argv is None else argv
     try:
-        check_words(words)
-        return run(parser().parse_args(words))
-    except (ValueError, OSError) as error:
-        print(f"tilt score: {one_line(error)}", file=sys.stderr)
-        return 2
+        return ended(OPTIONS, argv, run)
     except KeyboardInterrupt as stop:
         kept = str(stop) or "nothing is lost"
         print(f"tilt score: interrupted; {kept}: repeat the command with --resume", file=sys.stderr)

@@ -150,7 +150,7 @@ class Steer:
     dtype: str = setting(
         "auto",
         one_of("auto", *loading.DTYPES),
-        f"of the networks: {', '.join(loading.DTYPES)}; auto is float32 on a CPU, else a half type",
+        "type of the networks; auto is float32 on a CPU, else a half type",
         ON,
     )
     attention: str = setting(
