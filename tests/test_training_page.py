@@ -33,8 +33,8 @@ def training(out, *, quality=QUALITY, log=True, grids=True, settings=SETTINGS, s
     out.mkdir(parents=True)
     g = torch.Generator().manual_seed(0)
     for step, train, held, q in zip(steps, TRAIN, HELD, quality, strict=False):
-        row = {"step": step, "held_out/ocr <b>": held / 2, "held_out/reward": held}
-        row |= {"held_out/quality": q, "train/reward": train, "train/ocr <b>": train / 2}
+        row = {"step": step, 'held_out/ocr "><b>': held / 2, "held_out/reward": held}
+        row |= {"held_out/quality": q, "train/reward": train, 'train/ocr "><b>': train / 2}
         row["held_out/corrected"] = checks.corrected(held, q)
         checks.append(out / "checks.csv", row)
         if grids:

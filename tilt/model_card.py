@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.checks import read
 from steering import tiny
+from tilt.report import markup
 
 __all__ = ["About", "curves", "write"]
 
@@ -38,35 +39,14 @@ def write(folder: Path, about: About, run: Path) -> None:
     )
     checks = read(run / "checks.csv")
     curves(read(run / "log.csv"), checks, folder / "curves.png")
-    body = [
-        f"---\n{head.to_yaml()}\n---",
-        f"# A LoRA for {about.base}, tuned by {about.method}",
-        f"```python\n{_usage(about)}\n```",
-        f"Taken from step {about.step}. The base's own limits and licence stay.",
-        "## Data",
-        "\n".join(f"- {line}" for line in about.data),
-        "## Curves",
-        "![curves](curves.png)",
-        *([_table(checks)] if checks else []),
-        "## Settings",
-        f"```yaml\n{about.settings.strip()}\n```",
-    ]
-    (folder / "README.md").write_text("\n\n".join(body) + "\n", encoding="utf-8")
-
-
-def _usage(about: About) -> str:
-    load = f"from diffusers import {about.pipeline}\n\npipe = {about.pipeline}.from_pretrained"
-    if about.base in tiny.NAMES:
-        load = "from steering import tiny\n\npipe = tiny.load"
-    return f'{load}("{about.base}")\npipe.load_lora_weights("this folder")'
-
-
-def _table(rows: Sequence[Point]) -> str:
-    """The checks as Markdown, a line each."""
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    lines += ["| " + " | ".join(f"{row[name]:g}" for name in names) + " |" for row in rows]
-    return "\n".join(lines)
+    card = markup.render(
+        "model_card.md",
+        head=head.to_yaml(),
+        about=about,
+        embedded=about.base in tiny.NAMES,
+        checks=checks,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def curves(log: Sequence[Point], checks: Sequence[Point], path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from tilt.report.markup import environment
 
 __all__ = ["FOLDERS", "GRID", "card"]
 
@@ -25,12 +25,5 @@ def card(template: str, **values: Any) -> str:
 
     `values` are the variables of the template; tables are lists of lines.
     """
-    loader = FileSystemLoader(Path(__file__).parent / "card_templates")
-    markdown = Environment(
-        loader=loader,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    return markdown.get_template(f"{template}.md.jinja").render(values)
+    templates = environment(Path(__file__).parent / "card_templates")
+    return templates.get_template(f"{template}.md.jinja").render(values)

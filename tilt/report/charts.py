@@ -1,4 +1,4 @@
-"""Small line charts as inline SVG, in the colours of the page around them."""
+"""Small line charts: where everything stands in them. The template chart.svg paints it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilt.report.markup import escape, short
+from tilt.report.markup import short
 
-__all__ = ["Line", "chart", "ticks"]
+__all__ = ["Chart", "Line", "chart", "ticks"]
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 24
-_STYLES = 4  # colours and dashes that page.css has
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Line:
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
-    style: int = 0  # colour and dash, 0 to 3
+    style: int = 0  # colour and dash in page.css, 0 to 3
     dots: bool = False
 
     @property
@@ -40,40 +39,63 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A line in pixels: `places` of its finite points, `path` through them with its gaps."""
+
+    name: str
+    style: int
+    dots: bool
+    places: list[tuple[float, float]]
+    path: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What the template chart.svg paints, in CSS pixels. said: the same in words."""
+
+    title: str
+    size: tuple[int, int]
+    said: str
+    left: float
+    right: float
+    top: float
+    bottom: float
+    ticks_x: list[tuple[float, str]]
+    ticks_y: list[tuple[float, str]]
+    lines: list[Drawn]
+    marks: list[tuple[float, str]]
+
+
 def chart(
     title: str,
     lines: Sequence[Line],
     *,
-    x_label: str = "step",
     size: tuple[int, int] = (330, 170),
     marks: Sequence[tuple[float, str]] = (),
-    note: str = "",
-) -> str:
-    """A figure with its title and, for several lines, a key.
+) -> Chart:
+    """Lines over the steps.
 
-    size: width and height in CSS pixels; marks: vertical lines, each at an x and with a label;
-    note: a line of text below, which says what is drawn.
+    size: width and height in CSS pixels; marks: vertical lines, each at an x and with a label.
     """
     frame = _Frame.around(lines, [x for x, _ in marks], size)
-    drawn = [_axes(frame, x_label), *(_drawn(frame, line) for line in lines)]
-    drawn += [_mark(frame, x, label) for x, label in marks]
-    key = ""
-    if len(lines) > 1:
-        names = (
-            f'<span class="key s{line.style % _STYLES}{" dots" * line.dots}">{escape(line.name)}'
-            "</span>"
-            for line in lines
-        )
-        key = f'<p class="keys">{" ".join(names)}</p>'
-    label = escape(". ".join([title, *(_said(line) for line in lines)]))
-    svg = (
-        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{label}">'
-        f"{''.join(drawn)}</svg>"
+    (left, bottom), (right, top) = (
+        frame.at(*corner) for corner in zip(frame.x, frame.y, strict=True)
     )
-    key += f'<p class="note">{escape(note)}</p>' if note else ""
-    wide = f' style="max-width:{size[0]}px;flex-basis:{round(0.85 * size[0])}px"'
-    return (
-        f'<figure class="chart"{wide}><figcaption>{escape(title)}</figcaption>{svg}{key}</figure>'
+    across = [(frame.at(x, frame.y[0])[0], x) for x in ticks(*frame.x)]
+    return Chart(
+        title=title,
+        size=size,
+        said=". ".join([title, *map(_said, lines)]),
+        left=left,
+        right=right,
+        top=top,
+        bottom=bottom,
+        # steps; the name of the axis stands at its end
+        ticks_x=[(place, short(x)) for place, x in across if x == round(x) and place < right - 40],
+        ticks_y=[(frame.at(frame.x[0], y)[1], _tick(y, frame.y)) for y in ticks(*frame.y)],
+        lines=[_drawn(frame, line) for line in lines],
+        marks=[(frame.at(x, frame.y[1])[0], label) for x, label in marks],
     )
 
 
@@ -105,56 +127,20 @@ def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
     return low - margin * room, high + margin * room
 
 
-def _axes(frame: _Frame, x_label: str) -> str:
-    (left, bottom), (right, _) = (frame.at(x, frame.y[0]) for x in frame.x)
-    found = [f'<path class="axis" d="M{left} {bottom}H{right}"/>']
-    for y in ticks(*frame.y):
-        _, down = frame.at(frame.x[0], y)
-        found.append(
-            f'<path class="grid" d="M{left} {down}H{right}"/>'
-            f'<text x="{left - 5}" y="{down + 3.5}" text-anchor="end">{_tick(y, frame.y)}</text>'
-        )
-    for x in ticks(*frame.x):
-        across, _ = frame.at(x, frame.y[0])
-        if x == round(x) and across < right - 40:  # steps; the name of the axis stands at its end
-            found.append(
-                f'<text x="{across}" y="{bottom + 15}" text-anchor="middle">{short(x)}</text>'
-            )
-    end = f'<text x="{right}" y="{bottom + 15}" text-anchor="end">{escape(x_label)}</text>'
-    return "".join([*found, end])
-
-
 def _tick(value: float, span: tuple[float, float]) -> str:
     """As many digits as tell the ticks apart."""
     value = 0.0 if abs(value) < 1e-9 * (span[1] - span[0]) else value
     return f"{value:.6g}"
 
 
-def _drawn(frame: _Frame, line: Line) -> str:
-    kept = [frame.at(x, y) if math.isfinite(y) else None for x, y in line.points]
-    style = f"s{line.style % _STYLES}"
-    if line.dots:
-        circles = "".join(f'<circle cx="{p[0]}" cy="{p[1]}" r="2.5"/>' for p in kept if p)
-        return f'<g class="points {style}">{circles}</g>'
-    path, pen = "", "M"
-    for place in kept:
+def _drawn(frame: _Frame, line: Line) -> Drawn:
+    places = [frame.at(x, y) if math.isfinite(y) else None for x, y in line.points]
+    known, path, pen = [place for place in places if place], "", "M"
+    for place in places:
         path += f"{pen}{place[0]} {place[1]}" if place else ""
         pen = "L" if place else "M"
-    alone = sum(place is not None for place in kept) == 1
-    path += "h0.01" if alone else ""  # a round cap makes a point of it
-    return f'<path class="line {style}" d="{path}"/>' if path else ""
-
-
-def _mark(frame: _Frame, x: float, label: str) -> str:
-    across, top = frame.at(x, frame.y[1])
-    _, bottom = frame.at(x, frame.y[0])
-    right = across > frame.size[0] * 0.6
-    side, anchor = (-4, "end") if right else (4, "start")
-    return (
-        f'<path class="mark" d="M{across} {top}V{bottom}"/>'
-        f'<text class="mark" x="{across + side}" y="{top + 9}" text-anchor="{anchor}">'
-        f"{escape(label)}</text>"
-    )
+    path += "h0.01" * (len(known) == 1)  # a round cap makes a point of it
+    return Drawn(line.name, line.style, line.dots, known, path)
 
 
 def _said(line: Line) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-__all__ = ["Budget", "Sprite", "sprite"]
+__all__ = ["Budget", "Picture", "Sprite", "sprite"]
 
 _LOSSLESS = 100
 # (share of the longest side, quality), tried in this order until all fits
@@ -17,6 +17,21 @@ _LADDER = (
     (1, _LOSSLESS), (1, 85), (7 / 8, 75), (3 / 4, 65), (5 / 8, 55), (1 / 2, 55), (3 / 8, 50),
     (5 / 16, 45), (1 / 4, 40), (3 / 16, 35), (1 / 8, 30), (1 / 16, 20),
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What the macro `figure` of the templates shows: a small copy that leads to the file.
+
+    path: of the file, as the page sees it; label: for those who do not see it.
+    """
+
+    path: str
+    label: str
+    best: bool
+    address: str  # a data address of the small copy
+    size: tuple[int, int]
+    pixels: bool  # whether it is shown pixel by pixel
 
 
 @dataclass
@@ -52,6 +67,11 @@ class Budget:
             self.rung += 1
         self.spent += len(content)
         return "data:image/webp;base64," + base64.b64encode(content).decode(), small
+
+    def picture(self, image: Image.Image, path: str, label: str, best: bool = False) -> Picture:
+        """The small copy of one picture."""
+        address, small = self.encode(image)
+        return Picture(path, label, best, address, small.size, max(image.size) <= 96)
 
 
 @dataclass(frozen=True)
