@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from finetune.rollouts import Plan, generate
     from finetune.shards import Rollouts
 
-# name -> the module that it comes from, which takes seconds to import
+# public name -> its module, imported on first use because that takes seconds
 _FROM = {
     "Check": "checks", "Gdro": "gdro", "Grpo": "grpo", "Nft": "nft", "Plan": "rollouts",
     "Rollouts": "shards", "Watch": "checks", "gdro_loss": "losses", "generate": "rollouts",

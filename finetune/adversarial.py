@@ -1,8 +1,8 @@
-"""References in the loop: samples are to be like them, as a critic or a fixed reward sees it.
+"""Adversarial training: a critic or a fixed reward compares samples with reference images.
 
-Adv-GRPO (Mao et al. 2025), with one pass of rollouts for both sides: an epoch's samples are scored
-by the critic as it is, the generator moves, then the critic looks at them beside references. A rule
-cannot be trained; likeness to references is paired with it instead.
+Adv-GRPO (Mao et al. 2025), with the same rollouts for both sides: in each epoch the critic scores
+the samples, the generator is updated, and then the critic is trained on the samples and references.
+Rule-based rewards cannot be trained; a reward for similarity to references can be added to them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = ["Adversary", "likened"]
 
 
 class Adversary:
-    """The reward of an adversarial run: weight · critic, and whatever fixed reward beside it.
+    """The reward of an adversarial run: weight · critic, plus a fixed reward if one is given.
 
-    fixed: a reward as in grpo.Score, or None; seed: of the references, patches and replay.
+    fixed: a reward as in grpo.Score, or None; seed: seeds references, patches and replay.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Adversary:
         self.weight, self.seed, self.rank = weight, seed, rank
 
     def __call__(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total and its components, (n,) each."""
+        """Return the total and its components, (n,) each."""
         scores = self.critic.reward(images, prompts)
         if self.fixed is None:
             return self.weight * scores, {"critic": scores}
@@ -47,7 +47,7 @@ class Adversary:
         return total + self.weight * scores, components | {"critic": scores}
 
     def observe(self, images: Tensor, prompts: Sequence[str], epoch: int) -> dict[str, float]:
-        """Let the critic look at an epoch's samples, and learn if it is due."""
+        """Show an epoch's samples to the critic, which is trained if its trigger says so."""
         generator = draws(self.seed, epoch, f"critic {self.rank}")
         real = self.references.draw(prompts, generator).to(images.device)
         seen = self.critic.train_step(real, images, prompts, generator)
@@ -61,10 +61,10 @@ class Adversary:
 
 
 def likened(reward: Any, references: References, seed: int, most: int = 4) -> Score:
-    """A sum of rewards as a Score, with references of each sample's prompt to compare with.
+    """Return a sum of rewards as a Score that passes references of each sample's prompt to them.
 
-    They are at most `most` pictures of each prompt, or of the style, drawn from the seed alone: the
-    same ones in every epoch and process. `references.check` must have passed the prompts.
+    At most `most` references of each prompt (or of the style, if unpaired) are drawn, from the seed
+    alone, so they are the same in every epoch and process. `references.check` must have passed.
     """
 
     def shown(key: str) -> Tensor:

@@ -1,9 +1,9 @@
-"""Sampling with a stochastic window, for policy gradients: moves whose law is known exactly.
+"""Sampling with a stochastic window, for policy gradients: moves with known densities.
 
-The moves are those of steering (DDIM, rectified flow with noise put back); here the loop is ours,
-because the very call of the network that sampled is the one that is differentiated later.
-Legend: n rows, w steps of the window, `now` and `after` the noise levels of a step: ᾱ with betas,
-σ of a flow.
+The moves are those of steering (DDIM, rectified flow with noise). The loop is written out here,
+because the same network calls are differentiated later.
+Legend: n rows, w steps of the window, `now` and `after` the noise levels around a step: ᾱ for
+schedulers with betas, σ for flows.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ __all__ = ["Move", "Policy", "Schedule", "sample", "schedule_of"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a sampler: t (steps,) as the network is told, and the levels around each.
+    """The steps of a sampler: t (steps,) as passed to the network, and the levels around each.
 
-    shape: of one row of latents.
+    shape: the shape of one row of latents.
     """
 
     noising: Noising
@@ -40,15 +40,15 @@ class Schedule:
         return len(self.t)
 
     def transition(self, step: int, output: Tensor, x: Tensor, noise: float) -> Transition:
-        """The Gaussian move of a step, given the network's output; noise 0 is the stock one."""
+        """Return the Gaussian move of a step for the network's output; noise 0 is deterministic."""
         now, after = self.now[step], self.after[step]
         if self.noising.flow:
             return flow_transition(output, x, now, after, noise * after)
         return ddim_transition(output, x, now, after, noise, self.noising.prediction)
 
     def check_window(self, window: range, noise: float) -> None:
-        """ValueError for a window without steps, beyond the schedule, or without noise."""
-        last = len(self) - 1  # it leads to the image itself and draws no noise
+        """Raise ValueError for a window that is empty, outside the schedule or without noise."""
+        last = len(self) - 1  # this step gives the image and draws no noise
         if not window or window.start < 0 or window.stop > last or not 0 < noise <= 1:
             raise ValueError(
                 f"the window of steps {window.start} to {window.stop - 1} at noise {noise} has no "
@@ -59,15 +59,15 @@ class Schedule:
 def schedule_of(
     pipe: Any, noising: Noising, prompt: str, encoded: Any = None, **call: Any
 ) -> Schedule:
-    """The steps that the pipeline's own call takes, as DDIM or Euler.
+    """Return the steps that the pipeline's own call takes, as DDIM or Euler.
 
-    The call is made, on a copy whose scheduler has no steps left: what it sets is the schedule.
-    encoded: `models.encoded` of any prompt, where the encoders are gone.
+    A copy of the pipeline is called with a scheduler that has no steps left; the schedule is what
+    that call sets. encoded: `models.encoded` of any prompt, if the encoders were removed.
     """
     scheduler: Any = stochastic(pipe.scheduler, 0.0)
     scheduler.chain.finished = True
     replaced: dict[str, Any] = {"scheduler": scheduler}
-    if encoded is not None:  # neither prompt nor guidance makes another schedule
+    if encoded is not None:  # neither prompt nor guidance affects the schedule
         replaced["encode_prompt"] = lambda *_, **__: encoded
         call["guidance_scale"] = 1.0
     view = view_of(pipe, **replaced)
@@ -86,10 +86,10 @@ def schedule_of(
 
 @dataclass(frozen=True)
 class Policy:
-    """The network that chooses moves, with or without guidance.
+    """The network that proposes moves, with or without guidance.
 
-    scale: of classifier-free guidance, u + scale (c - u), where it is above 1; `empty` is the
-    conditioning of the negative prompt then, one row.
+    scale: classifier-free guidance u + scale (c - u) if above 1; `empty` is then the conditioning
+    of the negative prompt, one row.
     """
 
     network: Any
@@ -99,7 +99,7 @@ class Policy:
     empty: Conditioning | None = None
 
     def __call__(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        """The guided output for x (n, ...) at t (), float32."""
+        """Return the guided output for x (n, ...) at t (), in float32."""
         n = len(x)
         if self.scale <= 1 or self.empty is None:
             return self._predict(x, t.expand(n), given).float()
@@ -115,7 +115,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Move:
-    """One noisy step that was taken: from x to y, both (n, *shape)."""
+    """One sampled noisy step from x to y, both (n, *shape)."""
 
     step: int
     x: Tensor
@@ -132,10 +132,10 @@ def sample(
     noise: float,
     draws: Tensor,
 ) -> tuple[Tensor, list[Move]]:
-    """Latents (n, *shape) from pure noise `start`, and the moves of the window.
+    """Sample latents (n, *shape) from pure noise `start`; return them and the window's moves.
 
-    draws (w, n, *shape): the noise of each. Outside the window nothing is drawn (Flow-GRPO-Fast;
-    MixGRPO). Where all rows start alike, (1, *shape), they are one row up to the window's start.
+    draws (w, n, *shape): the noise of each move. Steps outside the window are deterministic
+    (Flow-GRPO-Fast; MixGRPO). A `start` of (1, *shape) is evaluated as one row until the window.
     """
     x, moves = start, []
     rows = draws.shape[1]

@@ -1,7 +1,7 @@
-"""Looking at a network while it trains: the same noise of the same prompts, drawn and scored.
+"""Checks during training: images of fixed prompts and fixed noise are drawn and scored.
 
-What counts is the reward on prompts that training never sees, by the pipeline's own sampler, and
-a second opinion that training does not follow. Legend: p prompts, m images each.
+They measure the reward on held-out prompts, with the pipeline's own sampler, and if asked a second
+reward that is not trained on.
 """
 
 from __future__ import annotations
@@ -41,31 +41,27 @@ __all__ = [
     "rewind",
 ]
 
-PER_CALL = 4  # prompts of a call of the pipeline
-GRID_ROWS = 8  # prompts that a grid shows
+PER_CALL = 4  # prompts per call of the pipeline
+GRID_ROWS = 8  # prompts in a grid
 
 
 @dataclass
 class Check:
-    """When and at what to look."""
+    """The settings of checks during training."""
 
-    every: int = setting(
-        0, whole(0), "steps between checks: pictures are drawn and scored; 0: never"
-    )
-    prompts: str = setting("", TEXT, "a file of prompts that are not trained on")
-    train_prompts: int = setting(
-        8, whole(0), "how many of the prompts that are trained on are checked too"
-    )
-    images: int = setting(4, whole(1, 10_000), "pictures of a prompt")
-    reward: str = setting("", TEXT, "what scores them; by default what is trained on")
+    every: int = setting(0, whole(0), "steps between checks, which draw and score images; 0: never")
+    prompts: str = setting("", TEXT, "file of prompts that are not trained on")
+    train_prompts: int = setting(8, whole(0), "number of training prompts that are checked as well")
+    images: int = setting(4, whole(1, 10_000), "images per prompt")
+    reward: str = setting("", TEXT, "reward of the checks; by default the reward of the training")
     quality: str = setting(
-        "", TEXT, "a reward from 1 to 5, for the corrected score r (q - 3) + 0.2"
+        "", TEXT, "reward q from 1 to 5, for the corrected score r (q - 3) + 0.2"
     )
-    best: str = setting("held_out/reward", NAME, "the metric whose best check gives lora/")
-    patience: int = setting(0, whole(0), "stop after so many checks without a new best; 0: never")
-    seed: int = setting(1, SEED, "seed of the checks' noise")
+    best: str = setting("held_out/reward", NAME, "metric whose best check is exported to lora/")
+    patience: int = setting(0, whole(0), "stop after this many checks without a new best; 0: never")
+    seed: int = setting(1, SEED, "seed of the noise in checks")
     call: dict[str, Any] = setting(
-        dict, KEYWORDS, "keywords of the pipeline's call; by default those of the images trained on"
+        dict, KEYWORDS, "keywords of the pipeline's call; by default those in training"
     )
 
     def __post_init__(self) -> None:
@@ -74,16 +70,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What was seen: scores of all pictures by name, and the pictures of each prompt."""
+    """The result of a check: scores of all images by name, and the images of each prompt."""
 
     scores: dict[str, list[float]] = field(default_factory=dict)
     images: list[tuple[int, list[Image]]] = field(default_factory=list)
 
 
 def means(sheets: Sequence[Sheet]) -> dict[str, float]:
-    """The mean over all pictures of the sheets, by name.
+    """Return the means over all images of the sheets, by name.
 
-    A score that is not finite ("no answer") is left out; NaN where no picture has another.
+    Scores that are not finite ("no answer") are left out; the mean is NaN if none is finite.
     """
     names = dict.fromkeys(name for sheet in sheets for name in sheet.scores)
     found = {}
@@ -95,9 +91,9 @@ def means(sheets: Sequence[Sheet]) -> dict[str, float]:
 
 
 def corrected(reward: float, quality: float) -> float:
-    """r (q - 3) + 0.2: a reward that counts only as far as the picture is good, q from 1 to 5.
+    """Return r (q - 3) + 0.2, a reward r weighted by an image quality q from 1 to 5.
 
-    GDRO's score against reward hacking, of means; the 0.2 is only for plots.
+    GDRO's score against reward hacking, computed from means; the 0.2 is only for plots.
     """
     return reward * (quality - 3) + 0.2
 
@@ -106,8 +102,8 @@ def corrected(reward: float, quality: float) -> float:
 class Watch:
     """The checks of one training run.
 
-    seen, unseen: prompts that are and are not trained on; rewards: "reward" and perhaps "quality";
-    call: keywords of the pipeline's call; load(**components): the pipeline, around a component.
+    seen, unseen: training and held-out prompts; rewards: "reward" and optionally "quality"; call:
+    keywords of the pipeline's call; load(**components): returns the pipeline with these components.
     """
 
     check: Check
@@ -118,11 +114,11 @@ class Watch:
     load: Callable[..., Any]
 
     def look(self, part: str, network: Any, accelerator: Any) -> tuple[dict[str, float], Image]:
-        """Means by name ("held_out/reward", "train/reward", ...) and a grid of unseen prompts.
+        """Return means by name ("held_out/reward", "train/reward", ...) and a grid of images.
 
-        Prompts are split among processes. The rest of the pipeline is loaded for it and dropped.
+        Prompts are split among processes. The other components are loaded and freed again.
         """
-        shown = network.register_state_dict_post_hook(_shares)  # a manifest looks at the weights
+        shown = network.register_state_dict_post_hook(_shares)  # for the manifest's fingerprints
         try:
             return self._look(part, network, accelerator)
         finally:
@@ -141,7 +137,7 @@ class Watch:
             sheet = draw(pipe, prompts, mine, self.rewards, self.check, self.call)
             most = range(0, len(prompts), world)
             if accelerator.is_fsdp2 and _calls(mine) < _calls(most):
-                # the others' forward passes wait for this process's share of the weights
+                # forward passes on other processes need this process's shard of the weights
                 draw(pipe, prompts, range(1), {}, self.check, self.call)
             sheets = gather_object([sheet])
             row |= {f"{split}/{name}": value for name, value in means(sheets).items()}
@@ -155,14 +151,14 @@ class Watch:
 
 
 def _shares(module: Any, state: dict[str, Any], *_: Any) -> None:
-    """What this process holds of each weight, as the state."""
+    """Replace each weight in the state by this process's shard."""
     for name, value in state.items():
         if isinstance(value, DTensor):
             state[name] = value.to_local()
 
 
 def _calls(prompts: range) -> int:
-    """How many calls of the pipeline draw so many prompts."""
+    """Return the number of pipeline calls for these prompts."""
     return -(-len(prompts) // PER_CALL)
 
 
@@ -179,11 +175,11 @@ def draw(
     check: Check,
     call: dict[str, Any],
 ) -> Sheet:
-    """Draw `check.images` pictures of the prompts `only` by the stock sampler, and score them.
+    """Draw `check.images` images of each prompt in `only` by the stock sampler, and score them.
 
-    rewards: by name, as `rewards.load` makes them; components of "reward" are reported too. A
-    prompt's noise depends on the seed and the prompt alone; with others beside it, its pictures are
-    the same to one grey level in at most 1 % of the values (docs/checked.md).
+    rewards: by name, as `rewards.load` makes them; components of "reward" are reported as well. A
+    prompt's noise depends only on the seed and the prompt; other prompts in the call change its
+    images by at most one grey level in at most 1 % of the values (docs/checked.md).
     """
     sheet = Sheet()
     drawn = steer_each(
@@ -219,9 +215,9 @@ def _scored(rewards: Mapping[str, Any], images: Tensor, prompt: str) -> dict[str
 
 
 def append(file: Path, row: Mapping[str, float]) -> None:
-    """Add a row to a table of numbers, with a header if it is the first.
+    """Append a row to a CSV table of numbers, after a header if it is the first row.
 
-    ValueError for a table of other columns.
+    Raises ValueError if the table has other columns.
     """
     fresh = not file.exists()
     if not fresh:
@@ -229,8 +225,8 @@ def append(file: Path, row: Mapping[str, float]) -> None:
             columns = next(csv.reader(source), [])
         if columns != list(row):
             raise ValueError(
-                f"{file} has the columns {columns}, not {list(row)}: it is of another run, or of "
-                "another version; move it away"
+                f"{file} has the columns {columns}, not {list(row)}: it belongs to another run or "
+                "version; move it away"
             )
     with file.open("a", encoding="utf-8", newline="") as target:
         writer = csv.DictWriter(target, list(row))
@@ -240,9 +236,9 @@ def append(file: Path, row: Mapping[str, float]) -> None:
 
 
 def read(file: Path) -> list[dict[str, float]]:
-    """The rows of such a table; none if it is not there, and no last one that was cut off.
+    """Return the rows of such a table, without an incomplete last row; none if it is missing.
 
-    ValueError for a file that is no such table.
+    Raises ValueError if the file is no such table.
     """
     if not file.exists():
         return []
@@ -251,17 +247,17 @@ def read(file: Path) -> list[dict[str, float]]:
         rows = list(csv.DictReader(whole.splitlines()))
         found = [{k: float(v) for k, v in row.items()} for row in rows]
         if found and "step" not in found[0]:
-            raise ValueError("no column is called step")
+            raise ValueError("it has no column named step")
     except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(
-            f"{file} is no table of numbers, a row a step ({error}): it is damaged, or something "
-            "else; move it away"
+            f"{file} is no table of numbers with one row per step ({error}): it is damaged, or "
+            "another kind of file; move it away"
         ) from None
     return found
 
 
 def rewind(file: Path, step: int) -> None:
-    """Forget the rows after a step: those of a run that was cut off, which are made again."""
+    """Delete the rows after a step, which an interrupted run will write again."""
     rows = [row for row in read(file) if row["step"] <= step]
     file.unlink(missing_ok=True)
     for row in rows:
@@ -269,10 +265,10 @@ def rewind(file: Path, step: int) -> None:
 
 
 def best_row(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, float]:
-    """The row where `metric` is highest, the first of several.
+    """Return the first row with the highest value of `metric`.
 
-    A row where it is not finite is none of them. ValueError where that is so of all, and for a
-    metric that is not there, naming those that are.
+    Values that are not finite are ignored. Raises ValueError if no value is finite, and for an
+    unknown metric, with the known ones.
     """
     if metric not in rows[0]:
         known = sorted(set(rows[0]) - {"step"})
@@ -281,14 +277,14 @@ def best_row(rows: Sequence[Mapping[str, float]], metric: str) -> Mapping[str, f
     if not scored:
         raise ValueError(
             f"{metric} is {rows[-1][metric]} at every check, the last of them at step "
-            f"{rows[-1]['step']:.0f}: no picture got a score; set check.reward=, or check.best= to "
+            f"{rows[-1]['step']:.0f}: no image has a score; set check.reward=, or check.best= to "
             "another metric"
         )
     return max(scored, key=lambda row: row[metric])
 
 
 def is_over(rows: Sequence[Mapping[str, float]], check: Check) -> bool:
-    """Whether the best of the checks lies `check.patience` checks back."""
+    """Return whether the best check is at least `check.patience` checks ago."""
     if not rows or not check.patience:
         return False
     best = best_row(rows, check.best)["step"]

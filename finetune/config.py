@@ -1,6 +1,6 @@
-"""Settings from a YAML file and `key=value` words into a dataclass, and back.
+"""Read a dataclass of settings from a YAML file and `key=value` words, and write it.
 
-Unknown keys, wrong types and values out of range are refused, each in one sentence.
+Unknown keys, wrong types and values out of range raise a ValueError of one sentence.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 
 def read(kind: type[T], file: Path | None = None, words: Sequence[str] = ()) -> T:
-    """A `kind`, a dataclass, from its defaults, then the file, then the words (later ones win).
+    """Return a `kind`, a dataclass, from its defaults, the file and the words; later ones win.
 
-    Words are `key=value`, or `key.inner=value` for a dataclass inside; values are read as YAML.
+    Words are `key=value`, or `key.inner=value` for a nested dataclass; values are parsed as YAML.
     """
     merged: Any = OmegaConf.structured(kind)
     try:
@@ -36,7 +36,7 @@ def read(kind: type[T], file: Path | None = None, words: Sequence[str] = ()) -> 
             if "=" not in word:
                 raise ValueError(f"{word!r:.80} is no setting; write key=value, as in steps=200")
             key, _, value = word.partition("=")
-            if not value.strip():  # to YAML null, to a shell perhaps a variable that is not set
+            if not value.strip():  # null in YAML, but in a shell perhaps an unset variable
                 raise ValueError(f"{key:.80}= has no value; write {key:.80}=null for none")
             with _read_as(f"{word!r:.80}"):
                 given = OmegaConf.from_dotlist([word])
@@ -63,7 +63,7 @@ def _loaded(file: Path) -> Any:
 
 @contextmanager
 def _read_as(what: str) -> Iterator[None]:
-    """Whatever a reader of YAML trips over, in one sentence."""
+    """Turn any error of reading YAML into one sentence."""
     try:
         yield
     except OmegaConfBaseException:
@@ -74,13 +74,13 @@ def _read_as(what: str) -> Iterator[None]:
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
         said = " ".join(str(reason or error).split())
-        if "integer string" in said:  # Python's, which advises to lift its limit
+        if "integer string" in said:  # Python's message advises to raise its limit
             said = "a number has thousands of digits"
         raise ValueError(f"{what} cannot be read as YAML ({said:.120}{place})") from None
 
 
 def _check(kind: type, values: Any, prefix: str = "") -> None:
-    """The ranges of all settings, by their names as they are written here."""
+    """Check all settings against their ranges, recursively."""
     known: dict[str, Range] = getattr(kind, "RANGES", {})
     for field in dataclasses.fields(kind):
         inner, value = field.default_factory, values[field.name]
@@ -102,7 +102,7 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
                 allowed.check(owner, OmegaConf.to_container(OmegaConf.select(given, owner)))
             inner = [name for name in names if name.startswith(f"{key}.")]
             if inner:
-                raise ValueError(f"{where} sets {key!r}, which is a group; set {inner[0]}, say")
+                raise ValueError(f"{where} sets {key!r}, which is a group; set {inner[0]} instead")
             close = get_close_matches(key, names, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {names}"
             raise ValueError(f"{where} sets {key!r:.80}, which is unknown; {hint}")
@@ -111,7 +111,7 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
 
 
 def _check_flags(known: Any, given: Any, prefix: str = "") -> None:
-    """OmegaConf takes any number and some words for true."""
+    """Refuse values other than bool for flags, since OmegaConf accepts numbers and some words."""
     for key, value in given.items():
         inner = OmegaConf.is_dict(value) and len(value)
         default = OmegaConf.select(known, key) if isinstance(key, str) else None
@@ -119,7 +119,7 @@ def _check_flags(known: Any, given: Any, prefix: str = "") -> None:
             _check_flags(default, value, f"{prefix}{key}.")
         elif OmegaConf.is_dict(default) and not OmegaConf.is_dict(value):
             raise ValueError(
-                f"the setting {prefix}{key} is {value!s:.60} but holds settings of its own; write "
+                f"the setting {prefix}{key} is {value!s:.60} but is a group of settings; write "
                 f"{prefix}{key}.NAME=VALUE"
             )
         elif isinstance(default, bool) and not isinstance(value, bool):
@@ -127,7 +127,7 @@ def _check_flags(known: Any, given: Any, prefix: str = "") -> None:
 
 
 def _free(kind: type, prefix: str = "") -> tuple[str, ...]:
-    """The fields that are dicts, whose keys are somebody else's, with a dot behind each."""
+    """Return the names of dict fields, which accept any key, each followed by a dot."""
     found: tuple[str, ...] = ()
     for field in dataclasses.fields(kind):
         inner, name = field.default_factory, f"{prefix}{field.name}."
@@ -159,7 +159,7 @@ def _names(kind: type, prefix: str = "") -> list[str]:
 
 
 def write(config: Any, path: Path) -> None:
-    """The resolved settings as YAML, which `read` reads back."""
+    """Write the resolved settings as YAML, which `read` can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(config), path)
 

@@ -1,11 +1,11 @@
-"""Training a critic: references on one side, a generator's samples on the other.
+"""Training of a critic that distinguishes reference images from a generator's samples.
 
-A critic is anything of the `Model` protocol, as rewards.models.critic.CriticReward. Its frozen part
-sees each picture once a step; what it sees (`features`) is what losses, statistics and the replay
-use, and what the reward scores. The trained part is float32: in half precision a step of 5e-6 would
-leave nine weights of ten as they are.
+A critic implements the `Model` protocol, as rewards.models.critic.CriticReward does. Its frozen
+part computes the `features` of each image once per step; losses, statistics, replay and reward all
+use them. The trained part is float32: in half precision a step of 5e-6 would be rounded away for
+nine weights of ten.
 
-Legend: n pairs of a reference and a sample, p patches of a picture, d features.
+Legend: n pairs of a reference and a sample, p patches of an image, d features.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ __all__ = [
 
 
 class Model(Protocol):
-    """What a critic is to its training.
+    """A critic that can be trained; calling it returns its reward.
 
-    Called, it is a reward. features: images (n, 3, h, w) in [0, 1] -> tensors with a row an image,
-    without the trained part; one of three dimensions (n, p, d) holds p patches. logits: features
-    -> a tensor (n,) or (n, p) each. score: logits -> the reward (n,). module: the trained part,
-    frozen outside training. paired: whether references and samples of one prompt are compared.
+    features: images (n, 3, h, w) in [0, 1] -> tensors with one row per image, computed without the
+    trained part; a tensor (n, p, d) holds p patches. logits: features -> a tensor (n,) or (n, p)
+    for each. score: logits -> the reward (n,). module: the trained part, frozen outside training.
+    paired: whether the reference and the sample of a prompt are compared with each other.
     """
 
     @property
@@ -62,19 +62,19 @@ class Model(Protocol):
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """½ (mean max(0, 1 - real) + mean max(0, 1 + fake)), of any shapes; 1 where all are 0."""
+    """Return ½ (mean max(0, 1 - real) + mean max(0, 1 + fake)), for any shapes; 1 if all are 0."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
 def bce_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """½ (mean -log σ(real) + mean -log(1 - σ(fake))), of any shapes; log 2 where all are 0."""
+    """Return ½ (mean -log σ(real) + mean -log(1 - σ(fake))), any shapes; log 2 if all are 0."""
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
 def pairwise_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """mean -log σ(real - fake), of two tensors (n,), row by row of one prompt.
+    """Return mean -log σ(real - fake) for tensors (n,), whose rows i belong to the same prompt.
 
-    The cross-entropy of "the reference is preferred", as PickScore was trained.
+    This is the cross-entropy of "the reference is preferred", with which PickScore was trained.
     """
     return F.softplus(fake - real).mean()
 
@@ -90,27 +90,27 @@ TRIGGERS = ("always", "every_n", "when_fooled", "acc_below")
 def smoothed(
     loss: Callable[[Tensor, Tensor], Tensor], real: Tensor, fake: Tensor, share: float
 ) -> Tensor:
-    """The loss to be expected where a share of the labels is the wrong way round.
+    """Return the expected loss if a fraction `share` of the labels is flipped.
 
-    For cross-entropy that is label smoothing (Szegedy et al. 2016, §7).
+    For cross-entropy this is label smoothing (Szegedy et al. 2016, §7).
     """
     return (1 - share) * loss(real, fake) + share * loss(fake, real)
 
 
 def accuracy(real: Tensor, fake: Tensor, *, paired: bool = False) -> Tensor:
-    """The chance that a reference scores above a sample, ties counting half, (n,) and (m,) -> ().
+    """Return the probability that a reference scores above a sample, (n,) and (m,) -> ().
 
-    Over all pairs (the area under the ROC curve), or row by row. ½ for two sets that are alike,
-    whatever they are.
+    Ties count half. It is taken over all pairs (the area under the ROC curve), or row by row if
+    `paired`. It is ½ for two sets of the same distribution.
     """
     difference = real - fake if paired else real[:, None] - fake
     return ((difference.sign() + 1) / 2).mean()
 
 
 def gradient_penalty(scores: Tensor, features: Sequence[Tensor]) -> Tensor:
-    """½ mean |∂ score / ∂ features|², over the n pictures (Mescheder et al. 2018, R₁, eq. 9).
+    """Return ½ mean |∂ score / ∂ features|² over the n images (Mescheder et al. 2018, R₁, eq. 9).
 
-    scores (n,), each of its own row of the features, which must require gradients.
+    scores (n,), each computed from its row of the features, which must require gradients.
     """
     gradients = torch.autograd.grad(scores.sum(), list(features), create_graph=True)
     squares = [g.square().flatten(1).sum(1) for g in gradients]
@@ -120,11 +120,11 @@ def gradient_penalty(scores: Tensor, features: Sequence[Tensor]) -> Tensor:
 def due(
     trigger: str, step: int, stats: dict[str, float], *, every: int = 1, below: float = 0.8
 ) -> bool:
-    """Whether the critic learns at a step, from what it thinks of the step's pictures.
+    """Return whether the critic is trained at a step, from its statistics on the step's images.
 
-    always; every_n, each `every`-th step; when_fooled, where samples score above references on
-    average (Adv-GRPO; ties learn too, or an untrained critic never would); acc_below, where the
-    accuracy is less than `below`.
+    always: at every step; every_n: at each `every`-th step; when_fooled: if samples score at least
+    as high as references on average (Adv-GRPO; ties are included, since an untrained critic has
+    only ties); acc_below: if the accuracy is less than `below`.
     """
     if trigger == "always":
         return True
@@ -139,61 +139,61 @@ def due(
 
 @dataclass
 class CriticSettings:
-    """How a critic is trained.
+    """The settings of a critic's training.
 
-    lr: of Adam (β 0.5 and 0.999), 1e-4 for a head, 5e-6 for a preference model; loss: one of
-    LOSSES, "" for pairwise where prompts are paired and hinge elsewhere; patches: drawn of each
-    picture at each step; patch_weight: their loss beside the CLS token's; smoothing: the share of
-    labels taken to be wrong; r1: the factor of `gradient_penalty` at the references; spectral: the
-    largest singular value that a layer of the head may have, 0 for any; replay: how many older
-    pairs, of all processes, are kept; replay_share: how many of them are added to a step's n, as a
-    share of n; trigger, every, below: see `due`.
+    lr: learning rate of Adam (β 0.5 and 0.999), 1e-4 for a head, 5e-6 for a preference model; loss:
+    one of LOSSES, "" for pairwise if prompts are paired and hinge otherwise; patches: number drawn
+    from each image per step; patch_weight: weight of their loss relative to the CLS token's;
+    smoothing: fraction of labels assumed to be wrong; r1: factor of `gradient_penalty` at the
+    references; spectral: largest allowed singular value of a layer of the head, 0 for no limit;
+    replay: number of older pairs, from all processes, that are kept; replay_share: number of them
+    that are added to the n pairs of a step, as a fraction of n; trigger, every, below: see `due`.
     """
 
     lr: float = setting(
         1e-4,
         number(0, ends="(]"),
-        "learning rate of the critic's Adam; 5e-6 is usual for a preference",
+        "learning rate of the critic's Adam; 5e-6 is usual for a preference model",
     )
     loss: str = setting(
         "",
         one_of("", *LOSSES),
-        "hinge, bce or pairwise; by default pairwise for a preference, else hinge",
+        "hinge, bce or pairwise; by default pairwise for a preference model, else hinge",
     )
-    patches: int = setting(64, whole(1), "patches drawn of each picture at each step")
+    patches: int = setting(64, whole(1), "patches drawn from each image at each step")
     patch_weight: float = setting(
-        0.3, number(0), "weight of the patches' loss beside the whole picture's"
+        0.3, number(0), "weight of the patches' loss relative to the whole image's"
     )
-    smoothing: float = setting(0.0, number(0, 0.5, "[)"), "the share of labels taken to be wrong")
+    smoothing: float = setting(0.0, number(0, 0.5, "[)"), "fraction of labels assumed to be wrong")
     r1: float = setting(0.0, number(0), "factor of the gradient penalty at the references")
-    spectral: float = setting(0.0, number(0), "the largest singular value of a layer; 0: any")
-    replay: int = setting(0, whole(0), "how many older samples of all processes are kept")
+    spectral: float = setting(0.0, number(0), "largest singular value of a layer; 0: no limit")
+    replay: int = setting(0, whole(0), "number of older samples kept, from all processes")
     replay_share: float = setting(
-        0.5, number(0), "how many of them are added to a step, as a share of its samples"
+        0.5, number(0), "number of kept samples added to a step, as a fraction of its samples"
     )
     trigger: str = setting(
-        "always", one_of(*TRIGGERS), "when it learns: always, every_n, when_fooled or acc_below"
+        "always", one_of(*TRIGGERS), "when to train: always, every_n, when_fooled or acc_below"
     )
-    every: int = setting(1, whole(1), "the n of every_n")
-    below: float = setting(0.8, number(0, 1), "the accuracy of acc_below")
+    every: int = setting(1, whole(1), "n for the trigger every_n")
+    below: float = setting(0.8, number(0, 1), "accuracy for the trigger acc_below")
 
     def __post_init__(self) -> None:
         check(self)
 
 
 class Critic:
-    """A critic that learns a step at a time, the same in all processes.
+    """Trains a critic step by step, with the same result in all processes.
 
-    Gradients are averaged over processes by hand, and nothing is wrapped: the reward that scores
-    is the very object that learns. Processes must begin with the same weights and bring equally
-    many pictures. All keep the same replay, so that the state of one process is that of each, and
-    of however many a run goes on with.
+    Gradients are averaged over processes explicitly, without a wrapper, so the reward that scores
+    is the same object that is trained. Processes must start with the same weights and pass equal
+    numbers of images. All keep the same replay, so one process's state serves them all, and a run
+    may be resumed with another number of processes.
     """
 
     def __init__(self, reward: Model, settings: CriticSettings, accelerator: Any = None) -> None:
         if reward.paired and (settings.r1 or settings.spectral):
             raise ValueError(
-                "r1 and spectral are for a head on frozen features, but this critic trains layers "
+                "r1 and spectral apply to a head on frozen features, but this critic trains layers "
                 "of a preference model; set both to 0"
             )
         self.reward, self.settings, self.accelerator = reward, settings, accelerator
@@ -209,18 +209,18 @@ class Critic:
     def train_step(
         self, real: Tensor, fake: Tensor, prompts: Sequence[str], generator: torch.Generator
     ) -> dict[str, float]:
-        """Look at n references and n samples (n, 3, h, w), row by row of one prompt; learn if due.
+        """Train on n references and n samples (n, 3, h, w) if due; rows i share a prompt.
 
-        Returns what the critic thought of them before, over all processes: loss, the mean scores
-        real and fake, margin = real - fake, accuracy; and updated, 1 or 0. FloatingPointError, and
-        no change, where a score or the gradient of any process is not finite. The generator (CPU)
-        draws patches, and rows of the replay.
+        Returns statistics from before the update, over all processes: loss, the mean scores real
+        and fake, margin = real - fake, accuracy; and updated, 1 or 0. Raises FloatingPointError,
+        without an update, if a score or the gradient of any process is not finite. The generator
+        (CPU) draws patches and replay rows.
         """
         s, n = self.settings, len(prompts)
         if not len(real) == len(fake) == n or not n:
             raise ValueError(
-                f"a critic takes a reference and a prompt for each sample but got {len(real)} "
-                f"references, {n} prompts and {len(fake)} samples; draw as many references"
+                f"a critic needs a reference and a prompt for each sample but got {len(real)} "
+                f"references, {n} prompts and {len(fake)} samples; pass as many references"
             )
         with torch.no_grad():
             both = self.reward.features(real), self.reward.features(fake)
@@ -236,11 +236,11 @@ class Critic:
         return stats | {"updated": float(updated)}
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder that `critic(folder)` scores with."""
+        """Write the folder from which the reward `critic(folder)` loads."""
         self.reward.save(folder)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a continuation needs."""
+        """Return all that resuming needs."""
         return {
             "step": self.step,
             "module": {k: v.detach().cpu() for k, v in self.reward.module.state_dict().items()},
@@ -270,18 +270,18 @@ class Critic:
             raise FloatingPointError(
                 f"the critic's scores of step {self.step} are not finite"
                 + (f", of {', '.join(rows)}" if rows else "")
-                + "; lower its learning rate, or look at those pictures"
+                + "; lower its learning rate, or inspect these images"
             )
         return stats
 
     def _total(self, real: Parts, fake: Parts) -> Tensor:
-        """The loss of each part, the first's in full."""
+        """Return the loss of the first part plus patch_weight times that of the others."""
         s = self.settings
         losses = [smoothed(self.loss, r, f, s.smoothing) for r, f in zip(real, fake, strict=True)]
         return losses[0] + s.patch_weight * sum(losses[1:], torch.zeros_like(losses[0]))
 
     def _thinned(self, features: Parts, generator: torch.Generator) -> Parts:
-        """As many patches of each picture as the settings say, drawn anew for each."""
+        """Draw `settings.patches` patches of each image independently."""
         return tuple(_some(part, self.settings.patches, generator) for part in features)
 
     def _with_older(
@@ -294,7 +294,7 @@ class Critic:
         return parts, [*prompts, *old_prompts]
 
     def _of_all(self, parts: Parts, prompts: Sequence[str]) -> tuple[Parts, list[str]]:
-        """Rows of all processes, in one order."""
+        """Gather the rows of all processes, in the same order everywhere."""
         if self.accelerator is None:
             return parts, list(prompts)
         return self.accelerator.gather(parts), gather_object(list(prompts))
@@ -345,9 +345,9 @@ def _thawed(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _bound(module: nn.Module, limit: float) -> None:
-    """Scale layers down to a spectral norm (Gouk et al. 2021).
+    """Scale layers down to a maximum spectral norm (Gouk et al. 2021).
 
-    Power iteration, the usual way, divides by 0 at the head's first weights.
+    The norm is exact: the usual power iteration would divide by 0 at the head's initial weights.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):

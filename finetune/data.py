@@ -1,4 +1,4 @@
-"""What training needs of scored rollouts. Latents and embeddings stay on disk, memory-mapped."""
+"""Scored rollouts as training data; latents and embeddings stay on disk, memory-mapped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 class ShardRows:
-    """The rows of several tensors as those of one: rows[index] copies the rows that are asked for.
+    """A virtual concatenation of tensors: rows[index] copies only the requested rows.
 
-    parts (n_i, *shape) may be memory-mapped: the rest of them is never read. ValueError for parts
+    parts (n_i, *shape) may be memory-mapped; other rows are never read. Raises ValueError for parts
     whose rows differ in shape or dtype.
     """
 
@@ -29,8 +29,8 @@ class ShardRows:
         kinds = {(tuple(part.shape[1:]), part.dtype) for part in parts}
         if len(kinds) != 1:
             raise ValueError(
-                f"the shards' rows are of {len(kinds)} shapes and types, {sorted(map(str, kinds))},"
-                " but must be alike; make the rollouts with one call of one model"
+                f"the shards' rows have {len(kinds)} shapes and dtypes, {sorted(map(str, kinds))},"
+                " but must be equal; make the rollouts with one call of one model"
             )
         self.parts = list(parts)
         self.starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0)
@@ -40,7 +40,7 @@ class ShardRows:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """(*index.shape, *shape)."""
+        """Return the rows, (*index.shape, *shape)."""
         flat = index.flatten()
         owners = torch.searchsorted(self.starts, flat, right=True) - 1
         found = torch.empty((len(flat), *self.shape[1:]), dtype=self.parts[0].dtype)
@@ -51,9 +51,9 @@ class ShardRows:
 
 @dataclass(frozen=True)
 class Data:
-    """What training needs of rollouts: latents (rows, ...), conditioning (prompts, ...), groups.
+    """Training data: latents (rows, ...), conditioning `given` (prompts, ...) and groups.
 
-    dropped: prompts that were left out; unscored: images that were.
+    dropped: number of prompts that were left out; unscored: number of images without a score.
     """
 
     latents: Tensor | ShardRows
@@ -64,16 +64,16 @@ class Data:
 
 
 def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
-    """A scored run: the column `reward`, normalised by `norm`, in groups of k or more.
+    """Load a scored run with the rewards of the column `reward`, normalised by `norm`.
 
-    Latents and conditioning are mapped, not read. ValueError for a column that is not there, and
-    as `make_groups`.
+    Groups have k or more images. Latents and conditioning are memory-mapped. Raises ValueError for
+    a missing column, and as `make_groups` does.
     """
     shards, prompts, rewards = [], [], []
     for shard in run.shards:
         columns = shard.rewards()
         if reward not in columns:
-            known = f"those there are {sorted(columns)}" if columns else "there is none yet"
+            known = f"there are {sorted(columns)}" if columns else "there are none yet"
             raise ValueError(f"{shard.folder} has no rewards {reward!r}; {known}; score them first")
         shards.append(shard.tensors())
         prompts += [row["group"] for row in shard.table(["group"])]
@@ -93,9 +93,9 @@ def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
 
 
 def check_fits(data: Data, network: Any, made_by: str, kind: str) -> None:
-    """ValueError for rollouts that the network cannot have drawn.
+    """Raise ValueError if the network cannot have drawn the rollouts.
 
-    made_by, kind: the classes of the pipeline that made them, and of the network's.
+    made_by, kind: class names of the pipeline that made them, and of the network's pipeline.
     """
     if made_by != kind:
         raise ValueError(
@@ -115,15 +115,15 @@ def check_fits(data: Data, network: Any, made_by: str, kind: str) -> None:
     for name, (found, wanted) in needed.items():
         if isinstance(wanted, int) and found != wanted:
             raise ValueError(
-                f"the rollouts' {name} have {found} channels, but the model takes {wanted}: it is "
-                "not the one that they were made with; set model="
+                f"the rollouts' {name} have {found} channels, but the model expects {wanted}: it "
+                "is not the one that they were made with; set model="
             )
 
 
 class Ahead(Generic[T]):
-    """make(step), with that of the next step made in a thread while the present one is used.
+    """Calls make(step), and prepares the next step's result in a background thread.
 
-    make must depend on the step alone, so that a step that was not foreseen is made the same.
+    make must depend only on the step, so that an unexpected step gives the same result.
     """
 
     def __init__(self, make: Callable[[int], T]) -> None:

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writing of files and folders."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["atomic", "write"]
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder under, which becomes `path` at the end.
+    """Yield a temporary path for a file or folder, which is renamed to `path` at the end.
 
-    Where the block fails, nothing is left of it, and `path` stays as it was. What a process that
-    was killed has left under that name is removed.
+    If the block fails, the temporary file is removed and `path` is unchanged. Leftovers of a
+    process that was killed are removed first.
     """
     scratch = path.with_name(f".{path.name}.part")
     _remove(scratch)
@@ -30,7 +30,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, text: str) -> None:
-    """Write text and a newline, as UTF-8; the folder is made where it is missing."""
+    """Write text and a newline as UTF-8, creating the parent folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as scratch:
         scratch.write_text(text + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""The folder of a run: which one may be used, and which one may be continued.
+"""Checks of a run's folder: whether it may be used, and whether its run may be resumed.
 
-Every command that makes a folder asks here, so that all of them refuse the same things in the same
-words: a folder that holds something else, a run that is not to be resumed, and settings that would
-change a run that has begun.
+Every command that makes a folder calls these functions, so that all of them refuse the same things
+in the same words: a folder that holds other files, a run without `resume`, and settings that differ
+from those the run began with.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ = ["begun", "refuse_changes", "writing"]
 def begun(
     folder: Path, record: str, results: str = "", *, kind: str = "run", resume: bool = False
 ) -> bool:
-    """Whether the folder holds results that are to be continued; nothing is written.
+    """Return whether the folder holds results to resume from; nothing is written.
 
-    record: the file that every folder of this kind has. results: a pattern of the files that would
-    be lost if the run began anew, by default the record. Raises ValueError for a folder that holds
-    files without the record, for results without `resume`, and for a folder that cannot be read.
+    record: the file that every folder of this kind has. results: a pattern of the files that a new
+    run would overwrite, by default the record. Raises ValueError if the folder holds files without
+    the record, if it holds results and `resume` is False, or if it cannot be read.
     """
     with writing(folder):
         names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
@@ -46,7 +46,7 @@ def refuse_changes(
     now: Mapping[str, Any],
     alike: Callable[[Any, Any], bool] = operator.eq,
 ) -> None:
-    """Raise ValueError for the first entry that is not what it was when the run began."""
+    """Raise ValueError for the first entry that differs from when the run began."""
     for name in sorted(before.keys() | now.keys()):
         was, given = before.get(name), now.get(name)
         if alike(was, given):

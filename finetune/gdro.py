@@ -1,9 +1,9 @@
-"""Offline group-level direct reward optimisation: rollouts with rewards -> a LoRA.
+"""Offline group-level direct reward optimisation (GDRO): trains a LoRA on scored rollouts.
 
-Every step draws its prompts, images, noise and time from (seed, step) alone, so a run that is
-resumed, or split among processes, takes the very same steps. Neither decoder nor text encoder is
-needed: latents and conditioning come from the rollouts.
-Legend: g groups, k images a group, n = g·k rows.
+Every step draws its prompts, images, noise and times from (seed, step) alone, so a run that is
+resumed, or split among processes, takes exactly the same steps. Neither a decoder nor a text
+encoder is needed, since latents and conditioning come from the rollouts.
+Legend: g groups, k images per group, n = g·k rows.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ __all__ = ["Gdro", "GdroTrainer"]
 class Gdro(Tuning):
     """The settings of a training run."""
 
-    steps: int = setting(200, whole(1), "updates")
-    groups: int = setting(8, whole(1), "prompts of an update, over all processes")
-    k: int = setting(6, whole(2), "images of a group")
+    steps: int = setting(200, whole(1), "number of updates")
+    groups: int = setting(8, whole(1), "prompts per update, over all processes")
+    k: int = setting(6, whole(2), "images per group")
     micro_groups: int = setting(2, whole(1), "groups that a process evaluates at once")
-    beta: float = setting(12.0, number(0, ends="(]"), "β: less lets the model move further")
+    beta: float = setting(12.0, number(0, ends="(]"), "β: smaller lets the model move further")
     temperature: float = setting(
-        0.05, number(0, ends="(]"), "τ: β τ sets how strongly the reward tilts"
+        0.05, number(0, ends="(]"), "τ: reward temperature; β τ sets the strength of the tilt"
     )
-    form: str = setting("full", one_of(*FORMS), "full, top1 or rank")
+    form: str = setting("full", one_of(*FORMS), "form of the loss: full, top1 or rank")
     hold_best: float = setting(1.0, number(0), "γ: weight of the error on the best image")
     weight: str = setting(
         "constant",
         one_of("constant", "velocity", "elbo"),
-        "weight of a timestep's errors: constant, velocity (as if v was predicted) or elbo",
+        "weight of the errors by timestep: constant, velocity (as if v was predicted) or elbo",
     )
-    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform")
+    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform times")
     shift: float = setting(
         1.0,
         number(0, ends="(]"),
-        "shift of the times: above 1 they lean towards noise, where the content is settled",
+        "shift of the times; above 1 favours high noise levels, where the content is decided",
     )
-    shared_noise: bool = setting(True, FLAG, "one noise for a group; false shrinks what is learned")
-    reward: str = setting("reward", NAME, "the rewards' column")
+    shared_noise: bool = setting(True, FLAG, "share noise in a group; false shrinks the optimum")
+    reward: str = setting("reward", NAME, "column of the rewards")
     reward_norm: str = setting(
-        "none", one_of(*NORMS), "none, minmax, rank, group_std or global_std"
+        "none", one_of(*NORMS), "normalisation: none, minmax, rank, group_std or global_std"
     )
 
 
 def trainer_of(pipe: Any, data: Data, settings: Gdro, accelerator: Any) -> GdroTrainer:
-    """The trainer of a pipeline's network, an `accelerate.Accelerator` beside it.
+    """Return a trainer of a pipeline's network, for an `accelerate.Accelerator`.
 
-    ValueError for a pipeline that cannot be trained, and for rollouts that it cannot have drawn.
+    Raises ValueError if the pipeline cannot be trained or cannot have drawn the rollouts.
     """
     family, kind = family_of(pipe), type(pipe).__name__
     network = getattr(pipe, family.network)
@@ -72,9 +72,9 @@ def trainer_of(pipe: Any, data: Data, settings: Gdro, accelerator: Any) -> GdroT
 
 @dataclass(frozen=True)
 class Inputs:
-    """Groups that are evaluated at once: x0 (g, k, ...), rewards (g, k) less the group's best, t
-    (g,), noise (g, k or 1, ...), given (g, ...) by name; and of each a seed for its ties, and how
-    many images it has: the places behind these are not learned from."""
+    """Groups that are evaluated at once: x0 (g, k, ...), rewards (g, k) minus the group's best, t
+    (g,), noise (g, k or 1, ...), given (g, ...) by name; and for each group a seed for breaking
+    ties and its number of images. Entries beyond that number are ignored."""
 
     x0: Tensor
     rewards: Tensor
@@ -85,7 +85,7 @@ class Inputs:
     sizes: list[int]
 
     def to(self, device: torch.device) -> Inputs:
-        """On a device, copied from pinned memory while the host goes on."""
+        """Copy the tensors to a device, asynchronously if they are in pinned memory."""
         tensors = {name: getattr(self, name) for name in ("x0", "rewards", "t", "noise")}
         moved = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
         given = {name: v.to(device, non_blocking=True) for name, v in self.given.items()}
@@ -93,7 +93,7 @@ class Inputs:
 
 
 class GdroTrainer:
-    """A network that learns from rollouts, a step at a time."""
+    """Trains a network on rollouts, one step at a time."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class GdroTrainer:
         settings: Gdro,
         accelerator: Any,
     ) -> None:
-        # with FSDP a forward pass of one process needs one of all others, with ZeRO a backward one
+        # FSDP needs equal numbers of forward passes on all processes, ZeRO of backward passes
         equal = accelerator.is_fsdp2 or zero.is_on(accelerator)
         check_shares(settings.groups, accelerator.num_processes, equal=equal)
         self.settings, self.noising, self.data = settings, noising, data
@@ -113,7 +113,7 @@ class GdroTrainer:
 
     @property
     def step(self) -> int:
-        """How many updates there have been."""
+        """The number of updates so far."""
         return self.learner.step
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,12 +123,12 @@ class GdroTrainer:
         self.learner.load_state_dict(state)
 
     def train_step(self) -> dict[str, float]:
-        """One update; what it saw, averaged over all groups of all processes."""
+        """Make one update and return its statistics, averaged over all groups of all processes."""
         parts = [partial(self._losses, micro) for micro in self.inputs(self.step)]
         return self.learner.descend(parts, self.settings.groups)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
-        """This process's share of the step's groups: (prompts, rows, rewards, t, noise, tie)."""
+        """Yield this process's groups of the step: (prompts, rows, rewards, t, noise, tie)."""
         s, accelerator = self.settings, self.learner.accelerator
         rank, world = accelerator.process_index, accelerator.num_processes
         generator = draws(s.seed, step, "batch")
@@ -146,11 +146,11 @@ class GdroTrainer:
             yield prompts[part], rows[part], rewards[part], t[part], noise[part], ties[part]
 
     def _inputs(self, step: int) -> list[Inputs]:
-        """What this process's share of a step needs, on the CPU; for a GPU in pinned memory."""
+        """Return this process's inputs of a step, on the CPU; in pinned memory for a GPU."""
         found = []
         for prompts, rows, rewards, t, noise, ties in self._micro_batches(step):
             given = {name: value[prompts] for name, value in self.data.given.items()}
-            # only differences count, and float32 tells small ones apart, on every device
+            # only differences matter, and small ones are exact enough in float32
             best = rewards.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
             under = (rewards - best).float()
             tensors = {"x0": self.data.latents[rows], "rewards": under, "t": t, "noise": noise}
@@ -162,7 +162,7 @@ class GdroTrainer:
         return found
 
     def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each group (g,), and what to log of it."""
+        """Return the loss of each group (g,), and statistics to log."""
         s, learner = self.settings, self.learner
         family, inputs = learner.family, inputs.to(learner.accelerator.device)
         x0, rewards, t = inputs.x0.float(), inputs.rewards, inputs.t
@@ -189,7 +189,7 @@ class GdroTrainer:
     def _of_group(
         self, scores: Tensor, rewards: Tensor, pred: Tensor, ref: Tensor, target: Tensor, tie: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The two losses of one group (1, k, ...), and what else to log of it, (1,) each."""
+        """Return the two losses of one group (1, k, ...), and statistics to log, (1,) each."""
         s, ties = self.settings, torch.Generator().manual_seed(tie)
         ranked = gdro_loss(scores, rewards, temperature=s.temperature, form=s.form, generator=ties)
         held = best_image_loss(pred, target, rewards, ties)
@@ -197,7 +197,7 @@ class GdroTrainer:
         return {"loss": ranked, "best_image": held}, seen
 
     def _weight(self, t: Tensor) -> Tensor:
-        """Of the errors at t, (g,)."""
+        """Return the weights of the errors at t, (g,)."""
         if self.settings.weight == "velocity":
             return self.noising.velocity_weight(t)
         return self.noising.elbo_weight(t) if self.settings.weight == "elbo" else t.new_ones(len(t))
@@ -206,11 +206,11 @@ class GdroTrainer:
 def _watched(
     scores: Tensor, rewards: Tensor, pred: Tensor, ref: Tensor, target: Tensor, temperature: float
 ) -> dict[str, Tensor]:
-    """What tells a healthy run, by group (g,).
+    """Return statistics that show whether a run is healthy, per group (g,).
 
-    accuracy: the share of pairs, of different rewards, that implicit scores order alike; spread:
-    the scores' standard deviation; entropy: of the target over log k; drift: by how much the error
-    on the best image grew.
+    accuracy: fraction of pairs with different rewards that the implicit scores order correctly;
+    spread: standard deviation of the scores; entropy: that of the target, divided by log k; drift:
+    increase of the error on the best image.
     """
     better = rewards[:, :, None] > rewards[:, None, :]
     agree = (scores[:, :, None] > scores[:, None, :]) & better

@@ -1,6 +1,6 @@
-"""Scored images of prompts -> groups to train on: checks, normalisation, draws. Tensors only.
+"""Groups of scored images: construction, normalisation and random draws, on tensors.
 
-Legend: m images of a prompt, k of them in a group, g groups.
+Legend: m images per prompt, k of them in a group, g groups.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 __all__ = ["Group", "draw_groups", "make_groups", "normalised", "target_entropy"]
 
-MOST_DROPPED = 0.1  # of all images may be without a score
+MOST_DROPPED = 0.1  # largest fraction of images without a score
 NORMS = ("none", "minmax", "rank", "group_std", "global_std")
 
 
 @dataclass(frozen=True)
 class Group:
-    """The scored images of one prompt: rows (m,) of the latents, rewards (m,), and its prompt."""
+    """The scored images of one prompt: its index, rows (m,) of the latents and rewards (m,)."""
 
     prompt: int
     rows: Tensor
@@ -28,17 +28,17 @@ class Group:
 
 
 def make_groups(prompts: Sequence[int], rewards: Tensor, k: int) -> tuple[list[Group], int, int]:
-    """Groups of all rows by prompt; how many were left out, and how many images have no score.
+    """Group the rows by prompt; return also the numbers of omitted groups and unscored images.
 
-    prompts: the prompt of each row; rewards (rows,). An image whose reward is not finite is left
-    out of its group. Groups of equal rewards, or of one image, teach nothing and would pull
-    implicit scores together: they are left out. ValueError where more than MOST_DROPPED of all
-    images have no score (naming rows), and for prompts with fewer than k images.
+    prompts: the prompt of each row; rewards (rows,). Images whose reward is not finite are left out
+    of their group. Groups of equal rewards, or of a single image, are omitted, since they have no
+    signal and would pull the implicit scores together. Raises ValueError if more than MOST_DROPPED
+    of all images have no score, and for prompts with fewer than k images.
     """
     ids = torch.as_tensor(prompts)
     if rewards.shape != ids.shape or ids.ndim != 1 or not len(ids):
         raise ValueError(
-            f"a prompt and a reward a row are needed, but got {tuple(ids.shape)} and "
+            f"one prompt and one reward per row are needed, but got {tuple(ids.shape)} and "
             f"{tuple(rewards.shape)}"
         )
     scored = rewards.isfinite()
@@ -68,11 +68,11 @@ def make_groups(prompts: Sequence[int], rewards: Tensor, k: int) -> tuple[list[G
 
 
 def normalised(groups: Sequence[Group], how: str) -> list[Group]:
-    """Groups with their rewards on another scale, so that a temperature means the same.
+    """Return groups with rescaled rewards, so that a temperature suits any reward.
 
-    minmax: to [0, 1] over all; rank: to [0, 1] within the group, ties at their mean; group_std and
-    global_std: divided by the standard deviation, in the group or of all deviations from the
-    groups' means.
+    minmax: to [0, 1] over all groups; rank: ranks scaled to [0, 1] within the group, ties at their
+    mean; group_std and global_std: divided by the standard deviation of the group, or of all
+    deviations from the groups' means.
     """
     if how not in NORMS:
         raise ValueError(f"the reward normalisation {how!r} is unknown; take one of {list(NORMS)}")
@@ -96,10 +96,10 @@ def normalised(groups: Sequence[Group], how: str) -> list[Group]:
 def draw_groups(
     groups: Sequence[Group], count: int, k: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`count` prompts without repetition as long as they last, and k different images of each.
+    """Draw `count` prompts, repeated only when all were drawn, and k different images of each.
 
-    Returns (prompts (g,), rows (g, k), rewards (g, k)). Where a group has fewer images its places
-    behind them repeat a row, and their reward is NaN: it is no reward of an image.
+    Returns (prompts (g,), rows (g, k), rewards (g, k)). A group with fewer images is padded with
+    one of its rows, and with rewards of NaN.
     """
     if not groups or count < 1 or k < 2:
         raise ValueError(f"count is {count} and k {k} of {len(groups)} groups; draw 1 of 2 or more")
@@ -120,7 +120,7 @@ def draw_groups(
 
 
 def target_entropy(rewards: Tensor, temperature: float) -> Tensor:
-    """Entropy of softmax(r/τ) over log k, (g,): 1 asks for nothing, 0 for one image alone."""
+    """Return the entropy of softmax(r/τ) / log k, (g,): 1 for a uniform target, 0 for one image."""
     if rewards.ndim != 2 or rewards.shape[1] < 2 or not 0 < temperature < math.inf:
         raise ValueError(
             "rewards (g, k) with k of 2 or more and a positive temperature are needed, but got "

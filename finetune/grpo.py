@@ -1,8 +1,8 @@
-"""Policy gradients for diffusion: sample groups, score them, move towards their better halves.
+"""Policy gradients for diffusion: sample groups, score them, reinforce the better images.
 
-GRPO on the moves of a stochastic window (Flow-GRPO, Liu et al. 2025; the window as MixGRPO). What
-an epoch samples, and how it is scored, is online.Samples.
-Legend: g groups, k images a group, n = g·k rows, w steps of the window.
+GRPO on the moves of a stochastic window (Flow-GRPO, Liu et al. 2025; the window as in MixGRPO).
+`online.Samples` samples and scores the images of an epoch.
+Legend: g groups, k images per group, n = g·k rows, w steps of the window.
 """
 
 from __future__ import annotations
@@ -32,50 +32,50 @@ class Grpo(Tuning):
     """The settings of a run.
 
     DDPO's importance-weighted form (Black et al. 2023) is window_size = num_inference_steps - 1,
-    noise = 1 (with betas DDIM's ancestral sampler) and share_start = False, with the clip of 1e-4.
-    Its code keeps a running mean and deviation of each prompt's last 16 rewards, for batches
-    without groups; here a group is compared with itself, and the last step, which draws no noise
-    here, is not trained on.
+    noise = 1 (ancestral sampling for schedulers with betas), share_start = False and clip = 1e-4.
+    Its code normalises by a running mean and deviation of each prompt's last 16 rewards, for
+    batches without groups; here rewards are normalised within their group. The last step, which
+    draws no noise here, is not trained on.
     """
 
-    steps: int = setting(200, whole(1), "epochs: sample, score, update")
-    groups: int = setting(4, whole(1), "prompts of an epoch, over all processes")
-    k: int = setting(8, whole(2), "images of a prompt")
+    steps: int = setting(200, whole(1), "number of epochs (sample, score, update)")
+    groups: int = setting(4, whole(1), "prompts per epoch, over all processes")
+    k: int = setting(8, whole(2), "images per prompt")
     micro_groups: int = setting(1, whole(1), "groups that a process evaluates at once")
-    updates: int = setting(1, whole(1), "moves of the optimiser on the same samples")
+    updates: int = setting(1, whole(1), "optimiser steps on the same samples")
     num_inference_steps: int = setting(10, whole(1, 10_000), "steps of the sampler")
-    window_start: int = setting(0, whole(0), "the first step that draws noise and is learned from")
-    window_size: int = setting(2, whole(1), "how many steps are stochastic")
-    window_moves: bool = setting(False, FLAG, "slide it on by a step an epoch (MixGRPO)")
+    window_start: int = setting(0, whole(0), "first stochastic step")
+    window_size: int = setting(2, whole(1), "number of stochastic steps, which are trained on")
+    window_moves: bool = setting(False, FLAG, "move the window by one step per epoch (MixGRPO)")
     noise: float = setting(
         0.8,
         number(0, 1, "(]"),
-        "noise of the stochastic steps: DDIM's eta, or the share of a flow's noise that is "
-        "drawn afresh",
+        "noise of the stochastic steps: DDIM's eta, or the fraction of a flow's noise that is "
+        "replaced",
     )
     share_start: bool = setting(
-        True, FLAG, "a group's images branch off from one start, at the window"
+        True, FLAG, "images of a group share the initial noise and branch at the window"
     )
     guidance_scale: float | None = setting(
         None,
         optional(number(0)),
-        "guidance of sampling and of what is differentiated; by default none, or what the "
-        "pipeline tells a distilled network (FLUX.1-dev)",
+        "guidance scale in sampling and training; by default none, or the pipeline's default for "
+        "a guidance-distilled network (FLUX.1-dev)",
     )
     clip: float = setting(
         1e-4, number(0, ends="(]"), "PPO clip range of the per-element probability ratio"
     )
-    advantage_clip: float = setting(5.0, number(0, ends="(]"), "advantages are cut to this range")
+    advantage_clip: float = setting(5.0, number(0, ends="(]"), "clipping range of advantages")
     spread: str = setting(
         "group",
         one_of(*SPREADS),
-        "what advantages are divided by: the deviation of the group, global, or none",
+        "standard deviation that divides advantages: group, global or none",
     )
-    each_reward: bool = setting(False, FLAG, "normalise each reward by itself before adding them")
+    each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
     kl: float = setting(0.0, number(0), "weight of the divergence from the reference")
 
     def window(self, epoch: int) -> range:
-        """The stochastic steps of an epoch; a moving window slides on by one step an epoch."""
+        """Return the stochastic steps of an epoch; a moving window moves by one step per epoch."""
         first = self.window_start
         if self.window_moves:
             first += epoch % max(1, self.num_inference_steps - self.window_size - first)
@@ -83,16 +83,16 @@ class Grpo(Tuning):
 
 
 def mean_log_prob(transition: Transition, x: Tensor) -> Tensor:
-    """log N(x; mean, std² I) over the number of x's elements, (n,) from x (n, *shape).
+    """Return log N(x; mean, std² I) divided by the number of elements, (n,) for x (n, *shape).
 
-    The mean, so that a clip of the ratio means the same at every resolution (Flow-GRPO's choice).
+    The mean makes the clip range of the ratio independent of the resolution (as in Flow-GRPO).
     """
     raised = Transition(transition.mean[:, None], transition.std, transition.x0[:, None])
     return log_prob(raised, x[:, None])[:, 0] / x[0].numel()
 
 
 class GrpoTrainer:
-    """A network that learns from its own samples, an epoch at a time."""
+    """Trains a network on its own samples, one epoch at a time."""
 
     def __init__(
         self, network: Any, family: Family, task: Task, settings: Grpo, accelerator: Any
@@ -105,11 +105,11 @@ class GrpoTrainer:
 
     @property
     def step(self) -> int:
-        """How many epochs there have been."""
+        """The number of epochs so far."""
         return self.learner.step // self.settings.updates
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a continuation needs, that of a learning reward included."""
+        """Return all that resuming needs, including the state of a trained reward."""
         return self.samples.with_score(self.learner.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ class GrpoTrainer:
         self.samples.load_score(state)
 
     def train_step(self) -> dict[str, float]:
-        """One epoch: sample, score, and `updates` moves of the optimiser."""
+        """Run one epoch: sample, score, and make `updates` optimiser steps."""
         s, epoch = self.settings, self.step
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
         compared = self.samples.compared(batches)
@@ -136,14 +136,14 @@ class GrpoTrainer:
         return Policy(network, family, self.schedule.noising, scale, self.empty)
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
-        """Images of some of the epoch's groups, and the moves of its window."""
+        """Sample images of some of the epoch's groups, with the moves of its window."""
         s, window = self.settings, self.settings.window(epoch)
         self.schedule.check_window(window, s.noise)
         policy = self._policy(self.learner.bare)
         return self.samples.batch(policy, epoch, groups, window, s.noise, s.share_start)
 
     def _density(self, batch: Batch, move: Move) -> tuple[Transition, Tensor]:
-        """The move that the network would make now, and the log-density of the one it made."""
+        """Return the move that the network now proposes, and the log-density of the sampled one."""
         step = move.step
         output = self._policy(self.learner.network)(
             move.x, self.schedule.t[step].to(move.x.device), batch.given
@@ -157,7 +157,7 @@ class GrpoTrainer:
         compared: Compared,
         old: Sequence[Sequence[Tensor]],
     ) -> dict[str, float]:
-        """One move of the optimiser over all groups and all steps of the window."""
+        """Make one optimiser step over all groups and all steps of the window."""
         parts = [
             partial(self._kept, compared.kept[i], batch, move, compared.advantages[i], before)
             for i, batch in enumerate(batches)
@@ -172,23 +172,23 @@ class GrpoTrainer:
     def _loss(
         self, batch: Batch, move: Move, advantages: Tensor, before: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row (n,), and what to log of it."""
+        """Return the loss of each row (n,), and statistics to log."""
         s = self.settings
-        # the reference's first: it may change the weights, which a graph for gradients must keep
+        # the reference first, since it may swap the weights that the autograd graph needs unchanged
         ref = self._reference(batch, move) if s.kl else None
         transition, now = self._density(batch, move)
-        # the first update is on the policy that sampled: its ratio is 1, whatever is rounded
+        # the first update is on-policy, so its ratio is exactly 1 despite rounding
         before = now.detach() if before is None else before
         loss = policy_loss(now, before, advantages.flatten(), clip=s.clip)
         seen = {"clipped": clipped(now, before, clip=s.clip), "ratio": (now - before).exp()}
         if ref is not None:
             apart = (transition.mean - ref.mean).square().flatten(1).mean(1)
-            seen["kl"] = divergence = apart / (2 * transition.std.square())  # of Gaussians
+            seen["kl"] = divergence = apart / (2 * transition.std.square())  # between Gaussians
             loss = loss + s.kl * divergence
         return loss, seen
 
     def _reference(self, batch: Batch, move: Move) -> Transition:
-        """The move that the reference would make."""
+        """Return the move that the reference proposes."""
         with torch.no_grad(), self.learner.reference():
             output = self._policy(self.learner.bare)(
                 move.x, self.schedule.t[move.step].to(move.x.device), batch.given

@@ -1,7 +1,7 @@
 """An adapter in training: its weights, their average, the optimiser, the reference, the state.
 
-What every way of training shares. Randomness comes from (seed, step, purpose) alone, so that a run
-that is resumed, or split among processes, takes the very same steps.
+All trainers share it. Random numbers depend on (seed, step, purpose) alone, so a run that is
+resumed, or split among processes, takes exactly the same steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .ranges import FLAG, SEED, TEXTS, check, number, setting, whole
 
 __all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws"]
 
-TIMES = ("logit_normal", "uniform")  # how the noise's share of the way is drawn
+TIMES = ("logit_normal", "uniform")  # distributions of t
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names
 
 
@@ -39,38 +39,38 @@ class Tuning:
     warmup: int = setting(10, whole(0), "steps over which the learning rate rises")
     weight_decay: float = setting(0.0, number(0), "weight decay of AdamW")
     max_grad_norm: float = setting(
-        1.0, number(0, ends="(]"), "gradients that are longer are cut to this norm"
+        1.0, number(0, ends="(]"), "maximum norm, to which gradients are clipped"
     )
     ema: float = setting(
         0.5,
         number(0, 1, "[)"),
-        "highest decay of the average of the weights, which is min((1 + s)/(10 + s), ema) at "
-        "update s",
+        "highest decay of the moving average of the weights; at update s the decay is "
+        "min((1 + s)/(10 + s), ema)",
     )
     refresh: int = setting(
-        0, whole(0), "steps between moves of the reference to the present weights; 0: never"
+        0, whole(0), "steps between updates of the reference to the present weights; 0: never"
     )
-    eight_bit: bool = setting(False, FLAG, "AdamW of bitsandbytes, in 8 bits")
-    gradient_checkpointing: bool = setting(False, FLAG, "less memory, a third more time")
-    compile: bool = setting(False, FLAG, "torch.compile the network")
-    seed: int = setting(0, SEED, "seed of everything")
+    eight_bit: bool = setting(False, FLAG, "use the 8-bit AdamW of bitsandbytes")
+    gradient_checkpointing: bool = setting(False, FLAG, "saves memory, takes a third more time")
+    compile: bool = setting(False, FLAG, "compile the network with torch.compile")
+    seed: int = setting(0, SEED, "seed of all random numbers")
 
     def __post_init__(self) -> None:
         check(self)
 
 
 def draws(seed: int, step: int, purpose: str) -> torch.Generator:
-    """The generator of one purpose of one step."""
+    """Return the CPU generator for one purpose of one step."""
     digest = hashlib.sha256(f"{seed} {step} {purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Learner:
-    """One network with its adapter, and what moves it.
+    """A network with its adapter, the adapter's average, and the optimiser.
 
-    network is what to call with gradients, bare the module itself. The reference is the network
-    without its adapter, unless `start_from` or `settings.refresh` moves it. The adapter, its
-    average and the optimiser's state are float32, whatever the network is.
+    `network` is the prepared module to call with gradients, `bare` the module itself. The reference
+    is the network without its adapter, unless `start_from` or `settings.refresh` changes it. The
+    adapter, its average and the optimiser's state are float32 for any dtype of the network.
     """
 
     def __init__(self, network: Any, family: Family, settings: Tuning, accelerator: Any) -> None:
@@ -83,7 +83,7 @@ class Learner:
         self.anchor: dict[str, Tensor] | None = None  # the reference's adapter
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        if settings.compile:  # in place: the reference and samples take the compiled one, too
+        if settings.compile:  # in place, so that reference and sampling use the compiled network
             network.compile(dynamic=False)
         optimizer = _optimizer(list(self.weights.values()), settings)
         self.zero = zero.is_on(accelerator)
@@ -93,35 +93,35 @@ class Learner:
             count = sum(value.numel() for value in self.weights.values())
             zero.configure(accelerator, settings.max_grad_norm, count, settings.eight_bit)
         self.network, self.optimizer = accelerator.prepare(network, optimizer)
-        self.weights = lora.parameters(network)  # FSDP puts shares in their place
-        if accelerator.is_fsdp2:  # else what the root holds stays whole after a forward
+        self.weights = lora.parameters(network)  # FSDP replaces them by shards
+        if accelerator.is_fsdp2:  # otherwise the root's weights stay gathered after a forward pass
             network.set_reshard_after_forward(True)
         self.average = lora.Average(self.weights, settings.ema)
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Begin at an adapter (`lora.read`) that made the data: it is the reference then."""
+        """Start from the adapter (`lora.read`) that made the data; it becomes the reference."""
         self._fill(weights)
         lora.fill(self.average.weights, weights)
         self.anchor = lora.copy(self.weights)
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within it the bare network is the reference."""
+        """Return a context in which the bare network is the reference."""
         if self.anchor is None:
             return lora.reference(self.bare)
         return lora.swapped(self.weights, self.anchor)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Within it the network carries the average of its adapter."""
+        """Return a context in which the network has the average of its adapter."""
         return lora.swapped(self.weights, self.average.weights)
 
     def descend(
         self, parts: Sequence[Callable[[], tuple[Tensor, dict[str, Tensor]]]], count: int
     ) -> dict[str, float]:
-        """One move of the optimiser by the mean of losses, over `count` rows of all processes.
+        """Make one optimiser step on the mean loss over `count` rows of all processes.
 
-        Each part gives its rows' losses and what to log of them when its turn comes; it is asked
-        again where gradients in float16 overflow. FloatingPointError, and no move, where the
-        gradient is not finite. Returns the means of what to log, and the gradient's norm.
+        Each part is a function that returns its rows' losses and statistics to log; it is called
+        again if float16 gradients overflow. Raises FloatingPointError, without a step, if the
+        gradient is not finite. Returns the means of the statistics, and the gradient's norm.
         """
         world, norm = self.accelerator.num_processes, None
         sums: dict[str, Tensor] = {}
@@ -130,7 +130,7 @@ class Learner:
             for place, part in enumerate(parts):
                 with self._accumulating(last=place == len(parts) - 1):
                     loss, seen = self._part(part)
-                    # processes' gradients are averaged, so that this is the mean over all rows
+                    # gradients are averaged over processes, so this gives the mean over all rows
                     self.accelerator.backward(loss.sum() * world / count)
                 _add(sums, seen if "loss" in seen else seen | {"loss": loss})
             norm = self._update()
@@ -143,24 +143,24 @@ class Learner:
             raise FloatingPointError(f"step {self.step}: {error}") from None
 
     def _accumulating(self, last: bool) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of a part of a step.
+        """Return a context for the forward and backward pass of one part of a step.
 
-        Processes wait for one another at the last part alone, so that they may have unequally many.
+        Processes synchronise only at the last part, so their numbers of parts may differ.
         """
-        if self.zero:  # its engine moves the weights within the last part's backward pass
+        if self.zero:  # its engine updates the weights in the last part's backward pass
             self._set_rate()
             self.accelerator.sync_gradients = last
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(self.network)
 
     def _update(self) -> float | None:
-        """One move of the optimiser by the gradients that were added; their norm.
+        """Make one optimiser step with the accumulated gradients; return their norm.
 
-        None, and no move, where they may be too large for float16 alone.
+        Returns None, without a step, if the gradients overflow float16 at the present scale.
         """
         s, scaler = self.settings, self.accelerator.scaler
         self._set_rate()
-        if scaler is not None and not self.accelerator.native_amp:  # whose own it divides itself
+        if scaler is not None and not self.accelerator.native_amp:  # accelerate unscales its own
             scaler.unscale_(self.optimizer.optimizer)
         found = self.accelerator.clip_grad_norm_(list(self.weights.values()), s.max_grad_norm)
         norm = float(lora.whole({"norm": found})["norm"])
@@ -187,17 +187,17 @@ class Learner:
 
     def _fill(self, weights: dict[str, Tensor]) -> None:
         lora.fill(self.weights, weights)
-        if self.zero:  # it moves copies, and would write these over the weights
+        if self.zero:  # its optimiser updates copies, with which it would overwrite the weights
             self.optimizer.optimizer.refresh_fp32_params()
 
     def reduced(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
-        """Sums of this process -> means over `count`, over all processes."""
+        """Return means over `count` from the sums of each process, over all processes."""
         values = torch.stack([value.detach().float() for value in sums.values()])
         total = self.accelerator.reduce(values.to(self.accelerator.device))
         return dict(zip(sums, (total / count).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a continuation needs, on however many processes; all of them have to ask."""
+        """Return all that resuming needs, on any number of processes; all must call this."""
         if self.zero:
             optimizer = zero.state(self.optimizer, list(self.weights.values()), self.accelerator)
         else:
@@ -234,9 +234,9 @@ class Learner:
 
 
 def check_shares(groups: int, world: int, equal: bool = False) -> None:
-    """ValueError for groups that leave a process without work, or with more than another."""
+    """Raise ValueError if a process has no groups, or if `equal`, more groups than another."""
     if groups < world or (equal and groups % world):
-        what = "as many for each" if equal else "at least one for each"
+        what = "equal numbers of them" if equal else "at least one each"
         raise ValueError(f"groups is {groups} but {world} processes need {what}")
 
 
@@ -252,11 +252,11 @@ def _optimizer(weights: list[Any], settings: Tuning) -> torch.optim.Optimizer:
 
 
 def _autocast(network: Any, accelerator: Any) -> torch.dtype | None:
-    """What calls of the network compute in, where that is half precision: as accelerate was told,
-    which sees to it itself, or else as its weights are, by autocast within its forward pass.
+    """Return the half-precision dtype in which the network computes, or None: accelerate's
+    mixed_precision if set, else the weights' dtype, for which this enables autocast in `forward`.
 
-    Around the call it would not reach the network: DeepSpeed's engine switches it off. Latents,
-    the adapter's weights and all that a loss is made of stay float32.
+    Autocast around the call would have no effect, since DeepSpeed's engine disables it. Latents,
+    the adapter's weights and everything in the loss stay float32.
     """
     if accelerator.mixed_precision != "no":
         return PRECISIONS.get(accelerator.mixed_precision)
@@ -268,18 +268,18 @@ def _autocast(network: Any, accelerator: Any) -> torch.dtype | None:
 
 
 def _scale_gradients(accelerator: Any, zero: bool) -> None:
-    """Let losses be scaled before a backward pass in float16, where they would come out as 0."""
+    """Enable loss scaling for float16, in which small gradients would underflow."""
     if zero or accelerator.is_fsdp2:
         raise ValueError(
-            "float16 needs gradients that are scaled, which is not done with DeepSpeed and FSDP; "
-            "take bfloat16"
+            "float16 needs gradient scaling, which is not supported with DeepSpeed and FSDP; "
+            "use bfloat16"
         )
-    if accelerator.scaler is None:  # accelerate has its own where it was told fp16
+    if accelerator.scaler is None:  # accelerate has one with mixed_precision fp16
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)
 
 
 def _add(sums: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
-    """Add what was seen, by name, where it is: a look from the CPU would wait for the GPU."""
+    """Add statistics by name on their device, without synchronising with the CPU."""
     for name, value in seen.items():
         total = value.detach().sum()
         sums[name] = sums[name] + total if name in sums else total

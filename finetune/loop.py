@@ -1,8 +1,8 @@
-"""The loop of training: steps with a log, checks, checkpoints and resume, and the LoRA at the end.
+"""The training loop: steps with a log, checks, checkpoints and resume, and export of the LoRA.
 
 A trainer has `learner`, `step`, `train_step()`, `state_dict()` and `load_state_dict()`, as those of
-`finetune.gdro`, `finetune.grpo` and `finetune.nft`. Its folder gets log.csv, checks.csv, grids/,
-best.safetensors, state.pt and lora/.
+`finetune.gdro`, `finetune.grpo` and `finetune.nft` do. The loop writes log.csv, checks.csv, grids/,
+best.safetensors, state.pt and lora/ to its folder.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def begin(
     adapter: str | None = None,
     made_of: Mapping[str, str] | None = None,
 ) -> None:
-    """Start from a LoRA's weights, if one is named, and go on from the folder's checkpoint.
+    """Load the LoRA `adapter`, if given, as the starting point, or resume from a checkpoint.
 
-    resume: whether to go on; without, a folder that holds a checkpoint is refused. made_of: digests
-    of what is trained, and on what, by name; a checkpoint of something else is refused, but its
-    settings are not compared (`finetune.state.check_out` does). ValueError as for `load_state`.
+    resume: whether to load the folder's checkpoint, which is refused otherwise. made_of: digests of
+    the model and the data, by name, which must match the checkpoint's; `finetune.state.check_out`
+    compares the settings. Raises ValueError as `load_state` does.
     """
     learner: Learner = trainer.learner
     if (out / FILE).exists() and not resume:
@@ -54,7 +54,7 @@ def begin(
         out.mkdir(parents=True, exist_ok=True)
         for table in ("log.csv", "checks.csv"):
             checks.rewind(out / table, trainer.step)
-    learner.accelerator.wait_for_everyone()  # all read the table of checks next
+    learner.accelerator.wait_for_everyone()  # before all read the table of checks
 
 
 def run(
@@ -68,10 +68,10 @@ def run(
     shown: Sequence[str] = (),
     made_of: Mapping[str, str] | None = None,
 ) -> None:
-    """Take the remaining steps, logging, checking and saving on the way.
+    """Make the remaining steps, with logs, checks and checkpoints.
 
-    Every process has to call it, and the main one writes. watch: what is drawn and scored on the
-    way; shown: columns of the log for the progress bar; made_of: as for `begin`.
+    Every process must call this; the main one writes. watch: the checks to make; shown: columns of
+    the log for the progress bar; made_of: as for `begin`.
     """
     learner: Learner = trainer.learner
     main, recent = learner.accelerator.is_main_process, []
@@ -85,7 +85,7 @@ def run(
         _check(learner, 0, watch, out)
     for step in bar:
         if watch and checks.is_over(checks.read(out / "checks.csv"), watch.check):
-            tqdm.write(f"stopped at step {step}: {watch.check.best} has not risen any more")
+            tqdm.write(f"stopped at step {step}: {watch.check.best} no longer increases")
             break
         bar.set_description("training")
         start = time.monotonic()
@@ -105,9 +105,9 @@ def run(
 
 
 def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
-    """Look at the averaged weights; keep the row, the pictures, and the weights if they are best.
+    """Check the averaged weights; save the row, the grid, and the weights if they are the best.
 
-    The weights are kept before the row, so that the best row's weights are always there.
+    The weights are saved before the row, so that the best row's weights always exist.
     """
     accelerator = learner.accelerator
     with learner.averaged():
@@ -115,7 +115,7 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
     weights = lora.whole(learner.average.weights)
     row = {"step": step} | row
     rows = [*checks.read(out / "checks.csv"), row]
-    best = checks.best_row(rows, watch.check.best)  # an error, where there is one, in all processes
+    best = checks.best_row(rows, watch.check.best)  # any error is raised in all processes
     if accelerator.is_main_process:
         if best["step"] == step:
             save_file(lora.copy(weights), out / "best.safetensors")
@@ -128,10 +128,10 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
 
 
 def export(trainer: Any, kind: Any, out: Path, best: str = "held_out/reward") -> tuple[Path, int]:
-    """Write out/lora: the weights' file, and the step that they are of.
+    """Write the LoRA to out/lora; return its file and the step of its weights.
 
-    They are those of the best check by the metric `best`, or the last average where nothing was
-    checked. Every process has to call it; the main one writes. kind: the pipeline's class.
+    The weights are those of the best check by the metric `best`, or the last average if there were
+    no checks. Every process must call this; the main one writes. kind: the pipeline's class.
     """
     learner: Learner = trainer.learner
     part, main = learner.family.network, learner.accelerator.is_main_process
@@ -141,7 +141,7 @@ def export(trainer: Any, kind: Any, out: Path, best: str = "held_out/reward") ->
         step = int(checks.best_row(rows, best)["step"])
         chosen = _best(out / "best.safetensors")
     if main:
-        (out / "lora" / FINISHED).unlink(missing_ok=True)  # of fewer steps
+        (out / "lora" / FINISHED).unlink(missing_ok=True)  # written by a run of fewer steps
     with lora.swapped(learner.weights, chosen):
         file = lora.save(kind, part, learner.bare, out / "lora", main)
     return file, step
@@ -152,6 +152,6 @@ def _best(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{file}, the weights of the best check, cannot be read ({error}); train once more, "
-            "into another out="
+            f"{file}, the weights of the best check, cannot be read ({error}); train again with "
+            "another out="
         ) from None

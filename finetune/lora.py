@@ -1,6 +1,6 @@
-"""LoRA on one network: attach, switch off for the reference, average, save where diffusers loads.
+"""LoRA (Hu et al. 2021) on one network: attach, disable, average, save and read.
 
-Hu et al. 2021. The adapter's name is "default", its weights are float32 whatever the network is.
+The adapter is named "default"; its weights are float32, and are saved in the format of diffusers.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 def attach(
     network: Any, targets: Sequence[str], rank: int, alpha: int, generator: torch.Generator
 ) -> dict[str, nn.Parameter]:
-    """Add an untouched adapter (B = 0) to the layers whose names end in `targets`.
+    """Add a new adapter (B = 0) to the layers whose names end in `targets`; freeze all else.
 
-    Everything else is frozen. A is Kaiming-uniform as peft makes it, from `generator`. Returns the
-    trainable parameters by name. ValueError where no layer matches, with names that would.
+    A is Kaiming-uniform, as in peft, drawn from `generator`. Returns the trainable parameters by
+    name. Raises ValueError if no layer matches, and lists names that would.
     """
     from peft import LoraConfig
 
@@ -49,8 +49,8 @@ def attach(
     if not any(name == t or name.endswith(f".{t}") for name in linear for t in targets):
         ends = sorted({re.sub(r"^.*\.(?=[a-z]\w*(\.\d+)?$)", "", name) for name in linear})
         raise ValueError(
-            f"no layer of {type(network).__name__} is called {list(targets)}; its linear layers "
-            f"end in {ends[:12]}"
+            f"no layer of {type(network).__name__} is named {list(targets)}; the names of its "
+            f"linear layers end in {ends[:12]}"
         )
     network.requires_grad_(False)
     network.add_adapter(
@@ -67,20 +67,20 @@ def attach(
 
 
 def parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name."""
+    """Return the adapter's parameters by name."""
     return {name: p for name, p in network.named_parameters() if ".lora_" in name}
 
 
 @contextmanager
 def reference(network: nn.Module) -> Iterator[None]:
-    """Within it the network is the one that the adapter was attached to."""
+    """Disable the adapter within the context, so that the network is the original one."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [part for part in network.modules() if isinstance(part, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
         for name in layer.adapter_layer_names:
-            # peft freezes adapters that are off, and FSDP would keep the first gathered parameters
+            # peft freezes disabled adapters, and FSDP would keep the first gathered parameters
             # frozen
             getattr(layer, name).requires_grad_(True)
     try:
@@ -91,14 +91,14 @@ def reference(network: nn.Module) -> Iterator[None]:
 
 
 def warm_up(step: int) -> float:
-    """The usual bound on an average's decay at its `step`-th move, from 1: (1 + s) / (10 + s)."""
+    """Return the usual bound on an average's decay at update s = 1, ...: (1 + s) / (10 + s)."""
     return (1 + step) / (10 + step)
 
 
 class Average:
-    """An exponential moving average of the adapter, decay min(decay, bound(step)).
+    """An exponential moving average of the adapter, with decay min(decay, bound(step)).
 
-    A state says which bound it was made with, by its name: another law would be another average.
+    The state stores the name of the bound, since a different bound gives a different average.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, weights: dict[str, nn.Parameter]) -> None:
-        """Move towards the present weights."""
+        """Update the average with the present weights."""
         self.step += 1
         decay = min(self.decay, self.bound(self.step))
         present = [weights[name].detach() for name in self.weights]
@@ -128,34 +128,34 @@ class Average:
         law = state.get("law")
         if self.decay and law != self.bound.__name__:
             raise ValueError(
-                f"its average was begun by {law or 'an earlier'} law of the decay, not "
-                f"{self.bound.__name__}, as by an earlier version"
+                f"its average uses {law or 'another'} as the bound of the decay, not "
+                f"{self.bound.__name__}, perhaps because an earlier version wrote it"
             )
         self.step = int(state["step"])
         fill(self.weights, state["weights"])
 
 
 def copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as they are now."""
+    """Return a detached copy of the weights."""
     return {name: value.detach().clone() for name, value in weights.items()}
 
 
 @torch.no_grad()
 def fill(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Copy weights by name; ValueError, before any is copied, where names or shapes differ."""
+    """Copy weights by name; raises ValueError, before any is copied, if names or shapes differ."""
     shapes = {name: tuple(value.shape) for name, value in source.items()}
     unlike = [n for n, value in target.items() if shapes.get(n) != tuple(value.shape)]
     if unlike or len(source) != len(target):
         raise ValueError(
-            f"the weights are not alike: {len(unlike)} of {len(target)} differ in name or shape"
-            + (f", as {unlike[0]}" if unlike else "")
+            f"the weights do not match: {len(unlike)} of {len(target)} differ in name or shape"
+            + (f", such as {unlike[0]}" if unlike else "")
         )
     for name, value in target.items():
         value.copy_(like(source[name], value))
 
 
 def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with the shares of other processes (FSDP), which all have to call it then."""
+    """Return the weights with FSDP shards gathered, for which all processes must call this."""
     return {
         name: value.full_tensor() if isinstance(value, DTensor) else value
         for name, value in weights.items()
@@ -163,7 +163,7 @@ def whole(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor as this process's share of it, where that is what target is."""
+    """Return this process's shard of a whole tensor if `target` is sharded, else the tensor."""
     if not isinstance(target, DTensor) or isinstance(value, DTensor):
         return value
     value = value.to(target.device)
@@ -172,7 +172,7 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
 @contextmanager
 def swapped(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it the network carries other weights, an average's for example."""
+    """Replace the weights by others, such as an average, within the context."""
     own = copy(weights)
     fill(weights, others)
     try:
@@ -182,25 +182,25 @@ def swapped(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iter
 
 
 def save(pipe_class: Any, part: str, network: Any, folder: Path, main: bool = True) -> Path:
-    """Write the adapter as `pipe.load_lora_weights(folder)` reads it, and return the file.
+    """Write the adapter in the format of `pipe.load_lora_weights(folder)`; return the file.
 
-    part: the network's attribute of the pipeline, "unet" or "transformer"; main: of several
-    processes, which all have to call it, the one that writes.
+    part: the pipeline's attribute of the network, "unet" or "transformer"; main: whether this
+    process writes. All processes must call this.
     """
     from peft.utils import get_peft_model_state_dict
 
     layers = whole(get_peft_model_state_dict(network))
-    about = network.peft_config["default"].to_dict()  # alpha, which the weights do not show
+    about = network.peft_config["default"].to_dict()  # stores alpha
     stored = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": about}
     pipe_class.save_lora_weights(folder, is_main_process=main, **stored)
     return Path(folder) / FILE
 
 
 def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> dict[str, Tensor]:
-    """The weights that `save` wrote, for an adapter of the same layers, rank and alpha.
+    """Read the weights that `save` wrote, for an adapter of the same layers, rank and alpha.
 
-    weights: those of the adapter to fill. ValueError where the two are not alike, and for a number
-    that is not finite.
+    weights: those of the adapter to fill. Raises ValueError if the two do not match, or if a value
+    is not finite.
     """
     folder = Path(os.path.expanduser(folder))
     try:
@@ -210,7 +210,7 @@ def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> 
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or error
-        raise ValueError(f"{folder} holds no LoRA that can be read ({said})") from None
+        raise ValueError(f"{folder} holds no readable LoRA ({said})") from None
     names = {f"{part}.{name.replace('.default.', '.')}": name for name in weights}
     fits = [k for k, n in names.items() if k in tensors and tensors[k].shape == weights[n].shape]
     rest = sorted((names.keys() | tensors.keys()) - set(fits))
@@ -219,10 +219,10 @@ def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> 
         what = f"{len(fits)} of its {len(tensors)} tensors fit {len(names)}, alpha is {found}"
         raise ValueError(
             f"the LoRA {folder} has other layers, another rank or another alpha ({what}"
-            f"{f'; not so {rest[0]}' if rest else ''}); set targets, rank and alpha to those it "
+            f"{f'; {rest[0]} does not' if rest else ''}); set targets, rank and alpha to those it "
             "was trained with, or give one of this model"
         )
     bad = [key for key in names if not tensors[key].isfinite().all()]
     if bad:
-        raise ValueError(f"the LoRA {folder} holds numbers that are not finite, as in {bad[0]}")
+        raise ValueError(f"the LoRA {folder} has values that are not finite, such as in {bad[0]}")
     return {name: tensors[key] for key, name in names.items()}

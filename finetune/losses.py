@@ -1,13 +1,13 @@
-"""Losses of preference and policy training: functions of tensors, no networks.
+"""Losses for preference and policy training, as functions of tensors.
 
-Legend: g groups (one prompt each), k images a group, `scores` implicit rewards, `rewards` explicit
-ones; r1 >= ... >= rk once sorted. Every loss is returned by group, so that the caller averages.
+Legend: g groups (one prompt each), k images per group, `scores` implicit rewards, `rewards`
+explicit ones, r1 >= ... >= rk once sorted. Losses are returned per group; the caller averages.
 
-Shapes are checked always, with a ValueError. Values are looked at where that is free, on a CPU:
-rewards, advantages and probabilities that are not finite, or not in [0, 1], are a ValueError, and
-what a network predicted and is not finite a FloatingPointError (where processes train together it
-goes into the gradient, which all of them see). A look at a GPU would wait for it at each loss;
-there a wrong value makes the loss NaN, and `learner.Learner` refuses a gradient that is not finite.
+Shapes are always checked, with a ValueError. Values are checked only on the CPU, since on a GPU
+each check would synchronise: rewards, advantages and probabilities that are not finite or out of
+range raise a ValueError, network outputs that are not finite a FloatingPointError (except in
+distributed training, where they must reach the gradient that all processes see). On a GPU a wrong
+value makes the loss NaN, and `learner.Learner` refuses a gradient that is not finite.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ SPREADS = ("group", "global", "none")
 def implicit_scores(
     pred: Tensor, ref_pred: Tensor, target: Tensor, *, beta: float, weight: Tensor | None = None
 ) -> Tensor:
-    """-β w (mean|target - pred|² - mean|target - ref_pred|²), (g, k) from (g, k, *shape).
+    """Return -β w (mean|target - pred|² - mean|target - ref_pred|²), (g, k) from (g, k, *shape).
 
-    The reward that makes the tuned model the tilted reference (Wallace et al. 2023, Diffusion-DPO,
-    eq. 14; GDRO's s). The **mean** over an image's elements is taken, so β does not depend on the
-    resolution; noise and timestep must be shared within a group, or the optimum shrinks.
-    `weight` broadcasts to (g, k): None is 1, `elbo_weight` makes the score an exact likelihood
-    ratio on average over t. Float32 whatever the predictions are.
+    This is the reward for which the tuned model is the tilted reference (Wallace et al. 2023,
+    Diffusion-DPO, eq. 14; GDRO's s). The **mean** over an image's elements makes β independent of
+    the resolution. Noise and timestep must be shared within a group, or the optimum shrinks.
+    `weight` broadcasts to (g, k); None is 1, and `elbo_weight` makes the score an exact likelihood
+    ratio on average over t. Computed in float32.
     """
     if not (pred.shape == ref_pred.shape == target.shape) or pred.ndim < 3:
         raise ValueError(
-            f"predictions of shape (g, k, ...) are needed, all alike, but got {tuple(pred.shape)},"
+            f"predictions of one shape (g, k, ...) are needed, but got {tuple(pred.shape)},"
             f" {tuple(ref_pred.shape)} and {tuple(target.shape)}"
         )
     if not 0 < beta < math.inf:
@@ -70,12 +70,12 @@ def _squared(error: Tensor) -> Tensor:
 
 
 def elbo_weight(t: Tensor, prediction: str = "velocity") -> Tensor:
-    """The weight that makes a flow's implicit score, averaged over t ~ U(0, 1), a likelihood ratio.
+    """Return weights by which a flow's implicit score is a likelihood ratio on average over t.
 
-    x_t = (1 - t) x0 + t ε. The likelihood bound is ½ E|dλ/dt| |ε - ε̂|² with λ the log
-    signal-to-noise ratio (Kingma et al. 2021, eq. 17), here 2 log((1 - t)/t); an error of the
-    velocity is that of ε over (1 - t). So (1 - t)/t for velocity and 1/(t (1 - t)) for epsilon. It
-    applies to the **sum** over an image's elements: give β times their number.
+    x_t = (1 - t) x0 + t ε with t ~ U(0, 1). The likelihood bound is ½ E|dλ/dt| |ε - ε̂|² with λ the
+    log signal-to-noise ratio (Kingma et al. 2021, eq. 17), here 2 log((1 - t)/t); the error of the
+    velocity is that of ε divided by (1 - t). This gives (1 - t)/t for velocity and 1/(t (1 - t))
+    for epsilon. It applies to the **sum** over an image's elements: multiply β by their number.
     """
     t = _known(t, "t", inside=True)
     if prediction == "velocity":
@@ -86,17 +86,16 @@ def elbo_weight(t: Tensor, prediction: str = "velocity") -> Tensor:
 
 
 def target_distribution(rewards: Tensor, temperature: float) -> Tensor:
-    """softmax(r/τ) over each group, (g, k): what the implicit scores are fitted to."""
+    """Return softmax(r/τ) over each group, (g, k): the target of the implicit scores."""
     _check_temperature(temperature)
     return (_known(rewards.float(), "rewards") / temperature).softmax(-1)
 
 
 def shuffled_order(rewards: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Indices (g, k) that sort rewards downwards, equal rewards in a random order.
+    """Return indices (g, k) that sort rewards in descending order, with ties in random order.
 
-    Scores such as OCR's are discrete, and the full and rank forms depend on the order of ties;
-    a sort that keeps the order of the file would train on it. Without a generator the order of
-    equal rewards is that given.
+    Rewards such as OCR's are discrete, and the full and rank forms depend on the order of ties, so
+    a stable sort would train on the order of the file. Without a generator the sort is stable.
     """
     rewards = _known(rewards, "rewards")
     if generator is None:
@@ -115,16 +114,16 @@ def gdro_loss(
     form: str = "full",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Group-level direct reward optimisation, (g,) from scores and rewards (g, k).
+    """Return the loss of group-level direct reward optimisation, (g,) from (g, k).
 
-    With q_i = softmax(r/τ) over the images from the i-th best on:
+    With q_i = softmax(r/τ) over the i-th best image and all worse ones:
 
         top1   log Σ_j exp(s_j) - Σ_j q_1(j) s_j
         full   Σ_{i<k} [log Σ_{j>=i} exp(s_j) - Σ_{j>=i} q_i(j) s_j]      (GDRO, eq. 9)
         rank   Σ_{i<k} [log Σ_{j>=i} exp(s_j) - s_i], the limit τ -> 0 (Plackett-Luce)
 
-    All are smallest at s = r/τ + const, where top1 is the entropy of q_1 and full the sum of those
-    of q_i. `generator` breaks ties of the rewards at random, see `shuffled_order`.
+    top1 and full are smallest at s = r/τ + const, where top1 is the entropy of q_1 and full the sum
+    of the entropies of all q_i. `generator` breaks ties of the rewards; see `shuffled_order`.
     """
     _check_groups(scores, rewards)
     scores, rewards = _predicted(scores, "scores"), _known(rewards, "rewards")
@@ -135,7 +134,7 @@ def gdro_loss(
         return scores.logsumexp(-1) - (q * scores).sum(-1)
     order = shuffled_order(rewards, generator)
     s, r = scores.gather(-1, order), rewards.float().gather(-1, order)
-    s = s + 0 * r.sum(-1, keepdim=True)  # an order shows no NaN
+    s = s + 0 * r.sum(-1, keepdim=True)  # propagates NaN, which sorting would hide
     remaining = s.flip(-1).logcumsumexp(-1).flip(-1)  # (g, k): over j >= i
     if form == "rank":
         return (remaining - s)[:, :-1].sum(-1)
@@ -150,10 +149,10 @@ def gdro_loss(
 def best_image_loss(
     pred: Tensor, target: Tensor, rewards: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """mean|target - pred|² of each group's best image, (g,) (GDRO, eq. 12).
+    """Return mean|target - pred|² of each group's best image, (g,) (GDRO, eq. 12).
 
-    Ranking alone lowers the likelihood of every image, the best one's too; this holds it up.
-    Of several best images one is drawn.
+    The ranking loss alone lowers the likelihood of every image, even the best; this counteracts it.
+    Ties are broken at random by `generator`.
     """
     if pred.shape != target.shape or pred.ndim < 3 or pred.shape[:2] != rewards.shape:
         raise ValueError(
@@ -164,22 +163,22 @@ def best_image_loss(
     best = shuffled_order(rewards, generator)[:, 0]
     rows = torch.arange(len(best), device=best.device)
     error = (pred[rows, best].float() - target[rows, best].float()).square().flatten(1).mean(1)
-    return _predicted(error + 0 * rewards.sum(-1), "errors")  # an order shows no NaN
+    return _predicted(error + 0 * rewards.sum(-1), "errors")  # propagates NaN
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log σ(s_w - s_l) (Rafailov et al. 2023): GDRO with k = 2 in the limit τ -> 0.
+    """Return -log σ(s_w - s_l) (Rafailov et al. 2023): GDRO with k = 2 in the limit τ -> 0.
 
-    With β of `implicit_scores` half of the β of Diffusion-DPO's published code.
+    The β of `implicit_scores` corresponds to half the β of Diffusion-DPO's published code.
     """
     _check_alike("chosen and rejected scores", chosen, rejected)
     return -F.logsigmoid(_predicted(chosen - rejected, "scores"))
 
 
 def soft_preference_loss(first: Tensor, second: Tensor, probability: Tensor) -> Tensor:
-    """Cross-entropy of "the first is better", known with a probability.
+    """Return the cross-entropy of "the first is better", which is true with `probability`.
 
-    RPO (Gu et al. 2024) takes σ(r_1 - r_2) for it; σ((r_1 - r_2)/τ) makes it GDRO with k = 2.
+    With probability σ(r_1 - r_2) this is RPO (Gu et al. 2024), with σ((r_1 - r_2)/τ) GDRO, k = 2.
     """
     _check_alike("two scores and a probability", first, second, probability)
     margin = _predicted(first - second, "scores")
@@ -190,13 +189,13 @@ def soft_preference_loss(first: Tensor, second: Tensor, probability: Tensor) -> 
 def kto_loss(
     scores: Tensor, desirable: Tensor, *, weights: tuple[float, float] = (1.0, 1.0)
 ) -> Tensor:
-    """Kahneman-Tversky optimisation of unpaired images, the shape of `scores` (any).
+    """Return the loss of Kahneman-Tversky optimisation for unpaired images, shaped as `scores`.
 
-    w (1 - σ(±(s - z))), + for desirable ones; z = max(0, mean s), the reference point, carries no
-    gradient (Ethayarajh et al. 2024, eq. 8; Li et al. 2024 for diffusion). weights: of the
-    desirable and the undesirable.
+    w (1 - σ(±(s - z))), + for desirable images; the reference point z = max(0, mean s) has no
+    gradient (Ethayarajh et al. 2024, eq. 8; Li et al. 2024 for diffusion). weights: w of desirable
+    and of undesirable images.
     """
-    _check_alike("scores and what is desirable", scores, desirable)
+    _check_alike("scores and desirable", scores, desirable)
     if desirable.dtype != torch.bool or not all(0 <= w < math.inf for w in weights):
         raise ValueError(
             f"desirable must be bool, and weights finite and not negative, but they are "
@@ -212,11 +211,11 @@ def kto_loss(
 def group_advantages(
     rewards: Tensor, *, spread: str = "group", eps: float = 1e-4, kept: Tensor | None = None
 ) -> Tensor:
-    """(r - mean of its group) / (std + eps), (g, k); std of the group, of all, or 1 ("none").
+    """Return (r - group mean) / (std + eps), (g, k), with the group's or global std, or 1 ("none").
 
-    GRPO (Shao et al. 2024); the global one is Flow-GRPO's. A group of equal rewards gives zeros.
-    kept: bool (g, k), the images that there are; of the others the advantage is 0, and it is as if
-    they had not been drawn.
+    GRPO (Shao et al. 2024); "global" as in Flow-GRPO. A group of equal rewards gives zeros. kept:
+    bool (g, k), the images that count; the advantage of the others is 0, and they do not affect the
+    rest.
     """
     if spread not in SPREADS:
         raise ValueError(f"spread is {spread!r} but must be one of {list(SPREADS)}")
@@ -255,9 +254,9 @@ def _advantages_of_kept(rewards: Tensor, kept: Tensor, spread: str, eps: float) 
 def policy_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip: float = 1e-4
 ) -> Tensor:
-    """-min(ρ A, clip(ρ, 1 - c, 1 + c) A), ρ = exp(log π - log π_old) (Schulman et al. 2017, eq. 7).
+    """Return -min(ρ A, clip(ρ, 1 - c, 1 + c) A) with ρ = π / π_old (Schulman et al. 2017, eq. 7).
 
-    Shapes broadcast; on the policy that sampled, ρ is 1 and the gradient is -A ∇ log π.
+    Shapes broadcast. On-policy, ρ is 1 and the gradient is -A ∇ log π.
     """
     _check_clip(clip, log_prob, old_log_prob, advantages)
     ratio = _predicted(log_prob - old_log_prob, "log-densities").exp()
@@ -269,13 +268,13 @@ def policy_loss(
 def nft_loss(
     pred: Tensor, old_pred: Tensor, target: Tensor, good: Tensor, *, beta: float = 1.0
 ) -> Tensor:
-    """DiffusionNFT (Zheng et al. 2025), (n,) from predictions (n, *shape) and good (n,) in [0, 1].
+    """Return the DiffusionNFT loss (Zheng et al. 2025), (n,) from predictions (n, *shape).
 
-    r |v+ - v|² + (1 - r) |v- - v|², means over elements, with v± = v_old ± β (v_θ - v_old) and r
-    how good the image is. On images of the old policy it is smallest at
-    v_θ = v_old + (2/β) E[r (v - v_old)]; it needs no log-probabilities, and no stochastic sampler.
+    r |v+ - v|² + (1 - r) |v- - v|², means over elements, with v± = v_old ± β (v_θ - v_old) and
+    r = good (n,) in [0, 1]. On images of the old policy its minimum is
+    v_θ = v_old + (2/β) E[r (v - v_old)]. It needs no log-probabilities and no stochastic sampler.
     """
-    _check_alike("predictions, old ones and targets", pred, old_pred, target)
+    _check_alike("predictions, old predictions and targets", pred, old_pred, target)
     if pred.ndim < 2 or good.shape != pred.shape[:1] or not 0 < beta < math.inf:
         raise ValueError(
             f"predictions (n, ...), good (n,) and a positive beta are needed, but got "
@@ -289,7 +288,7 @@ def nft_loss(
 
 
 def clipped(log_prob: Tensor, old_log_prob: Tensor, *, clip: float = 1e-4) -> Tensor:
-    """Which ratios lie outside [1 - c, 1 + c], as floats: their mean is the share to log."""
+    """Return 1.0 for each ratio outside [1 - c, 1 + c] and 0.0 for others, to log their mean."""
     _check_clip(clip, log_prob, old_log_prob)
     ratio = (log_prob.detach() - old_log_prob).exp()
     return ((ratio - 1).abs() > clip).float()
@@ -338,7 +337,7 @@ def _is_free_to_look(values: Tensor) -> bool:
 
 
 def _known(values: Tensor, name: str, inside: bool = False) -> Tensor:
-    """Values that are known beforehand, finite, or with `inside` in [0, 1]; else see above."""
+    """Check inputs to be finite, and with `inside` in [0, 1]; see the module for GPUs."""
     if not values.is_floating_point():
         return values
     bad = ~values.detach().isfinite()
@@ -353,7 +352,7 @@ def _known(values: Tensor, name: str, inside: bool = False) -> Tensor:
 
 
 def _predicted(values: Tensor, name: str) -> Tensor:
-    """Values that a network's predictions were made into; see above for what is not finite."""
+    """Check values computed from a network's outputs to be finite; see the module for GPUs."""
     together = distributed.is_available() and distributed.is_initialized()
     if _is_free_to_look(values) and not together and not values.detach().isfinite().all():
         raise FloatingPointError(f"{name} are not finite: lower the learning rate")

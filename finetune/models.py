@@ -1,7 +1,7 @@
-"""The trainable network of each model family: prompts to conditioning, x_t to a prediction.
+"""The model families: prompts to conditioning, noising of latents, and network predictions.
 
-Latents are those that the pipeline returns with `output_type="latent"` (Flux: packed), which are
-those that its network sees. Legend: n rows, t in (0, 1) is noise's share of the way, 0 clean.
+Latents are those that the pipeline returns with `output_type="latent"` (packed for Flux), which are
+also the network's inputs. Legend: n rows, t in (0, 1) is the noise level, 0 for clean latents.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ __all__ = [
     "predict",
 ]
 
-Conditioning = dict[str, Tensor]  # rows first
+Conditioning = dict[str, Tensor]  # tensors with one row per prompt or image
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between pipelines.
+    """The parts of fine-tuning that depend on the pipeline's class.
 
-    network: the pipeline's attribute that is trained. encode(pipe, prompts, call) gives tensors
-    with a row a prompt; keywords(x, timestep, conditioning) those of the network's forward.
-    targets: names of the layers that LoRA usually adapts.
+    network: the pipeline's attribute that is trained. encode(pipe, prompts, call) returns tensors
+    with one row per prompt; keywords(x, timestep, conditioning) returns the keywords of the
+    network's forward. targets: names of the layers that LoRA adapts by default.
     """
 
     network: str
@@ -50,7 +50,7 @@ JOINT_TARGETS = (*UNET_TARGETS, "add_k_proj", "add_q_proj", "add_v_proj", "to_ad
 
 
 def encoded(pipe: Any, prompts: list[str], call: Mapping[str, Any], **more: Any) -> Any:
-    """The pipeline's own encode_prompt, without guidance, given those keywords that it knows.
+    """Call the pipeline's own encode_prompt without guidance, with the keywords that it accepts.
 
     call: as in `encode`.
     """
@@ -142,7 +142,7 @@ FAMILIES = {
 
 
 def family_of(pipe: Any) -> Family:
-    """The family of a pipeline; ValueError for one that is not known."""
+    """Return the family of a pipeline; raises ValueError for an unsupported class."""
     name = type(pipe).__name__
     if name not in FAMILIES:
         raise ValueError(f"{name} cannot be fine-tuned here; load one of {sorted(FAMILIES)}")
@@ -150,16 +150,16 @@ def family_of(pipe: Any) -> Family:
 
 
 def distilled(pipe: Any) -> bool:
-    """Whether the strength of guidance is an input of the network, as of FLUX.1-dev's."""
+    """Return whether the guidance scale is an input of the network, as in FLUX.1-dev."""
     config = getattr(pipe, family_of(pipe).network).config
     return bool(getattr(config, "guidance_embeds", False))
 
 
 @dataclass(frozen=True)
 class Noising:
-    """How latents are noised and what the network is asked for.
+    """How latents are noised, and what the network predicts.
 
-    flow: x_t = (1 - t) x0 + t ε, target ε - x0 ("velocity"). With betas: x = √ᾱ x0 + √(1 - ᾱ) ε at
+    Flows: x_t = (1 - t) x0 + t ε, target ε - x0 ("velocity"). With betas: x = √ᾱ x0 + √(1 - ᾱ) ε at
     the timestep floor(t·T), target by `prediction` ("epsilon", "v_prediction" or "sample").
     """
 
@@ -172,13 +172,13 @@ class Noising:
         return self.alphas_cumprod is None
 
     def timesteps(self, t: Tensor) -> Tensor:
-        """What the network is told, (n,): floats up to T for a flow, else whole timesteps."""
+        """Return the network's timesteps (n,): floats up to T for a flow, else integers."""
         if self.flow:
             return t * self.num_train_timesteps
         return (t * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t, target), both like x0 (n, ...), t (n,)."""
+        """Return (x_t, target), both shaped as x0 (n, ...), for t (n,)."""
         shape = (-1,) + (1,) * (x0.ndim - 1)
         if self.alphas_cumprod is None:
             share = t.view(shape)
@@ -194,11 +194,11 @@ class Noising:
         return x, targets[self.prediction]()
 
     def elbo_weight(self, t: Tensor) -> Tensor:
-        """½|dλ/dt| times what turns the prediction's squared error into that of ε, (n,).
+        """Return ½|dλ/dt| times the factor from the prediction's squared error to ε's, (n,).
 
-        λ is the log signal-to-noise ratio (Kingma et al. 2021). With it, and β times the number
-        of an image's elements, implicit scores averaged over t ~ U(0, 1) are log-likelihood
-        ratios; see `losses.elbo_weight` for flows.
+        λ is the log signal-to-noise ratio (Kingma et al. 2021). With this weight, and β multiplied
+        by the number of an image's elements, implicit scores averaged over t ~ U(0, 1) are
+        log-likelihood ratios; see `losses.elbo_weight` for flows.
         """
         if self.alphas_cumprod is None:
             return (1 - t) / t
@@ -211,10 +211,10 @@ class Noising:
         return (slope / 2 * factor[self.prediction]).to(t.dtype)
 
     def velocity_weight(self, t: Tensor) -> Tensor:
-        """What turns the prediction's squared error into that of the velocity, (n,).
+        """Return the factor from the prediction's squared error to that of the velocity, (n,).
 
-        v = α ε - σ x0 with betas (Salimans & Ho 2022, App. D). Near pure noise, where a picture's
-        layout is settled, an error of ε says next to nothing, as x is nearly ε itself.
+        v = α ε - σ x0 with betas (Salimans & Ho 2022, App. D). Near pure noise, where an image's
+        layout is decided, the error of ε is uninformative, because x is nearly ε itself.
         """
         if self.alphas_cumprod is None:
             return torch.ones_like(t)
@@ -225,7 +225,7 @@ class Noising:
 
 
 def noising_of(pipe: Any) -> Noising:
-    """The pipeline's noising, from its scheduler's configuration."""
+    """Return the pipeline's noising, from its scheduler's configuration."""
     config = pipe.scheduler.config
     steps = int(config.num_train_timesteps)
     betas = getattr(pipe.scheduler, "alphas_cumprod", None)
@@ -234,7 +234,7 @@ def noising_of(pipe: Any) -> Noising:
     kind = str(config.get("prediction_type", "epsilon"))
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
-            f"the scheduler predicts {kind!r}; epsilon, v_prediction and sample are known"
+            f"the scheduler predicts {kind!r}; supported are epsilon, v_prediction and sample"
         )
     return Noising(kind, steps, betas.double())
 
@@ -242,9 +242,9 @@ def noising_of(pipe: Any) -> Noising:
 def predict(
     network: nn.Module, family: Family, noising: Noising, x: Tensor, t: Tensor, given: Conditioning
 ) -> Tensor:
-    """The network's output for x_t (n, ...) at t (n,) and a row of conditioning each.
+    """Return the network's output for x_t (n, ...) at t (n,) and n rows of conditioning.
 
-    Conditioning is taken in x's type: it may come from encoders of another precision.
+    Conditioning is cast to x's dtype, since the encoders may have another precision.
     """
     given = {name: v.to(x.dtype) if v.is_floating_point() else v for name, v in given.items()}
     keywords = family.keywords(x, noising.timesteps(t), given)
@@ -252,10 +252,10 @@ def predict(
 
 
 def encode(pipe: Any, prompts: Sequence[str], **call: Any) -> Conditioning:
-    """The conditioning of prompts, a row each, by the pipeline's own encoders.
+    """Return the conditioning of prompts, one row each, from the pipeline's own encoders.
 
-    call: keywords of the pipeline's call that matter for it (height, max_sequence_length, ...), and
-    perhaps the `device` that the encoders are on, where the rest of the pipeline is elsewhere.
+    call: keywords of the pipeline's call that affect it (height, max_sequence_length, ...), and
+    optionally `device`, the encoders' device if it is not the pipeline's.
     """
     with torch.no_grad():
         found = family_of(pipe).encode(pipe, list(prompts), call)
@@ -263,7 +263,7 @@ def encode(pipe: Any, prompts: Sequence[str], **call: Any) -> Conditioning:
 
 
 def encode_negative(pipe: Any, prompt: str, **call: Any) -> Conditioning:
-    """What guidance moves away from, one row of conditioning; SDXL takes zeros for no prompt."""
+    """Return the conditioning of the negative prompt, one row; SDXL uses zeros for none."""
     found = encode(pipe, [prompt], **call)
     if prompt or not pipe.config.get("force_zeros_for_empty_prompt"):
         return found
@@ -271,14 +271,14 @@ def encode_negative(pipe: Any, prompt: str, **call: Any) -> Conditioning:
 
 
 def decode(pipe: Any, latents: Tensor, call: Mapping[str, Any]) -> Tensor:
-    """Images (n, 3, h, w) in [0, 1] of latents, as the pipeline itself decodes them."""
+    """Decode latents to images (n, 3, h, w) in [0, 1] as the pipeline does."""
     if type(pipe).__name__ == "FluxPipeline":
         side = pipe.default_sample_size * pipe.vae_scale_factor
         height, width = (int(call.get(name) or side) for name in ("height", "width"))
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     config = pipe.vae.config
     large = type(pipe).__name__ == "StableDiffusionXLPipeline" and config.force_upcast
-    if large and pipe.vae.dtype == torch.float16:  # it would overflow; so the pipeline does
+    if large and pipe.vae.dtype == torch.float16:  # would overflow; the pipeline upcasts as well
         pipe.vae.to(torch.float32)
     shift = getattr(config, "shift_factor", None) or 0.0
     x = (latents / config.scaling_factor + shift).to(pipe.vae.dtype)

@@ -1,9 +1,9 @@
-"""DiffusionNFT: learn from one's own samples by regression, without log-probabilities.
+"""DiffusionNFT (Zheng et al. 2025): online training by regression, without log-probabilities.
 
-Zheng et al. 2025. Images are sampled without noise from the old policy, a slow copy of the trained
-one; then their noised latents pull the prediction towards the good ones and away from the bad.
-There is no ratio, and so nothing that depends on how a batch was split or rounded.
-Legend: g groups, k images a group, n = g·k rows.
+Images are sampled deterministically from the old policy, a slow average of the trained one. A
+regression on their noised latents then moves the prediction towards good images and away from bad
+ones. No probability ratio is used, so the loss is not sensitive to rounding or batch splits.
+Legend: g groups, k images per group, n = g·k rows.
 """
 
 from __future__ import annotations
@@ -31,56 +31,56 @@ __all__ = ["Nft", "NftTrainer", "draw_times"]
 class Nft(Tuning):
     """The settings of a run.
 
-    beta: how far the implicit policies lie from the old one; noisings: of each image in an update,
-    each at its own time; old_decay: the highest decay of the old policy, which is min(epoch / 1000,
-    old_decay) as in the paper; guidance_scale: of sampling alone, the prediction that is trained is
-    the conditional one; kl: weight of mean|v - v_ref|², 1e-4 in the paper's code. That code writes
-    the loss with x0, each half over its own mean error; here it is the paper's eq. 5.
+    beta: distance of the implicit policies from the old one; noisings: noised copies of each image
+    per update, each at its own time; old_decay: highest decay of the old policy, whose decay is
+    min(epoch / 1000, old_decay) as in the paper; guidance_scale: applies only to sampling, since
+    the conditional prediction is trained; kl: weight of mean|v - v_ref|², 1e-4 in the paper's code.
+    The loss is the paper's eq. 5; the paper's code uses x0 and divides each half by its mean error.
     """
 
-    steps: int = setting(200, whole(1), "epochs: sample, score, update")
-    groups: int = setting(4, whole(1), "prompts of an epoch, over all processes")
-    k: int = setting(8, whole(2), "images of a prompt")
+    steps: int = setting(200, whole(1), "number of epochs (sample, score, update)")
+    groups: int = setting(4, whole(1), "prompts per epoch, over all processes")
+    k: int = setting(8, whole(2), "images per prompt")
     micro_groups: int = setting(1, whole(1), "groups that a process evaluates at once")
-    updates: int = setting(1, whole(1), "moves of the optimiser on the same samples")
+    updates: int = setting(1, whole(1), "optimiser steps on the same samples")
     noisings: int = setting(
-        2, whole(1), "noised copies of an image in an update, each at a time of its own"
+        2, whole(1), "noised copies of each image per update, each at its own time"
     )
     num_inference_steps: int = setting(10, whole(1, 10_000), "steps of the sampler")
     guidance_scale: float | None = setting(
         None,
         optional(number(0)),
-        "guidance of sampling; what is trained is the conditional prediction; by default none, "
-        "or what the pipeline tells a distilled network",
+        "guidance scale in sampling; the conditional prediction is trained; by default none, or "
+        "the pipeline's default for a guidance-distilled network",
     )
     beta: float = setting(
         1.0,
         number(0, ends="(]"),
-        "how far the good and the bad policy lie from the one that sampled",
+        "distance of the implicit good and bad policies from the old policy",
     )
-    advantage_clip: float = setting(5.0, number(0, ends="(]"), "advantages are cut to this range")
+    advantage_clip: float = setting(5.0, number(0, ends="(]"), "clipping range of advantages")
     spread: str = setting(
         "global",
         one_of(*SPREADS),
-        "what advantages are divided by: the deviation of the group, global, or none",
+        "standard deviation that divides advantages: group, global or none",
     )
-    each_reward: bool = setting(False, FLAG, "normalise each reward by itself before adding them")
+    each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
     old_decay: float = setting(
         0.5,
         number(0, 1, "[)"),
-        "the one that samples is an average of those before; its highest decay",
+        "highest decay of the old policy, the average of the weights that samples",
     )
-    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform")
+    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform times")
     shift: float = setting(
         1.0,
         number(0, ends="(]"),
-        "shift of the times: above 1 they lean towards noise, where the content is settled",
+        "shift of the times; above 1 favours high noise levels, where the content is decided",
     )
     kl: float = setting(0.0, number(0), "weight of the divergence from the reference")
 
 
 def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:
-    """t (count,) in (0, 1): "uniform" or "logit_normal", shifted (Esser et al. 2024, eqs. 19, 23).
+    """Draw t (count,) in (0, 1), "uniform" or "logit_normal" (Esser et al. 2024, eqs. 19, 23).
 
     A shift above 1 moves them towards noise.
     """
@@ -91,12 +91,12 @@ def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) 
 
 
 def slowly(step: int) -> float:
-    """The paper's bound on the old policy's decay at its `step`-th move: step / 1000."""
+    """Return the paper's bound on the old policy's decay at update `step`: step / 1000."""
     return step / 1000
 
 
 class NftTrainer:
-    """A network that learns from the samples of its slow copy, an epoch at a time."""
+    """Trains a network on samples of its slow average, one epoch at a time."""
 
     def __init__(
         self, network: Any, family: Family, task: Task, settings: Nft, accelerator: Any
@@ -109,11 +109,11 @@ class NftTrainer:
 
     @property
     def step(self) -> int:
-        """How many epochs there have been."""
+        """The number of epochs so far."""
         return self.learner.step // self.settings.updates
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a continuation needs, the old policy and a learning reward included."""
+        """Return all that resuming needs, including the old policy and a trained reward."""
         return self.samples.with_score(self.learner.state_dict() | {"old": self.old.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,9 +122,9 @@ class NftTrainer:
         self.samples.load_score(state)
 
     def train_step(self) -> dict[str, float]:
-        """One epoch: sample from the old policy, score, and `updates` moves of the optimiser."""
+        """Run one epoch: sample from the old policy, score, and make `updates` optimiser steps."""
         s, epoch = self.settings, self.step
-        if epoch == 0:  # it may begin at a LoRA that was read since this was made
+        if epoch == 0:  # a LoRA may have been loaded after __init__
             lora.fill(self.old.weights, self.learner.weights)
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
         compared = self.samples.compared(batches)
@@ -141,7 +141,7 @@ class NftTrainer:
         return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
-        """Images of some of the epoch's groups, by the old policy and without noise."""
+        """Sample images of some of the epoch's groups from the old policy, deterministically."""
         learner, scale = self.learner, self.settings.guidance_scale
         scale = 1.0 if scale is None else scale
         policy = Policy(learner.bare, learner.family, self.noising, scale, self.empty)
@@ -154,10 +154,10 @@ class NftTrainer:
     def _loss(
         self, batch: Batch, good: Tensor, epoch: int, purpose: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row (n,), and what to log of it."""
+        """Return the loss of each row (n,), and statistics to log."""
         s, learner = self.settings, self.learner
         x, t, target = self._noised(batch, epoch, purpose)
-        # the others' first: they change the weights, which a graph for gradients must keep
+        # these first, since they swap the weights that the autograd graph needs unchanged
         with torch.no_grad(), lora.swapped(learner.weights, self.old.weights):
             old = self._predicted(learner.bare, x, t, batch.given)
         ref = None
@@ -173,7 +173,7 @@ class NftTrainer:
         return loss, seen
 
     def _noised(self, batch: Batch, epoch: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(x_t, t, target) of a batch's rows, whose noise and times come from their group."""
+        """Return (x_t, t, target) of a batch's rows; noise and times depend on their groups."""
         s, times, noise = self.settings, [], []
         for group in batch.groups:
             generator = draws(s.seed, epoch, f"{purpose} {group}")

@@ -1,8 +1,8 @@
 """One online epoch: sample images, score them, compute advantages.
 
-What GrpoTrainer and NftTrainer share. Every epoch draws prompts and noise from (seed, epoch, group)
-alone, so a run that is resumed, or split among processes, samples the same images.
-Legend: g groups, k images a group, n = g·k rows.
+Shared by GrpoTrainer and NftTrainer. Prompts and noise depend on (seed, epoch, group) alone, so a
+run that is resumed, or split among processes, samples the same images.
+Legend: g groups, k images per group, n = g·k rows.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
     "only",
 ]
 
-DECODED = 8  # latents at once
+DECODED = 8  # latents that are decoded at once
 
 # images (n, 3, h, w) and prompts -> the total (n,) and its components by name
 Score = Callable[[Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Settings(Protocol):
-    """What of a run's settings says how its images are made and compared."""
+    """The settings that `Samples` uses."""
 
     seed: int
     groups: int
@@ -60,10 +60,10 @@ def advantages_of(
     s: Settings,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Advantages (g, k), clipped: of the total or, with `each_reward`, Σ weight · the component's.
+    """Return clipped advantages (g, k) of the total, or with `each_reward` summed by component.
 
-    Normalising each reward before adding them keeps one of a wide range from drowning the others.
-    kept: as in `group_advantages`. A component of weight 0 is not looked at.
+    With `each_reward` each component is normalised, weighted and added, so that no component
+    dominates by its range. kept: as in `group_advantages`. Components of weight 0 are ignored.
     """
     if not s.each_reward:
         found = group_advantages(total, spread=s.spread, kept=kept)
@@ -78,10 +78,10 @@ def advantages_of(
 
 
 class Compared(NamedTuple):
-    """An epoch's images beside those of their groups.
+    """The advantages of an epoch's images.
 
-    advantages, kept: (g, k) of each batch, 0 and False where an image has no score; scored: how
-    many have one, of all processes.
+    advantages, kept: (g, k) for each batch, 0 and False for images without a score; scored: the
+    number of images with a score, over all processes.
     """
 
     advantages: list[Tensor]
@@ -90,7 +90,7 @@ class Compared(NamedTuple):
 
 
 def only(kept: Tensor, loss: Tensor, seen: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """A loss of rows (n,), and what to log of it, with 0 for the rows that have no score."""
+    """Return a loss of rows (n,) and its statistics, set to 0 for rows without a score."""
     rows = ~kept.flatten()
     return loss.masked_fill(rows, 0), {n: x.masked_fill(rows, 0) for n, x in seen.items()}
 
@@ -99,7 +99,7 @@ def only(kept: Tensor, loss: Tensor, seen: dict[str, Tensor]) -> tuple[Tensor, d
 class Batch:
     """Images of some of an epoch's groups: rows (n, ...), rewards and components (g, k).
 
-    images (n, 3, h, w): on the CPU, as an epoch has many.
+    images (n, 3, h, w): on the CPU, to save GPU memory.
     """
 
     groups: Sequence[int]
@@ -114,12 +114,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """What a run samples for, and what scores it.
+    """The prompts and the reward of an online run.
 
-    prompts and given: what is trained on, and its conditioning, a row each; decode: latents to
-    images in [0, 1]; score: the reward, which may learn too: where it has `observe(images, prompts,
-    epoch)`, that is called with what was sampled, and its state is kept. weights: of components,
-    for `each_reward`; empty: the negative prompt's conditioning, for guidance.
+    prompts, given: the training prompts and their conditioning, one row each; decode: maps latents
+    to images in [0, 1]; score: the reward. A reward that is trained as well has `observe(images,
+    prompts, epoch)`, which is called with each epoch's samples, and its state is saved. weights: of
+    components, for `each_reward`; empty: the negative prompt's conditioning, for guidance.
     """
 
     schedule: Schedule
@@ -132,29 +132,29 @@ class Task:
 
 
 class Samples:
-    """The samples of a run's epochs.
+    """Samples and scores the images of a run's epochs.
 
-    ValueError for a guidance_scale below 1, unless it is an input of the network.
+    Raises ValueError for a guidance_scale below 1, unless it is an input of the network.
     """
 
     def __init__(self, learner: Learner, task: Task, settings: Settings) -> None:
         scale = settings.guidance_scale
         if scale is not None and scale < 1 and "guidance" not in task.given:
             raise ValueError(
-                f"guidance_scale is {scale}, but pipelines take any below 1 for none, as 1 is; set "
-                "1, or more"
+                f"guidance_scale is {scale}, but pipelines treat values below 1 as no guidance, "
+                "like 1; set 1 or more"
             )
         self.learner, self.task, self.settings = learner, task, settings
         self.schedule, self.score = task.schedule, cast(Any, task.score)
-        self.drawn = self.dropped = 0  # images of all epochs, and those of them without a score
+        self.drawn = self.dropped = 0  # images of all epochs, and how many of them have no score
 
     @property
     def learns(self) -> bool:
-        """Whether the score does."""
+        """Whether the reward is trained as well."""
         return hasattr(self.score, "observe")
 
     def with_score(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A trainer's state, how many images had no score, and the state of a learning reward."""
+        """Add the counts of images and the state of a trained reward to a trainer's state."""
         state = state | {"drawn": self.drawn, "dropped": self.dropped}
         return state | {"score": self.score.state_dict()} if self.learns else state
 
@@ -164,7 +164,7 @@ class Samples:
             self.score.load_state_dict(state["score"])
 
     def shares(self) -> list[list[int]]:
-        """This process's groups, those that are evaluated at once together."""
+        """Return this process's groups, in lists that are evaluated at once."""
         s, accelerator = self.settings, self.learner.accelerator
         mine = list(range(accelerator.process_index, s.groups, accelerator.num_processes))
         return [mine[i : i + s.micro_groups] for i in range(0, len(mine), s.micro_groups)]
@@ -178,7 +178,7 @@ class Samples:
         noise: float,
         share_start: bool,
     ) -> Batch:
-        """Images of some of the epoch's groups, with the noisy moves of the window."""
+        """Sample and score images of some of the epoch's groups, with the window's moves."""
         k, chosen = self.settings.k, self._chosen(epoch)
         drawn = [
             self._drawn(policy, epoch, i, chosen[i], window, noise, share_start) for i in groups
@@ -198,7 +198,7 @@ class Samples:
         return Batch(groups, given, latents, moves, images.cpu(), prompts, rewards, grouped)
 
     def _chosen(self, epoch: int) -> list[int]:
-        """The prompt of each of the epoch's groups, none twice as long as they last."""
+        """Return the prompt index of each group; prompts repeat only after all were drawn."""
         s, order = self.settings, []
         while len(order) < s.groups:
             generator = draws(s.seed, epoch, f"prompts {len(order) // len(self.task.prompts)}")
@@ -215,7 +215,7 @@ class Samples:
         noise: float,
         share_start: bool,
     ) -> tuple[Tensor, list[Move]]:
-        """Latents (k, *shape) and the noisy moves of one group."""
+        """Sample the latents (k, *shape) and the window's moves of one group."""
         s, shape = self.settings, self.schedule.shape
         device = self.learner.accelerator.device
         generator = draws(s.seed, epoch, f"group {group}")
@@ -225,7 +225,7 @@ class Samples:
         return sample(policy, self.schedule, start.to(device), given, window, noise, drawn)
 
     def _given(self, rows: Sequence[int]) -> Conditioning:
-        """The conditioning of k images of each of these prompts."""
+        """Return the conditioning for k images of each of these prompts."""
         k, device = self.settings.k, self.learner.accelerator.device
         return {
             name: value[list(rows)].repeat_interleave(k, 0).to(device)
@@ -233,10 +233,10 @@ class Samples:
         }
 
     def compared(self, batches: Sequence[Batch]) -> Compared:
-        """The advantages; a global spread is over all processes.
+        """Return the advantages; a global spread is taken over all processes.
 
-        An image whose reward is not finite is left out of its group. FloatingPointError, in all
-        processes, where that were more than MOST_DROPPED of the run's images, and more than one.
+        Images whose reward is not finite are left out of their group. Raises FloatingPointError, in
+        all processes, if these are more than one and more than MOST_DROPPED of the run's images.
         """
         accelerator, sizes = self.learner.accelerator, [len(b.rewards) for b in batches]
         gather, first = accelerator.gather, accelerator.process_index * sum(sizes)
@@ -259,13 +259,13 @@ class Samples:
     def _refuse(self, scored: Tensor, prompts: Sequence[str]) -> None:
         bad = (~scored.flatten()).nonzero().flatten().tolist()
         raise FloatingPointError(
-            f"{self.dropped} of {self.drawn} images have no finite reward, as one of "
-            f"{prompts[bad[0]]!r}: more than {MOST_DROPPED:.0%}; take a reward that has an answer, "
+            f"{self.dropped} of {self.drawn} images have no finite reward, such as one of "
+            f"{prompts[bad[0]]!r}: more than {MOST_DROPPED:.0%}; use a reward that can score them, "
             "or leave out the prompts that it cannot judge"
         )
 
     def told(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Means over the images of all processes that have a score; how many have none."""
+        """Return means over the scored images of all processes, and the number without a score."""
         values = {"reward": [b.rewards for b in batches]}
         for name in batches[0].components:
             values[name] = [b.components[name] for b in batches]
@@ -282,7 +282,7 @@ class Samples:
         return means | {"dropped": images - found["reward count"]}
 
     def observed(self, batches: Sequence[Batch], epoch: int) -> dict[str, float]:
-        """What a learning reward says, having seen the images."""
+        """Show the images to a trained reward, and return its statistics."""
         if not self.learns:
             return {}
         images = torch.cat([batch.images for batch in batches])
@@ -291,7 +291,7 @@ class Samples:
 
 
 def _spread(rewards: Tensor) -> Tensor:
-    """The standard deviation in each group (g,), of the images that have a score."""
+    """Return the standard deviation of each group's scored images, (g,)."""
     found = rewards.std(1)
     for i in (~rewards.isfinite()).any(1).nonzero().flatten().tolist():
         own = rewards[i][rewards[i].isfinite()]

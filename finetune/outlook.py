@@ -1,4 +1,4 @@
-"""Whether scored images can teach a model anything: what is said before it trains on them."""
+"""Warnings before training about scored images from which there is little to learn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .shards import Rollouts
 
 __all__ = ["of_rollouts", "outlook"]
 
-NEAR = 0.1  # of a reward's range
-MOST = 0.9  # of the images, where the range is not known
+NEAR = 0.1  # as a fraction of the reward's range
+MOST = 0.9  # as a fraction of the images, if the range is not known
 
 Bounds = tuple[float | None, float | None]
 
 
 def of_rollouts(run: Rollouts, column: str) -> str:
-    """The outlook of a scored run, by the rewards of a column."""
+    """Return the outlook of a scored run for a column of rewards."""
     prompts, rewards = [], []
     for shard in run.shards:
         prompts += [row["group"] for row in shard.table(["group"])]
@@ -27,10 +27,10 @@ def of_rollouts(run: Rollouts, column: str) -> str:
 
 
 def outlook(prompts: Sequence[int], rewards: Sequence[float], bounds: Bounds = (None, None)) -> str:
-    """Why there is little to learn from these rewards, and what to do about it; "" where there is.
+    """Return why little can be learned from these rewards, with advice; "" if they are fine.
 
-    prompts: the prompt of each image; bounds: the least and the most that the reward can be. Where
-    they are not known, the least and the most that were seen stand for them.
+    prompts: the prompt of each image; bounds: the smallest and the largest possible reward. If they
+    are not known, the smallest and the largest of these rewards are used.
     """
     values = torch.tensor(rewards, dtype=torch.float64)
     there = values.isfinite()
@@ -42,30 +42,30 @@ def outlook(prompts: Sequence[int], rewards: Sequence[float], bounds: Bounds = (
     mean = f"the mean reward is {values.mean():.3g}"
     if _near(values, bounds, lowest=True):
         return (
-            f"{mean}, near the least that it can be: hardly an image is good, so there is little "
-            "to learn from. Take easier prompts, or a reward that gives part of the credit (as ocr "
-            "does, and ocr(mode=exact) does not); or draw better images: more of a prompt, with "
-            "more steps, a higher guidance scale, or some of them steered"
+            f"{mean}, near its minimum: hardly any image is good, so there is little to learn "
+            "from. Use easier prompts, or a reward with partial credit (as ocr has, but "
+            "ocr(mode=exact) has not); or draw better images: more per prompt, with more steps, "
+            "a higher guidance scale, or some of them steered"
         )
     if _near(values, bounds, lowest=False):
         return (
-            f"{mean}, near the most that it can be: hardly an image is worse than the others, so "
-            "there is little to learn. Take harder prompts, or a stricter reward"
+            f"{mean}, near its maximum: hardly any image is worse than the others, so there is "
+            "little to learn. Use harder prompts, or a stricter reward"
         )
     if flat > len(groups) / 2:
         return (
-            f"the images of {flat} of {len(groups)} prompts have one reward each, which teaches "
-            "nothing. Make more images of a prompt, or take a reward that tells them apart"
+            f"for {flat} of {len(groups)} prompts all images have the same reward, so there is "
+            "nothing to learn. Make more images per prompt, or use a reward that distinguishes them"
         )
     return ""
 
 
 def _near(values: torch.Tensor, bounds: Bounds, lowest: bool) -> bool:
-    """Whether rewards are all but at one end of what they can be."""
+    """Return whether the rewards are close to one end of their range."""
     low, high = bounds
     if low is not None and high is not None and low < high:
         place = (values.mean().item() - low) / (high - low)
         return place < NEAR if lowest else place > 1 - NEAR
     end = values.min() if lowest else values.max()
-    # all equal: nobody knows which end it is
+    # if all are equal, it is unknown which end that is
     return bool(values.max() > values.min() and (values == end).double().mean() >= MOST)

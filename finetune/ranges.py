@@ -1,6 +1,6 @@
-"""What each setting may be: ranges beside the settings, checked when those are made.
+"""The allowed values of settings, which are checked when a dataclass of settings is made.
 
-A dataclass of settings has RANGES, {field: Range}, one for every field of it.
+Fields made by `setting` hold their Range in their metadata; other dataclasses have a dict RANGES.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ __all__ = [
     "whole",
 ]
 
-MOST = 10**9  # of what is counted: more is a slip
-MOST_FLOAT = 3e38  # float32, which every number meets somewhere, has no larger ones
+MOST = 10**9  # largest count; larger ones are mistakes
+MOST_FLOAT = 3e38  # the largest number that float32 holds
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may have. said: as in "lr must be a number above 0".
+    """The values that a setting may have; said: their description in "lr must be ...".
 
-    choices: all of them, where they are a few names.
+    choices: all allowed values, if they are a few names.
     """
 
     said: str
@@ -49,22 +49,23 @@ class Range:
     choices: tuple[str, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
-        """ValueError, with the setting's name, for a value that it may not have."""
+        """Raise ValueError, with the setting's name, for a value that is not allowed."""
         if not self.allows(value):
             raise ValueError(f"{name} is {value!r:.80} but must be {self.said}")
 
 
 def check(settings: Any, ranges: Mapping[str, Range] | None = None) -> None:
-    """Raise ValueError for the first field whose value is not in its range, by name."""
+    """Raise ValueError for the first field whose value is not in its range."""
     for field in dataclasses.fields(settings):
         allowed = ranges[field.name] if ranges else field.metadata["range"]
         allowed.check(field.name, getattr(settings, field.name))
 
 
 def setting(default: Any, allowed: Range, help: str, heading: str = "") -> Any:
-    """A field of settings: its default, what it may be, and its help.
+    """Return a dataclass field with its default, its range and its help.
 
-    default: of a mutable kind, the function that makes it. heading: what its option stands under.
+    default: for mutable values, a function that makes it. heading: the option's heading in the
+    help.
     """
     about = {"range": allowed, "help": help} | ({"heading": heading} if heading else {})
     if callable(default):
@@ -73,7 +74,7 @@ def setting(default: Any, allowed: Range, help: str, heading: str = "") -> Any:
 
 
 def part(kind: type, title: str, flat: bool = False) -> Any:
-    """A field that holds settings of their own. flat: their options go by their names alone."""
+    """Return a field that holds nested settings; flat: their options have no prefix."""
     about = {"range": group(kind), "help": title, "flat": flat}
     return dataclasses.field(default_factory=kind, metadata=about)
 
@@ -81,15 +82,15 @@ def part(kind: type, title: str, flat: bool = False) -> Any:
 def refuse_idle(settings: Any, names: Sequence[str], why: str) -> None:
     """Raise ValueError for the first of these settings that is not at its default.
 
-    names: of settings which do nothing beside the others, "group" for all of a group's and
-    "group.name" for one of them; why: the other setting that is the reason, as a clause.
+    names: settings that have no effect with the others, "group" for all settings of a group and
+    "group.name" for one of them; why: a clause that names the responsible setting.
     """
     plain = type(settings)()
     for name in names:
         values = (reduce(getattr, name.split("."), one) for one in (settings, plain))
         for full, value in _set(name, *values):
             raise ValueError(
-                f"{full} is {value!r:.80} but does nothing, as {why}; change that, or leave "
+                f"{full} is {value!r:.80} but has no effect, because {why}; change that, or leave "
                 f"{full} out"
             )
 
@@ -106,7 +107,7 @@ def _set(name: str, value: Any, default: Any) -> Iterator[tuple[str, Any]]:
 
 
 def number(low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> Range:
-    """A finite number from low to high. ends: as in "[)", which says of each whether it may be."""
+    """Return the range of finite numbers from low to high; ends: as in "[)", closed or open."""
 
     def allows(value: Any) -> bool:
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -123,7 +124,7 @@ def number(low: float = -math.inf, high: float = math.inf, ends: str = "[]") -> 
 
 
 def whole(low: int, high: int = MOST) -> Range:
-    """A whole number from low to high."""
+    """Return the range of whole numbers from low to high."""
 
     def allows(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
@@ -132,19 +133,19 @@ def whole(low: int, high: int = MOST) -> Range:
 
 
 def one_of(*names: str) -> Range:
-    """One of these texts."""
+    """Return the range that consists of these texts."""
     *others, last = map(repr, names)
     said = f"{', '.join(others)} or {last}" if others else last
     return Range(said, lambda value: isinstance(value, str) and value in names, names)
 
 
 def optional(inner: Range) -> Range:
-    """None, or what is in another range."""
+    """Return a range that also allows None."""
     return Range(f"{inner.said}, or null", lambda value: value is None or inner.allows(value))
 
 
 def group(kind: type) -> Range:
-    """Settings of their own."""
+    """Return the range of instances of `kind`, a dataclass of settings."""
     return Range(f"a group of settings ({kind.__name__})", lambda value: isinstance(value, kind))
 
 

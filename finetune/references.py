@@ -1,7 +1,7 @@
-"""Reference pictures: what a critic wants samples to be like.
+"""Reference images, which a critic learns to distinguish from samples.
 
-They are brought to the samples' size before anything looks at them, so that sharpness or shape
-does not tell them apart. Pictures from JPEG files still carry its traces, which samples do not.
+They are resized to the samples' size, so that sharpness or shape does not reveal them. Images from
+JPEG files still have compression artefacts, which samples do not have.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ Source = Path | bytes  # a file, or its content
 
 
 class References:
-    """Pictures by prompt, or of one style whatever the prompt (unpaired, all under "").
+    """Reference images by prompt, or of one style for all prompts (unpaired, stored under "").
 
-    size: (h, w) of what is drawn: the centre of a picture, resized (bicubic). Every picture is
-    decoded once here. ValueError for fewer than two, or for any that cannot be read, by name.
+    size: (h, w) of drawn images: the centre of a reference, resized (bicubic). Every image is
+    decoded once here. Raises ValueError for fewer than two images, and for unreadable ones, by
+    name.
     """
 
     def __init__(
@@ -41,15 +42,15 @@ class References:
         every = [(prompt, source) for prompt, found in pictures.items() for source in found]
         if len(every) < 2:
             raise ValueError(
-                f"a critic needs at least two reference pictures but got {len(every)}; "
+                f"a critic needs at least two reference images but got {len(every)}; "
                 "200 are enough for a style"
             )
         bad = [name for i, (p, x) in enumerate(every) if (name := _fault(x, f"{p!r} {i}"))]
         if bad:
             more = f" and {len(bad) - 5} more" if bad[5:] else ""
             raise ValueError(
-                f"{len(bad)} of {len(every)} reference pictures cannot be read: "
-                f"{'; '.join(bad[:5])}{more}; mend or remove them"
+                f"{len(bad)} of {len(every)} reference images cannot be read: "
+                f"{'; '.join(bad[:5])}{more}; repair or remove them"
             )
         self.pictures: dict[str, list[Source]] = {}
         for prompt, source in every:
@@ -59,18 +60,18 @@ class References:
         return sum(map(len, self.pictures.values()))
 
     def check(self, prompts: Sequence[str]) -> None:
-        """ValueError that names the prompts which have no picture; unpaired, none can."""
+        """Raise ValueError for prompts without a reference; does nothing if unpaired."""
         missing = [p for p in dict.fromkeys(prompts) if self.paired and p not in self.pictures]
         if missing:
             count = "1 prompt has" if len(missing) == 1 else f"{len(missing)} prompts have"
             raise ValueError(
-                f"{count} no reference picture, {missing[:3]}"
+                f"{count} no reference image, {missing[:3]}"
                 + (" and more" if missing[3:] else "")
-                + "; add some, leave the prompts out, or take the references unpaired"
+                + "; add some, leave the prompts out, or use the references unpaired"
             )
 
     def draw(self, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
-        """A picture for each prompt, (n, 3, h, w) in [0, 1], none twice as long as they last."""
+        """Draw an image per prompt, (n, 3, h, w) in [0, 1]; repeats start after all were drawn."""
         self.check(prompts)
         left: dict[str, list[int]] = {}
         drawn = []
@@ -83,11 +84,11 @@ class References:
 
 
 def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) -> References:
-    """References of a folder of pictures, a table with images, or `{prompt: [files]}` in a .json.
+    """Load references from a folder of images, a table, or a .json of `{prompt: [files]}`.
 
-    A table is a .parquet file, a folder of them, or what `datasets` writes with save_to_disk; its
-    columns are `image` and, to be paired, `prompt`. Paths in a file are relative to it. ValueError
-    for anything else.
+    A table is a .parquet file, a folder of such files, or a folder that `datasets` wrote with
+    save_to_disk; its columns are `image` and, if paired, `prompt`. Paths in a file are relative to
+    it. Raises ValueError for anything else.
     """
     pictures = _pictures(Path(os.path.expanduser(source)), paired)
     try:
@@ -97,9 +98,9 @@ def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) 
 
 
 def digest(source: str | Path, *, paired: bool) -> str:
-    """What tells these pictures, their order and prompts from others, whatever their files' names.
+    """Return a sha256 of the images' contents, their order and their prompts.
 
-    No picture is decoded; one that cannot be read counts as empty. Raises as `load_references`.
+    File names do not matter, and unreadable files count as empty. Raises as `load_references`.
     """
     found = hashlib.sha256()
     for prompt, pictures in _pictures(Path(os.path.expanduser(source)), paired).items():
@@ -117,12 +118,12 @@ def _content(file: Path) -> bytes:
 
 
 def _pictures(source: Path, paired: bool) -> dict[str, list[Source]]:
-    """By prompt, all under "" where they have none; ValueError for what holds no pictures."""
+    """Return images by prompt, or all under ""; raises ValueError for an unknown source."""
     unknown = (
         f"the references {str(source)!r:.80} are neither a folder, a .json nor a .parquet file "
         "that exists; give one"
     )
-    if not os.path.exists(source):  # nor could a file have every name
+    if not os.path.exists(source):  # or its name is not valid
         raise ValueError(unknown)
     if source.suffix == ".json" and source.is_file():
         return _of_json(source)
@@ -132,8 +133,8 @@ def _pictures(source: Path, paired: bool) -> dict[str, list[Source]]:
         raise ValueError(unknown)
     if paired:
         raise ValueError(
-            f"{source} holds pictures but not their prompts; give a .json of "
-            '{"prompt": ["file", ...]}, or take the references unpaired'
+            f"{source} holds images but not their prompts; give a .json of "
+            '{"prompt": ["file", ...]}, or use the references unpaired'
         )
     return {"": sorted(p for p in source.rglob("*") if p.suffix.lower() in PICTURES)}
 
@@ -150,7 +151,7 @@ def _json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON ({error}); mend it") from None
+        raise ValueError(f"{file} is not valid JSON ({error}); repair it") from None
 
 
 def _tables(source: Path) -> list[Path]:
@@ -162,8 +163,8 @@ def _tables(source: Path) -> list[Path]:
             return [source / row["filename"] for row in state["_data_files"]]
         except (LookupError, TypeError):
             raise ValueError(
-                f"{source / 'state.json'} names no tables, as datasets' save_to_disk does; give "
-                "the folder that it wrote"
+                f"{source / 'state.json'} does not list tables, as that of datasets' save_to_disk "
+                "does; give the folder that it wrote"
             ) from None
     return sorted(source.glob("*.parquet"))
 
@@ -191,18 +192,18 @@ def _table(file: Path) -> Any:
             return pa.ipc.open_stream(stored).read_all()
     except (OSError, ValueError, pa.ArrowException) as error:
         said = " ".join(str(error).split())
-        raise ValueError(f"{file} is no table that can be read ({said:.120}); mend it") from None
+        raise ValueError(f"{file} is no readable table ({said:.120}); repair it") from None
 
 
 def _source(image: Any, file: Path) -> Source:
-    """Of a cell: bytes, or the struct {bytes, path} of Hugging Face's images."""
+    """Return a cell's image: bytes, or the struct {bytes, path} of Hugging Face's images."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     return image if isinstance(image, bytes) else file.parent / str(image)
 
 
 def _fault(source: Source, label: str) -> str:
-    """The name of a picture that cannot be read and why, or ""."""
+    """Return the name of an unreadable image and the reason, or ""."""
     try:
         _open(source)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
@@ -214,7 +215,7 @@ def _fault(source: Source, label: str) -> str:
 def _open(source: Source) -> Image.Image:
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
         if picture.mode.partition(";")[0] in ("I", "F"):
-            raise ValueError("more than 8 bits a channel; save it with 8")
+            raise ValueError("more than 8 bits per channel; save it with 8")
         return ImageOps.exif_transpose(picture).convert("RGB")
 
 

@@ -1,4 +1,4 @@
-"""A memory of what a critic saw before."""
+"""A replay buffer for the training of a critic."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Parts = tuple[Tensor, ...]
 
 
 class Replay:
-    """A uniform sample, `size` rows, of all rows that were ever added (Vitter 1985, algorithm R).
+    """A uniform sample of `size` of all rows that were ever added (Vitter 1985, algorithm R).
 
-    A row is a prompt and its tensors. A critic that forgets old samples can be led round in
-    circles. Rows lie on the CPU.
+    A row is a prompt and its tensors, on the CPU. A critic that forgets old samples lets the
+    generator cycle between them.
     """
 
     def __init__(self, size: int) -> None:
@@ -27,7 +27,7 @@ class Replay:
     def add(
         self, parts: Sequence[Tensor], prompts: Sequence[str], generator: torch.Generator
     ) -> None:
-        """n rows of tensors (n, ...) and their prompts."""
+        """Add n rows of tensors (n, ...) and their prompts."""
         for i, prompt in enumerate(prompts):
             self.seen += 1
             slot = self.seen - 1
@@ -38,7 +38,7 @@ class Replay:
                 self.rows[slot : slot + 1] = [row]
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Parts, list[str]]:
-        """`count` different rows, or as many as there are: (m, ...) and m prompts; () for none."""
+        """Draw up to `count` different rows: tensors (m, ...) and m prompts; () if empty."""
         order = torch.randperm(len(self.rows), generator=generator)[:count].tolist()
         rows = [self.rows[i] for i in order]
         parts = zip(*(parts for _, parts in rows), strict=True)

@@ -1,17 +1,17 @@
-"""Rollouts: images of many prompts, made once, with all that training needs of them.
+"""Rollouts: images of many prompts with the latents and conditioning that training needs.
 
-A run is a folder of shards, a few prompts each:
+A run is a folder of shards of a few prompts each:
 
-    manifest.json                  what made it: model, call, filter, seed, versions
-    00012/table.parquet            a row an image: prompt, group, index, seed, steered, log_weight,
+    manifest.json                  model, call, filter, seed and versions of the run
+    00012/table.parquet            a row per image: prompt, group, index, seed, steered, log_weight,
                                    settings, image (PNG); `datasets.load_dataset("parquet", ...)`
-    00012/tensors.safetensors      latents (rows, ...) and conditioning (a row a prompt)
+    00012/tensors.safetensors      latents (rows, ...) and conditioning (one row per prompt)
     00012/shard.json               sha256 of both
     00012/rewards.parquet          columns that scoring adds, in the rows' order
 
-A shard is written under another name and renamed, so it is there whole or not at all. Which images
-a prompt gets depends on the seed and the prompt alone, not on shards or processes: each prompt is
-drawn in calls of its own. (`max_batch` and other kernels: the same pictures, docs/checked.md.)
+Shards are written atomically. The images of a prompt depend only on the seed and the prompt, not on
+shards or processes, because each prompt is drawn in separate calls. (docs/checked.md says how
+little `max_batch` and other kernels change them.)
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ FEATURES = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make: `images` plain ones a prompt and `steered` by the filter.
+    """The rollouts to make: `images` plain and `steered` steered images per prompt.
 
-    call: keywords of the pipeline's call. The steered ones start from noise of their own.
+    call: keywords of the pipeline's call. Steered images have different noise from plain ones.
     """
 
     prompts: tuple[str, ...]
@@ -98,16 +98,18 @@ class Plan:
         ranges.check(self, self.RANGES)
         counts = {"images": self.images, "steered": self.steered}
         if sum(counts.values()) < 2:
-            raise ValueError(f"{counts} make no group; ask for two images a prompt or more")
+            raise ValueError(f"{counts} make no group; make two or more images per prompt")
         if self.steered == 1:
-            raise ValueError("steered is 1, which is no population; give 2 or more, or 0")
+            raise ValueError(
+                "steered is 1, but the filter needs several particles; give 2 or more, or 0"
+            )
         twice = sorted({p for p in self.prompts if self.prompts.count(p) > 1})
         if twice or not self.prompts:
-            what = f"the prompt {twice[0]!r} is there twice" if twice else "there is no prompt"
+            what = f"the prompt {twice[0]!r} is given twice" if twice else "there is no prompt"
             raise ValueError(f"{what}; give each prompt once")
 
     def shards(self) -> list[range]:
-        """The prompts of each shard, by index."""
+        """Return the prompt indices of each shard."""
         step, n = self.prompts_per_shard, len(self.prompts)
         return [range(i, min(i + step, n)) for i in range(0, n, step)]
 
@@ -147,10 +149,9 @@ def open_run(
 def is_complete(
     folder: Path, plan: Plan, reward: str | None, model: str, lora: str | None = None
 ) -> bool:
-    """Whether this very run is there, every shard of it, told without its model.
+    """Return whether the folder holds this run with all its shards, without loading the model.
 
-    Arguments as for `open_run`. Whether a model of this name has the same weights as then is not
-    looked at.
+    Arguments as for `open_run`. The weights of the model are not compared, only its name.
     """
     about = {"plan": _plain(plan), "reward": reward, "model": model, "lora": lora}
     try:
@@ -166,9 +167,9 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 
 def check(pipe: Any, plan: Plan, reward: Any = None, preview: Any = None) -> None:
-    """ValueError, before any folder is made, for a call or a filter that cannot work."""
+    """Raise ValueError, before any folder is made, for a call or a filter that cannot work."""
     for _ in _runs(pipe, plan, reward, preview, plan.prompts[0]):
-        pass  # asking for a run checks it; nothing is drawn yet
+        pass  # making the iterator checks the arguments; nothing is drawn yet
 
 
 def generate(
@@ -181,11 +182,11 @@ def generate(
     preview: Any = None,
     drawn: Callable[[float, int], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
-    """Make this process's missing or damaged shards; yields (done, of how many).
+    """Make this process's missing or damaged shards; yields (shards done, shards in total).
 
-    preview: an AutoencoderTiny for the steered images' scores on the way. drawn: called after
-    every step of the sampler, which draws a share of each image of its call, with the images that
-    are drawn by then and how many there will be.
+    preview: an AutoencoderTiny for the scores during steering. drawn: called after every step of
+    the sampler with the number of images drawn so far, which counts each step as a fraction of its
+    images, and their total.
     """
     each, sizes = plan.images + plan.steered, [len(prompts) for prompts in plan.shards()]
     mine = [i for i in range(len(sizes)) if i % world == rank]
@@ -199,14 +200,14 @@ def generate(
 
 @dataclass
 class _Meter:
-    """How many images are drawn, told at every step of the sampler."""
+    """Reports the number of images drawn at every step of the sampler."""
 
     tell: Callable[[float, int], None] | None
     total: int
     finished: int  # images of the calls that have ended
 
     def step(self, count: int, moment: Moment) -> None:
-        """Of a call of `count` images; one that starts again, with fewer rows, counts anew."""
+        """Report a step of a call of `count` images; a restarted call counts from 0 again."""
         if self.tell is not None:
             share = (moment.step + 1) / moment.num_steps
             self.tell(self.finished + count * share, self.total)
@@ -231,7 +232,7 @@ def _make(
     tensors = {f"given.{name}": row for name, row in encode(pipe, prompts, **plan.call).items()}
     tensors["latents"] = torch.cat([latents for _, latents in parts])
     rows = [row for block, _ in parts for row in block]
-    with atomic(folder / f"{number:05d}") as scratch:  # in the place of a damaged one
+    with atomic(folder / f"{number:05d}") as scratch:  # may replace a damaged shard
         scratch.mkdir()
         _write_shard(scratch, rows, tensors)
 
@@ -250,7 +251,7 @@ def _write_shard(scratch: Path, rows: list[dict[str, Any]], tensors: dict[str, T
 def _of_prompt(
     pipe: Any, plan: Plan, reward: Any, preview: Any, prompt: str, group: int, meter: _Meter
 ) -> Iterator[tuple[list[dict[str, Any]], Tensor]]:
-    """Rows and latents: the plain images of a prompt, then the steered ones."""
+    """Yield table rows and latents: the plain images of a prompt, then the steered ones."""
     for settings, run, steered in _runs(pipe, plan, reward, preview, prompt, meter):
         (out,) = run
         meter.finished += plan.steered if steered else plan.images  # a funnel leaves fewer
@@ -275,14 +276,14 @@ def _runs(
                 max_batch=plan.max_batch,
                 progress=False,
                 watch=partial(meter.step, count) if meter else None,
-                only=[occurrence],  # another occurrence of the prompt has other noise
+                only=[occurrence],  # different occurrences of a prompt have different noise
                 **plan.call,
             )
             yield settings, run, occurrence == 1
 
 
 def nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The reward of plain samples."""
+    """Return rewards of 0, for plain samples."""
     return torch.zeros(len(images), device=images.device)
 
 

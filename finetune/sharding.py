@@ -1,4 +1,4 @@
-"""FSDP 2 and DeepSpeed's ZeRO 2, as accelerate is told of them: also on CPUs, or refused."""
+"""Set up FSDP 2 and DeepSpeed ZeRO 2 through accelerate, also on CPUs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["shard"]
 
 
 def shard(accelerator: Accelerator) -> None:
-    """Make of an accelerator what its launcher asked for; ValueError where that cannot be trained.
+    """Enable FSDP or DeepSpeed if the launcher asked for it; ValueError if it cannot be trained.
 
-    accelerate leaves both out on CPUs, without a word.
+    accelerate itself silently ignores both on CPUs.
     """
     if _asked("ACCELERATE_USE_FSDP"):
         _fsdp(accelerator)
@@ -33,7 +33,7 @@ def _asked(name: str) -> bool:
 
 def _is_now(accelerator: Accelerator, kind: DistributedType) -> None:
     accelerator.state.distributed_type = kind
-    # every AcceleratorState() takes it from there anew, as the wrapped optimiser makes one
+    # each new AcceleratorState(), such as that of the wrapped optimiser, reads it from there
     PartialState._shared_state["distributed_type"] = kind
 
 
@@ -50,9 +50,9 @@ def _fsdp(accelerator: Accelerator) -> None:
     if plugin is None:
         return
     if accelerator.is_fsdp2 and plugin.auto_wrap_policy is None:
-        # weights that lie in no block stay gathered, and a swapped adapter would not be seen
+        # weights outside of blocks stay gathered, so a swapped adapter would have no effect
         raise ValueError("FSDP needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP; set it")
-    # it would round what calls are given, timesteps too, and the gradients of the adapter
+    # the policy would round inputs, including timesteps, and the adapter's gradients
     plugin.mixed_precision_policy = None
 
 
@@ -66,14 +66,14 @@ def _zero(accelerator: Accelerator) -> None:
     zero = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ or zero["stage"] != 2:
         raise ValueError(
-            f"DeepSpeed is asked for ZeRO stage {zero['stage']}, or has a file of its own; only "
-            "stage 2 without a file is known to train what one process does; for a network that "
-            "one GPU does not hold use FSDP with fsdp_version: 2"
+            f"DeepSpeed is set to ZeRO stage {zero['stage']}, or has its own config file; only "
+            "stage 2 without a file is known to train as one process does; for a network that "
+            "does not fit on one GPU use FSDP with fsdp_version: 2"
         )
     if accelerator.mixed_precision != "no":
         raise ValueError(
-            f"DeepSpeed would turn the adapter's weights to {accelerator.mixed_precision}; set "
-            "mixed_precision: 'no', the frozen network's type is dtype="
+            f"DeepSpeed would cast the adapter's weights to {accelerator.mixed_precision}; set "
+            "mixed_precision: 'no', and the frozen network's dtype by dtype="
         )
     offload = zero["offload_optimizer"]["device"]
     if offload != "none":

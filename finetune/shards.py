@@ -1,4 +1,4 @@
-"""Reading rollouts: the shards of a finished run, and the rewards that are added to them."""
+"""Reading of rollouts: the shards of a finished run, and the rewards added to them."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ AGAIN = "delete it and score the rollouts again"
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
-    """A null of a table that others wrote is no score."""
+    """Return the values with nulls, which tables of other programs may have, as NaN."""
     return [math.nan if value is None else value for value in values]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished shard; tensors are read when they are asked for."""
+    """One finished shard; its files are read on demand."""
 
     folder: Path
 
     def table(self, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The rows, of these columns or all."""
+        """Return the rows, with these columns or all."""
         return pq.read_table(self.folder / "table.parquet", columns=columns).to_pylist()
 
     def images(self) -> list[Image.Image]:
-        """The pictures, RGB, in the rows' order."""
+        """Return the RGB images, in the rows' order."""
         rows = self.table(["image"])
         return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
 
     def tensors(self) -> dict[str, Tensor]:
-        """ "latents" (rows, ...) and "given.NAME" (prompts, ...), mapped: read where touched."""
+        """Return "latents" (rows, ...) and "given.NAME" (prompts, ...), memory-mapped."""
         with safe_open(self.folder / "tensors.safetensors", "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def rewards(self) -> dict[str, list[float]]:
-        """The columns that were added, by name; none yet is {}. ValueError for a damaged file."""
+        """Return the added columns by name, {} if there are none; ValueError for a damaged file."""
         file = self.folder / "rewards.parquet"
         if not file.exists():
             return {}
@@ -61,27 +61,27 @@ class Shard:
             raise ValueError(f"{file} is damaged ({error}); {AGAIN}") from None
         kinds = {str(column.type) for column in table.columns}
         if table.num_rows != count or kinds - {"double", "float"}:
-            raise ValueError(f"{file} is not a number for each of {count} images; {AGAIN}")
+            raise ValueError(f"{file} does not hold a number for each of {count} images; {AGAIN}")
         return {name: _numbers(values) for name, values in table.to_pydict().items()}
 
     def scored_by(self, column: str = "reward") -> str:
-        """The spec that a column was scored by, or ""."""
+        """Return the spec by which a column was scored, or ""."""
         return self.specs().get(column, "")
 
     def specs(self) -> dict[str, str]:
-        """The specs that the columns were scored by, where it is known: {column: spec}."""
+        """Return the specs by which the columns were scored, where known: {column: spec}."""
         return self._about("specs")
 
     def versions(self) -> dict[str, str]:
-        """`rewards.identity` of the specs when the columns were scored, where it is known."""
+        """Return `rewards.identity` of the specs at the time of scoring, where known."""
         return self._about("versions")
 
     def bounds(self) -> dict[str, list[float | None]]:
-        """The least and the most that a column's reward can be, where it is known."""
+        """Return the smallest and largest possible reward of each column, where known."""
         return self._about("bounds")
 
     def _about(self, what: str) -> dict[str, Any]:
-        """What is known of the columns beside their values, by column."""
+        """Return an entry of the metadata about the columns, by column."""
         file = self.folder / "rewards.parquet"
         try:
             about = pq.read_schema(file).metadata if file.exists() else None
@@ -91,7 +91,7 @@ class Shard:
 
 
 class Rollouts:
-    """A finished run. ValueError names shards that are missing or damaged."""
+    """A finished run; raises ValueError that names missing or damaged shards."""
 
     def __init__(self, folder: Path) -> None:
         folder = Path(folder)
@@ -108,7 +108,7 @@ class Rollouts:
             )
 
     def digest(self, column: str) -> str:
-        """What tells this run with these rewards from another, or from itself scored anew."""
+        """Return a sha256 of the run and one column of rewards, which changes if it is rescored."""
         found = hashlib.sha256()
         for shard in self.shards:
             found.update((shard.folder / "shard.json").read_bytes())
@@ -117,7 +117,7 @@ class Rollouts:
 
 
 def read_manifest(file: Path) -> dict[str, Any]:
-    """What a run's manifest.json says; ValueError for one of something else, or a damaged one."""
+    """Read a run's manifest.json; raises ValueError if it is damaged or is not that of rollouts."""
     needed = {"pipeline", "model", "weights", "plan"}
     planned = {
         "prompts": list,
@@ -146,10 +146,10 @@ def add_rewards(
     bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
     version: str = "",
 ) -> None:
-    """Add or replace columns of rewards, whole or not at all; spec: what these were scored by.
+    """Add or replace columns of rewards atomically; spec: the reward that scored them.
 
-    bounds: the range of the rewards of a column; version: `rewards.identity(spec)`. Columns of
-    other names stay as they are, with what they were scored by.
+    bounds: the range of the rewards of a column; version: `rewards.identity(spec)`. Other columns
+    and their metadata are kept.
     """
     merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
     kept = {name: ends for name, ends in shard.bounds().items() if name not in columns}
@@ -164,7 +164,7 @@ def add_rewards(
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the folder of a shard is there and holds what was written."""
+    """Return whether the folder of a shard exists and its files are unchanged."""
     try:
         hashes = json.loads((folder / "shard.json").read_text(encoding="utf-8"))
         return all(sha256(folder / name) == value for name, value in hashes.items())
@@ -173,6 +173,6 @@ def is_whole(folder: Path) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:  # a piece at a time: shards may be large
+    """Return the sha256 of a file's content."""
+    with path.open("rb") as file:  # read in pieces, since shards may be large
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The state of a run that is carried on: written whole, read without unpickling, never mixed."""
+"""Checkpoints of a training run: written atomically and read without unpickling."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .folder import begun, refuse_changes
 __all__ = ["FILE", "FINISHED", "check_out", "finish", "is_finished", "load_state", "save_state"]
 
 FILE, RECORD, FINISHED = "state.pt", "settings.yaml", "finished.json"
-# What may differ between a run and its continuation: how far it goes, what is told of it, and what
-# changes memory and speed alone.
+# Settings that may change when a run is resumed: its length, its reports, and what affects only
+# memory and speed.
 MAY_CHANGE = {
     "out", "resume", "steps", "save_every", "log_every", "wandb", "check.every", "check.patience",
     "micro_groups", "gradient_checkpointing", "compile",
@@ -27,10 +27,10 @@ MAY_CHANGE = {
 
 
 def check_out(settings: Any, ignore: Collection[str] = ()) -> None:
-    """Check the folder `settings.out` before any work: it is fresh, or holds this very run.
+    """Check before any work that the folder `settings.out` is new, or holds this run to resume.
 
-    ignore: groups of settings that are not used. Raises ValueError for a folder of something else,
-    for a run that is not to be resumed, and for a setting that would change it, by name.
+    ignore: groups of settings that are not used. Raises ValueError for a folder with other files,
+    for a run without `resume`, and for a setting that would change the run, by name.
     """
     out = Path(settings.out)
     if not begun(out, RECORD, FILE, kind="training run", resume=settings.resume):
@@ -46,7 +46,7 @@ def check_out(settings: Any, ignore: Collection[str] = ()) -> None:
         free |= {"dtype"}
 
     def bound(settings: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings that may not change."""
+        """Return the settings that must not change."""
         parts = {name: name.partition(".") for name in settings}
         return {
             name: settings[name]
@@ -66,7 +66,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _alike(before: Any, now: Any) -> bool:
-    """Equal, or two names of one file."""
+    """Return whether two values are equal, or two paths of the same file."""
     if isinstance(before, str) and isinstance(now, str) and before and now:
         return before == now or Path(before).absolute().resolve() == Path(now).absolute().resolve()
     return before == now
@@ -75,10 +75,10 @@ def _alike(before: Any, now: Any) -> bool:
 def save_state(
     trainer: Any, folder: Path, main: bool = True, made_of: Mapping[str, str] | None = None
 ) -> None:
-    """Write `trainer.state_dict()` whole or not at all: a full disk leaves the last good one.
+    """Write `trainer.state_dict()` atomically, so that a full disk leaves the previous one intact.
 
-    main: of several processes, which all have to call it, the one that writes. made_of: digests of
-    what is trained on, by name, which `load_state` compares.
+    main: whether this process writes; all processes must call this. made_of: digests of the model
+    and the data, by name, which `load_state` compares.
     """
     state = trainer.state_dict()
     if not main:
@@ -101,10 +101,10 @@ def load_state(
     made_of: Mapping[str, str] | None = None,
     steps: int | None = None,
 ) -> bool:
-    """Carry on from a state if there is one; read without unpickling: tensors and plain data.
+    """Load the state from `folder` if there is one, without unpickling; return whether there is.
 
-    Raises ValueError for a file that is damaged or of something else, where the run was begun on
-    other data than `made_of` says, and for one that has gone beyond `steps`.
+    Raises ValueError if the file is damaged or does not fit the trainer, if the run began with
+    other digests than `made_of`, and if it has taken more than `steps` steps.
     """
     file = folder / FILE
     if not file.exists():
@@ -112,17 +112,17 @@ def load_state(
     unfit = f"give another out=, or delete {file} to begin anew"
     try:
         state: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds, and with advice that must not be followed
+    except Exception as error:  # of many types, whose messages give unsafe advice
         kind = type(error).__name__
-        raise ValueError(f"{file} is damaged, or no state of a run ({kind}); {unfit}") from None
+        raise ValueError(f"{file} is damaged, or is no checkpoint ({kind}); {unfit}") from None
     if not isinstance(state, dict) or not all(map(_is_finite, state.values())):
-        raise ValueError(f"{file} holds no state of a run, or one that is not finite; {unfit}")
+        raise ValueError(f"{file} holds no checkpoint, or one that is not finite; {unfit}")
     was = state.pop("made_of", {})
     for name, digest in (made_of or {}).items():
         if was.get(name, digest) != digest:
             raise ValueError(
-                f"{folder} was begun when {name}= held something else under the same name; bring "
-                "that back, or give another out="
+                f"{folder} was begun when {name}= held other data under the same name; restore "
+                "them, or give another out="
             )
     try:
         trainer.load_state_dict(state)
@@ -138,10 +138,7 @@ def load_state(
 
 
 def is_finished(folder: Path, steps: int, made_of: Mapping[str, str]) -> bool:
-    """Whether the weights in `folder` are those that `finish` spoke of, told without any model.
-
-    steps, made_of: as there.
-    """
+    """Return whether `finish` recorded the weights in `folder` with these arguments."""
     try:
         was = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -150,7 +147,7 @@ def is_finished(folder: Path, steps: int, made_of: Mapping[str, str]) -> bool:
 
 
 def finish(folder: Path, steps: int, made_of: Mapping[str, str]) -> None:
-    """Write down that the weights in `folder` are whole: of so many steps, on these data."""
+    """Record that the weights in `folder` are complete, after `steps` steps on these data."""
     text = json.dumps({"steps": steps, "made_of": dict(made_of)}, indent=1)
     (folder / FINISHED).write_text(text + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO 2 under a `Learner`: its optimiser holds one flat share of all weights.
+"""DeepSpeed ZeRO 2 for a `Learner`: the optimiser of each process holds one flat shard.
 
-The weights themselves lie whole on every process. What AdamW moves is a copy of this process's part
-of them, laid end to end, padded, and cut into as many equal shares as there are processes.
+Every process has all weights. AdamW updates a copy of this process's shard: the weights are
+flattened, concatenated, padded, and split into as many equal shards as there are processes.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ __all__ = ["configure", "is_on", "load_state", "state"]
 
 
 def is_on(accelerator: Any) -> bool:
-    """Whether DeepSpeed's engine trains."""
+    """Return whether DeepSpeed is in use."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def configure(accelerator: Any, max_grad_norm: float, count: int, eight_bit: bool) -> None:
     """Set the DeepSpeed options that it would otherwise infer wrongly, before the engine is made.
 
-    count: how many numbers are trained.
-
-    ValueError for an optimiser of 8 bits, whose state cannot be shared out anew.
+    count: number of trained values. Raises ValueError for an 8-bit optimiser, whose state cannot be
+    distributed again.
     """
     if eight_bit:
-        raise ValueError("eight_bit=true does not go with DeepSpeed; leave one of them out")
+        raise ValueError("eight_bit=true does not work with DeepSpeed; leave one of them out")
     config = accelerator.deepspeed_plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = 1  # no loader tells it; nothing depends on it
-    config["gradient_accumulation_steps"] = 1  # it would divide by it what is a mean already
+    config["train_micro_batch_size_per_gpu"] = 1  # required without a data loader, but unused
+    config["gradient_accumulation_steps"] = 1  # else it divides losses that are means already
     config["gradient_clipping"] = max_grad_norm
-    config["zero_optimization"]["reduce_bucket_size"] = count  # a buffer, of 2 GB unless it is said
+    config["zero_optimization"]["reduce_bucket_size"] = count  # the default buffer has 2 GB
 
 
 def state(optimizer: Any, weights: Sequence[Tensor], accelerator: Any) -> dict[str, Any]:
-    """The state of AdamW as one process alone has it; every process has to ask."""
+    """Return AdamW's state as that of a single process; all processes must call this."""
     found = optimizer.optimizer.optimizer.state_dict()
     sizes = [value.numel() for value in weights]
     own: dict[str, Tensor] = found["state"].get(0, {})
     every: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(weights))} if own else {}
     for name, value in own.items():
-        whole = [value] * len(weights)  # the count of steps
+        whole = [value] * len(weights)  # the step count
         if value.ndim:
             flat = accelerator.gather(value)[: sum(sizes)]
             whole = [part.view_as(w) for part, w in zip(flat.split(sizes), weights, strict=True)]
@@ -56,7 +55,7 @@ def state(optimizer: Any, weights: Sequence[Tensor], accelerator: Any) -> dict[s
 
 
 def load_state(optimizer: Any, stored: dict[str, Any], accelerator: Any) -> None:
-    """Take this process's share of what `state` gave on however many."""
+    """Load this process's shard of the result of `state`, from any number of processes."""
     inner = optimizer.optimizer.optimizer
     size, rank = inner.param_groups[0]["params"][0].numel(), accelerator.process_index
     own = {}

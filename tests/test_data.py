@@ -31,7 +31,7 @@ def test_rows_of_several_tensors_are_those_of_one():
 
 @pytest.mark.parametrize("other", [torch.zeros(2, 5), torch.zeros(2, 4).half()])
 def test_shards_that_differ_are_refused(other):
-    with pytest.raises(ValueError, match="of 2 shapes and types"):
+    with pytest.raises(ValueError, match="2 shapes and dtypes"):
         ShardRows([torch.zeros(2, 4), other])
 
 

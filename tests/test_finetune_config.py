@@ -127,7 +127,7 @@ def test_a_group_that_is_given_a_value_is_named(word):
     from tilt.commands.rollout import Rollout
     from tilt.commands.train_gdro import TrainGdro
 
-    with pytest.raises(ValueError, match=r"call is .* but holds settings of its own"):
+    with pytest.raises(ValueError, match=r"call is .* but is a group of settings"):
         config.read(TrainGdro if "check" in word else Rollout, None, [word])
 
 

@@ -162,7 +162,7 @@ def test_rewards_that_are_not_finite_stop_it_and_are_named():
         return torch.full((len(images),), float("nan")), {}
 
     with pytest.raises(
-        FloatingPointError, match="12 of 12 images have no finite reward, as one of"
+        FloatingPointError, match="12 of 12 images have no finite reward, such as one of"
     ):
         trainer_of(score=broken, micro_groups=3).train_step()
 

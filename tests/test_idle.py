@@ -90,7 +90,7 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
     assert MAIN[script]([*given, f"--out={tmp_path / 'out'}", *words]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert f": --{name.replace('_', '-')} is " in told
-    assert "but does nothing, as " in told
+    assert "but has no effect, because " in told
     assert OPTIONS[script].in_words(f"as {why}").removeprefix("as ") in told
     assert not (tmp_path / "out").exists()
 
@@ -156,7 +156,7 @@ def test_the_benchmarks_runs_have_no_setting_that_does_nothing(name, words):
 
 def test_settings_of_checks_are_those_of_the_run_where_there_were_some(tmp_path):
     settings = train_gdro.OPTIONS.read([f"--out={tmp_path}", "--check.best=train/reward"])
-    with pytest.raises(ValueError, match=r"check\.best is 'train/reward' but does nothing"):
+    with pytest.raises(ValueError, match=r"check\.best is 'train/reward' but has no effect"):
         idle.of_gdro(settings)
     Path(tmp_path / "checks.csv").touch()
     idle.of_gdro(settings)
@@ -164,6 +164,8 @@ def test_settings_of_checks_are_those_of_the_run_where_there_were_some(tmp_path)
 
 def test_every_setting_of_a_group_is_looked_at():
     settings = train_gdro.OPTIONS.read(["--check.call.height=64"])
-    with pytest.raises(ValueError, match=r"^check\.call\.height is 64 but does nothing, as so"):
+    with pytest.raises(
+        ValueError, match=r"^check\.call\.height is 64 but has no effect, because so"
+    ):
         refuse_idle(settings, ["model", "check"], "so it is")
     refuse_idle(settings, ["model", "check.every", "gdro"], "so it is")

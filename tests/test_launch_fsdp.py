@@ -153,5 +153,7 @@ def test_a_swapped_adapter_is_gathered_again(folder, tmp_path):
 
 def test_groups_that_do_not_divide_are_refused(folder, tmp_path):
     words = [*words_of(folder, tmp_path / "out", 1), "--gdro.groups=3"]
-    with pytest.raises(AssertionError, match="groups is 3 but 2 processes need as many for each"):
+    with pytest.raises(
+        AssertionError, match="groups is 3 but 2 processes need equal numbers of them"
+    ):
         ran(command("train_gdro.py", *words, processes=2), **SHARDED)

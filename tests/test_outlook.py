@@ -8,7 +8,7 @@ import pytest
 
 from finetune.outlook import outlook
 
-FLOOR, CEILING, FLAT = "near the least", "near the most", "have one reward each"
+FLOOR, CEILING, FLAT = "near its minimum", "near its maximum", "the same reward"
 UNIT = (0.0, 1.0)
 
 

@@ -66,7 +66,7 @@ def test_a_json_pairs_prompts_with_files_beside_it_or_is_one_style(folder):
     drawn = colours(references.draw(prompts, generator()))
     assert drawn[0] == drawn[2] == "red"
     assert sorted([drawn[1], drawn[3]]) == ["blue", "green"]
-    with pytest.raises(ValueError, match=r"2 prompts have no reference picture, \['mild', 'hot'\]"):
+    with pytest.raises(ValueError, match=r"2 prompts have no reference image, \['mild', 'hot'\]"):
         references.draw(["mild", "warm", "hot", "mild"], generator())
     assert len(load_references(file, SIZE, paired=False)) == 3
 
@@ -128,7 +128,7 @@ def test_pictures_that_cannot_be_read_are_named(folder):
     (folder / "torn.png").write_bytes(whole[:60])
     (folder / "text.png").write_text("not a picture")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(folder / "deep.png")
-    with pytest.raises(ValueError, match="3 of 6 reference pictures cannot be read") as caught:
+    with pytest.raises(ValueError, match="3 of 6 reference images cannot be read") as caught:
         load_references(folder, SIZE, paired=False)
     for name in ("torn.png", "text.png", "deep.png (more than 8 bits"):
         assert name in str(caught.value)
@@ -144,12 +144,12 @@ def test_pictures_that_cannot_be_read_are_named(folder):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "must hold"),
         ('{"a": "x.png"}', "must hold"),
         ('{"a": [1]}', "must hold"),
-        ("{}", "at least two reference pictures but got 0"),
-        ('{"a": []}', "at least two reference pictures but got 0"),
+        ("{}", "at least two reference images but got 0"),
+        ('{"a": []}', "at least two reference images but got 0"),
     ],
 )
 def test_a_json_of_another_form_is_refused(tmp_path, text, sentence):
@@ -160,7 +160,7 @@ def test_a_json_of_another_form_is_refused(tmp_path, text, sentence):
 
 
 def test_sources_that_are_not_there_or_lack_prompts_are_refused(folder):
-    with pytest.raises(ValueError, match=r"holds pictures but not their prompts; give a .json"):
+    with pytest.raises(ValueError, match=r"holds images but not their prompts; give a .json"):
         load_references(folder, SIZE, paired=True)
     for source in ("/nowhere/at/all", "/nowhere/at/all.json"):
         with pytest.raises(ValueError, match=r"neither a folder, a .json nor a .parquet file"):
@@ -190,7 +190,9 @@ def test_other_pictures_under_the_same_names_have_another_digest(folder):
 )
 def test_a_data_set_whose_state_is_nonsense_is_refused_in_a_sentence(tmp_path, text):
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"state\.json (names no tables, as|is no JSON)"):
+    with pytest.raises(
+        ValueError, match=r"state\.json (does not list tables, as|is not valid JSON)"
+    ):
         load_references(tmp_path, SIZE, paired=False)
 
 
@@ -198,5 +200,5 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "gone.arrow"}]}')
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     for source, name in ((tmp_path, "gone.arrow"), (tmp_path / "bad.parquet", "bad.parquet")):
-        with pytest.raises(ValueError, match=rf"{name} is no table that can be read .*; mend it"):
+        with pytest.raises(ValueError, match=rf"{name} is no readable table .*; repair it"):
             load_references(source, SIZE, paired=False)

@@ -188,8 +188,8 @@ def test_rewards_are_added_as_columns(tmp_path):
     ("change", "message"),
     [
         ({"images": 1}, "make no group"),
-        ({"steered": 1}, "no population"),
-        ({"prompts": ("a", "b", "a")}, "the prompt 'a' is there twice"),
+        ({"steered": 1}, "needs several particles"),
+        ({"prompts": ("a", "b", "a")}, "the prompt 'a' is given twice"),
         ({"prompts": ()}, "there is no prompt"),
         ({"prompts_per_shard": 0}, "must be a whole number, 1"),
     ],

@@ -105,9 +105,12 @@ def test_what_is_finished_needs_no_reward(folder, seen, monkeypatch, capsys):
 
 def test_rewards_at_one_end_are_told_with_what_to_do(folder, capsys):
     assert call(folder, "test_score_rollouts:nothing") == 0
-    assert "have one reward each, which teaches nothing. Make more" in capsys.readouterr().out
+    assert (
+        "all images have the same reward, so there is nothing to learn. Make more"
+        in capsys.readouterr().out
+    )
     assert call(folder, "jpeg") == 0
-    assert "teaches nothing" not in capsys.readouterr().out
+    assert "nothing to learn" not in capsys.readouterr().out
 
 
 def test_columns_that_only_some_shards_have_do_not_matter(folder, capsys):

@@ -170,7 +170,7 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     save_state(Trainer(), tmp_path, made_of={"rollouts": "abc"})
     assert load_state(Trainer(), tmp_path, {"rollouts": "abc"})
-    with pytest.raises(ValueError, match="begun when rollouts= held something else"):
+    with pytest.raises(ValueError, match="begun when rollouts= held other data"):
         load_state(Trainer(), tmp_path, {"rollouts": "abd"})
 
 
@@ -307,10 +307,10 @@ def test_an_average_of_another_law_is_not_carried_on():
     weights = {"a": torch.nn.Parameter(torch.zeros(2))}
     one, other = lora.Average(weights, 0.9), lora.Average(weights, 0.9, nft.slowly)
     one.load_state_dict(lora.Average(weights, 0.9).state_dict())
-    with pytest.raises(ValueError, match="begun by warm_up law of the decay, not slowly"):
+    with pytest.raises(ValueError, match="uses warm_up as the bound of the decay, not slowly"):
         other.load_state_dict(one.state_dict())
     before = {"step": 3, "weights": {"a": torch.ones(2)}}  # of a version that did not say
-    with pytest.raises(ValueError, match="begun by an earlier law of the decay, not warm_up"):
+    with pytest.raises(ValueError, match="uses another as the bound of the decay, not warm_up"):
         one.load_state_dict(before)
     lora.Average(weights, 0.0).load_state_dict(before)  # no average at all
 
@@ -382,7 +382,7 @@ def test_damaged_rewards_are_named(tmp_path):
                 read()
     for columns in ({"reward": [1.0]}, {"reward": ["a", "b", "c"]}):
         pq.write_table(pa.table(columns), file)
-        with pytest.raises(ValueError, match="not a number for each of 3 images"):
+        with pytest.raises(ValueError, match="does not hold a number for each of 3 images"):
             shard.rewards()
     pq.write_table(pa.table({"reward": pa.array([1.0, None, 2.0], pa.float64())}), file)
     assert math.isnan(shard.rewards()["reward"][1])

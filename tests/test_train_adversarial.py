@@ -140,7 +140,7 @@ def test_a_run_is_not_carried_on_with_other_files_under_the_same_names(prompts, 
     for name, change in changes.items():  # each is told before those that changed already
         change()
         assert train_adversarial.main([*words, "--grpo.steps=2", "--resume"]) == 2
-        assert f"was begun when --{name} held something else" in capsys.readouterr().err
+        assert f"was begun when --{name} held other data" in capsys.readouterr().err
 
 
 def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures):
@@ -195,10 +195,13 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
         (["--call.negative-prompt=blue"], "set negative_prompt= instead"),
         (["--call.eta=1"], "call.eta says nothing to training, which takes ['height', 'width'"),
         (["--negative-prompt=blue"], "serves nothing without guidance; set grpo.guidance_scale"),
-        (["--grpo.guidance-scale=0.5"], "guidance_scale is 0.5, but pipelines take any below 1"),
+        (
+            ["--grpo.guidance-scale=0.5"],
+            "guidance_scale is 0.5, but pipelines treat values below 1",
+        ),
         (
             ["--method=nft", "--nft.guidance-scale=0"],
-            "guidance_scale is 0.0, but pipelines take any",
+            "guidance_scale is 0.0, but pipelines treat values",
         ),
     ],
 )

@@ -158,7 +158,7 @@ def test_references_that_changed_under_the_same_name_are_refused(words, style, t
     Image.new("RGB", (64, 64)).save(tmp_path / "style" / "03.png")
     again = [*copied, f"--out={tmp_path / 'out'}", "--steps=2", "--resume"]
     assert train_critic.main(again) == 2
-    assert "was begun when --references held something else" in capsys.readouterr().err
+    assert "was begun when --references held other data" in capsys.readouterr().err
 
 
 def test_a_critic_goes_on_from_another_with_older_samples(words, samples, tmp_path):
@@ -199,9 +199,9 @@ def test_a_prompt_is_on_one_side_and_stays_there():
     [
         (["--rollouts="], "rollouts is [''] but must be a list of names"),
         (["--rollouts={tmp}"], "holds no rollouts; make some first"),
-        (["--references={tmp}"], "at least two reference pictures but got 0"),
-        (["--paired"], "holds pictures but not their prompts"),
-        (["--paired", "--references={tmp}/few.json"], "5 prompts have no reference picture"),
+        (["--references={tmp}"], "at least two reference images but got 0"),
+        (["--paired"], "holds images but not their prompts"),
+        (["--paired", "--references={tmp}/few.json"], "5 prompts have no reference image"),
         (["--kind=features2"], "kind is 'features2' but must be 'features' or 'preference'"),
         (["--kind=preference"], "set --paired"),
         (

@@ -276,7 +276,7 @@ def test_deepspeed_that_would_train_something_else_is_refused(
 
 
 def test_deepspeed_with_an_optimiser_of_8_bits_is_refused():
-    with pytest.raises(ValueError, match="eight_bit=true does not go with DeepSpeed"):
+    with pytest.raises(ValueError, match="eight_bit=true does not work with DeepSpeed"):
         zero.configure(None, max_grad_norm=1.0, count=1, eight_bit=True)
 
 
