@@ -35,7 +35,7 @@ def test_slower_means_worse_by_more_than_the_spread_of_either():
 
 
 def fake_cases(values):
-    return lambda pairs: {"a / b": lambda: Timed(values[:pairs])}
+    return lambda pairs: {"a / b": lambda: values[:pairs]}
 
 
 def test_a_run_is_written_and_a_later_one_compared(monkeypatch, tmp_path, capsys):
@@ -96,11 +96,11 @@ def test_a_pipeline_of_published_size_is_steered_by_embeddings(name, monkeypatch
     monkeypatch.setitem(sized.MODELS, name, small(name))
     pipe, call, preview = sized.sized(name, torch.device("cpu"), torch.float32, side=64)
     call["num_inference_steps"] = 3
-    given = (pipe, call, rewards.load("jpeg"), 2, 1, preview, 1)
-    found = cost.measure(*given)
+    case = cost.Case(pipe, call, rewards.load("jpeg"), 2, preview, 1)
+    found = cost.measure(case, 1)
     assert len(found) == 1
     assert np.isfinite(found).all()
-    assert min(cost.least(*given)) > 1
+    assert min(cost.least(case, 1)) > 1
 
 
 def test_the_least_cost_is_that_of_each_look_and_the_last():
@@ -112,7 +112,7 @@ def test_the_least_cost_is_that_of_each_look_and_the_last():
 
     pipe, call, preview = cost.subject("tiny-sd", torch.device("cpu"), torch.float32)
     call["num_inference_steps"] = 2
-    found = cost.least(pipe, call, reward, 3, 2, preview, 4)
+    found = cost.least(cost.Case(pipe, call, reward, 3, preview, 4), 2)
     assert len(found) == 2
     assert calls == [(3, 3, 64, 64)] * 3 * 5  # a warm-up and two pairs
 

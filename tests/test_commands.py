@@ -25,7 +25,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from scripts import bench
-from scripts.benchmarks import adversarial, frontier, online, tuning
+from scripts.benchmarks import frontier, tuning
 from scripts.tiny import styles
 
 pytestmark = pytest.mark.slow  # each begins a process of its own
@@ -85,7 +85,7 @@ BENCHES = {
     "gpu": "--device cpu --only parity cost memory",
     "processes": "--pairs 1 --prompts 2",
     "rewards": "--pairs 1 --clip tiny",
-    "training": "--model tiny-sd3 --device cpu --pairs 2 --steps 1",
+    "training": "--model tiny-sd3 --device cpu --pairs 2",
     "tuning": "--images 4 --test-images 2 --processes 1",
     "online": "--every 2",
     "memory": "--models sd15",
@@ -270,8 +270,7 @@ def test_the_benchmarks_that_are_named_run(name, tmp_path, monkeypatch):
     kept = lambda guided: {name: p for name, p in points(guided).items() if name in few}  # noqa: E731
     monkeypatch.setattr(frontier, "points", kept)
     monkeypatch.setattr(tuning, "COUNTS", dict.fromkeys(tuning.COUNTS, (2, 2)))
-    for module in (tuning, online, adversarial):
-        monkeypatch.setattr(module, "command", little)
+    monkeypatch.setattr(tuning, "command", little)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "docs").mkdir()
     for options in benches()[name]:

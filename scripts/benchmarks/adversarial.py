@@ -1,25 +1,19 @@
-"""A critic instead of a fixed reward: a style that is taken on, and a reward that is not hacked.
+"""A critic instead of a fixed reward: a style that is learned, and a reward that is not hacked.
 
     python -m scripts.bench adversarial --case style
-    python -m scripts.bench adversarial --case hacking
     python -m scripts.bench adversarial --table --grid docs
 
-tiny-sd3, one process. Style: 200 references whose background is the dark blue one alone, one
-picture of four in the base; the shapes that the prompt asks for should survive. Hacking: the reward
-is a small JPEG file, which an empty picture has; the same run with a critic of 200 pictures of the
-world beside it, and with a preference model (the embedded CLIP) that compares a picture of each
-prompt. Unseen prompts, drawn by the stock sampler at 20 steps; 95 % bootstrap intervals over
-prompts. The distance is Fréchet's between the embedded DINO's features of all pictures and of 200
-other references, which no critic saw; a critic sees the same features, the share of borders in the
-style is of pixels alone.
+docs/adversarial.md describes the measurement. Style: the references have the dark blue background.
+Hacking: the reward is the size of a JPEG file, which is best for an empty picture; it is trained on
+alone, with a critic, and with a preference model (the embedded CLIP) that compares a picture of
+each prompt. The distance is the Fréchet distance between the embedded DINO's features of all
+pictures and of 200 references that no critic saw. The share in the style is computed from pixels.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +26,11 @@ from rewards.towers.dino_backbone import view
 from tilt.statistics import alarm
 from tilt.variants import pictures
 
+from ..parser import parser_of
+from ..tables import table
 from ..tiny.styles import STYLES, scenes
 from ..tiny.world import BACKGROUNDS, TASKS, render, scene
-from .tuning import ROOT, command, prepare, timed
+from .tuning import ROOT, prepare, signed, timed, variants
 
 THINGS = [task for task in TASKS if task != "text"]
 SHAPES = "objects(mode=share)"
@@ -51,31 +47,30 @@ WATCHED = f"{SHAPES} + 0*clip(tiny) + 0*jpeg"
 MEASURES = ("mean of 6 tasks", "objects", "clip", "jpeg")
 
 
-def run(case: str, out: Path, images: int, changes: Sequence[str]) -> None:
+def run(case: str, out: Path, images: int) -> None:
     """Make references, train each run of a case and evaluate it."""
     (tune, *_), test = prepare("attributes", out)
     style, runs = CASES[case]
-    references = out / style
+    references, by_prompt = out / style, out / "by-prompt.json"
     references.mkdir(exist_ok=True)
     for i, drawn in enumerate(scenes(style, 200, 0, THINGS)):
         render(drawn).save(references / f"{i:04d}.png")
-    by_prompt = out / "by-prompt.json"
     by_prompt.write_text(json.dumps(drawn_for(tune.read_text().splitlines(), out / "by-prompt")))
     for name, words in runs.items():
-        tuned = out / f"{case}-{name.replace(' ', '-')}"
-        settings = [
-            f"--config={ROOT / 'scripts/configs/adversarial_tiny.yaml'}",
-            f"--prompts={tune}",
-        ]
-        settings += [f"--out={tuned}", "--resume", *words, *(f"--{change}" for change in changes)]
+        tuned, config = folder_of(out, case, name), ROOT / "scripts/configs/adversarial_tiny.yaml"
+        settings = [f"--config={config}", f"--prompts={tune}", f"--out={tuned}", "--resume", *words]
         if "critic" in name:
             pictures_of = by_prompt if "preference" in name else references
             settings += [f"--references={pictures_of}"]
-        timed(out, tuned.name, command("train_adversarial.py", settings, 1))
+        timed(out, tuned.name, "train_adversarial.py", settings)
         judged = ["--model=tiny-sd3", "--call.guidance-scale=1.0", f"--prompts={test}", "--resume"]
         judged += [f"--out={tuned / 'eval'}", f"--lora={tuned / 'lora'}", f"--images={images}"]
-        line = command("evaluate.py", [*judged, f"--reward={WATCHED}"], 1)
-        timed(out, f"{tuned.name}-eval", line)
+        timed(out, f"{tuned.name}-eval", "evaluate.py", [*judged, f"--reward={WATCHED}"])
+
+
+def folder_of(out: Path, case: str, name: str) -> Path:
+    """Where a run of a case stands."""
+    return out / f"{case}-{name.replace(' ', '-')}"
 
 
 def drawn_for(prompts: Sequence[str], folder: Path) -> dict[str, list[str]]:
@@ -112,48 +107,38 @@ def in_style(images: Tensor, style: str) -> float:
 
 def markdown(out: Path) -> str:
     """A line a run and its base, and what the alarm says."""
-    dino = view("tiny", None)
-    lines = ["| case | pictures of | distance | in style | " + " | ".join(MEASURES) + " | alarm |"]
-    lines.append("|" + "---|" * (5 + len(MEASURES)))
+    dino, rows = view("tiny", None), []
     for case, (style, runs) in CASES.items():
         others = to_images([render(drawn) for drawn in scenes(style, 200, 1, THINGS)])
         target = dino.tokens(others, 64).cls
         shown: list[tuple[str, Path, str]] = []
         for name in runs:
-            folder = out / f"{case}-{name.replace(' ', '-')}" / "eval"
+            folder = folder_of(out, case, name) / "eval"
             if (folder / "evaluation.json").exists():
                 shown += [] if shown else [("base", folder, "base")]
                 shown.append((name, folder, "tuned"))
         for name, folder, variant in shown:
-            images = drawn_by(folder / variant)
-            cells = [case, name, f"{float(frechet(dino.tokens(images, 64).cls, target)):.3f}"]
-            cells.append(f"{in_style(images, style):.2f}" if style in STYLES else "")
-            cells += [_cell(_measures(folder)[m], variant) for m in MEASURES]
-            cells.append("" if variant == "base" else _alarm(folder, case))
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            images, found = drawn_by(folder / variant), variants(folder)
+            distance = float(frechet(dino.tokens(images, 64).cls, target))
+            part = f"{in_style(images, style):.2f}" if style in STYLES else ""
+            cells = [_cell(found[measure]["variants"][variant]) for measure in MEASURES]
+            warned = "" if variant == "base" else _alarm(found, case)
+            rows.append([case, name, f"{distance:.3f}", part, *cells, warned])
+    return table(["case", "pictures of", "distance", "in style", *MEASURES, "alarm"], rows)
 
 
-def _measures(folder: Path) -> dict[str, dict]:
-    sections = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["sections"]
-    return {m["name"]: m["variants"] for section in sections.values() for m in section}
+def _cell(found: dict[str, Any]) -> str:
+    """The mean, and the gain over the base, which has none."""
+    mean, gain = f"{found['mean']['mean']:.3f}", found.get("difference")
+    return f"{mean} ({signed(gain)})" if gain else mean
 
 
-def _cell(variants: dict, name: str) -> str:
-    value, gain = variants[name]["mean"]["mean"], variants[name].get("difference")
-    if name == "base" or not gain:
-        return f"{value:.3f}"
-    return f"{value:.3f} ({gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}])"
-
-
-def _alarm(folder: Path, case: str) -> str:
-    """Whether the trained reward rose while shapes or CLIP fell, each for certain."""
-    found = _measures(folder)
-    gains = {
-        name: torch.tensor(np.subtract(v["tuned"]["values"], v["base"]["values"]))
-        for name, v in found.items()
-        if name in ("objects", "clip", "jpeg")
-    }
+def _alarm(found: dict[str, dict[str, Any]], case: str) -> str:
+    """Which of shapes and CLIP fell while the trained reward rose, each by its whole interval."""
+    gains = {}
+    for name in ("objects", "clip", "jpeg"):
+        base, tuned = (found[name]["variants"][v]["values"] for v in ("base", "tuned"))
+        gains[name] = torch.tensor(np.subtract(tuned, base))
     trained = gains["jpeg" if case == "hacking" else "objects"]
     generator = torch.Generator().manual_seed(0)
     raised = [
@@ -168,7 +153,7 @@ def grid(out: Path, case: str, file: Path, prompts: Sequence[int] = range(0, 60,
     """A column a prompt: the base's picture, then each run's, at the same noise."""
     rows: list[list[Image.Image]] = []
     for name in CASES[case][1]:
-        folder = out / f"{case}-{name.replace(' ', '-')}" / "eval"
+        folder = folder_of(out, case, name) / "eval"
         for variant in ("tuned",) if rows else ("base", "tuned"):
             rows.append([pictures(folder / variant, i, 1)[0] for i in prompts])
     side = rows[0][0].width
@@ -180,25 +165,18 @@ def grid(out: Path, case: str, file: Path, prompts: Sequence[int] = range(0, 60,
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a case, or print what there is."""
-    parser = argparse.ArgumentParser(
-        prog="adversarial",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Run a case, or print the existing results."""
+    parser = parser_of(__doc__)
     parser.add_argument("--case", choices=sorted(CASES))
     parser.add_argument("--out", type=Path, default=Path("runs/adversarial"))
     parser.add_argument("--images", type=int, default=8, help="pictures of a prompt in tests")
-    parser.add_argument(
-        "--changes", nargs="*", default=[], help="name=value of the command's options"
-    )
-    parser.add_argument("--table", action="store_true", help="print what there is")
+    parser.add_argument("--table", action="store_true", help="print the existing results")
     parser.add_argument("--grid", type=Path, help="a folder for style.png and hacking.png")
     args = parser.parse_args(argv)
-    args.out = args.out.resolve()
+    out = args.out.resolve()
     if args.case:
-        run(args.case, args.out, args.images, args.changes)
+        run(args.case, out, args.images)
     if args.table:
-        print(markdown(args.out))
+        print(markdown(out))
     for case in CASES if args.grid else ():
-        grid(args.out, case, args.grid / f"{case}.png")
+        grid(out, case, args.grid / f"{case}.png")

@@ -1,22 +1,15 @@
 """Seconds of a network's evaluation with each attention backend over those with PyTorch's own.
 
-    python -m scripts.bench attention
     python -m scripts.bench attention --networks flux --backends native flex xformers --rows 2
 
-On CUDA the networks are the published ones by their configurations, with random weights (the cost
-does not depend on the values), in bfloat16; on a CPU the embedded ones and a small Flux. Backends
-alternate inside one process and the figure is the ratio round by round, so that a drift in speed
-favours none. What cannot run is listed with its reason. difference: of the outputs, over the
-largest of PyTorch's own.
+docs/performance.md has results. Backends alternate inside one process, and the figure is the ratio
+within a round, so that a drift in speed favours none. The difference is the largest one between the
+outputs, relative to the largest output of PyTorch's own.
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import statistics
 import textwrap
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,12 +22,16 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steering import attention, tiny
+from finetune.models import family_of
+from steering import attention
 from tilt import loading
 
+from ..parser import parser_of
+from ..tables import head, line, span
 from . import networks
 from .machine import about
-from .networks import FLUX_DEV, network_of
+from .networks import FLUX_DEV, MODELS, filled, network_of
+from .timing import seconds
 
 NATIVE = "native"
 # PyTorch's own kernels, one alone; for the newer networks the same as diffusers' name sets
@@ -56,62 +53,40 @@ SMALL_FLUX = {
     "joint_attention_dim": 128,
     "pooled_projection_dim": 64,
 }
-MODELS = {
-    **networks.MODELS,
-    "flux": FLUX_DEV,
-    "small-flux": replace(FLUX_DEV, config=SMALL_FLUX),
+SMALL_INPUTS = {"embeds": (512, 128), "pooled": (64,)}
+# the embedded pipelines have SD3's and SD's networks; 16 latents a side stand for 128 pixels
+TINY = {
+    "tiny-sd3": replace(
+        MODELS["sd35m"], latents=8, given={"embeds": (333, 192), "pooled": (192,)}, side=128
+    ),
+    "tiny-sd": replace(MODELS["sd15"], latents=8, given={"embeds": (77, 128)}, side=128),
 }
-PUBLISHED = tuple(name for name in MODELS if name != "small-flux")
-SMALL = (*tiny.NAMES, "small-flux")
-TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 333, "FluxTransformer2DModel": 512}
+LARGE = MODELS | {"sd35m": replace(MODELS["sd35m"], side=1024), "flux": FLUX_DEV}
+FILLED = LARGE | {"small-flux": replace(FLUX_DEV, config=SMALL_FLUX, given=SMALL_INPUTS, side=256)}
+PUBLISHED = tuple(LARGE)
+SMALL = (*TINY, "small-flux")
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A network by name: an embedded one, or random weights by its published configuration."""
-    if name in tiny.NAMES:
+    if name in TINY:
         pipe = loading.load_pipeline(name, dtype)
-        return (pipe.unet if name == "tiny-sd" else pipe.transformer).to(device)
-    return networks.filled(partial(network_of, MODELS[name]), device, dtype)
+        return getattr(pipe, family_of(pipe).network).to(device)
+    return filled(partial(network_of, FILLED[name]), device, dtype)
 
 
-def inputs(network: Any, rows: int) -> dict[str, Any]:
+def inputs(name: str, device: torch.device, dtype: torch.dtype, rows: int) -> dict[str, Any]:
     """Arguments of a call with `rows` latents of the size that the network was made for."""
-    config, kind = network.config, type(network).__name__
-    generator = Generator().manual_seed(0)
-    tokens = TOKENS[kind]
+    model, generator = (FILLED | TINY)[name], Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(network.device, network.dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
-    times = torch.full((rows,), 500.0, device=network.device, dtype=network.dtype)
-    if kind == "FluxTransformer2DModel":
-        side = 64 if config.num_layers > 2 else 16  # of 1024 pixels
-        return {
-            "hidden_states": noise(rows, side * side, config.in_channels),
-            "encoder_hidden_states": noise(rows, tokens, config.joint_attention_dim),
-            "pooled_projections": noise(rows, config.pooled_projection_dim),
-            "timestep": times / 1000,
-            "guidance": times / 1000,
-            "img_ids": noise(side * side, 3),
-            "txt_ids": noise(tokens, 3),
-        }
-    x = noise(rows, config.in_channels, config.sample_size, config.sample_size)
-    if kind == "SD3Transformer2DModel":
-        return {
-            "hidden_states": x,
-            "encoder_hidden_states": noise(rows, tokens, config.joint_attention_dim),
-            "pooled_projections": noise(rows, config.pooled_projection_dim),
-            "timestep": times,
-        }
-    given: dict[str, Any] = {
-        "sample": x,
-        "timestep": times,
-        "encoder_hidden_states": noise(rows, tokens, config.cross_attention_dim),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        added = {"text_embeds": noise(rows, pooled), "time_ids": noise(rows, 6)}
-        given["added_cond_kwargs"] = added
+    given = networks.inputs(model, rows, model.side, noise)
+    flux = model.family == "FluxPipeline"
+    given["timestep"].fill_(0.5 if flux else 500.0)
+    if flux:
+        given["guidance"].fill_(0.5)
     return given
 
 
@@ -144,18 +119,11 @@ def using(network: Any, backend: str) -> Iterator[None]:
 @torch.no_grad()
 def evaluate(network: nn.Module, given: dict[str, Any], backend: str) -> tuple[Tensor, float]:
     """The output, and the seconds that it took."""
+    found: list[Tensor] = []
     with using(network, backend), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of flex, that it is slow
-        _wait(given)
-        start = time.perf_counter()
-        out = network(**given, return_dict=False)[0]
-        _wait(given)
-        return out, time.perf_counter() - start
-
-
-def _wait(given: dict[str, Any]) -> None:
-    if given["timestep"].is_cuda:
-        torch.cuda.synchronize()
+        took = seconds(lambda: found.append(network(**given, return_dict=False)[0]))
+    return found[0], took
 
 
 def measure(
@@ -168,7 +136,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """An entry a backend: seconds and ratios to native, round by round, or the reason for none."""
     network = build(name, device, dtype)
-    given = inputs(network, rows)
+    given = inputs(name, device, dtype, rows)
     expected, _ = evaluate(network, given, NATIVE)
     found: dict[str, dict[str, Any]] = {}
     for backend in (NATIVE, *(item for item in backends if item != NATIVE)):
@@ -184,51 +152,38 @@ def measure(
     working = [backend for backend, entry in found.items() if entry["reason"] is None]
     for turn in range(rounds):
         order = working[turn % len(working) :] + working[: turn % len(working)]
-        seconds = {backend: evaluate(network, given, backend)[1] for backend in order}
+        took = {backend: evaluate(network, given, backend)[1] for backend in order}
         for backend in working:
-            found[backend]["seconds"].append(seconds[backend])
-            found[backend]["ratios"].append(seconds[backend] / seconds[NATIVE])
+            found[backend]["seconds"].append(took[backend])
+            found[backend]["ratios"].append(took[backend] / took[NATIVE])
     return list(found.values())
 
 
-def line(entry: dict[str, Any]) -> str:
-    """A row of the table."""
-    cells = [entry["network"], entry["backend"]]
+def row(entry: dict[str, Any]) -> str:
+    """An entry as a row of the table."""
     if entry["reason"] is not None:
-        cells += ["", "", "", entry["reason"]]
-    else:
-        ratios = entry["ratios"]
-        cells += [
-            f"{1000 * statistics.median(entry['seconds']):.1f}",
-            f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]",
-            f"{entry['difference']:.1e}",
-            "",
-        ]
-    return f"| {' | '.join(cells)} |"
+        return line(entry["network"], entry["backend"], "", "", "", entry["reason"])
+    took, difference = 1000 * statistics.median(entry["seconds"]), f"{entry['difference']:.1e}"
+    cells = (f"{took:.1f}", span(entry["ratios"]), difference, "")
+    return line(entry["network"], entry["backend"], *cells)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure, print the table network by network."""
-    parser = argparse.ArgumentParser(
-        prog="attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print the table network by network."""
+    parser = parser_of(__doc__)
     parser.add_argument("--networks", nargs="+", choices=(*PUBLISHED, *SMALL))
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=["auto", *loading.DTYPES])
-    parser.add_argument("--rows", type=int, default=8, help="of the batch")
+    parser.add_argument("--rows", type=int, default=8, help="rows of the batch")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args(argv)
     diffusers.utils.logging.set_verbosity_error()
     device = loading.pick_device(args.device)
     dtype = loading.pick_dtype(args.dtype, device)
     print(f"{about(device, dtype)}, {args.rows} rows, {args.rounds} rounds\n")
-    print("| network | backend | ms | over native: median [min, max] | difference | reason |")
-    print("|---|---|---|---|---|---|")
+    ratio = "over native: median [min, max]"
+    print(head("network", "backend", "ms", ratio, "difference", "reason"))
     for network in args.networks or (PUBLISHED if device.type == "cuda" else SMALL):
         for entry in measure(network, args.backends, device, dtype, args.rows, args.rounds):
-            print(line(entry), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+            print(row(entry), flush=True)

@@ -1,6 +1,6 @@
 """Every potential and resampler against a chain whose answers are known exactly.
 
-    python -m scripts.benchmarks.closed_forms
+    python -m scripts.bench closed-forms
 
 The chain is DDIM (eta 1, 20 steps) with the exact noise prediction for data from N(1/2, 1). Each of
 its steps is x' = a x + b + c z, so the law of *this chain* is a Gaussian N(μ, v) whose μ and v
@@ -16,11 +16,13 @@ potential: the closing weight of `sum` undoes ten rewards with four scores, that
 `immediate` four, and where the weights' tails are too heavy a standard error says nothing.
 """
 
-import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,9 @@ from steering.filter import FeynmanKac, Transition, particle_filter
 from steering.resampling import RESAMPLERS
 from steering.transitions import ddim_transition
 from steering.weights import normalize
+
+from ..parser import parser_of
+from ..tables import head, line
 
 __all__ = ["main"]
 
@@ -65,93 +70,73 @@ class Case(NamedTuple):
     """One exactly solvable target."""
 
     title: str
-    potential: str
-    reward_scale: float
+    settings: FeynmanKac
     reward: Callable[[Tensor], Tensor]
     z: float
     mean: float
 
 
 def cases() -> list[Case]:
+    """The potentials with a linear reward, and one with a quadratic reward."""
     mu, v = chain_law()
+
+    window: dict[str, Any] = {"score_from": 0.2, "score_to": 0.8, "num_scores": 4}
+    settings = partial(FeynmanKac, tempering="none", **window)
 
     def linear(potential: str, scale: float) -> Case:
         z = math.exp(scale * mu + scale**2 * v / 2)
-        return Case("x", potential, scale, lambda x: x, z, mean=mu + scale * v)
+        tilt = settings(potential=potential, reward_scale=scale)
+        return Case("x", tilt, lambda x: x, z, mean=mu + scale * v)
 
-    def quadratic(potential: str, scale: float) -> Case:
-        widened = 1 + scale * v
-        z = math.exp(-scale * (mu - CENTRE) ** 2 / (2 * widened)) / math.sqrt(widened)
-        mean = (mu + scale * v * CENTRE) / widened
-        return Case("-(x-2)²/2", potential, scale, lambda x: -((x - CENTRE) ** 2) / 2, z, mean)
-
+    scale = 1.5
+    widened = 1 + scale * v
+    z = math.exp(-scale * (mu - CENTRE) ** 2 / (2 * widened)) / math.sqrt(widened)
+    mean = (mu + scale * v * CENTRE) / widened
+    quadratic = settings(potential="difference", reward_scale=scale)
+    scales = {"difference": 1.5, "max": 0.75, "sum": 0.2, "immediate": 0.75}
     return [
-        linear("difference", 1.5),
-        linear("max", 0.75),
-        linear("sum", 0.2),
-        linear("immediate", 0.75),
-        quadratic("difference", 1.5),
+        *(linear(*item) for item in scales.items()),
+        Case("-(x-2)²/2", quadratic, lambda x: -((x - CENTRE) ** 2) / 2, z, mean),
     ]
 
 
-def estimate(case: Case, settings: FeynmanKac, k: int, runs: int, seed: int) -> tuple[float, ...]:
+def estimate(
+    reward: Callable[[Tensor], Tensor], settings: FeynmanKac, k: int, runs: int, seed: int
+) -> tuple[float, ...]:
     """Mean estimate of Z, its standard error, and the mean of the steered populations."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(runs, k, generator=generator, dtype=torch.float64)
-    *_, last = particle_filter(
-        x, gaussian_kernel, case.reward, STEPS, settings, generator=generator
-    )
+    draws = torch.Generator().manual_seed(seed)
+    x = torch.randn(runs, k, generator=draws, dtype=torch.float64)
+    *_, last = particle_filter(x, gaussian_kernel, reward, STEPS, settings, generator=draws)
     z = last.log_z.exp()
     steered = (normalize(last.log_weights) * last.x).sum(dim=1)
     return float(z.mean()), float(z.std()) / math.sqrt(runs), float(steered.mean())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--runs", type=int, default=16384, help="runs a cell, fewer at k > 4 (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the first cell")
+    """Print the table, a row for each case, resampler and threshold."""
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("--runs", type=int, default=16384, help="runs a cell; fewer at k > 4")
+    add("--seed", type=int, default=0, help="of the first cell")
     args = parser.parse_args(argv)
-
     began, seed, deviations = time.perf_counter(), args.seed, []
-    sizes = " | ".join(f"k={k}" for k in SIZES)
-    print(f"| r | potential | λ | resampler | min_ess | Z | mean | {sizes} |")
-    print("|" + "---|" * (7 + len(SIZES)))
-    for case in cases():
-        for resampler in RESAMPLERS:
-            for min_ess in (0.5, 1.0):
-                settings = FeynmanKac(
-                    reward_scale=case.reward_scale,
-                    potential=case.potential,
-                    resampler=resampler,
-                    min_ess=min_ess,
-                    score_from=0.2,
-                    score_to=0.8,
-                    num_scores=4,
-                    tempering="none",
-                )
-                cells = []
-                for k in SIZES:
-                    runs = max(args.runs * 4 // max(k, 4), 2)
-                    z, error, mean = estimate(case, settings, k, runs, seed)
-                    deviations.append((z - case.z) / error)
-                    cells.append(f"{z:.3f} ± {error:.3f} ({deviations[-1]:+.1f}), {mean:.3f}")
-                    seed += 1
-                print(
-                    f"| {case.title} | {case.potential} | {case.reward_scale:g} | {resampler} "
-                    f"| {min_ess:g} | {case.z:.3f} | {case.mean:.3f} | {' | '.join(cells)} |",
-                    flush=True,
-                )
+    sizes = [f"k={k}" for k in SIZES]
+    print(head("r", "potential", "λ", "resampler", "min_ess", "Z", "mean", *sizes))
+    for case, resampler, min_ess in itertools.product(cases(), RESAMPLERS, (0.5, 1.0)):
+        settings = replace(case.settings, resampler=resampler, min_ess=min_ess)
+        cells = []
+        for k in SIZES:
+            runs = max(args.runs * 4 // max(k, 4), 2)
+            z, error, mean = estimate(case.reward, settings, k, runs, seed)
+            deviations.append((z - case.z) / error)
+            cells.append(f"{z:.3f} ± {error:.3f} ({deviations[-1]:+.1f}), {mean:.3f}")
+            seed += 1
+        scale, numbers = f"{settings.reward_scale:g}", (f"{case.z:.3f}", f"{case.mean:.3f}")
+        kind = (case.title, settings.potential, scale, resampler, f"{min_ess:g}")
+        print(line(*kind, *numbers, *cells), flush=True)
     worst = max(deviations, key=abs)
     within = sum(abs(deviation) < 4 for deviation in deviations)
     print(
         f"\n{within} of {len(deviations)} estimates of Z within 4 standard errors, the farthest "
         f"{worst:+.1f}; {time.perf_counter() - began:.0f} s."
     )
-
-
-if __name__ == "__main__":
-    main()

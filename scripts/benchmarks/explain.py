@@ -1,25 +1,21 @@
-"""What the filter's settings do to one population, as a picture: a row a setting, the same seeds.
+"""What the filter's settings do to one population, as a picture and as a table.
 
     python -m scripts.bench explain --out docs/explain.png
 
-The frame's colour says which of the starting particles a picture descends from; under it stand its
-reward and its share of the weight. The same numbers are printed as a table. One prompt and one
-seed: it shows what the settings do, not how much they gain (that is `lift`).
+docs/steering.md explains the picture, which has a row for each setting.
 """
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 import rewards
 from steering import FeynmanKac, Steered, steer, tiny
 from steering.weights import normalize
+
+from .. import tables
+from ..parser import parser_of
 
 PARTICLES = 6
 STEPS = 20
@@ -34,113 +30,64 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Shown:
-    """One setting's population: k_final pictures, and of each what stands under it."""
-
-    name: str
-    images: Sequence[Image.Image]
-    rewards: Sequence[float]
-    weights: Sequence[float]  # they sum to 1
-    origins: Sequence[int]  # the starting particle, 0 to k - 1
-    replaced: int  # scores that replaced or dropped a particle
-    scores: int  # on the way
-    least_ess: float  # before resampling, over the scores; k where there are none
-    log_z: float
+def origins(out: Steered) -> list[int]:
+    """The starting particle, 0 to k - 1, that each final picture descends from."""
+    return out.lineage.origins(PARTICLES).expand(1, -1)[0].tolist()
 
 
-def row_of(name: str, out: Steered) -> Shown:
-    """What there is to show of the only prompt of a run."""
-    scores = out.lineage.scores
-    return Shown(
-        name=name,
-        images=out.images[0],
-        rewards=out.rewards[0].tolist(),
-        weights=normalize(out.log_weights)[0].tolist(),
-        origins=out.lineage.origins(PARTICLES).expand(1, -1)[0].tolist(),
-        replaced=sum(bool(score.replaced[0]) for score in scores),
-        scores=len(scores),
-        least_ess=min((score.ess[0].item() for score in scores), default=float(PARTICLES)),
-        log_z=out.log_z[0].item(),
-    )
-
-
-def measure(model: str, prompt: str, reward: str, guidance: float, seed: int) -> list[Shown]:
-    """Every setting's run of one prompt, from the same noise."""
-    pipe, scorer = tiny.load(model), rewards.load(reward, imports=True)
-    call = tiny.call_defaults(model) | {"num_inference_steps": STEPS, "guidance_scale": guidance}
-    pipe.set_progress_bar_config(disable=True)
-    call |= {"preview": tiny.preview(), "progress": False, "seed": seed}
-    return [
-        row_of(name, steer(pipe, prompt, scorer, PARTICLES, settings, **call))
-        for name, settings in SETTINGS.items()
-    ]
-
-
-def figure(rows: Sequence[Shown]) -> Figure:
-    """A row a setting, its pictures from the left."""
-    page = Figure(figsize=(9.6, 1.42 * len(rows)), dpi=100, facecolor="white")
-    grid = page.subplots(len(rows), PARTICLES, squeeze=False)
+def figure(runs: dict[str, Steered]) -> Figure:
+    """A row for each setting, its pictures from the left."""
+    page = Figure(figsize=(9.6, 1.42 * len(runs)), dpi=100, facecolor="white")
+    grid = page.subplots(len(runs), PARTICLES, squeeze=False)
     page.subplots_adjust(0.17, 0.03, 0.99, 0.99, wspace=0.08, hspace=0.3)
-    for row, axes in zip(rows, grid, strict=True):
+    for (name, out), axes in zip(runs.items(), grid, strict=True):
         for ax in axes:
             ax.set_axis_off()
         box = axes[0].get_position()
-        page.text(0.01, (box.y0 + box.y1) / 2, row.name, fontsize=9, va="center")
-        shown = zip(axes, row.images, row.rewards, row.weights, row.origins, strict=False)
-        for ax, image, reward, weight, origin in shown:
+        page.text(0.01, (box.y0 + box.y1) / 2, name, fontsize=9, va="center")
+        weights = normalize(out.log_weights)[0].tolist()
+        numbers = (out.rewards[0].tolist(), weights, origins(out))
+        for ax, image, reward, weight, origin in zip(axes, out.images[0], *numbers, strict=False):
             ax.set_axis_on()
             ax.imshow(image, interpolation="nearest")
-            ax.set_xticks([])
-            ax.set_yticks([])
+            ax.set(xticks=[], yticks=[])
             for spine in ax.spines.values():
                 spine.set(color=f"C{origin}", linewidth=3)
             ax.set_xlabel(f"{reward:.3g}, weight {weight:.0%}", fontsize=8, labelpad=3)
     return page
 
 
-def table(rows: Sequence[Shown]) -> str:
-    """The numbers of the picture, as Markdown."""
-    heads = (
-        "",
-        "scores that replaced any",
-        "least ESS",
-        "ancestors left",
-        "weighted reward",
-        "log Ẑ",
-    )
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row in rows:
-        mean = sum(r * w for r, w in zip(row.rewards, row.weights, strict=True))
-        cells = (
-            row.name.replace("\n", " "),
-            f"{row.replaced} of {row.scores}" if row.scores else "none was taken",
-            f"{row.least_ess:.1f} of {PARTICLES}" if row.scores else "",
-            str(len(set(row.origins))),
-            f"{mean:.3f}",
-            f"{row.log_z:.2f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def row(name: str, out: Steered) -> list[str]:
+    """The numbers of a run of one prompt."""
+    scores = out.lineage.scores
+    replaced, ess = "none was taken", ""
+    if scores:
+        replaced = f"{sum(bool(score.replaced[0]) for score in scores)} of {len(scores)}"
+        ess = f"{min(score.ess[0].item() for score in scores):.1f} of {PARTICLES}"
+    weights, gained = normalize(out.log_weights)[0].tolist(), out.rewards[0].tolist()
+    mean = sum(reward * weight for reward, weight in zip(gained, weights, strict=True))
+    ancestors = str(len(set(origins(out))))
+    title = name.replace("\n", " ")
+    return [title, replaced, ess, ancestors, f"{mean:.3f}", f"{out.log_z[0].item():.2f}"]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, run every setting, print the table, keep the picture."""
-    parser = argparse.ArgumentParser(
-        prog="explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run every setting from the same noise, save the picture, print the table."""
+    parser = parser_of(__doc__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--prompt", default='the word "CRAB"')
     parser.add_argument("--reward", default="ocr", help="a spec (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("explain.png"))
     args = parser.parse_args(argv)
-    rows = measure(args.model, args.prompt, args.reward, args.guidance_scale, args.seed)
+    pipe, reward = tiny.load(args.model), rewards.load(args.reward)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = tiny.call_defaults(args.model) | {"preview": tiny.preview()}
+    call |= {"num_inference_steps": STEPS, "guidance_scale": 1.0, "progress": False}
+    runs = {
+        name: steer(pipe, args.prompt, reward, PARTICLES, settings, **call)
+        for name, settings in SETTINGS.items()
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    figure(rows).savefig(args.out)
-    print(table(rows))
-
-
-if __name__ == "__main__":
-    main()
+    figure(runs).savefig(args.out)
+    heads = ["", "scores that replaced any", "least ESS", "ancestors left", "weighted reward"]
+    print(tables.table([*heads, "log Ẑ"], [row(*run) for run in runs.items()]))

@@ -1,11 +1,9 @@
 """Floating-point operations of published networks, counted on tensors without values.
 
-A multiplication with its addition is two operations; convolutions and matrix products count,
-attention's too, and nothing else, as in torch.utils.flop_counter. Figures that leave attention's
-products out are lower: 0.68 instead of 0.80 TFLOP for Stable Diffusion 1.5.
+A multiplication with its addition is two operations. Only convolutions and matrix products count,
+including those of attention, as in torch.utils.flop_counter. Figures without the products of
+attention are lower: 0.68 instead of 0.80 TFLOP for Stable Diffusion 1.5.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,14 +44,14 @@ PUBLISHED = MODELS | {"flux-dev": FLUX_DEV}
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one picture: parameters at work and operations."""
+    """The parameters that are used, and the operations, both for one picture."""
 
     parameters: int
     flops: float
 
 
 def cost(module: nn.Module, call: Callable[[], object]) -> Cost:
-    """Of `call`, which evaluates a module."""
+    """What `call` costs, which evaluates the module."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         call()
     return Cost(parameters(module), float(counter.get_total_flops()))
@@ -109,7 +107,7 @@ def of_reward(name: str) -> Cost:
 
 
 def _of_imagereward() -> Cost:
-    """Both of its towers, as the text tower looks at the picture."""
+    """Both of its towers, as the text tower attends to the picture."""
     # transformers asks what the mask holds but of fake tensors; only this attention is counted
     with torch.device("meta"):
         network = imagereward.Network(imagereward.PUBLISHED).eval()

@@ -2,15 +2,11 @@
 
     python -m scripts.bench foresight --model tiny-sd3 --task ocr
 
-Where the correlation is low, a score chooses by chance; where it is near 1, little noise is left to
-tell children apart. The window (`score_from`, `score_to`) belongs between. Nothing is resampled
-here. Correlations are between particles of the same prompt, pooled over prompts; 95 % bootstrap
-intervals over prompts. Prompts are those on which settings are chosen (`lift --split tune`).
+Where the correlation is low, scores select by chance. Where it is near 1, too little noise is left
+for the children of one particle to differ. The window (`score_from`, `score_to`) belongs between
+the two. Nothing is resampled. Correlations are between particles of the same prompt, pooled over
+the prompts on which settings are chosen (`lift --split tune`).
 """
-
-from __future__ import annotations
-
-import argparse
 
 import numpy as np
 import torch
@@ -18,10 +14,12 @@ import torch
 from steering import FeynmanKac, tiny
 from tilt.statistics import percentile_interval
 
+from ..parser import parser_of
+from ..tables import head, line
 from .lift import TASKS, prompts_of, steered
 
 
-def rewards_on_the_way(
+def intermediate_rewards(
     model: str, task: str, k: int, count: int, seed: int
 ) -> dict[int, np.ndarray]:
     """{step: (b, k) rewards of the predicted images}; the number of steps stands for the end."""
@@ -48,25 +46,16 @@ def interval(a: np.ndarray, b: np.ndarray, seed: int = 0) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure, print one Markdown row a step."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print one Markdown row for each step."""
+    parser = parser_of(__doc__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--task", choices=sorted(TASKS), default="ocr")
     parser.add_argument("--particles", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    seen = rewards_on_the_way(args.model, args.task, args.particles, args.prompts, args.seed)
-    end = max(seen)
-    print(
-        f"{args.model}, {TASKS[args.task]['reward']}, {args.prompts} prompts x {args.particles}\n"
-    )
-    print(f"| step of {end} | mean reward | correlation with the final reward |\n|---|---|---|")
+    seen = intermediate_rewards(args.model, args.task, args.particles, args.prompts, seed=0)
+    end, reward = max(seen), TASKS[args.task]["reward"]
+    print(f"{args.model}, {reward}, {args.prompts} prompts x {args.particles}\n")
+    print(head(f"step of {end}", "mean reward", "correlation with the final reward"))
     for step, values in sorted(seen.items()):
-        print(f"| {step} | {values.mean():.3f} | {interval(values, seen[end])} |")
-
-
-if __name__ == "__main__":
-    main()
+        print(line(step, f"{values.mean():.3f}", interval(values, seen[end])))

@@ -1,32 +1,30 @@
-"""Reward against network evaluations and seconds: best-of-n, plain FK, and what goes below it.
+"""Reward against network evaluations and seconds: best-of-n, plain FK, and cheaper ways.
 
-    python -m scripts.bench frontier --task ocr --seeds 0 1
     python -m scripts.bench frontier --task clip --guidance-scale 2 --seeds 0 1
-    python -m scripts.bench frontier --table
     python -m scripts.bench frontier --figure docs/frontier.png
 
-Prompts, judges and intervals as in `lift`. An evaluation is one row of the network's batch: a
-particle at a step, twice where it is guided. Seconds are the process's own (one thread), so that a
-shared machine counts for less; they hold everything, scores, decoding and the final images.
-Rows go to a JSON-lines file; a second call skips what is there.
+docs/performance.md describes the measurement. Seconds are CPU seconds of this process (one thread),
+so that a shared machine disturbs them less. Rows are appended to a JSON-lines file, and a second
+call skips those it holds.
 """
 
-from __future__ import annotations
-
 import argparse
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from steering import FeynmanKac, Steered, tiny
 from steering.networks import networks
 
-from .lift import TASKS, chosen, interval, judged, prompts_of, read, steered
+from ..parser import parser_of
+from ..tables import head, line
+from .lift import TASKS, chosen, interval, judged, prompts_of, steered
+from .rows import Rows
 
 FUNNELS = {  # population after each of the eight scores
     "16 to 4": (16, 16, 12, 10, 8, 6, 4, 4),
@@ -34,9 +32,8 @@ FUNNELS = {  # population after each of the eight scores
     "8 to 2": (8, 6, 6, 4, 4, 4, 2, 2),
     "32 to 4": (24, 16, 12, 8, 8, 4, 4, 4),
 }
-
-
-LATE = (16, 16, 16, 12, 10, 8, 6, 6)  # whole while guidance lasts
+LATE = (16, 16, 16, 12, 10, 8, 6, 6)  # does not shrink while guidance lasts
+GROUP = ("model", "task", "guidance_scale", "prompts")  # what rows must share to be compared
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,7 @@ def points(guided: bool) -> dict[str, Point]:
             found[f"FK 16, guided {low:g}-{high:g}"] = Point(16, call=call)
         both = {"guidance_interval": (0.0, 0.5)}
         for name, sizes in {"16 to 4": FUNNELS["16 to 4"], "16 to 6": LATE}.items():
-            point = Point(16, FeynmanKac(funnel=sizes), both)
-            found[f"funnel {name}, guided 0-0.5"] = point
+            found[f"funnel {name}, guided 0-0.5"] = Point(16, FeynmanKac(funnel=sizes), both)
     return found
 
 
@@ -94,21 +90,14 @@ def summaries(rows: list[dict]) -> dict[str, dict[str, Any]]:
     found = {}
     for name in dict.fromkeys(row["point"] for row in rows):
         mine = [row for row in rows if row["point"] == name]
-        evaluations, seconds = (
-            float(np.mean([row[key] for row in mine])) for key in ("evaluations", "seconds")
-        )
         k = len(mine[0]["rewards"][0])
-        if name != "best of 16":
-            values = chosen(mine, k)
-            found[name] = {"evaluations": evaluations, "seconds": seconds, "values": values}
-            continue
-        for n in (1, 2, 4, 6, 8, 10, 16):
-            share = n / k
-            found[f"best of {n}"] = {
-                "evaluations": evaluations * share,
-                "seconds": seconds * share,
-                "values": chosen(mine, n),
-            }
+        sizes = {name: k}
+        if name == "best of 16":
+            sizes = {f"best of {n}": n for n in (1, 2, 4, 6, 8, 10, 16)}
+        for point, n in sizes.items():
+            costs = ("evaluations", "seconds")
+            spent = {cost: float(np.mean([row[cost] for row in mine])) * n / k for cost in costs}
+            found[point] = {**spent, "values": chosen(mine, n)}
     return found
 
 
@@ -125,68 +114,55 @@ def rival(found: dict[str, dict[str, Any]], evaluations: float) -> str:
 def table(rows: list[dict]) -> str:
     """Markdown, one table for each model, task and guidance scale."""
     lines = []
-    keys = ("model", "task", "guidance_scale", "prompts")
-    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+    for key in dict.fromkeys(tuple(row[name] for name in GROUP) for row in rows):
         model, task, guidance, count = key
-        found = summaries([row for row in rows if tuple(row[name] for name in keys) == key])
-        seeds = len({row["seed"] for row in rows if tuple(row[name] for name in keys) == key})
-        reward, judge = TASKS[task]["reward"], TASKS[task]["judge"]
+        mine = [row for row in rows if tuple(row[name] for name in GROUP) == key]
+        found, seeds = summaries(mine), len({row["seed"] for row in mine})
+        judge, rest = TASKS[task]["judge"], "minus best of n at no fewer evaluations"
         lines += [
-            f"\n**{model}, steered on `{reward}`** ({count} unseen prompts, guidance {guidance:g},"
-            f" {seeds} seeds)\n",
-            f"| | evaluations | of FK 16 | seconds | reward | minus FK 16 | {judge} | minus best of"
-            " n at no fewer evaluations |",
-            "|---|---|---|---|---|---|---|---|",
+            f"\n**{model}, steered on `{TASKS[task]['reward']}`** ({count} unseen prompts, guidance"
+            f" {guidance:g}, {seeds} seeds)\n",
+            head("", "evaluations", "of FK 16", "seconds", "reward", "minus FK 16", judge, rest),
         ]
-        base = found.get("FK 16")
-        for name, point in sorted(found.items(), key=lambda item: item[1]["evaluations"]):
-            r, h = point["values"]
-            share = minus = more = ""
-            if base is not None:
-                share = f"{point['evaluations'] / base['evaluations']:.2f}"
-                minus = interval(r - base["values"][0])
-            if not name.startswith("best of"):
-                other = rival(found, point["evaluations"])
-                more = f"{interval(h - found[other]['values'][1])} ({other.split()[-1]})"
-            lines.append(
-                f"| {name} | {point['evaluations']:.0f} | {share} | {point['seconds']:.2f} |"
-                f" {interval(r)} | {minus} | {interval(h)} | {more} |"
-            )
+        order = sorted(found, key=lambda name: found[name]["evaluations"])
+        lines += [point_line(name, found) for name in order]
     return "\n".join(lines)
+
+
+def point_line(name: str, found: dict[str, dict[str, Any]]) -> str:
+    """A row of the table, with differences from FK 16, if it was run, and from best of n."""
+    point, base = found[name], found.get("FK 16")
+    (r, h), cost = point["values"], point["evaluations"]
+    share = minus = more = ""
+    if base is not None:
+        share = f"{cost / base['evaluations']:.2f}"
+        minus = interval(r - base["values"][0])
+    if not name.startswith("best of"):
+        other = rival(found, cost)
+        more = f"{interval(h - found[other]['values'][1])} ({other.split()[-1]})"
+    numbers = (f"{cost:.0f}", share, f"{point['seconds']:.2f}")
+    return line(name, *numbers, interval(r), minus, interval(h), more)
 
 
 def figure(rows: list[dict], path: Path) -> None:
     """Reward and held-out score over evaluations and over seconds, a row for each task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
-
     tasks = list(dict.fromkeys((row["task"], row["guidance_scale"]) for row in rows))
-    grid, axes = plt.subplots(
-        len(tasks), 3, figsize=(15, 4.3 * len(tasks)), squeeze=False, layout="constrained"
-    )
-    for line, (task, guidance) in zip(axes, tasks, strict=True):
+    page = Figure(figsize=(15, 4.3 * len(tasks)), layout="constrained")
+    grid = page.subplots(len(tasks), 3, squeeze=False)
+    for axes, (task, guidance) in zip(grid, tasks, strict=True):
         mine = [r for r in rows if (r["task"], r["guidance_scale"]) == (task, guidance)]
-        found = summaries(mine)
-        reward, judge = TASKS[task]["reward"], TASKS[task]["judge"]
-        for axis, across, which, label in (
-            (line[0], "evaluations", 0, reward),
-            (line[1], "seconds", 0, reward),
-            (line[2], "evaluations", 1, f"{judge} (not steered on)"),
-        ):
-            _draw(axis, found, across, which)
-            axis.set(
-                xlabel=f"{across} a prompt",
-                ylabel=label,
-                title=f"{mine[0]['model']}, guidance {guidance:g}",
-            )
+        found, reward = summaries(mine), TASKS[task]["reward"]
+        held_out = f"{TASKS[task]['judge']} (not steered on)"
+        title = f"{mine[0]['model']}, guidance {guidance:g}"
+        across, labels = ("evaluations", "seconds", "evaluations"), (reward, reward, held_out)
+        for axis, cost, which, label in zip(axes, across, (0, 0, 1), labels, strict=True):
+            _draw(axis, found, cost, which)
+            axis.set(xlabel=f"{cost} a prompt", ylabel=label, title=title)
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter(ScalarFormatter())
             axis.grid(alpha=0.3)
-        line[0].legend(fontsize=7)
-    grid.savefig(path, dpi=110)
+        axes[0].legend(fontsize=7)
+    page.savefig(path, dpi=110)
 
 
 def _draw(axis: Any, found: dict[str, dict[str, Any]], across: str, which: int) -> None:
@@ -204,50 +180,35 @@ def _draw(axis: Any, found: dict[str, dict[str, Any]], across: str, which: int) 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the missing points, print the table, draw the figure."""
-    parser = argparse.ArgumentParser(
-        prog="frontier",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--task", choices=sorted(TASKS), default="ocr")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("runs/frontier.jsonl"))
-    parser.add_argument("--table", action="store_true", help="only print what is there")
-    parser.add_argument("--figure", type=Path, help="draw what is there")
+    parser.add_argument("--table", action="store_true", help="only print the existing results")
+    parser.add_argument("--figure", type=Path, help="draw the existing results")
     args = parser.parse_args(argv)
-    rows = read(args.out)
+    rows = Rows(args.out)
     if not (args.table or args.figure):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        prompts = prompts_of(args.task, args.prompts)
-        todo = [(s, item) for s in args.seeds for item in points(args.guidance_scale > 1).items()]
-        for seed, (name, point) in todo:
-            head = {
-                "model": args.model,
-                "task": args.task,
-                "guidance_scale": args.guidance_scale,
-                "prompts": args.prompts,
-                "seed": seed,
-                "point": name,
-            }
-            if any(all(row[key] == value for key, value in head.items()) for row in rows):
-                continue
-            print(head, flush=True)
-            with torch.no_grad():
-                out, evaluations, seconds = measured(
-                    args.model, args.task, prompts, seed, args.guidance_scale, point
-                )
-                cost = {"evaluations": evaluations, "seconds": seconds}
-                row = head | cost | judged(out, args.task)
-            rows.append(row)
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        complete(rows, args)
     if args.figure:
         figure(rows, args.figure)
     print(table(rows))
 
 
-if __name__ == "__main__":
-    main()
+def complete(rows: Rows, args: argparse.Namespace) -> None:
+    """Run the points that the file of `rows` lacks."""
+    prompts, guidance = prompts_of(args.task, args.prompts), args.guidance_scale
+    group = dict(zip(GROUP, (args.model, args.task, guidance, args.prompts), strict=True))
+    for seed in args.seeds:
+        for name, point in points(guidance > 1).items():
+            row = group | {"seed": seed, "point": name}
+            if rows.has(row):
+                continue
+            out, evaluations, seconds = measured(
+                args.model, args.task, prompts, seed, guidance, point
+            )
+            spent = {"evaluations": evaluations, "seconds": seconds}
+            rows.keep(row | spent | judged(out, args.task))

@@ -1,29 +1,22 @@
-"""How much steering lifts a reward, against plain samples and best-of-k of the same chain.
+"""How much steering raises a reward, compared with plain samples and best-of-k of the same chain.
 
     python -m scripts.bench lift --model tiny-sd3 --task ocr --particles 2 4 8 --seeds 0 1
-    python -m scripts.bench lift --table
     python -m scripts.bench lift --split tune --out runs/tune.jsonl --set min_ess=1 reward_scale=30
 
-Prompts are ones that training never saw (scripts/tiny/unseen.json); settings are chosen on others,
-which it may have seen (`--split tune`). Best-of-k is `min_ess=0` of the
-same chain at the same seeds, so one run at the largest k gives plain (particle 0) and best-of-k for
-every smaller k. Each image is judged twice: by the reward that steered it and by one that did not.
-Rows go to a JSON-lines file; a second call skips what is there. Intervals: 95 %, percentile
-bootstrap over prompts of the mean over seeds.
+docs/lift.md describes the measurement. Best-of-k is `min_ess=0` of the same chain with the same
+seeds, so one run at the largest k gives the plain sample (particle 0) and best-of-k for every
+smaller k. Rows are appended to a JSON-lines file, and a second call skips those it holds.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from omegaconf import OmegaConf
 from torch import nn
 
 import rewards
@@ -32,9 +25,13 @@ from rewards.models.objects import ObjectsReward
 from rewards.models.ocr import OcrReward
 from steering import FeynmanKac, Steered, steer, tiny
 from steering.manifest import fingerprint
+from tilt.command import filter_of
 from tilt.statistics import percentile_interval
 
+from ..parser import parser_of
+from ..tables import head, line
 from ..tiny.world import scene
+from .rows import Rows
 
 TASKS = {
     "ocr": {"reward": "ocr(mode=strict)", "scenes": ("text",), "judge": "OCR exact at 160 px"},
@@ -44,6 +41,8 @@ TASKS = {
         "judge": "attribute detector",
     },
 }
+# what rows must share to be compared
+GROUP = ("model", "task", "split", "prompts", "weights", "guidance_scale")
 
 
 def prompts_of(task: str, count: int, split: str = "test") -> list[str]:
@@ -52,92 +51,61 @@ def prompts_of(task: str, count: int, split: str = "test") -> list[str]:
     kinds = TASKS[task]["scenes"]
     if count < 1 or count % len(kinds):
         raise SystemExit(f"--prompts is {count} but must be a multiple of {len(kinds)} for {task}")
-    kinds_left = {kind: count // len(kinds) for kind in kinds}
-    while any(kinds_left.values()):
-        for kind in [k for k, left in kinds_left.items() if left]:
+    left = dict.fromkeys(kinds, count // len(kinds))
+    while any(left.values()):
+        for kind in [kind for kind, missing in left.items() if missing]:
             prompt = scene(rng, kind, unseen=split == "test").prompt
             if prompt not in prompts:
                 prompts.append(prompt)
-                kinds_left[kind] -= 1
+                left[kind] -= 1
     return prompts
 
 
-def judge(task: str) -> Callable[[Sequence[Image.Image], Sequence[str]], np.ndarray]:
-    """The reward that nothing is steered on: exact reading at another size, or the detector."""
-    scorer = OcrReward("exact", limit_side_len=160) if task == "ocr" else ObjectsReward()
-    return lambda images, prompts: scorer(to_images(list(images)), list(prompts)).numpy()
-
-
 def steered(
-    model: str,
-    task: str,
-    k: int,
-    seed: int,
-    settings: FeynmanKac,
-    prompts: list[str],
-    **call: Any,
+    model: str, task: str, k: int, seed: int, settings: FeynmanKac, prompts: list[str], **call: Any
 ) -> Steered:
-    """Steer every prompt once by the task's reward; `call` over the embedded model's defaults."""
+    """Steer every prompt once by the task's reward; `call` overrides the model's defaults."""
     pipe = call.pop("pipe", None) or tiny.load(model)
     pipe.set_progress_bar_config(disable=True)
-    keywords: Any = tiny.call_defaults(model) | call
-    return steer(
-        pipe,
-        prompts,
-        rewards.load(TASKS[task]["reward"]),
-        particles=k,
-        settings=settings,
-        seed=seed,
-        preview=tiny.preview(),
-        prompts_per_call=4,
-        **keywords,
-    )
+    call = tiny.call_defaults(model) | {"preview": tiny.preview(), "prompts_per_call": 4} | call
+    reward = rewards.load(TASKS[task]["reward"])
+    return steer(pipe, prompts, reward, k, settings, seed=seed, **call)
 
 
-def judged(out: Steered, task: str) -> dict:
-    """Rewards (b, k) and the judge's scores of every image (b, k)."""
-    check = judge(task)
+@torch.no_grad()
+def judged(out: Steered, task: str) -> dict[str, Any]:
+    """The rewards (b, k), and the scores (b, k) of a reward that nothing is steered on.
+
+    That is exact reading at another size, or the detector.
+    """
+    judge = OcrReward("exact", limit_side_len=160) if task == "ocr" else ObjectsReward()
     held_out = [
-        check(images, [prompt] * len(images)).tolist()
+        judge(to_images(list(images)), [prompt] * len(images)).tolist()
         for images, prompt in zip(out.images, out.prompts, strict=True)
     ]
     return {"rewards": out.rewards.tolist(), "held_out": held_out}
 
 
-def cells(args: argparse.Namespace, settings: FeynmanKac) -> list[tuple[str, int, int, FeynmanKac]]:
-    """(method, k, seed, settings): one best-of run at the largest k, FK at every k.
+def cells(
+    particles: list[int], seeds: list[int], settings: FeynmanKac
+) -> list[tuple[str, int, int, FeynmanKac]]:
+    """(method, k, seed, settings): the baselines at the largest k, and FK at every k above 1.
 
-    "stock" is best-of-k of the noiseless sampler, another p: the first thing a reader asks for.
+    "stock" is best-of-k of the noiseless sampler, which has another p.
     """
     best_of = replace(settings, min_ess=0.0)
     baselines = {"best-of": best_of, "stock": replace(best_of, noise=0.0)}
     todo = []
-    for seed in args.seeds:
-        for name, baseline in baselines.items():
-            if args.method in ("all", name):
-                todo.append((name, max(args.particles), seed, baseline))
-        if args.method in ("all", "fk"):
-            todo += [("fk", k, seed, settings) for k in args.particles if k > 1]
+    for seed in seeds:
+        todo += [(name, max(particles), seed, baseline) for name, baseline in baselines.items()]
+        todo += [("fk", k, seed, settings) for k in particles if k > 1]
     return todo
 
 
 def parse_settings(pairs: list[str]) -> FeynmanKac:
-    """FeynmanKac from FIELD=VALUE words; numbers and lists as JSON, anything else a name."""
-    values = {}
-    for pair in pairs:
-        field, _, text = pair.partition("=")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        values[field] = tuple(value) if isinstance(value, list) else value
-    return FeynmanKac(**values)
-
-
-def read(file: Path) -> list[dict]:
-    """All rows written so far."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
+    """FeynmanKac from words such as min_ess=1 and funnel=[4,2]."""
+    fields: Any = OmegaConf.to_container(OmegaConf.from_dotlist(pairs))
+    return filter_of(fields)
 
 
 def chosen(rows: list[dict], k: int) -> np.ndarray:
@@ -157,112 +125,78 @@ def interval(values: np.ndarray, seed: int = 0) -> str:
     return percentile_interval(float(values.mean()), torch.from_numpy(means)).text()
 
 
-def _group(row: dict) -> tuple:
-    """What rows must share to be compared."""
-    return tuple(
-        row[name] for name in ("model", "task", "split", "prompts", "weights", "guidance_scale")
-    )
-
-
 def table(rows: list[dict]) -> str:
     """Markdown: plain, best-of-k and FK at each k, and FK minus best-of-k, paired."""
     lines = []
-    for key in sorted({(*_group(r), r["label"]) for r in rows if r["method"] == "fk"}):
+    for key in sorted(
+        {tuple(r[n] for n in (*GROUP, "label")) for r in rows if r["method"] == "fk"}
+    ):
         *group, label = key
-        model, task, split, _, _, guidance = group
-        same = [r for r in rows if _group(r) == tuple(group)]
-        mine = [r for r in same if r["label"] == label]
-        base = [
-            r
-            for r in same
-            if r["method"] == "best-of" and r["settings"]["noise"] == mine[0]["settings"]["noise"]
-        ]
-        name, other = TASKS[task]["reward"], TASKS[task]["judge"]
+        same = [row for row in rows if [row[name] for name in GROUP] == group]
+        mine = [row for row in same if row["label"] == label and row["method"] == "fk"]
+        baselines = [row for row in same if row["method"] == "best-of"]
+        noise = mine[0]["settings"]["noise"]
+        base = [row for row in baselines if row["settings"]["noise"] == noise]
+        stock = [row for row in same if row["method"] == "stock"]
+        model, task, split, *_, guidance = group
         prompts = "unseen prompts" if split == "test" else "tuning prompts"
-        seeds = len({r["seed"] for r in mine})
+        seeds = len({row["seed"] for row in mine})
         lines += [
-            f"\n**{model}, steered on `{name}`** ({len(mine[0]['rewards'])} {prompts},"
-            f" guidance {guidance:g}, {seeds} seeds{', ' + label if label else ''})\n",
-            f"| k | | reward | {other} |",
-            "|---|---|---|---|",
+            f"\n**{model}, steered on `{TASKS[task]['reward']}`** ({len(mine[0]['rewards'])}"
+            f" {prompts}, guidance {guidance:g}, {seeds} seeds{', ' + label if label else ''})\n",
+            head("k", "", "reward", TASKS[task]["judge"]),
         ]
-        stock = [r for r in same if r["method"] == "stock"]
-        for title, single in (("plain", base), ("plain, stock sampler", stock)):
-            if single:
-                reward, held_out = chosen(single, 1)
-                lines.append(f"| 1 | {title} | {interval(reward)} | {interval(held_out)} |")
-        for k in sorted({r["k"] for r in mine if r["method"] == "fk"}):
-            fk = chosen([r for r in mine if r["method"] == "fk" and r["k"] == k], k)
-            values = {"FK": fk}
-            if wide := [r for r in base if r["k"] >= k]:
-                best = chosen(wide, k)
-                values = {"best of k": best, "FK": fk, "FK - best of k": fk - best}
-            if deep := [r for r in stock if r["k"] >= k]:
-                values = {"best of k, stock sampler": chosen(deep, k)} | values
-            for method, (reward, held_out) in values.items():
-                lines.append(f"| {k} | {method} | {interval(reward)} | {interval(held_out)} |")
+        values = {(1, "plain"): (base, 1), (1, "plain, stock sampler"): (stock, 1)}
+        lines += [line(*cell, *map(interval, chosen(*of))) for cell, of in values.items() if of[0]]
+        for k in sorted({row["k"] for row in mine}):
+            lines += compared(k, [row for row in mine if row["k"] == k], base, stock)
     return "\n".join(lines)
 
 
+def compared(k: int, fk: list[dict], base: list[dict], stock: list[dict]) -> list[str]:
+    """The rows of FK at one k, and of the baselines that were run with as many particles."""
+    values = {"FK": chosen(fk, k)}
+    if wide := [row for row in base if row["k"] >= k]:
+        best = chosen(wide, k)
+        values = {"best of k": best, **values, "FK - best of k": values["FK"] - best}
+    if deep := [row for row in stock if row["k"] >= k]:
+        values = {"best of k, stock sampler": chosen(deep, k), **values}
+    return [line(k, method, *map(interval, found)) for method, found in values.items()]
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, run the missing cells, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
-    parser.add_argument("--task", choices=sorted(TASKS), default="ocr")
-    parser.add_argument("--particles", type=int, nargs="+", default=[2, 4, 8])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--split", choices=("test", "tune"), default="test", help="of the prompts")
+    """Run the missing cells and print the table."""
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--guidance-scale", type=float, default=1.0, help="less leaves more to steer")
-    parser.add_argument("--method", choices=("all", "best-of", "stock", "fk"), default="all")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="FeynmanKac")
-    parser.add_argument("--out", type=Path, default=Path("runs/lift.jsonl"))
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    add("--model", choices=tiny.NAMES, default="tiny-sd3")
+    add("--task", choices=sorted(TASKS), default="ocr")
+    add("--particles", type=int, nargs="+", default=[2, 4, 8])
+    add("--seeds", type=int, nargs="+", default=[0, 1])
+    add("--prompts", type=int, default=60)
+    add("--split", choices=("test", "tune"), default="test", help="of the prompts")
+    add("--guidance-scale", type=float, default=1.0, help="a lower one leaves more to steer")
+    add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of FeynmanKac")
+    add("--out", type=Path, default=Path("runs/lift.jsonl"))
+    add("--table", action="store_true", help="only print the existing results")
     args = parser.parse_args(argv)
-    rows = read(args.out)
+    rows = Rows(args.out)
     if not args.table:
-        settings = parse_settings(args.set)
-        prompts = prompts_of(args.task, args.prompts, args.split)
-        networks = tiny.load(args.model).components.values()
-        weights = "-".join(
-            fingerprint(part)[:4] for part in networks if isinstance(part, nn.Module)
-        )
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        label = " ".join(args.set)
-        for method, k, seed, chosen_settings in cells(args, settings):
-            head = {
-                "model": args.model,
-                "task": args.task,
-                "method": method,
-                "k": k,
-                "seed": seed,
-                "prompts": args.prompts,
-                "split": args.split,
-                "weights": weights,
-                "guidance_scale": args.guidance_scale,
-                "label": label,
-                "settings": json.loads(json.dumps(asdict(chosen_settings))),
-            }
-            if any(all(row[name] == value for name, value in head.items()) for row in rows):
-                continue
-            print(head, flush=True)
-            with torch.no_grad():
-                out = steered(
-                    args.model,
-                    args.task,
-                    k,
-                    seed,
-                    chosen_settings,
-                    prompts,
-                    guidance_scale=args.guidance_scale,
-                )
-                row = head | judged(out, args.task)
-            rows.append(row)
-            with args.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        complete(rows, args.model, args.task, args)
     print(table(rows))
 
 
-if __name__ == "__main__":
-    main()
+def complete(rows: Rows, model: str, task: str, args: argparse.Namespace) -> None:
+    """Run the cells that the file of `rows` lacks."""
+    prompts = prompts_of(task, args.prompts, args.split)
+    networks = [
+        part for part in tiny.load(model).components.values() if isinstance(part, nn.Module)
+    ]
+    weights = "-".join(fingerprint(network)[:4] for network in networks)
+    group = (model, task, args.split, args.prompts, weights, args.guidance_scale)
+    shared = dict(zip(GROUP, group, strict=True)) | {"label": " ".join(args.set)}
+    for method, k, seed, settings in cells(args.particles, args.seeds, parse_settings(args.set)):
+        fields = json.loads(json.dumps(asdict(settings)))
+        cell = shared | {"method": method, "k": k, "seed": seed, "settings": fields}
+        if not rows.has(cell):
+            call = {"guidance_scale": args.guidance_scale}
+            rows.keep(cell | judged(steered(model, task, k, seed, settings, prompts, **call), task))

@@ -1,6 +1,4 @@
-"""What a measurement ran on, and the most memory that it held."""
-
-from __future__ import annotations
+"""The machine that a measurement ran on, and the memory that it used."""
 
 import contextlib
 import platform
@@ -34,14 +32,14 @@ def _processor() -> str:
 
 @dataclass
 class Most:
-    """Peak memory, in 10⁹ bytes: of the GPU, or else resident in this process since its start."""
+    """Peak memory in 10⁹ bytes: of the GPU, or of this process since its start."""
 
     gigabytes: float = 0.0
 
 
 @contextlib.contextmanager
 def peak(device: torch.device) -> Iterator[Most]:
-    """The most memory while the block runs (on a CPU: until its end)."""
+    """The peak memory while the block runs; on a CPU, since the start of the process."""
     most = Most()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

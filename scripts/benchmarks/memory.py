@@ -1,21 +1,16 @@
 """The memory of training and of steering, computed without a GPU: bytes are counted, never used.
 
-    python -m scripts.bench memory --models sd15 --methods gdro     a training micro-batch
-    python -m scripts.bench memory --inference --models sd15        a steered run
+    python -m scripts.bench memory --models sd15                 a training micro-batch
+    python -m scripts.bench memory --models sd15 --inference     a steered run
 
-The networks are the published ones in their real shapes, without weights (fake tensors). Each step
-is run on them, and every storage is counted from its making until it is freed; the figure is the
-peak. Not in it: what docs/memory.md lists. A micro-batch fits where it leaves a fifth of the card
-free. A group is k images, 6 of GDRO and 8 of Flow-GRPO; guidance evaluates each twice. Steering
-runs without gradients, everything in bfloat16; its rows are what the network evaluates at once,
-two a particle.
+docs/memory.md explains the tables. The networks have no weights (fake tensors). A step is run on
+them, and every storage is counted from its allocation until it is freed; the figure is the peak.
 """
 
-from __future__ import annotations
-
-import argparse
 import weakref
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from finetune import lora
 from finetune.models import FAMILIES, Noising, predict
 
+from ..parser import parser_of
+from ..tables import head, line
 from .networks import (
     MODELS,
     Published,
@@ -44,6 +41,7 @@ from .networks import (
 
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 HELD_IN = (torch.bfloat16, torch.bfloat16, torch.float32)  # network, decoder, critic's tower
+RANK = 32  # of the LoRA
 SPARE = 0.2  # of a card: fragments, workspaces of kernels, the driver's context
 POPULATIONS, DECODED = (4, 8, 16), {512: 8, 1024: 2}  # images that steer() decodes at once
 
@@ -117,12 +115,12 @@ def look(decoder: Any, tower: Any, model: Published, images: int) -> None:
         tower(F.interpolate(part, (224, 224), mode="bicubic", antialias=True))
 
 
-def peak(name: str, method: str, images: int, less: bool, rank: int) -> float:
+def peak(name: str, method: str, images: int, less: bool) -> float:
     """The most bytes of a micro-batch; `less`, with gradient checkpointing."""
     model, (_, copies, online) = MODELS[name], METHODS[method]
     with torch.device("meta"):
         network, *others = parts_of(model, online)
-        lora.attach(network, FAMILIES[model.family].targets, rank, rank, torch.Generator())
+        lora.attach(network, FAMILIES[model.family].targets, RANK, RANK, torch.Generator())
     if less:
         network.enable_gradient_checkpointing()
     with FakeTensorMode(), Count() as count:
@@ -142,43 +140,45 @@ def peak(name: str, method: str, images: int, less: bool, rank: int) -> float:
     return float(count.peak)
 
 
-def row(name: str, method: str, less: bool, rank: int = 32) -> str:
+def row(name: str, method: str, less: bool) -> str:
     """A line of the table; the peak is linear in the images, drawn through one group and two."""
     k = METHODS[method][0]
-    one, two = (peak(name, method, k * groups, less, rank) for groups in (1, 2))
+    one, two = (peak(name, method, k * groups, less) for groups in (1, 2))
     each = (two - one) / k
-    cells = [name, str(MODELS[name].side), method, "yes" if less else "no", str(k)]
+    cells = [name, MODELS[name].side, method, "yes" if less else "no", k]
     cells += [f"{one / 1e9:.1f}", f"{each / 1e9:.2f}"]
     for card in CARDS.values():
         images = max(0, int(k + ((1 - SPARE) * card - one) // each))
         cells.append(f"{images // k} ({images})")
-    return f"| {' | '.join(cells)} |"
+    return line(*cells)
 
 
 @torch.no_grad()
+def loaded_peak(model: Published, run: Callable[[Any, Any], object]) -> float:
+    """The most bytes while run(network, autoencoder) computes; both are loaded."""
+    with torch.device("meta"):
+        parts = [network_of(model), decoder_of(model)]
+    with FakeTensorMode(), Count() as count:
+        for part in parts:
+            place(part.requires_grad_(False), torch.bfloat16)
+        run(*parts)
+    return float(count.peak)
+
+
 def call_peak(model: Published, side: int, rows: int) -> float:
-    """The most bytes while the network evaluates `rows`; network and autoencoder are loaded."""
-    with torch.device("meta"):
-        parts = [network_of(model), decoder_of(model)]
-    with FakeTensorMode(), Count() as count:
-        for part in parts:
-            place(part.requires_grad_(False), torch.bfloat16)
-        parts[0](**inputs(model, rows, side, torch.bfloat16))
-    return float(count.peak)
+    """The most bytes while the network evaluates `rows`."""
+    half = partial(torch.empty, dtype=torch.bfloat16)
+    return loaded_peak(model, lambda network, _: network(**inputs(model, rows, side, half)))
 
 
-@torch.no_grad()
 def decode_peak(model: Published, side: int, images: int, sliced: bool) -> float:
-    """The most bytes while `images` are decoded at once, or one by one; both are loaded."""
-    with torch.device("meta"):
-        parts = [network_of(model), decoder_of(model)]
-    if sliced:
-        parts[1].enable_slicing()
-    with FakeTensorMode(), Count() as count:
-        for part in parts:
-            place(part.requires_grad_(False), torch.bfloat16)
-        parts[1].decode(latents_of(model, images, side, torch.bfloat16)).sample.float()
-    return float(count.peak)
+    """The most bytes while `images` are decoded at once, or one by one."""
+
+    def decode(_: Any, vae: Any) -> None:
+        vae.use_slicing = sliced
+        vae.decode(latents_of(model, images, side, torch.bfloat16)).sample.float()
+
+    return loaded_peak(model, decode)
 
 
 def most_rows(card: float, texts: float, one: float, each: float, rows: int, decode: float) -> int:
@@ -206,41 +206,24 @@ def steered_row(name: str, side: int) -> str:
         for resident in (texts, 0.0):
             most = [most_rows(card, resident, one, each, few, decode) for decode in decodes]
             cells.append(f"{most[1]}{'' if most[0] else ' (sliced)'}" if most[1] else "none")
-    return f"| {' | '.join(cells)} |"
+    return line(*cells)
 
 
-def steering_table(names: list[str]) -> None:
-    """Print the table of steering, line by line."""
-    heads = ["model", "side", "weights", "text encoders"]
-    heads += [f"call, k = {k}" for k in POPULATIONS]
-    heads += ["decode", "sliced"]
-    for card in CARDS:
-        heads += [f"rows in {card}", "text encoders freed"]
-    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    for name in names:
-        for side in DECODED:
-            print(steered_row(name, side), flush=True)
-
-
-def main(argv: list[str]) -> None:
-    """Print the table, line by line."""
-    parser = argparse.ArgumentParser(
-        prog="memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    """Print the table line by line."""
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--inference", action="store_true", help="of steering, not of training")
     args = parser.parse_args(argv)
+    heads = ["model", "side", "method", "checkpointing", "k", "GB of a group", "GB an image more"]
+    heads += [f"groups (images) in {card}" for card in CARDS]
+    lines = (row(*of, less) for of in product(args.models, METHODS) for less in (False, True))
     if args.inference:
-        steering_table(args.models)
-        return
-    print(
-        "| model | side | method | checkpointing | k | GB of a group | GB an image more | ", end=""
-    )
-    print(" | ".join(f"groups (images) in {card}" for card in CARDS), "|")
-    print("|---" * (7 + len(CARDS)) + "|")
-    for name in args.models:
-        for method in args.methods:
-            for less in (False, True):
-                print(row(name, method, less, args.rank), flush=True)
+        calls = [f"call, k = {k}" for k in POPULATIONS]
+        heads = ["model", "side", "weights", "text encoders", *calls, "decode", "sliced"]
+        for card in CARDS:
+            heads += [f"rows in {card}", "text encoders freed"]
+        lines = (steered_row(*of) for of in product(args.models, DECODED))
+    print(head(*heads))
+    for found in lines:
+        print(found, flush=True)

@@ -1,10 +1,8 @@
-"""The published networks in their real shapes and without weights: nothing of them is computed.
+"""The published networks in their real shapes and without weights.
 
 Configurations are those of the models' own config.json; what these do not state is diffusers' or
-transformers' default. Legend: rows, what a network evaluates at once.
+transformers' default. Rows are what a network evaluates at once.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -103,7 +101,7 @@ def network_of(model: Published) -> Any:
 
 
 def decoder_of(model: Published) -> Any:
-    """The autoencoder; the models' are alike but for the channels of latents."""
+    """The autoencoder; the models differ only in the channels of the latents."""
     quant = model.latents == 4
     kind: Any = diffusers.AutoencoderKL  # it annotates sizes as tuples of one
     decoder = kind(
@@ -119,7 +117,7 @@ def decoder_of(model: Published) -> Any:
 
 
 def preview_of(model: Published) -> Any:
-    """taesd, taesdxl, taesd3 or taef1: diffusers' defaults but for the channels of latents."""
+    """taesd, taesdxl, taesd3 or taef1: diffusers' defaults except for the latent channels."""
     tiny = diffusers.AutoencoderTiny(latent_channels=model.latents)
     return tiny.requires_grad_(False).eval()
 
@@ -148,11 +146,11 @@ def text_encoder(name: str) -> Any:
 
 
 def filled(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """What `build()` makes, with random weights that are drawn on the device.
+    """The module that `build()` makes, with random weights that are drawn on the device.
 
-    It is built without weights first: a network of two billion parameters takes a minute to
-    initialise on the host. Matrices keep the size of what passes through them, norms are those of a
-    new network, and biases are 0.
+    It is built without weights first, as a network of two billion parameters takes a minute to
+    initialise on the host. Matrices keep the scale of their inputs, norms have gain 1, and biases
+    are 0.
     """
     with torch.device("meta"):
         module = build()
@@ -176,24 +174,17 @@ def parts_of(model: Published, online: bool) -> list[Any]:
 
 
 def inputs(
-    model: Published, rows: int, side: int, dtype: torch.dtype = torch.float32
+    model: Published, rows: int, side: int, make: Callable[..., Tensor] = torch.empty
 ) -> dict[str, Any]:
-    """Keywords of one call of the network, on the default device, without values."""
-    given = {name: torch.empty(rows, *shape, dtype=dtype) for name, shape in model.given.items()}
-    x = torch.empty(rows, model.latents, side // 8, side // 8, dtype=dtype)
-    if model is FLUX_DEV:
-        tokens = (side // 16) ** 2
-        x = torch.empty(rows, tokens, 64, dtype=dtype)
-        return {
-            "hidden_states": x,
-            "timestep": torch.empty(rows, dtype=dtype),
-            "encoder_hidden_states": given["embeds"],
-            "pooled_projections": given["pooled"],
-            "guidance": torch.empty(rows, dtype=dtype),
-            "img_ids": torch.empty(tokens, 3, dtype=dtype),
-            "txt_ids": torch.empty(given["embeds"].shape[1], 3, dtype=dtype),
-        }
-    return FAMILIES[model.family].keywords(x, torch.empty(rows), given)
+    """Keywords of one call of the network, of tensors that make(*shape) gives: without values."""
+    x = make(rows, model.latents, side // 8, side // 8)
+    if model.family == "FluxPipeline":  # four numbers of each channel are a token
+        x = make(rows, (side // 16) ** 2, 4 * model.latents)
+    given = {name: make(rows, *shape) for name, shape in model.given.items()}
+    if model.family == "FluxPipeline":
+        grid = torch.tensor([[side // 16, side // 16]], device="cpu")
+        given |= {"grid": grid, "guidance": make(rows)}
+    return FAMILIES[model.family].keywords(x, make(rows), given)
 
 
 def latents_of(model: Published, rows: int, side: int, dtype: torch.dtype = torch.float32) -> Any:
@@ -202,13 +193,13 @@ def latents_of(model: Published, rows: int, side: int, dtype: torch.dtype = torc
 
 
 def parameters(module: nn.Module) -> int:
-    """Numbers in a module's file: parameters and, in SD3.5, its table of places."""
+    """How many numbers a module's file holds: parameters, and SD3.5's table of positions."""
     kept = [*module.parameters(), *(b for b in module.buffers() if b.numel() > 1e6)]
     return sum(math.prod(tensor.shape) for tensor in kept)
 
 
 def place(module: nn.Module, dtype: torch.dtype) -> None:
-    """Give a module of the meta device tensors of the mode that is on; trained ones in float32."""
+    """Allocate a module of the meta device under the active mode; trained weights in float32."""
     for part in module.modules():
         for name, old in part._parameters.items():
             if old is not None:

@@ -1,31 +1,28 @@
 """Learning from images made once (GDRO) against learning from one's own samples (Flow-GRPO).
 
-    python -m scripts.bench online --method gdro
-    python -m scripts.bench online --method gdro-small
     python -m scripts.bench online --method grpo
     python -m scripts.bench online --table --plot docs/online.png
 
-Words of tiny-sd3, one process each, the same prompts and the same held-out ones, whose pictures
-the stock sampler draws at 20 steps. Seconds are those of making images, scoring and training; the
-checks themselves do not count. Compare runs that were made side by side on one machine.
+docs/adversarial.md describes the measurement. Compare only runs that were made side by side on one
+machine.
 """
 
-from __future__ import annotations
-
-import argparse
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import rewards
 from finetune import checks
 
-from .tuning import ROOT, command, prepare, timed
+from ..parser import parser_of
+from ..tables import head, line
+from .tuning import ROOT, prepare, timed
 
 REWARD = "ocr(mode=strict)"
-LOOKED_AT = "ocr(mode=strict) + 0*exact=ocr(mode=exact) + 0*clip(tiny)"
+WATCHED = "ocr(mode=strict) + 0*exact=ocr(mode=exact) + 0*clip(tiny)"
 CONFIGS = {"gdro": "gdro_tiny.yaml", "gdro-small": "gdro_tiny.yaml", "grpo": "grpo_tiny.yaml"}
 # images of each of 200 prompts, and the sampler's steps
 ROLLOUTS = {"gdro": (12, 20), "gdro-small": (6, 10)}
@@ -35,49 +32,37 @@ NAMES = {
     "gdro-small": "GDRO, 6 images of 10 steps",
     "grpo": "Flow-GRPO",
 }
+Curve = list[dict[str, float]]  # the checks of a run
 
 
 def quality(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The embedded aesthetic head's 1 to 10 as 1 to 5, which the corrected score wants."""
+    """The embedded aesthetic head's 1 to 10 as 1 to 5, as the corrected score requires."""
     found = rewards.load("aesthetic(tiny)")(images, prompts)
     return 1 + 4 * (found.clamp(1, 10) - 1) / 9
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train by one method, with a look at the held-out prompts now and then."""
-    folder = args.out
+def run(method: str, folder: Path, every: int) -> None:
+    """Train by one method, and evaluate the held-out prompts every so many steps."""
     (tune, *_), test = prepare("words", folder)
-    words = [
-        f"--config={ROOT / 'scripts/configs' / CONFIGS[args.method]}",
-        f"--out={folder / args.method}",
-    ]
-    words += [
-        f"--check.prompts={test}",
-        "--check.images=4",
-        "--check.train-prompts=0",
-        "--log-every=5",
-    ]
-    words += [f"--check.reward={LOOKED_AT}", f"--check.every={args.every}", "--resume"]
-    words += [
-        "--check.quality=scripts.benchmarks.online:quality",
-        *(f"--{change}" for change in args.changes),
-    ]
-    if args.method == "grpo":
+    words = [f"--config={ROOT / 'scripts/configs' / CONFIGS[method]}", f"--out={folder / method}"]
+    words += [f"--check.prompts={test}", "--check.images=4", "--check.train-prompts=0"]
+    words += [f"--check.reward={WATCHED}", f"--check.every={every}", "--resume", "--log-every=5"]
+    words += ["--check.quality=scripts.benchmarks.online:quality"]
+    if method == "grpo":
         words += [f"--prompts={tune}", f"--reward={REWARD}"]
-        timed(folder, "grpo-train", command("train_adversarial.py", words, 1))
+        timed(folder, "grpo-train", "train_adversarial.py", words)
         return
-    made, (images, steps) = folder / f"{args.method}-rollouts", ROLLOUTS[args.method]
+    made, (images, steps) = folder / f"{method}-rollouts", ROLLOUTS[method]
     plan = ["--model=tiny-sd3", "--call.guidance-scale=1.0", f"--call.num-inference-steps={steps}"]
     plan += [f"--prompts={tune}", f"--out={made}", f"--images={images}", "--resume"]
-    timed(folder, made.name, command("rollout.py", plan, 1))
-    scored = [str(made), "--reward", REWARD]
-    timed(folder, f"{args.method}-scores", command("score.py", scored, 1))
+    timed(folder, made.name, "rollout.py", plan)
+    timed(folder, f"{method}-scores", "score.py", [str(made), "--reward", REWARD])
     words += [f"--rollouts={made}", "--check.call.guidance-scale=1.0"]
     words += ["--check.call.num-inference-steps=20"]
-    timed(folder, f"{args.method}-train", command("train_gdro.py", words, 1))
+    timed(folder, f"{method}-train", "train_gdro.py", words)
 
 
-def curve(folder: Path, method: str) -> list[dict[str, float]]:
+def curve(folder: Path, method: str) -> Curve:
     """The checks of a run, each with the seconds that had been spent."""
     before = 0.0
     if method in ROLLOUTS:
@@ -96,8 +81,8 @@ def curve(folder: Path, method: str) -> list[dict[str, float]]:
     ]
 
 
-def reached(rows: Sequence[dict[str, float]], level: float) -> float | None:
-    """The seconds at which a curve first lies at a level or above, straight between its points."""
+def reached(rows: Curve, level: float) -> float | None:
+    """The seconds at which a curve first reaches a level, linearly interpolated."""
     for a, b in pairwise(rows):
         if a["reward"] < level <= b["reward"]:
             share = (level - a["reward"]) / (b["reward"] - a["reward"])
@@ -105,26 +90,22 @@ def reached(rows: Sequence[dict[str, float]], level: float) -> float | None:
     return None
 
 
-def markdown(curves: dict[str, list[dict[str, float]]]) -> str:
+def markdown(curves: dict[str, Curve]) -> str:
     """A line a check, and the seconds at which each run reached a level."""
-    lines = ["| method | seconds | step | " + " | ".join(SHOWN.values()) + " |"]
-    lines.append("|" + "---|" * (3 + len(SHOWN)))
+    lines = [head("method", "seconds", "step", *SHOWN.values())]
     for method, rows in curves.items():
         for row in rows:
-            cells = [NAMES[method], f"{row['seconds']:.0f}", f"{row['step']:.0f}"]
-            lines.append("| " + " | ".join(cells + [f"{row[k]:.3f}" for k in SHOWN]) + " |")
-    lines += ["", "| OCR | " + " | ".join(NAMES[m] for m in curves) + " |"]
-    lines.append("|" + "---|" * (1 + len(curves)))
+            whole = (f"{row[key]:.0f}" for key in ("seconds", "step"))
+            lines.append(line(NAMES[method], *whole, *(f"{row[key]:.3f}" for key in SHOWN)))
+    lines += ["", head("OCR", *(NAMES[method] for method in curves))]
     for level in (0.65, 0.7, 0.75, 0.8, 0.85, 0.9):
         found = [reached(rows, level) for rows in curves.values()]
-        lines.append(f"| {level} | " + " | ".join(f"{x:.0f} s" if x else "" for x in found) + " |")
+        lines.append(line(level, *(f"{x:.0f} s" if x else "" for x in found)))
     return "\n".join(lines)
 
 
-def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
+def plot(curves: dict[str, Curve], file: Path) -> None:
     """Reward, held-out reward and corrected score against seconds."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     shown = {"reward": "OCR, held-out words", "clip": "CLIP, not trained on"}
     shown |= {"corrected": "corrected score"}
@@ -132,11 +113,7 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
         for method, rows in curves.items():
             x, y = [row["seconds"] for row in rows], [row[key] for row in rows]
             axes.plot(x, y, marker=".", label=NAMES[method])
-        axes.set_xlabel("seconds of one thread, images included")
-        axes.set_title(
-            {"reward": "OCR, held-out words", "clip": "CLIP, not trained on"}.get(key, key)
-        )
-        axes.set_title(title)
+        axes.set(xlabel="seconds of one thread, images included", title=title)
         axes.set_xlim(left=0)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names))
@@ -144,24 +121,19 @@ def plot(curves: dict[str, list[dict[str, float]]], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a method, or print the curves that there are."""
-    parser = argparse.ArgumentParser(
-        prog="online", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Run a method, or print the existing curves."""
+    parser = parser_of(__doc__)
     parser.add_argument("--method", choices=sorted(CONFIGS))
     parser.add_argument("--out", type=Path, default=Path("runs/online"))
     parser.add_argument("--every", type=int, default=30, help="steps between checks")
-    parser.add_argument(
-        "--changes", nargs="*", default=[], help="name=value of the command's options"
-    )
-    parser.add_argument("--table", action="store_true", help="print what there is")
-    parser.add_argument("--plot", type=Path, help="and draw it")
+    parser.add_argument("--table", action="store_true", help="print the existing results")
+    parser.add_argument("--plot", type=Path, help="and draw them")
     args = parser.parse_args(argv)
-    args.out = args.out.resolve()
+    folder = args.out.resolve()
     if args.method:
-        run(args)
+        run(args.method, folder, args.every)
     if args.table or args.plot:
-        found = {m: curve(args.out, m) for m in CONFIGS if (args.out / m / "checks.csv").exists()}
+        found = {m: curve(folder, m) for m in CONFIGS if (folder / m / "checks.csv").exists()}
         print(markdown(found))
         if args.plot:
             plot(found, args.plot)

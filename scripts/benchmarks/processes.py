@@ -1,27 +1,19 @@
 """Prompts per second of two processes over those of one, each with a core of its own.
 
     python -m scripts.bench processes --pairs 5 --prompts 8
-    python -m scripts.bench processes --pairs 5 --prompts 8 --commands 2
 
-Two workers are started as torchrun starts them, each bound to one core and one thread. They load
-the model and draw a prompt to warm up. Then, in pairs, one of them draws all prompts while the
-other sleeps, and both draw every second one of the same prompts, through the functions of
-scripts/steer.py, files written. Before each, a barrier; a worker reports the seconds from there to
-its last file, and the slower one's count. So imports, loading and the launcher are left out. Which
-of a pair comes first alternates, and so does the worker that is alone: the cores of a shared
-machine differ. The figure is the ratio of prompts per second, pair by pair.
+Two workers are started as torchrun starts them, with one core and one thread each. They load the
+model and draw a prompt to warm up. Then, in pairs, one of them draws all prompts while the other
+sleeps, and both draw every second one of the same prompts, files included. Before each, there is a
+barrier; seconds count from there to the last file of the slower worker, so imports, loading and the
+launcher are left out. Which of a pair comes first alternates, and so does the worker that is alone.
 
-On a machine that others use, two processes wait for cores where one need not. *Of CPU seconds* is
-the same ratio with the CPU seconds of the slower worker in place of its seconds: what dividing the
-prompts itself costs. --commands adds whole commands of scripts/steer.py, from the start of Python
-to the grids, of one process on one core and of two.
+*Of CPU seconds* is the same ratio with the CPU seconds of the slower worker, which other users of
+the machine do not change. --commands adds whole commands of scripts/steer.py, from the start of
+Python to the grids, of one process on one core and of two.
 """
 
-from __future__ import annotations
-
-import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,6 +32,8 @@ from steering import FeynmanKac, tiny
 from tilt import runs
 from tilt.prompts import Prompt
 
+from ..parser import parser_of
+from ..tables import span, table
 from .machine import about
 
 ROOT = Path(__file__).parents[2]
@@ -158,29 +152,18 @@ def _command(count: int, cores: Sequence[int], prompts: int) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure, print a table of one row."""
-    parser = argparse.ArgumentParser(
-        prog="processes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Measure, and print a table."""
+    parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--commands", type=int, default=0, help="pairs of whole commands")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # as the workers have
     found = measure(args.pairs, args.prompts)
-    rows = {
-        "prompts per second": found["second"],
-        "of CPU seconds": found["CPU second"],
-        "whole commands": commands(args.commands, args.prompts),
-    }
+    rows = {"prompts per second": found["second"], "of CPU seconds": found["CPU second"]}
+    if args.commands:
+        rows["whole commands"] = commands(args.commands, args.prompts)
     print(about(torch.device("cpu"), torch.float32) + " a process\n")
     print(f"{MODEL}, k = {PARTICLES}, {args.prompts} prompts\n")
-    print("| two processes / one | median [min, max] | pairs |\n|---|---|---|")
-    for name, ratios in rows.items():
-        if ratios:
-            middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
-            print(f"| {name} | {middle:.2f} [{low:.2f}, {high:.2f}] | {len(ratios)} |")
-
-
-if __name__ == "__main__":
-    main()
+    heads = ("two processes / one", "median [min, max]", "pairs")
+    print(table(heads, [(name, span(of, 2), len(of)) for name, of in rows.items()]))

@@ -1,21 +1,13 @@
-"""What scoring costs, against the way it is usually done: a picture at a time, through PIL.
+"""What scoring costs, compared with the usual way: one picture at a time, through PIL.
 
-    python -m scripts.bench rewards --pairs 5
-    python -m scripts.bench rewards --side 512 --clip ViT-B-32
+    python -m scripts.bench rewards --side 512 --clip ViT-B-32 --pairs 5
 
-8 prompts x 8 pictures. "Usual" for CLIP is, for each picture: to PIL, the processor, the image
-tower, the tokenizer, the text tower. torchmetrics is its CLIPScore on the whole batch, with
-transformers' model of the same size (it does not run with
-transformers 5 as it is). "Usual" for OCR is RapidOCR as it comes, a picture at a time.
-Networks other than `tiny` have random weights: time is measured, and that the scores agree.
-Ratios of one run, median [min, max] of alternating pairs, every pair on new pictures and prompts.
+docs/rewards.md has results. torchmetrics is its CLIPScore on the whole batch, with transformers'
+model of the same size, adapted to transformers 5. Networks other than `tiny` have random weights,
+as only time is measured, and that the scores agree. Each pair has new pictures and prompts.
 """
 
-from __future__ import annotations
-
-import argparse
 import platform
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +22,10 @@ from rewards.models.clip import ClipReward
 from rewards.models.ocr import OcrReward, quoted_text
 from rewards.towers.sources import TINY
 
+from ..parser import parser_of
+from ..tables import head, line, span
 from ..tiny.world import render, scene
-from .cost import seconds
+from .timing import seconds
 
 PROMPTS, EACH = 8, 8
 
@@ -146,35 +140,31 @@ def compare(
 
         order = [("usual", usual), ("ours", ours)][:: 1 if pair % 2 else -1]
         spent = {name: call(name, score) for name, score in order}
-        ratios.append(spent["usual"] / spent["ours"])
+        ratios += [spent["usual"] / spent["ours"]] if pair else []
         if agree is not None:
             a, b = (torch.as_tensor(found[name]).float() for name in ("usual", "ours"))
             apart = (a - b).abs().max().item()
             if apart > agree:
                 raise SystemExit(f"the scores differ by {apart:.2g}, so nothing was compared")
-    ratios = ratios[1:]
-    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+    return span(ratios, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure, print one Markdown row each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Print one Markdown row for each reward and its rival."""
+    parser = parser_of(__doc__)
+    sources = ["tiny", "random:0", "ViT-B-32"]
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--side", type=int, default=512, help="pixels of the pictures")
-    parser.add_argument(
-        "--clip", nargs="*", default=["tiny", "random:0", "ViT-B-32"], help="towers to measure"
-    )
+    parser.add_argument("--clip", nargs="*", default=sources, help="towers to measure")
     args = parser.parse_args(argv)
     print(
         f"torch {torch.__version__}, {platform.machine()} CPU, {torch.get_num_threads()} threads,"
         f" {PROMPTS} x {EACH} pictures of {args.side} px, {args.pairs} pairs\n"
     )
-    print("| reward | against | times as fast: median [min, max] |\n|---|---|---|")
+    print(head("reward", "against", "times as fast: median [min, max]"))
 
     def row(reward: str, against: str, *measured: Any) -> None:
-        print(f"| {reward} | {against} | {compare(*measured)} |", flush=True)
+        print(line(reward, against, compare(*measured)), flush=True)
 
     with torch.inference_mode():
         for source in args.clip:
@@ -217,7 +207,3 @@ def count_texts() -> None:
     reward(images, prompts)
     reward(images, prompts)
     print(f"\ntexts encoded for twice {len(images)} pictures of {PROMPTS} prompts: {sum(calls)}")
-
-
-if __name__ == "__main__":
-    main()

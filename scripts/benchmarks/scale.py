@@ -1,21 +1,23 @@
-"""What steering costs at published sizes and on many GPUs: arithmetic, nothing of it measured.
+"""What steering costs at published sizes and on many GPUs: computed, not measured.
 
-    python -m scripts.bench scale                      every table of docs/scale.md
     python -m scripts.bench scale --tables cost rewards --reward vit-h
 
-Operations are counted on the published networks without weights; seconds follow from them by the
-assumptions that the first table prints. Legend: k particles, T steps, n scored steps of a run, R
-GPUs; a particle costs c_U a row of the network, c_D a preview, c_V the decoder, c_R the reward.
+docs/scale.md explains the tables. Notation: k particles, T steps, n scored steps of a run, R GPUs;
+c_U is the cost of a row of the network, c_D of a preview, c_V of the decoder, c_R of the reward.
 """
 
-from __future__ import annotations
-
-import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+from rewards import load
+
+from ..parser import parser_of
+from ..tables import table
 from . import flops
+from .rewards import pictures
 
 TFLOP = 1e12
 REWARDS = ("clip-l", "vit-h", "imagereward", "dinov2-l")
@@ -23,11 +25,13 @@ CASES = (("sd15", 512), ("sdxl", 1024), ("sd35m", 1024), ("flux-dev", 1024))
 LARGE = CASES[1:3]  # of the tables of many GPUs
 LATENTS = {"sd15": 4, "sdxl": 4, "sd35m": 16, "flux-dev": 16}  # channels, at an eighth of the side
 NODE = 8  # GPUs that NVLink joins
+OCR = {512: 0.11, 1024: 0.24}  # core-seconds a picture
+TABLES = ("assumed", "operations", "cost", "exchange", "prompts", "populations", "rewards")
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What the seconds rest on; ASSUMED holds where each value is from."""
+    """The assumptions behind the seconds; ASSUMED says where each value is from."""
 
     peak: float = 989e12  # operations a second
     share: float = 0.35  # of the peak that is reached, by every network
@@ -40,9 +44,6 @@ class Assumed:
     call: float = 100e-6  # seconds to start one collective
     spread: float = 0.02  # standard deviation of equal GPUs' seconds for equal work
     start: float = 60.0  # seconds of a process before its first prompt
-    ocr: Mapping[int, float] = field(
-        default_factory=lambda: {512: 0.11, 1024: 0.24}
-    )  # core-seconds
     question: int = 150  # tokens that a judge reads beside the picture
     answer: int = 64  # tokens that it writes
 
@@ -51,6 +52,7 @@ class Assumed:
 
 
 ON = Assumed()
+SHEET = "data sheet; assumed"
 FAL = (
     "fal-ai's stable-diffusion-benchmarks, an A100 (312 TFLOP/s), diffusers with SDPA, one picture "
     "in 50 steps: SDXL 5.93 s, which by the next table is 0.37; Stable Diffusion 1.5 1.60 s, 0.17"
@@ -60,18 +62,14 @@ ASSUMED = (
     ("share of the peak", f"{ON.share}, for every network alike", FAL),
     ("calls of two rows", f"{ON.few_rows} of a large batch's speed a row", "assumed"),
     ("share of memory's bandwidth", "0.7", "assumed"),
-    (
-        "NVLink, 8 GPUs",
-        "450 GB/s a direction, 0.8 of it reached, 5 us a hop",
-        "data sheet; assumed",
-    ),
+    ("NVLink, 8 GPUs", "450 GB/s a direction, 0.8 of it reached, 5 us a hop", SHEET),
     ("InfiniBand", "400 Gb/s a GPU, 0.8 of it reached, 10 us a hop", "DGX H100's sheet; assumed"),
     ("a collective's start from Python", f"{1e6 * ON.call:.0f} us", "assumed"),
     ("equal work on equal GPUs", f"standard deviation of {ON.spread:.0%}", "assumed"),
     ("a process before its first prompt", f"{ON.start:.0f} s", "assumed"),
     (
         "OCR on a CPU",
-        f"{ON.ocr[1024]} core-seconds a picture of 1024 x 1024, {ON.ocr[512]} at 512",
+        f"{OCR[1024]} core-seconds a picture of 1024 x 1024, {OCR[512]} at 512",
         "measured, RapidOCR on the embedded world's words: `--ocr` (again: 0.28 and 0.12)",
     ),
     (
@@ -116,11 +114,11 @@ def received(k: int, ranks: int, numbers: int, width: int) -> float:
     return (ranks - 1) / ranks * k * (2 * numbers * width + 4)
 
 
-def exchange(k: int, ranks: int, numbers: int, width: int, on: Assumed = ON) -> float:
+def exchange(k: int, ranks: int, numbers: int, width: int) -> float:
     """Seconds of the three ring all-gathers of one resampling: R - 1 hops each."""
     near = ranks <= NODE
-    hop, speed = (on.hop, on.nvlink) if near else (on.far_hop, on.infiniband)
-    return 3 * (on.call + (ranks - 1) * hop) + received(k, ranks, numbers, width) / speed
+    hop, speed = (ON.hop, ON.nvlink) if near else (ON.far_hop, ON.infiniband)
+    return 3 * (ON.call + (ranks - 1) * hop) + received(k, ranks, numbers, width) / speed
 
 
 def slowest(ranks: int, spread: float) -> float:
@@ -143,11 +141,6 @@ def shared(
     """
     mine = math.ceil(k / ranks) * own * (1 + slowest(ranks, on.spread))
     return (k * own + texts) / (ranks * (mine + texts + (scores + 1) * per_score))
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
-    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
 
 def operations() -> str:
@@ -173,25 +166,15 @@ def operations() -> str:
 
 
 def cost(reward: str) -> str:
-    """The ratio of §5 of the notes, for every model, T and n, by the whole decoder or a preview."""
+    """`ratio` for every model, T and n, by the decoder or a preview."""
     r, rows = flops.of_reward(reward).flops, []
     for name, side in CASES:
         one = particle(name, side)
         for steps in (25, 28, 50, 100):
             found = [ratio(one, r, steps, n, preview) for n in (4, 8) for preview in (False, True)]
             rows.append([name, side, steps, *(f"{x:.3f}" for x in found)])
-    return table(
-        [
-            "model",
-            "side",
-            "T",
-            "n = 4, decoder",
-            "n = 4, preview",
-            "n = 8, decoder",
-            "n = 8, preview",
-        ],
-        rows,
-    )
+    cases = [f"n = {n}, {decoder}" for n in (4, 8) for decoder in ("decoder", "preview")]
+    return table(["model", "side", "T", *cases], rows)
 
 
 def exchanged(steps: int, scores: int) -> str:
@@ -212,7 +195,7 @@ def exchanged(steps: int, scores: int) -> str:
 
 
 def prompts(k: int, steps: int, scores: int) -> str:
-    """Efficiency where whole prompts are dealt out."""
+    """Efficiency if each GPU draws whole prompts."""
     rows = []
     for name, side in LARGE:
         each = k * own_seconds(name, side, steps, scores)
@@ -236,7 +219,7 @@ def own_seconds(name: str, side: int, steps: int, scores: int, reward: str = "cl
 
 
 def populations(steps: int, scores: int) -> str:
-    """Efficiency where one prompt's population is spread."""
+    """Efficiency if one prompt's population is spread over GPUs."""
     rows = []
     for name, side in LARGE:
         own = own_seconds(name, side, steps, scores)
@@ -254,17 +237,17 @@ def populations(steps: int, scores: int) -> str:
     return table([*heads, "and two rows slower"], rows)
 
 
-def picture_seconds(reward: str, side: int, k: int, on: Assumed = ON) -> float:
+def picture_seconds(reward: str, side: int, k: int) -> float:
     """Seconds of a GPU (OCR: of a core) for one of k pictures that are scored at once."""
     if reward == "ocr, a core":
-        return on.ocr[side]
+        return OCR[side]
     if reward in REWARDS:
-        return on.seconds(flops.of_reward(reward).flops)
-    sees, reads = flops.of_judge(side, on.question)
-    words = on.answer if "64" in reward else 1
+        return ON.seconds(flops.of_reward(reward).flops)
+    sees, reads = flops.of_judge(side, ON.question)
+    words = ON.answer if "64" in reward else 1
     at_once = 1 if "one by one" in reward else k  # an answer's token reads the weights once
-    writing = words * 2 * reads.parameters / on.hbm / at_once
-    return on.seconds(sees.flops + reads.flops) + writing
+    writing = words * 2 * reads.parameters / ON.hbm / at_once
+    return ON.seconds(sees.flops + reads.flops) + writing
 
 
 KINDS = (
@@ -277,7 +260,7 @@ KINDS = (
 
 
 def placing(k: int, steps: int, scores: int) -> str:
-    """What share of a run the reward takes, and where it is better off."""
+    """What share of a run the reward takes, and whether a server for it is worth a GPU."""
     rows = []
     for name, side in CASES[:3]:
         one = particle(name, side)
@@ -308,13 +291,7 @@ def speedup(base: float, r: float, others: int) -> str:
 
 def measured_ocr() -> str:
     """Core-seconds of RapidOCR a picture, on this machine's CPU."""
-    import time
-
-    import rewards
-
-    from .rewards import pictures
-
-    found, reader = [], rewards.load("ocr")
+    found, reader = [], load("ocr")
     for side in (512, 1024):
         images, asked = pictures(side, 0)
         reader(images[:2], asked[:2])
@@ -324,31 +301,28 @@ def measured_ocr() -> str:
     return table(["side", "core-seconds a picture"], found)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(
-        prog="scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scores", type=int, default=4)
     parser.add_argument("--reward", choices=REWARDS, default="clip-l", help="of the cost table")
-    parser.add_argument("--ocr", action="store_true", help="measure OCR on this CPU, alone")
-    steps, scores = 0, 0
-    tables: dict[str, Callable[[], str]] = {
-        "assumed": lambda: table(["what", "value", "from"], ASSUMED),
-        "operations": operations,
-        "cost": lambda: cost(args.reward),
-        "exchange": lambda: exchanged(steps, scores),
-        "prompts": lambda: prompts(args.particles, steps, scores),
-        "populations": lambda: populations(steps, scores),
-        "rewards": lambda: placing(args.particles, steps, scores),
-    }
-    parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables))
+    parser.add_argument("--ocr", action="store_true", help="measure OCR on this CPU instead")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     args = parser.parse_args(argv)
-    steps, scores = args.steps, args.scores
     if args.ocr:
         print(measured_ocr())
         return
+    k, run = args.particles, (args.steps, args.scores)
+    tables: dict[str, Callable[[], str]] = {
+        "assumed": partial(table, ["what", "value", "from"], ASSUMED),
+        "operations": operations,
+        "cost": partial(cost, args.reward),
+        "exchange": partial(exchanged, *run),
+        "prompts": partial(prompts, k, *run),
+        "populations": partial(populations, *run),
+        "rewards": partial(placing, k, *run),
+    }
     for name in args.tables:
         print(f"{name}\n\n{tables[name]()}\n", flush=True)

@@ -1,20 +1,14 @@
-"""Which examples show the point: the plain sample, the best of k and the best of k steered ones.
+"""Which prompts show what steering gains: rewards of the plain, best-of-k and steered images.
 
-    python -m scripts.bench showcase
     python -m scripts.bench showcase --task shapes --particles 8
     python -m scripts.bench showcase --lora out/demo/tuned/lora --particles 2
 
-Every candidate is drawn as `tilt steer --compare` draws it. The examples of the README's picture,
-the Makefile and docs/quickstart.md are the first of the list that this prints: prompts for which
-plain < best of k < best steered one, which is as good as can be. So they are picked, and say
-nothing of how much steering gains: this prints, too, how many of all candidates are of which kind,
-and `lift` measures the gain on prompts that nobody picked. Candidates: all words that training
-never saw, in their order; or the shapes that `lift` asks for.
+Every candidate is drawn as `tilt steer --compare` draws it: all words that training never saw, in
+their order, or the shapes of `lift`. The README's picture, the Makefile and docs/quickstart.md show
+the first prompts for which plain < best of k < best steered image, whose reward is the highest
+possible. As they are selected, the number of candidates of each kind is printed, too.
 """
 
-from __future__ import annotations
-
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +20,8 @@ import rewards
 from steering import FeynmanKac, steer, tiny
 from tilt import loading
 
+from ..parser import parser_of
+from ..tables import head, line
 from ..tiny.world import UNSEEN_WORDS
 from .lift import prompts_of
 
@@ -69,8 +65,8 @@ def candidates(task: str, count: int) -> list[str]:
 def measure(
     prompts: list[str], seeds: list[int], spec: str, k: int, pipe: Any, call: dict[str, Any]
 ) -> Iterator[Example]:
-    """Each prompt at each seed, one at a time, as their noise depends on nothing else."""
-    reward = rewards.load(spec, imports=True)
+    """Each prompt at each seed, one at a time, so that the noise depends on these two alone."""
+    reward = rewards.load(spec)
     call = call | {"particles": k, "preview": tiny.preview(), "progress": False}
     for seed in seeds:
         for prompt in prompts:
@@ -83,46 +79,34 @@ def measure(
 
 
 def table(found: list[Example]) -> str:
-    """How many are of which kind, then the ones that show the point, as Markdown."""
+    """How many are of which kind, then the ones that show the gain, as Markdown."""
     counts = Counter(example.kind for example in found)
-    lines = [f"{len(found)} in all", *(f"{n} {kind}" for kind, n in counts.most_common())]
-    lines += ["", "| prompt | seed | plain | best of k | steered |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {e.prompt} | {e.seed} | {e.plain:.3g} | {e.best_of_k:.3g} | {e.steered:.3g} |"
-        for e in found
-        if e.kind == SHOWN
-    ]
+    lines = [f"{len(found)} in all", *(f"{n} {kind}" for kind, n in counts.most_common()), ""]
+    lines.append(head("prompt", "seed", "plain", "best of k", "steered"))
+    for e in found:
+        if e.kind == SHOWN:
+            values = (f"{value:.3g}" for value in (e.plain, e.best_of_k, e.steered))
+            lines.append(line(e.prompt, e.seed, *values))
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, draw every candidate, print what shows the point."""
-    parser = argparse.ArgumentParser(
-        prog="showcase", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Draw every candidate and print the ones that show the gain."""
+    parser = parser_of(__doc__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
-    parser.add_argument("--lora", help="on top of these weights")
+    parser.add_argument("--lora", help="LoRA weights to load")
     parser.add_argument("--task", choices=sorted(TASKS), default="words")
-    parser.add_argument("--reward", help="a spec (default: the task's)")
     parser.add_argument("--particles", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=1.0)
-    parser.add_argument("--prompts", type=int, default=0, help="the first so many; 0: all")
+    parser.add_argument("--prompts", type=int, default=0, help="how many of them; 0: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args(argv)
     pipe = loading.load_pipeline(args.model, torch.float32, args.lora)
     pipe.set_progress_bar_config(disable=True)
-    call = tiny.call_defaults(args.model) | {
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-    }
+    steps = {"num_inference_steps": args.steps, "guidance_scale": 1.0}
+    call = tiny.call_defaults(args.model) | steps
     found, prompts = [], candidates(args.task, args.prompts)
-    spec = args.reward or TASKS[args.task]
-    for example in measure(prompts, args.seeds, spec, args.particles, pipe, call):
+    for example in measure(prompts, args.seeds, TASKS[args.task], args.particles, pipe, call):
         print(example, flush=True)
         found.append(example)
     print(table(found))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,14 +3,11 @@
     python -m scripts.bench speed --out speed.json
     python -m scripts.bench speed --against speed.json
 
-Each case is a list of ratios of alternating runs. With --against a case is slower where its median
-is worse than the earlier one by more than the spread (highest minus lowest) of either; then the
-exit status is 1. Ratios of another device are not compared.
+Each case is a list of ratios of alternating runs. With --against, a case is slower if its median is
+worse than the earlier one by more than the spread (highest minus lowest) of either; then the exit
+status is 1. Ratios measured on another device are not compared.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import statistics
 import sys
@@ -26,17 +23,19 @@ from torch import Tensor
 
 import rewards
 from steering import FeynmanKac, steer
-from tilt import loading
 
+from ..parser import parser_of
+from ..tables import head, line, span
 from . import processes, training
-from .cost import PROMPT, measure, ratios, subject
+from .cost import PROMPT, Case, measure, subject
 from .frontier import FUNNELS
 from .machine import about, peak
-from .sized import DTYPES
+from .timing import ratios
 
 CPU = torch.device("cpu")
 # the steps of the embedded models, and those that a user of the big ones takes by default
 STEPS = {"tiny-sd3": (20, 28), "tiny-sd": (20, 50)}
+PROCESSES = "prompts a second of two processes / of one"  # the only case where more is better
 
 
 @dataclass(frozen=True)
@@ -56,21 +55,19 @@ class Timed:
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
-    """A reward that takes no time: what is left is the filter and its decoder."""
+    """A reward that takes no time, so that the filter and its decoder remain."""
     return images.mean((1, 2, 3))
 
 
-def overhead(
-    model: str, steps: int, preview: bool, pairs: int, reward: Any = "clip(tiny)"
-) -> list[float]:
-    """Steered over plain: k = 8, four scores."""
+def overhead(model: str, steps: int, preview: bool, pairs: int, reward: Any = None) -> list[float]:
+    """Steered over plain: k = 8, four scores, by clip(tiny) unless told otherwise."""
     pipe, call, decoder = subject(model, CPU, torch.float32)
     call = call | {"num_inference_steps": steps}
-    reward = rewards.load(reward) if isinstance(reward, str) else reward
-    return measure(pipe, call, reward, 8, pairs, decoder if preview else None, 4)
+    reward = reward or rewards.load("clip(tiny)")
+    return measure(Case(pipe, call, reward, 8, decoder if preview else None, 4), pairs)
 
 
-def below(change: dict[str, Any], pairs: int) -> list[float]:
+def cheaper(change: dict[str, Any], pairs: int) -> list[float]:
     """Sixteen particles with `change` over sixteen without, on tiny-sd3."""
     pipe, call, decoder = subject("tiny-sd3", CPU, torch.float32)
     reward = rewards.load("clip(tiny)")
@@ -79,41 +76,30 @@ def below(change: dict[str, Any], pairs: int) -> list[float]:
         given = {"preview": decoder, "progress": False} | call | more
         return steer(pipe, [PROMPT], reward, 16, **given)
 
-    return ratios(lambda: run(**change), run, pairs)
+    return ratios(partial(run, **change), run, pairs)
 
 
-def cases(pairs: int) -> dict[str, Callable[[], Timed]]:
+def cases(pairs: int) -> dict[str, Callable[[], list[float]]]:
     """What is measured, by name."""
-    found: dict[str, Callable[[], Timed]] = {}
+    found: dict[str, Callable[[], list[float]]] = {}
     for model, counts in STEPS.items():
         for steps in counts:
             name = f"steered / plain, {model}, {steps} steps, preview decoder"
-            found[name] = partial(_case, overhead, model, steps, True, pairs)
+            found[name] = partial(overhead, model, steps, True, pairs)
         name = f"steered / plain, {model}, {counts[0]} steps"
-        free = partial(_case, overhead, model, counts[0], True, pairs, brightness)
+        free = partial(overhead, model, counts[0], True, pairs, brightness)
         found[f"{name}, preview decoder, a reward that takes no time"] = free
-        found[f"{name}, full decoder"] = partial(_case, overhead, model, counts[0], False, pairs)
+        found[f"{name}, full decoder"] = partial(overhead, model, counts[0], False, pairs)
     funnel = {"settings": FeynmanKac(funnel=FUNNELS["16 to 4"])}
-    half = {"guidance_interval": (0.0, 0.5)}
     few = max(2, pairs // 2)
-    found["funnel 16 to 4 / 16"] = partial(_case, below, funnel, few)
-    found["guided 0-0.5 / guided throughout"] = partial(_case, below, half, few)
-    for method in ("gdro", "grpo"):
-        found[f"training step / its network alone, {method}"] = partial(_training, method, pairs)
-    found["prompts a second of two processes / of one"] = partial(_processes, few)
+    found["funnel 16 to 4 / 16"] = partial(cheaper, funnel, few)
+    half = {"guidance_interval": (0.0, 0.5)}
+    found["guided 0-0.5 / guided throughout"] = partial(cheaper, half, few)
+    for method in training.METHODS:
+        name = f"training step / its network alone, {method}"
+        found[name] = lambda m=method: training.measure("tiny-sd3", m, pairs)["ratios"]
+    found[PROCESSES] = lambda: processes.measure(few, 8)["second"]
     return found
-
-
-def _training(method: str, pairs: int) -> Timed:
-    return Timed(training.measure("tiny-sd3", method, pairs)["ratios"])
-
-
-def _processes(pairs: int) -> Timed:
-    return Timed(processes.measure(pairs, 8)["second"], higher_is_better=True)
-
-
-def _case(function: Callable[..., list[float]], *args: Any) -> Timed:
-    return Timed(function(*args))
 
 
 def slower(before: dict[str, Timed], now: dict[str, Timed]) -> dict[str, str]:
@@ -121,9 +107,7 @@ def slower(before: dict[str, Timed], now: dict[str, Timed]) -> dict[str, str]:
     found = {}
     for name in before.keys() & now.keys():
         old, new = before[name], now[name]
-        worse = new.median - old.median
-        if new.higher_is_better:
-            worse = -worse
+        worse = (new.median - old.median) * (-1 if new.higher_is_better else 1)
         if worse > max(old.spread, new.spread):
             found[name] = f"{old.median:.3f} -> {new.median:.3f}"
     return found
@@ -140,13 +124,24 @@ def read(path: Path) -> tuple[str, dict[str, Timed]]:
         ) from None
 
 
+def run(only: str, pairs: int) -> dict[str, Timed]:
+    """Measure the cases whose names contain `only`, and print them."""
+    began, found = time.monotonic(), {}
+    print(head("case", "median [lowest, highest]"))
+    with peak(CPU) as most:
+        for name, case in cases(pairs).items():
+            if only in name:
+                found[name] = Timed(case(), higher_is_better=name == PROCESSES)
+                print(line(name, span(found[name].values)), flush=True)
+    print(f"\n{time.monotonic() - began:.0f} s, {most.gigabytes:.2f} GB at most")
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON, compare; exit status 1 where something got slower."""
-    parser = argparse.ArgumentParser(
-        prog="speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")
     parser.add_argument("--against", type=Path, help="an earlier result to compare with")
     args = parser.parse_args(argv)
@@ -154,16 +149,9 @@ def main(argv: list[str] | None = None) -> None:
         earlier = read(args.against) if args.against else None
     except ValueError as error:
         sys.exit(f"speed: {error}")
-    device = about(loading.pick_device("cpu"), DTYPES["float32"])
-    print(f"{device}, {args.pairs} pairs\n\n| case | median [lowest, highest] |\n|---|---|")
-    began, found = time.monotonic(), {}
-    with peak(CPU) as most:
-        for name, run in cases(args.pairs).items():
-            if args.only in name:
-                found[name] = case = run()
-                ends = f"[{min(case.values):.3f}, {max(case.values):.3f}]"
-                print(f"| {name} | {case.median:.3f} {ends} |", flush=True)
-    print(f"\n{time.monotonic() - began:.0f} s, {most.gigabytes:.2f} GB at most")
+    device = about(CPU, torch.float32)
+    print(f"{device}, {args.pairs} pairs\n")
+    found = run(args.only, args.pairs)
     if args.out:
         result = {"device": device, "cases": {name: asdict(case) for name, case in found.items()}}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -176,7 +164,3 @@ def main(argv: list[str] | None = None) -> None:
         print(f"slower by more than the spread: {name}, {change}")
     print("nothing got slower by more than the spread" if not worse else "")
     sys.exit(1 if worse else 0)
-
-
-if __name__ == "__main__":
-    main()

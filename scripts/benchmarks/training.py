@@ -1,23 +1,16 @@
-"""A training step against its network alone, and memory over many steps.
+"""A training step compared with the calls of its network alone.
 
-    python -m scripts.bench training --model tiny-sd3 --method gdro --pairs 15
     python -m scripts.bench training --model sd15 sdxl sd35m --method gdro grpo --device cuda
 
 The bare step makes the same calls of the same network on inputs of the same shapes, and nothing
-else. For gdro: a forward without the adapter, one with it, the backward of a mean square. For
-grpo: the forwards that sample, then a forward and a backward for each step of the window. No loss
-of groups, no optimiser, no moves of a sampler, no decoder, no reward. The two alternate and the
-figure is the ratio pair by pair, as machines are shared and their speed drifts. With grpo the
-decoder's part of a step, which no bare network has, is given too. sd15, sdxl and sd35m are networks
-of that size with random weights, in bfloat16 with gradient checkpointing.
+else: for gdro a forward without the adapter, one with it, and the backward of a mean square; for
+grpo the forwards that sample, then a forward and a backward for each step of the window. With grpo,
+the share of the decoder in a step is given too, as the bare network has none. sd15, sdxl and sd35m
+are networks of that size with random weights, in bfloat16 with gradient checkpointing.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
+import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -36,18 +29,19 @@ from finetune.online import Task
 from steering import tiny
 from tilt import loading
 
-from .cost import seconds, wait
-from .machine import about, resident
+from ..parser import parser_of
+from ..tables import head, line
+from .machine import about
 from .networks import MODELS
 from .sized import sized
+from .timing import seconds
 
 CPU = torch.device("cpu")
 PROMPTS = [f"a {colour} star" for colour in ("red", "blue", "green", "orange", "yellow", "purple")]
 METHODS = ("gdro", "grpo")
-HEAD = (
-    "| model | method | images a second | bare network | its speed, kept | step / bare, "
-    "median [quartiles] | decoder's part |\n|---|---|---|---|---|---|---|"
-)
+RATIO = "step / bare, median [quartiles]"
+FIGURES = ("images a second", "bare network", "its speed, kept", RATIO, "decoder's part")
+HEAD = head("model", "method", *FIGURES)
 
 
 @dataclass(frozen=True)
@@ -73,15 +67,14 @@ def subject_of(model: str, device: torch.device) -> Subject:
         pipe, call = tiny.load(model).to(device), tiny.call_defaults(model)
         return Subject(pipe, call, encode(pipe, PROMPTS, **call))
     pipe, call, _ = sized(model, device, torch.bfloat16)
-    draws, kept = torch.Generator().manual_seed(0), {}
-    for name, shape in MODELS[model].given.items():
-        kept[name] = torch.randn(1, *shape, generator=draws).to(device, torch.bfloat16)
-    if "time_ids" in kept:
+    embeds, pooled = call.pop("prompt_embeds"), call.pop("pooled_prompt_embeds", None)
+    rows, encoded = {"embeds": embeds}, (embeds, embeds)
+    if pooled is not None:
+        rows, encoded = rows | {"pooled": pooled}, (embeds, embeds, pooled, pooled)
+    if "time_ids" in MODELS[model].given:
         side = float(MODELS[model].side)
-        kept["time_ids"] = kept["time_ids"].new_tensor([[side, side, 0, 0, side, side]])
-    given = {name: row.repeat(len(PROMPTS), *[1] * (row.ndim - 1)) for name, row in kept.items()}
-    embeds, pooled = kept["embeds"], kept.get("pooled")
-    encoded = (embeds, embeds) if pooled is None else (embeds, embeds, pooled, pooled)
+        rows["time_ids"] = embeds.new_tensor([[side, side, 0, 0, side, side]])
+    given = {n: row.repeat(len(PROMPTS), *[1] * (row.ndim - 1)) for n, row in rows.items()}
     call = {name: value for name, value in call.items() if "embeds" not in name}
     return Subject(pipe, call, given, encoded)
 
@@ -111,19 +104,16 @@ def accelerator_on(device: torch.device) -> Accelerator:
 
 
 class StandInDecoder:
-    """A pipeline's decoder that counts its seconds."""
+    """A pipeline's decoder that adds up its seconds."""
 
     def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
         self.pipe, self.call, self.seconds = pipe, call, 0.0
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
-        wait()
-        start = time.perf_counter()
-        images = models.decode(self.pipe, latents, self.call)
-        wait()
-        self.seconds += time.perf_counter() - start
-        return images
+        made: list[Tensor] = []
+        self.seconds += seconds(lambda: made.append(models.decode(self.pipe, latents, self.call)))
+        return made[0]
 
 
 def redness(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -245,46 +235,28 @@ def measure(model: str, method: str, pairs: int, device: torch.device = CPU) -> 
     }
 
 
-def line(row: dict[str, Any]) -> str:
+def row(found: dict[str, Any]) -> str:
     """A measurement as a row of the table below HEAD."""
-    low, middle, high = statistics.quantiles(row["ratios"], n=4)
-    return (
-        f"| {row['model']} | {row['method']} | {row['images_per_second']:.1f} | "
-        f"{row['bare_images_per_second']:.1f} | {row['fraction']:.3f} | "
-        f"{middle:.3f} [{low:.3f}, {high:.3f}] | {row['decoder']:.3f} |"
-    )
+    low, middle, high = statistics.quantiles(found["ratios"], n=4)
+    speeds = (f"{found[name]:.1f}" for name in ("images_per_second", "bare_images_per_second"))
+    shares = (f"{found['fraction']:.3f}", f"{middle:.3f} [{low:.3f}, {high:.3f}]")
+    return line(found["model"], found["method"], *speeds, *shares, f"{found['decoder']:.3f}")
 
 
-def main(argv: list[str]) -> None:
-    """Print the table, or JSON, and memory after few and after many steps."""
-    parser = argparse.ArgumentParser(
-        prog="training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: list[str] | None = None) -> None:
+    """Print the table line by line."""
+    parser = parser_of(__doc__)
     models = (*tiny.NAMES, *MODELS)
     parser.add_argument("--model", nargs="+", default=["tiny-sd3"], choices=models)
     parser.add_argument("--method", nargs="+", default=["gdro"], choices=METHODS)
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=0, help="steps over which memory is watched")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     args = parser.parse_args(argv)
     if args.pairs < 2:
         parser.error(f"--pairs is {args.pairs} but must be 2 or more")
     device = loading.pick_device(args.device)
-    found = [
-        measure(model, method, args.pairs, device) for model in args.model for method in args.method
-    ]
-    if args.json:
-        print(json.dumps(found))
-        return
-    table = "\n".join([HEAD, *map(line, found)])
     dtypes = {torch.float32 if model in tiny.NAMES else torch.bfloat16 for model in args.model}
     print("; ".join(about(device, dtype) for dtype in sorted(dtypes, key=str)), end="")
-    print(f", {args.pairs} pairs\n\n{table}")
-    if args.steps:
-        trainer, *_ = trainer_of(args.model[0], args.method[0], device)
-        trainer.train_step()
-        before = resident()
-        for _ in range(args.steps):
-            trainer.train_step()
-        print(f"\nmemory {before:.0f} MiB, after {args.steps} more steps {resident():.0f} MiB")
+    print(f", {args.pairs} pairs\n\n{HEAD}")
+    for case in itertools.product(args.model, args.method):
+        print(row(measure(*case, args.pairs, device)), flush=True)

@@ -1,17 +1,12 @@
 """What fine-tuning gains on unseen prompts, how long it takes, and which settings matter.
 
-    python -m scripts.bench tuning --model tiny-sd3 --task words --out runs/tuning
     python -m scripts.bench tuning --model tiny-sd3 --task words --out runs/tuning --vary
-    python -m scripts.bench tuning --out runs/tuning --table
 
-Runs scripts/rollout.py, score.py, train_gdro.py and evaluate.py one after another, each in as many
-processes as there are cores, and measures their CPU time; what is finished is not done again.
---vary trains on the same rollouts with one setting changed at a time. Rewards are trained on (OCR,
-the share of a prompt's conditions that the detector finds met) or only looked at (CLIP).
-Intervals: 95 %, percentile bootstrap over prompts.
+docs/finetuning.md describes the measurement. Runs scripts/rollout.py, score.py, train_gdro.py and
+evaluate.py one after another, each in as many processes as there are cores, and measures their CPU
+time. What is finished is not run again. --vary trains on the same rollouts with one setting changed
+at a time.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -25,6 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from finetune import checks
+from tilt.statistics import Interval
+
+from ..parser import parser_of
+from ..tables import table
 from ..tiny.world import TASKS, scene
 from .lift import interval
 
@@ -113,13 +113,14 @@ def command(script: str, words: Sequence[str], processes: int) -> list[str]:
     return [*launch, str(ROOT / "scripts" / script), *words]
 
 
-def timed(folder: Path, name: str, line: list[str]) -> float:
-    """Run it once, with its output in a log, and return the CPU seconds of all its processes.
+def timed(folder: Path, name: str, script: str, words: Sequence[str], processes: int = 1) -> float:
+    """Run a script once, with its output in a log, and return the CPU seconds of its processes.
 
-    CPU time, as it does not depend on what else the machine does.
+    CPU time, because it does not depend on what else the machine does.
     """
     seconds = folder / f"{name}.seconds"
     if not seconds.exists():
+        line = command(script, words, processes)
         print(f"{name}: {' '.join(line[-6:])}", file=sys.stderr)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with (folder / f"{name}.log").open("w") as log:
@@ -133,7 +134,7 @@ def timed(folder: Path, name: str, line: list[str]) -> float:
     return float(seconds.read_text())
 
 
-def one(args: argparse.Namespace, name: str, changes: Sequence[str]) -> dict:
+def one(args: argparse.Namespace, name: str, changes: Sequence[str]) -> dict[str, Any]:
     """Make rollouts, unless there are some, train and evaluate; the figures of it."""
     folder = args.out / args.task / args.model
     prompts, test = prepare(args.task, folder)
@@ -148,17 +149,13 @@ def one(args: argparse.Namespace, name: str, changes: Sequence[str]) -> dict:
         onwards = [f"--lora={first / 'lora'}"]
         again = [*plan, *onwards, "--seed=1"]
         took += trained(args, prompts[1], folder / "rollouts-2", tuned, again, [*changes, *onwards])
-    words = [f"--model={args.model}", f"--call.guidance-scale={args.guidance}", f"--prompts={test}"]
-    words += [
-        f"--out={tuned / 'eval'}",
-        f"--lora={tuned / 'lora'}",
-        f"--reward={REWARDS[args.task]}",
-    ]
-    words += [f"--images={args.test_images}", "--resume"]
-    timed(folder, f"{tuned.name}-eval", command("evaluate.py", words, args.processes))
+    words = [f"--model={args.model}", f"--call.guidance-scale={args.guidance}", "--resume"]
+    words += [f"--prompts={test}", f"--out={tuned / 'eval'}", f"--lora={tuned / 'lora'}"]
+    words += [f"--reward={REWARDS[args.task]}", f"--images={args.test_images}"]
+    timed(folder, f"{tuned.name}-eval", "evaluate.py", words, args.processes)
     row = {"model": args.model, "task": args.task, "name": name, "guidance": args.guidance}
-    row |= {"seconds": took, "changes": list(changes)} | figures(tuned / "eval")
-    return row | {"drift": last(tuned / "log.csv", "drift")}
+    row |= {"seconds": took, "changes": list(changes), "measures": variants(tuned / "eval")}
+    return row | {"drift": checks.read(tuned / "log.csv")[-1]["drift"]}
 
 
 def trained(
@@ -170,89 +167,68 @@ def trained(
     changes: Sequence[str],
 ) -> float:
     """A LoRA in out/lora from rollouts of the prompts; the CPU seconds that all of it took."""
-    folder, reward, n = out.parent, REWARDS[args.task], args.processes
-    words = [
-        f"--model={args.model}",
-        f"--call.guidance-scale={args.guidance}",
-        f"--prompts={prompts}",
-    ]
-    words += [f"--out={rollouts}", *plan, "--resume"]
-    scored = [str(rollouts), "--reward", reward]
-    settings = [
-        f"--config={args.config}",
-        f"--rollouts={rollouts}",
-        f"--out={out}",
-        "--resume",
-        *changes,
-    ]
+    folder, n = out.parent, args.processes
+    words = [f"--model={args.model}", f"--call.guidance-scale={args.guidance}", "--resume"]
+    words += [f"--prompts={prompts}", f"--out={rollouts}", *plan]
+    scored = [str(rollouts), "--reward", REWARDS[args.task]]
+    settings = [f"--config={args.config}", f"--rollouts={rollouts}", f"--out={out}", "--resume"]
     return (
-        timed(folder, rollouts.name, command("rollout.py", words, n))
-        + timed(folder, f"{rollouts.name}-scores", command("score.py", scored, 1))
-        + timed(folder, f"{out.name}-train", command("train_gdro.py", settings, n))
+        timed(folder, rollouts.name, "rollout.py", words, n)
+        + timed(folder, f"{rollouts.name}-scores", "score.py", scored)
+        + timed(folder, f"{out.name}-train", "train_gdro.py", [*settings, *changes], n)
     )
 
 
-def figures(folder: Path) -> dict[str, Any]:
-    """{measure: {variant: ...}} of an evaluation."""
+def variants(folder: Path) -> dict[str, dict[str, Any]]:
+    """{measure: {"variants": {variant: ...}}} of an evaluation."""
     sections = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["sections"]
-    return {"measures": {m["name"]: m for section in sections.values() for m in section}}
-
-
-def last(file: Path, column: str) -> float:
-    """A column's last value in a table."""
-    head, *_, end = file.read_text().splitlines()
-    return float(end.split(",")[head.split(",").index(column)])
+    return {m["name"]: m for section in sections.values() for m in section}
 
 
 def markdown(rows: Sequence[dict]) -> str:
     """A line a run: the headline measure against the base and the default run, and CLIP."""
-    lines = [
-        "| model | task | run | CPU minutes | measure | base | tuned | tuned - base |"
-        " - default run | CLIP - base | drift |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["model", "task", "run", "CPU minutes", "measure", "base", "tuned", "tuned - base"]
+    heads += ["- default run", "CLIP - base", "drift"]
     defaults = {(r["model"], r["task"]): r for r in rows if r["name"] == "default"}
-    for row in rows:
-        name = HEADLINE[row["task"]]
-        base, tuned = (row["measures"][name]["variants"][v] for v in ("base", "tuned"))
-        held_out = row["measures"]["clip"]["variants"]["tuned"]
-        default = defaults.get((row["model"], row["task"]), row)
+    return table(heads, [_cells(row, defaults) for row in rows])
+
+
+def _cells(row: dict[str, Any], defaults: dict[tuple[str, str], dict]) -> list[str]:
+    name, key = HEADLINE[row["task"]], (row["model"], row["task"])
+    base, tuned = (row["measures"][name]["variants"][v] for v in ("base", "tuned"))
+    held_out, default = row["measures"]["clip"]["variants"]["tuned"], defaults.get(key, row)
+    more = ""
+    if default is not row:
         other = default["measures"][name]["variants"]["tuned"]
-        more = np.array(tuned["values"]) - np.array(other["values"])
-        cells = [row["model"], row["task"], row["name"]]
-        cells += [f"{row['seconds'] / 60:.1f}", name]
-        cells += [f"{base['mean']['mean']:.3f}", f"{tuned['mean']['mean']:.3f}"]
-        cells += [_interval(tuned["difference"]), "" if default is row else _plus(interval(more))]
-        cells += [_interval(held_out["difference"]), f"{row['drift']:+.4f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        more = interval(np.array(tuned["values"]) - np.array(other["values"]))
+        more = more if more.startswith("-") else f"+{more}"
+    means = (f"{found['mean']['mean']:.3f}" for found in (base, tuned))
+    cells = [*key, row["name"], f"{row['seconds'] / 60:.1f}", name, *means]
+    gains = [signed(tuned["difference"]), more, signed(held_out["difference"])]
+    return [*cells, *gains, f"{row['drift']:+.4f}"]
 
 
-def _plus(text: str) -> str:
-    return text if text.startswith("-") else f"+{text}"
+def signed(gain: dict[str, float]) -> str:
+    """As in "+0.500 [+0.400, +0.600]"."""
+    return Interval(gain["mean"], gain["low"], gain["high"]).text("+")
 
 
-def _interval(value: dict[str, float]) -> str:
-    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
-
-
-def main(argv: list[str]) -> None:
-    """Run what is not there yet and print the table of all that is."""
-    parser = argparse.ArgumentParser(
-        prog="tuning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="tiny-sd3", choices=["tiny-sd3", "tiny-sd"])
-    parser.add_argument("--task", default="words", choices=sorted(REWARDS))
-    parser.add_argument("--out", type=Path, default=Path("runs/tuning"))
-    parser.add_argument("--config", type=Path, help="settings of training (default: the task's)")
-    parser.add_argument("--images", type=int, help="a prompt's in rollouts (default: the task's)")
-    parser.add_argument("--test-images", type=int, default=8, help="images a prompt in tests")
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--vary", nargs="*", help="change one setting at a time (default: all)")
-    parser.add_argument("--steered", action="store_true", help="also from 8 plain + 4 steered")
-    parser.add_argument("--rounds", action="store_true", help="also with images made once more")
-    parser.add_argument("--table", action="store_true", help="only print what there is")
+def main(argv: list[str] | None = None) -> None:
+    """Run what is not there yet and print the table of all results."""
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("--model", default="tiny-sd3", choices=["tiny-sd3", "tiny-sd"])
+    add("--task", default="words", choices=sorted(REWARDS))
+    add("--out", type=Path, default=Path("runs/tuning"))
+    add("--config", type=Path, help="settings of training (default: the task's)")
+    add("--images", type=int, help="images a prompt in rollouts (default: the task's)")
+    add("--test-images", type=int, default=8, help="images a prompt in tests")
+    add("--guidance", type=float, default=1.0)
+    add("--processes", type=int, default=os.cpu_count() or 1)
+    add("--vary", nargs="*", help="change one setting at a time (default: all)")
+    add("--steered", action="store_true", help="also from 8 plain and 4 steered images")
+    add("--rounds", action="store_true", help="also train a second round")
+    add("--table", action="store_true", help="only print the existing results")
     args = parser.parse_args(argv)
     args.out, args.images = args.out.resolve(), args.images or IMAGES[args.task]
     file = f"{CONFIGS.get((args.model, args.task), 'gdro_tiny')}.yaml"

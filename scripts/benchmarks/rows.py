@@ -1,0 +1,31 @@
+"""Rows of results in a JSON-lines file, which a second call completes."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Rows"]
+
+
+class Rows(list[dict[str, Any]]):
+    """The rows that a file holds, all of them once `keep` has added the missing ones."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        super().__init__(json.loads(line) for line in lines)
+
+    def has(self, head: Mapping[str, Any]) -> bool:
+        """Whether a row has these values; if not, prints them, as the row is measured next."""
+        found = any(all(row[name] == value for name, value in head.items()) for row in self)
+        if not found:
+            print(head, flush=True)
+        return found
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Append a row to the file as well."""
+        self.append(row)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
