@@ -4,8 +4,6 @@ Each begins with the metadata that the Hugging Face hub reads, shows the grid.pn
 scripts/tiny/grids.py draws, and contains code that runs where Tilt is installed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,15 +4,13 @@ python -m scripts.tiny.export --run runs/tiny
 python -m scripts.tiny.export --run runs/tiny --mix runs/slips --share 0.75
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from ..parser import parser_of
 from .cards import GRID, ROOT
 
 LIMIT = 24_000_000  # bytes of all embedded weights together
@@ -60,7 +58,7 @@ def embedded_bytes() -> int:
 
 def main(argv: list[str] | None = None) -> None:
     """Export everything that the run folder holds."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--mix", type=Path, help="another run: average the pipelines with its own")
     parser.add_argument(

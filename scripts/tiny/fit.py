@@ -1,7 +1,7 @@
 """One training loop for the embedded models: a budget of minutes, checkpoints, resuming, an EMA."""
 
-from __future__ import annotations
-
+import argparse
+import json
 import math
 import time
 from collections.abc import Callable
@@ -11,83 +11,127 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..parser import parser_of
+
+RUN = Path("runs/tiny")
+WARMUP = 100  # steps until the learning rate is reached
+EVERY = 100  # steps between checkpoints
+
 
 def device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def parser(about: str | None, minutes: float, batch: int) -> argparse.ArgumentParser:
+    """The options of every script that trains, with its own defaults."""
+    made = parser_of(about)
+    made.add_argument("--run", type=Path, default=RUN, help="the folder of checkpoints and weights")
+    made.add_argument("--minutes", type=float, default=minutes)
+    made.add_argument("--batch", type=int, default=batch)
+    return made
+
+
+class _Run:
+    """What a run is continued from: weights, optimisers, averages, generator and progress."""
+
+    def __init__(self, modules: nn.ModuleDict, checkpoint: Path, lr: float) -> None:
+        self.modules, self.checkpoint = modules, checkpoint
+        self.parameters = [p for p in modules.parameters() if p.requires_grad]
+        self.matrices, others = split(modules)
+        self.optimizers = _optimizers(self.matrices, others, lr)
+        self.ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
+        self.generator = torch.Generator().manual_seed(0)
+        self.progress: dict[str, Any] = {"step": 0, "spent": 0.0, "smooth": math.nan}
+        if checkpoint.exists():
+            self.load()
+
+    def load(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True, map_location=device())
+        self.modules.load_state_dict(state["weights"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.ema = state["ema"]
+        self.generator.set_state(state["generator"].cpu())
+        self.progress = {name: state[name] for name in self.progress}
+        print(f"resumed {self.checkpoint}: {self}", flush=True)
+
+    def __str__(self) -> str:
+        """How far the run is."""
+        step, spent, smooth = self.progress.values()
+        return f"step {step}, {spent / 60:.1f} min, loss {smooth:.4f}"
+
+    def save(self) -> None:
+        """Write the checkpoint whole, or leave the earlier one."""
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"weights": self.modules.state_dict(), "optimizers": states, "ema": self.ema}
+        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state | self.progress | {"generator": self.generator.get_state()}, partial)
+        partial.replace(self.checkpoint)
+
+    def update(self, loss: Tensor, lr: float, ema_decay: float) -> None:
+        """One step of the optimisers and of the averages."""
+        self.modules.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for weight, matrix in self.matrices.items():
+            matrix.grad = None if weight.grad is None else _flat(weight.grad, weight)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        step = self.progress["step"] = self.progress["step"] + 1
+        _average(self.ema, self.modules, min(ema_decay, (1 + step) / (10 + step)))
+        before, value = self.progress["smooth"], loss.item()
+        self.progress["smooth"] = value if math.isnan(before) else 0.98 * before + 0.02 * value
+
+
 def fit(
     modules: nn.ModuleDict,
     loss: Callable[[torch.Generator], Tensor],
-    checkpoint: Path,
+    run: Path,
+    name: str,
     *,
     minutes: float,
     batch: int,
     lr: float,
-    seed: int = 0,
     ema_decay: float = 0.999,
-    warmup: int = 100,
-    every: int = 100,
 ) -> dict[str, float]:
     """Minimise `loss(generator)` for a budget of minutes; leave the EMA weights in `modules`.
 
     Muon for the matrices and AdamW for the rest, at one learning rate, which warms up, stays, and
-    falls linearly to zero over the last half of the budget (the fall is where most of the last
-    gains are made). With minutes=0 nothing is trained and the checkpoint's averages are handed
-    over as they are.
-    Returns images seen, minutes spent and the last smoothed loss. Writes `checkpoint` (a
-    state dict, read back with weights_only) every `every` steps and resumes from it.
+    falls linearly to zero over the last half of the budget (most of the last gains are made during
+    the fall). With minutes=0 nothing is trained, and `modules` get the averages of the checkpoint.
+    A second call resumes from the checkpoint run/name.pt, a state dict. run/name.json holds what
+    this returns: images seen, minutes spent and the last smoothed loss.
     """
-    parameters = [p for p in modules.parameters() if p.requires_grad]
-    matrices, others = split(modules)
-    optimizers = _optimizers(matrices, others, lr)
-    ema = {name: value.detach().clone() for name, value in modules.state_dict().items()}
-    generator = torch.Generator().manual_seed(seed)
-    step, spent, smooth = 0, 0.0, float("nan")
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True, map_location=device())
-        modules.load_state_dict(state["weights"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        ema, step, spent, smooth = state["ema"], state["step"], state["spent"], state["smooth"]
-        generator.set_state(state["generator"].cpu())
-        print(f"resumed {checkpoint} at step {step}, {spent / 60:.1f} min", flush=True)
-
-    def save() -> None:
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        state = {"weights": modules.state_dict(), "optimizers": states, "ema": ema}
-        numbers = {"step": step, "spent": spent, "smooth": smooth}
-        _write(checkpoint, state | numbers | {"generator": generator.get_state()})
-
+    state, budget = _Run(modules, run / f"{name}.pt", lr), minutes * 60
+    progress, first = state.progress, state.progress["step"]
     modules.train()
-    start, first = time.monotonic() - spent, step
-    began = spent
-    while spent < minutes * 60:
-        rate = lr * min(1.0, (step + 1) / warmup) * _decay(spent / (minutes * 60))
-        value = loss(generator)
-        modules.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        for weight, matrix in matrices.items():
-            matrix.grad = None if weight.grad is None else _flat(weight.grad, weight)
-        _step(optimizers, rate)
-        step += 1
-        _average(ema, modules, min(ema_decay, (1 + step) / (10 + step)))
-        spent = time.monotonic() - start
-        smooth = value.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * value.item()
-        if step % every == 0:
-            print(
-                f"step {step} loss {smooth:.4f} lr {rate:.2e} {spent / 60:.1f} min"
-                f" {(step - first) * batch / (spent - began):.0f} images/s",
-                flush=True,
-            )
-            save()
-    if step > first:
-        save()
-    modules.load_state_dict(ema)
+    start = time.monotonic() - progress["spent"]
+    while progress["spent"] < budget:
+        decay = min(1.0, 2 * (1 - progress["spent"] / budget))
+        rate = lr * min(1.0, (progress["step"] + 1) / WARMUP) * decay
+        state.update(loss(state.generator), rate, ema_decay)
+        progress["spent"] = time.monotonic() - start
+        if progress["step"] % EVERY == 0:
+            print(f"{state}, lr {rate:.2e}", flush=True)
+            state.save()
+    if progress["step"] > first:
+        state.save()
+    modules.load_state_dict(state.ema)
     modules.eval()
-    return {"images": step * batch, "minutes": spent / 60, "loss": smooth}
+    images, spent = progress["step"] * batch, progress["spent"] / 60
+    return report(run, name, images=images, minutes=spent, loss=progress["smooth"])
+
+
+def report(run: Path, name: str, **found: float) -> dict[str, float]:
+    """Print what was trained, and write it to run/name.json, which the cards quote."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / f"{name}.json").write_text(json.dumps(found))
+    print(found)
+    return found
 
 
 def split(modules: nn.Module) -> tuple[dict[nn.Parameter, nn.Parameter], list[nn.Parameter]]:
@@ -119,13 +163,6 @@ def _optimizers(
     return [adamw, torch.optim.Muon(matrices.values(), lr, **settings)]
 
 
-def _step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-
-
 def _flat(value: Tensor, weight: Tensor) -> Tensor:
     """A weight (out, in, h, w), or its gradient, as a matrix with columns in the weight's order.
 
@@ -134,18 +171,6 @@ def _flat(value: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         value = value.permute(0, 2, 3, 1)
     return value.reshape(len(weight), -1)
-
-
-def _write(file: Path, state: dict) -> None:
-    """Whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(file)
-
-
-def _decay(share: float) -> float:
-    return min(1.0, max(0.0, 2 * (1 - share)))
 
 
 @torch.no_grad()

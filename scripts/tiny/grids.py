@@ -7,8 +7,6 @@ Nothing is picked: the first prompt of each kind, seeds from 0 on. One machine d
 each time; another may round a few pixels differently.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,21 +1,19 @@
-"""Reference pictures of a style: scenes of the world in other clothes.
+"""Reference pictures of a style: scenes of the world with another background.
 
     python -m scripts.tiny.styles paper --out references
 
-`paper` is a cream background, which no picture of the world has; `night` the dark blue one alone;
-`plain` the world as it is.
-Kinds and things are those that the embedded models saw; references belong to no prompt.
+`paper` has a cream background, which no picture of the world has, `night` only the dark blue one,
+and `plain` all of the world's. The scenes are of the kinds that the embedded models were trained
+on; they are written without prompts.
 """
 
-from __future__ import annotations
-
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from ..parser import parser_of
 from .world import COLOURS, TASKS, Scene, render, scene
 
 STYLES = {"paper": (250, 235, 205), "night": (28, 32, 48)}
@@ -38,9 +36,7 @@ def scenes(style: str, count: int, seed: int, tasks: Sequence[str] = TASKS) -> l
 
 def main(argv: list[str] | None = None) -> None:
     """Write them as 0000.png and so on."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("style", choices=["plain", *STYLES])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--count", type=int, default=200)

@@ -9,11 +9,7 @@ a picture's rating is 10 - 9s. Ridge regression in closed form gives `weight` (1
 Legend: m scenes, k = 7 pictures of each (the clean one first), d features.
 """
 
-from __future__ import annotations
-
-import argparse
 import io
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +24,8 @@ from rewards.images import to_images
 from rewards.models.clip import ClipReward
 from steering import tiny
 
+from ..parser import parser_of
+from .fit import RUN, report
 from .world import TASKS, Scene, render, scene
 
 RIDGE = 1e-5  # features have length 1
@@ -77,13 +75,7 @@ def broken(image: Image.Image, s: float, rng: np.random.Generator) -> Image.Imag
     return image
 
 
-SPOILS: dict[str, Spoil] = {
-    "blur": blur,
-    "noise": noise,
-    "jpeg": jpeg,
-    "fade": fade,
-    "broken": broken,
-}
+SPOILS: dict[str, Spoil] = {f.__name__: f for f in (blur, noise, jpeg, fade, broken)}
 KINDS = (*SPOILS, "latent")
 
 
@@ -195,21 +187,18 @@ def tables(rate: Callable[[Tensor], Tensor], scenes: int = 500) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, fit, and save the head."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="where it is saved")
-    parser.add_argument("--scenes", type=int, default=2000)
-    args = parser.parse_args(argv)
+    """Fit, and save the head."""
+    options = parser_of(__doc__)
+    options.add_argument("--run", type=Path, default=RUN, help="the folder that it is saved in")
+    options.add_argument("--scenes", type=int, default=2000)
+    args = options.parse_args(argv)
     start = time.monotonic()
     pictures, ratings = album(scenes_of(args.scenes, seed=0), seed=0)
     weight, bias = ridge(features(pictures), ratings)
     folder = args.run / "aesthetic"
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"weight": weight, "bias": bias}, folder / "aesthetic.safetensors")
-    minutes = (time.monotonic() - start) / 60
-    report = {"images": ratings.numel(), "minutes": minutes}
-    (args.run / "aesthetic.json").write_text(json.dumps(report))
-    print(report)
+    report(args.run, "aesthetic", images=ratings.numel(), minutes=(time.monotonic() - start) / 60)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,7 @@
 Pictures are blurred and made noisy at random, because steering scores estimates in mid-run.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,38 +16,9 @@ from torch import Tensor, nn
 from rewards.towers import openclip
 
 from . import models
-from .fit import device, fit
+from .cards import FOLDERS
+from .fit import device, fit, parser
 from .train_vae import pictures
-
-
-def config(vocabulary: int) -> dict:
-    """open_clip's own configuration format."""
-    return {
-        "model_cfg": {
-            "embed_dim": 64,
-            "vision_cfg": {
-                "image_size": 64,
-                "patch_size": 8,
-                "width": 96,
-                "layers": 5,
-                "head_width": 32,
-                "mlp_ratio": 4.0,
-            },
-            "text_cfg": {
-                "context_length": models.TOKENS,
-                "vocab_size": vocabulary,
-                "width": 96,
-                "heads": 3,
-                "layers": 2,
-            },
-        },
-        "preprocess_cfg": {
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.5, 0.5, 0.5],
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
-    }
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -76,17 +43,14 @@ def contrastive_loss(model: Any, images: Tensor, ids: Tensor) -> Tensor:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="checkpoints, weights")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=256)
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)  # the initial weights; a script may
+    """Train, and save in open_clip's layout."""
+    args = parser(__doc__, minutes=20, batch=256).parse_args(argv)
+    torch.manual_seed(0)  # of the initial weights
     images, prompts = pictures(60_000, seed=4)
     tok = models.tokenizer()
-    ids = tok(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    settings = config(len(tok))
+    ids = models.token_ids(tok, prompts)
+    settings = json.loads((FOLDERS["clip"] / "open_clip_config.json").read_text(encoding="utf-8"))
+    settings["model_cfg"]["text_cfg"]["vocab_size"] = len(tok)
     model = openclip.build(settings).float().to(device()).requires_grad_(True)
     model.visual.compile()
     model.transformer.compile()
@@ -97,22 +61,14 @@ def main(argv: list[str] | None = None) -> None:
         with torch.autocast(device().type, torch.bfloat16):
             return contrastive_loss(model, (x - 0.5) / 0.5, ids[rows].to(device()))
 
-    report = fit(
-        nn.ModuleDict({"clip": model}),
-        loss,
-        args.run / "clip.pt",
-        minutes=args.minutes,
-        batch=args.batch,
-        lr=1e-3,
-    )
+    sizes = {"minutes": args.minutes, "batch": args.batch}
+    fit(nn.ModuleDict({"clip": model}), loss, args.run, "clip", lr=1e-3, **sizes)
     folder = args.run / "clip"
     folder.mkdir(exist_ok=True)
     (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     tok.backend_tokenizer.save(str(folder / "tokenizer.json"))
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
-    (args.run / "clip.json").write_text(json.dumps(report))
-    print(report)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@
 Needs the autoencoder of `train_vae`. A second call resumes; more minutes train on.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import models
-from .fit import device, fit
+from .fit import device, fit, parser
 from .train_vae import encode, pictures
 
 DROP = 0.1  # share of prompts replaced by "" for classifier-free guidance
@@ -39,13 +36,6 @@ def cached_latents(run: Path, count: int, slips: float) -> tuple[Tensor, list[st
         prompts_file.write_text(json.dumps(prompts))
         save_file({"latents": encode(vae, images)}, file)
     return load_file(file)["latents"], json.loads(prompts_file.read_text())
-
-
-def token_ids(pipe, prompts: list[str]) -> Tensor:
-    """Prompts as token ids (n, 16)."""
-    return pipe.tokenizer(
-        prompts, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
 
 
 def flow_loss(pipe, x0: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
@@ -96,36 +86,28 @@ def warm_start(pipe: Any, folder: Path) -> None:
             part.load_state_dict(getattr(trained, name).state_dict())
 
 
-def train(
-    name: str,
-    run: Path,
-    minutes: float,
-    batch: int,
-    lr: float,
-    count: int,
-    slips: float,
-    start: Path | None = None,
-) -> None:
-    """Train `name`, from the weights in `start` or from nothing; save it in fp32 under `run`."""
-    latents, prompts = cached_latents(run, count, slips)
-    vae: Any = models.AutoencoderKL.from_pretrained(run / "vae")
-    pipe = {"tiny-sd3": models.tiny_sd3, "tiny-sd": models.tiny_sd}[name](vae)
-    if start is not None:
-        warm_start(pipe, start)
-    step_loss: Callable = {"tiny-sd3": flow_loss, "tiny-sd": epsilon_loss}[name]
-    parts = ("transformer", "unet", "text_encoder", "text_encoder_2")
-    modules = nn.ModuleDict({p: m for p in parts if (m := getattr(pipe, p, None)) is not None})
+def train(args: argparse.Namespace) -> None:
+    """Train a pipeline, from the weights in args.start or from nothing; save it in float32."""
+    torch.manual_seed(0)  # of the initial weights
+    latents, prompts = cached_latents(args.run, args.pictures, args.slips)
+    vae = models.AutoencoderKL.from_pretrained(args.run / "vae")
+    pipe = models.pipeline(args.model, vae)
+    step_loss = {"tiny-sd3": flow_loss, "tiny-sd": epsilon_loss}[args.model]
+    if args.start is not None:
+        warm_start(pipe, args.start)
+    parts = {part: getattr(pipe, part, None) for part in models.TRAINED}
+    modules = nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
     modules.to(device())
     if "unet" in modules:
         modules["unet"].to(memory_format=torch.channels_last)
     # Twice the images a second, on the CPU as well; static shapes, so 256 more tokens are a second
     # graph and not a slower general one.
     modules["unet" if "unet" in modules else "transformer"].compile(dynamic=False)
-    ids, empty = token_ids(pipe, prompts), token_ids(pipe, [""])
+    ids, empty = (models.token_ids(pipe.tokenizer, texts) for texts in (prompts, [""]))
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (batch,), generator=generator)
-        dropped = torch.rand(batch, 1, generator=generator) < DROP
+        rows = torch.randint(len(latents), (args.batch,), generator=generator)
+        dropped = torch.rand(args.batch, 1, generator=generator) < DROP
         words = torch.where(dropped, empty, ids[rows]).to(device())
         x0 = latents[rows].to(device()).float()
         if "unet" in modules:
@@ -133,29 +115,22 @@ def train(
         with torch.autocast(device().type, torch.bfloat16):
             return step_loss(pipe, x0, words, generator)
 
-    report = fit(modules, loss, run / f"{name}.pt", minutes=minutes, batch=batch, lr=lr)
+    sizes = {"minutes": args.minutes, "batch": args.batch, "lr": args.lr}
+    fit(modules, loss, args.run, args.model, **sizes)
     modules.to(memory_format=torch.contiguous_format)
-    pipe.save_pretrained(run / name)
-    (run / f"{name}.json").write_text(json.dumps(report))
-    print(report)
+    pipe.save_pretrained(args.run / args.model)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=("tiny-sd3", "tiny-sd"))
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="checkpoints, weights")
-    parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--pictures", type=int, default=50_000, help="size of the training set")
-    slips = "share of letters drawn at random: a network that spells without fault is no test"
-    parser.add_argument("--slips", type=float, default=0.25, help=slips)
-    parser.add_argument("--start", type=Path, help="an exported pipeline to train on from")
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)  # the initial weights; a script may
-    sizes = (args.minutes, args.batch, args.lr, args.pictures, args.slips)
-    train(args.model, args.run, *sizes, args.start)
+    """Read the command line and train."""
+    options = parser(__doc__, minutes=120, batch=64)
+    options.add_argument("model", choices=("tiny-sd3", "tiny-sd"))
+    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--pictures", type=int, default=50_000, help="size of the training set")
+    slips = "share of letters drawn at random, as a network without spelling errors is no test"
+    options.add_argument("--slips", type=float, default=0.25, help=slips)
+    options.add_argument("--start", type=Path, help="an exported pipeline to train on from")
+    train(options.parse_args(argv))
 
 
 if __name__ == "__main__":

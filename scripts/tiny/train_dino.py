@@ -14,11 +14,7 @@ lies where and in which colour is what the features are for.
 Legend: n pictures, v = 2n views, p patches of a view, d features, q pictures in the queue.
 """
 
-from __future__ import annotations
-
-import argparse
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +29,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 from rewards.images import normalize, to_images
 
-from .fit import device, fit
+from ..tables import table
+from .cards import FOLDERS
+from .fit import device, fit, parser
 from .train_clip import degrade
 from .train_vae import pictures
 from .world import (
@@ -69,14 +67,7 @@ Embed = Callable[[Tensor], Tensor]  # pictures (n, 3, 64, 64) to features (n, d)
 
 def config() -> Dinov2Config:
     """A vision transformer of 64x64 pictures in patches of 8: 0.4 M parameters."""
-    return Dinov2Config(
-        image_size=64,
-        patch_size=8,
-        hidden_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=3,
-        mlp_ratio=3,
-    )
+    return Dinov2Config.from_pretrained(FOLDERS["dino"])
 
 
 def view(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -296,32 +287,31 @@ LABELS: dict[str, tuple[str, Callable[[Scene], Any], int]] = {
 def neighbour_table(folder: Path) -> list[str]:
     """Of the network in a folder and its rivals, as Markdown."""
     named = embeddings(folder)
-    rows = [f"| attribute | {' | '.join(named)} | chance |", "|---|---|---|---|---|"]
-    for name, (task, label, classes) in LABELS.items():
-        shares = [f"{100 * nearest(embed, task, label):.0f} %" for embed in named.values()]
-        rows.append(f"| {name} | {' | '.join(shares)} | {100 / classes:.0f} % |")
-    return rows
+    rows = [
+        [name, *(nearest(embed, task, label) for embed in named.values()), 1 / classes]
+        for name, (task, label, classes) in LABELS.items()
+    ]
+    return _percent("attribute", named, rows)
 
 
 def ranking_table(folder: Path) -> list[str]:
     """Of the network in a folder and its rivals, as Markdown."""
     named = embeddings(folder)
-    rows = [f"| changed | {' | '.join(named)} | chance |", "|---|---|---|---|---|"]
-    for what in CHANGES:
-        shares = [f"{100 * ranking(embed, what):.0f} %" for embed in named.values()]
-        rows.append(f"| {what} | {' | '.join(shares)} | 50 % |")
-    return rows
+    rows = [[what, *(ranking(embed, what) for embed in named.values()), 0.5] for what in CHANGES]
+    return _percent("changed", named, rows)
+
+
+def _percent(first: str, named: dict[str, Embed], rows: list[list[Any]]) -> list[str]:
+    cells = [[name, *(f"{100 * share:.0f} %" for share in shares)] for name, *shares in rows]
+    return table([first, *named, "chance"], cells).splitlines()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, train, and save the teacher."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="checkpoints, weights")
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)  # the initial weights; a script may
+    """Train, and save the teacher."""
+    options = parser(__doc__, minutes=20, batch=64)
+    options.add_argument("--lr", type=float, default=2e-3)
+    args = options.parse_args(argv)
+    torch.manual_seed(0)  # of the initial weights
     images, _ = pictures(40_000, seed=6)
     student = Student().to(device())
     teacher: Any = copy.deepcopy(student.backbone).requires_grad_(False)
@@ -342,18 +332,10 @@ def main(argv: list[str] | None = None) -> None:
         queue.push(keys)
         return value
 
-    report = fit(
-        nn.ModuleDict({"student": student, "teacher": teacher, "queue": queue}),
-        loss,
-        args.run / "dino.pt",
-        minutes=args.minutes,
-        batch=args.batch,
-        lr=args.lr,
-        ema_decay=0.99,  # the teacher is an average already
-    )
+    modules = nn.ModuleDict({"student": student, "teacher": teacher, "queue": queue})
+    sizes = {"minutes": args.minutes, "batch": args.batch, "lr": args.lr}
+    fit(modules, loss, args.run, "dino", ema_decay=0.99, **sizes)  # the teacher is an average
     teacher.save_pretrained(args.run / "dino")
-    (args.run / "dino.json").write_text(json.dumps(report))
-    print(report)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,6 @@ python -m scripts.tiny.train_vae --run runs/tiny --minutes 10
 python -m scripts.tiny.train_vae --run runs/tiny --minutes 4 --preview
 """
 
-from __future__ import annotations
-
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .fit import device, fit
+from .fit import device, fit, parser
 from .world import TASKS, render, scene
 
 # Writing is the hardest to learn, so it is drawn most often.
@@ -73,7 +70,7 @@ def encode(vae: Any, images: Tensor) -> Tensor:
     return torch.cat(chunks)
 
 
-def train_autoencoder(run: Path, minutes: float, batch: int) -> None:
+def train_autoencoder(run: Path, sizes: dict[str, Any]) -> None:
     """L1 reconstruction of posterior samples plus a small KL; latents end with unit variance."""
     images, _ = pictures(20_000, seed=1)
     vae = models.vae().to(device(), memory_format=torch.channels_last)
@@ -81,67 +78,54 @@ def train_autoencoder(run: Path, minutes: float, batch: int) -> None:
     vae.decoder.compile()
 
     def loss(generator: torch.Generator) -> Tensor:
-        x = batch_of(images, batch, generator)
+        x = batch_of(images, sizes["batch"], generator)
         with torch.autocast(device().type, torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(x.device)
             out = vae.decode(posterior.mean + posterior.std * noise).sample
         return figure_error(out, x) + 1e-3 * posterior.kl().mean() / noise[0].numel()
 
-    report = fit(
-        nn.ModuleDict({"vae": vae}), loss, run / "vae.pt", minutes=minutes, batch=batch, lr=2e-3
-    )
+    fit(nn.ModuleDict({"vae": vae}), loss, run, "vae", **sizes)
     with torch.no_grad():
         x = batch_of(images, 256, torch.Generator().manual_seed(5))
         z = vae.encode(x).latent_dist.mean
         error = (vae.decode(z).sample - x).abs().mean().item()
-    # No shift: StableDiffusionPipeline knows none, and the KL leaves hardly any.
+    # No shift: StableDiffusionPipeline has none, and the KL leaves hardly any.
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4), shift_factor=0.0)
     vae.to(memory_format=torch.contiguous_format).save_pretrained(run / "vae")
-    print(report, f"L1 error {127.5 * error:.2f}/255, config {vae.config.scaling_factor}")
+    print(f"L1 error {127.5 * error:.2f}/255, config {vae.config.scaling_factor}")
 
 
-def train_preview(run: Path, minutes: float, batch: int) -> None:
-    """Teach AutoencoderTiny's decoder to undo the autoencoder's scaled latents."""
+def train_preview(run: Path, sizes: dict[str, Any]) -> None:
+    """Train AutoencoderTiny's decoder to decode the autoencoder's scaled latents."""
     images, _ = pictures(20_000, seed=2)
-    vae: Any = models.AutoencoderKL.from_pretrained(run / "vae")
-    latents = encode(vae, images)
+    latents = encode(models.AutoencoderKL.from_pretrained(run / "vae"), images)
     tiny = models.preview().to(device(), memory_format=torch.channels_last)
     tiny.encoder.requires_grad_(False)
     tiny.decoder.compile()
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(images), (batch,), generator=generator)
+        rows = torch.randint(len(images), (sizes["batch"],), generator=generator)
         x, z = images[rows].to(device()).float() / 127.5 - 1, latents[rows].to(device()).float()
-        # Estimates of x0 in mid-run are noisy: so are the latents it learns from.
+        # Estimates of x0 in mid-run are noisy, so the latents of training are noisy too.
         share = torch.rand(len(z), 1, 1, 1, generator=generator).to(x.device) * 0.3
         z = z + share * torch.randn(z.shape, generator=generator).to(x.device)
         with torch.autocast(device().type, torch.bfloat16):
             out = tiny.decode(z.contiguous(memory_format=torch.channels_last)).sample
         return figure_error(out, x)
 
-    report = fit(
-        nn.ModuleDict({"preview": tiny}),
-        loss,
-        run / "preview.pt",
-        minutes=minutes,
-        batch=batch,
-        lr=2e-3,
-    )
+    fit(nn.ModuleDict({"preview": tiny}), loss, run, "preview", **sizes)
     tiny.to(memory_format=torch.contiguous_format).save_pretrained(run / "preview")
-    print(report)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="checkpoints, weights")
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--preview", action="store_true", help="train the preview decoder")
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)  # the initial weights; a script may
-    (train_preview if args.preview else train_autoencoder)(args.run, args.minutes, args.batch)
+    """Read the command line and train."""
+    options = parser(__doc__, minutes=10, batch=32)
+    options.add_argument("--preview", action="store_true", help="train the preview decoder")
+    args = options.parse_args(argv)
+    torch.manual_seed(0)  # of the initial weights
+    sizes = {"minutes": args.minutes, "batch": args.batch, "lr": 2e-3}
+    (train_preview if args.preview else train_autoencoder)(args.run, sizes)
 
 
 if __name__ == "__main__":

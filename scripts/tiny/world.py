@@ -12,8 +12,6 @@ things near its corners, and characters are tokens, so that a network of a few m
 learns to draw and to spell in an hour or two on a laptop.
 """
 
-from __future__ import annotations
-
 import json
 import string
 from dataclasses import dataclass
