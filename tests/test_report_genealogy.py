@@ -11,7 +11,8 @@ from PIL import Image
 from saved_runs import noise, read, save
 
 from steering import FeynmanKac
-from tilt.report import genealogy, markup, page, thumbnails
+from tilt.report import genealogy, markup, thumbnails
+from tilt.report import steered as page
 
 
 def test_every_particle_of_every_score_is_in_the_genealogy(tmp_path):

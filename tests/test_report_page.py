@@ -13,7 +13,8 @@ from saved_runs import NASTY, Page, noise, read, results_of, save, save_run, val
 
 import steering
 from steering import FeynmanKac
-from tilt.report import markup, page
+from tilt.report import markup
+from tilt.report import steered as page
 
 
 def test_rewards_and_components_are_those_of_the_manifest(tmp_path):

@@ -18,7 +18,7 @@ from steering import FeynmanKac
 from steering.manifest import fingerprint
 from tilt import runs
 from tilt.prompts import Prompt
-from tilt.report import page
+from tilt.report import steered as page
 
 ASKED = {"settings": {"particles": 3}, "prompts": [{"text": "a"}]}
 ASKED |= {"command": ["tilt", "steer"], "machine": {}, "versions": {}}

@@ -109,7 +109,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         ("finetune.gdro", "from rewards.compare import hacked"),
         ("finetune.gdro", "import tilt.commands.steer"),
         ("tilt.loading", "from scripts import started"),
-        ("steering.result", "from tilt.report import page"),
+        ("steering.result", "from tilt.report import steered"),
         ("finetune.gdro", "import tilt"),
         ("rewards.models.clip", "from tilt import loading"),
     ],

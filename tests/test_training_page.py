@@ -159,6 +159,22 @@ def test_what_is_not_there_is_left_out(tmp_path):
         page.write(tmp_path / "c")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("checks.json", "[]", "holds a list"),
+        ("evaluation.json", '{"a": 1}', "has no 'sections'"),
+        ("eval/evaluation.json", "{", "Expecting"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, text, why):
+    out = training(tmp_path / "run", grids=False)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} is damaged .*{why}"):
+        page.write(out)
+
+
 def test_names_and_settings_stay_text(tmp_path):
     out = training(tmp_path / NASTY[0].replace("/", ""), settings=SETTINGS)
     evaluation(out)

@@ -26,7 +26,7 @@ from finetune.files import atomic, write
 from finetune.folder import begun, refuse_changes, writing
 from steering.manifest import fingerprint
 from tilt.prompts import Prompt
-from tilt.report import page, pictures
+from tilt.report import pictures, steered
 from tilt.report.saved import read_json
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
         while part := list(itertools.islice(rows, _ROWS_PER_GRID)):
             name = f"grid-{len(paths)}.png" if len(paths) > 1 else "grid.png"
             paths.append(_write(pictures.comparison(part), out / name))
-        paths.append(page.write_run(out))
+        paths.append(steered.write_run(out))
     return sorted(paths)
 
 

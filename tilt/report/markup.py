@@ -1,7 +1,7 @@
 """The jinja templates of the reports, and what they call.
 
 Whatever comes from a folder (prompts, names of rewards, files, settings) is text from elsewhere,
-so templates of HTML and SVG escape every value; only what another template rendered is not.
+so templates of HTML and SVG escape every value but what another template rendered.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
 from finetune.files import atomic
 
@@ -34,10 +33,10 @@ def environment(folder: Path) -> Environment:
     return templates
 
 
-def render(template: str, **values: Any) -> Markup:
+def render(template: str, **values: Any) -> str:
     """One of the reports' templates with these values."""
     templates = environment(Path(__file__).parent / "templates")
-    return Markup(templates.get_template(template).render(values))
+    return templates.get_template(template).render(values)
 
 
 def size(page: str) -> int:

@@ -1,12 +1,11 @@
 """The report of a training run as one page, written from its folder alone.
 
 Curves of the rewards and where they went apart, the same noise drawn again at every check, and the
-evaluation where there is one. The look is that of a steered run's report, `tilt.report.page`.
+evaluation where there is one. The look is that of a steered run's report, `tilt.report.steered`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rewards.compare import hacked
 from tilt.report import markup
 from tilt.report.charts import Chart, Line, chart
 from tilt.report.markup import short
+from tilt.report.saved import read_json
 from tilt.report.thumbnails import Budget
 
 __all__ = ["alarms", "write"]
@@ -88,7 +88,7 @@ def write(out: Path) -> Path:
 def _looked_at(out: Path) -> list[str]:
     """The held-out prompts of the checks, as the training writes them down."""
     file = out / "checks.json"
-    return json.loads(file.read_text(encoding="utf-8"))["held_out"] if file.exists() else []
+    return read_json(file, "held_out")["held_out"] if file.exists() else []
 
 
 def alarms(checks: Sequence[Row], patience: int = PATIENCE) -> dict[str, list[int]]:
@@ -124,7 +124,7 @@ def _checked(
     columns = [name for name in checks[0] if name != "step"]
     return {
         "trained": _TRAINED,
-        "watched": [n for n in _WATCHED if n in columns] if _TRAINED in columns else [],
+        "watched": [name for name in _WATCHED if name in columns],
         "patience": PATIENCE,
         "alarms": alarms(checks),
         "rewards": _rewards(log, checks, best),
@@ -206,7 +206,7 @@ def _some(steps: Sequence[int], wanted: set[int]) -> list[int]:
 
 def _evaluation(path: Path, out: Path) -> dict[str, Any]:
     """The tables of `tilt evaluate`: a line a measure, a column a variant."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path, "sections")
     sections = []
     for title, measures in content["sections"].items():
         names = list(dict.fromkeys(v for measure in measures for v in measure["variants"]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from markupsafe import Markup
 from PIL import Image
 
 from tilt.report import genealogy, markup, recipe
@@ -149,23 +150,34 @@ def _entries(page: Path, folder: Path, plain: Path | None) -> Iterator[_Entry]:
         yield _Entry(saved, other, index)
 
 
-def _write(folder: Path, entries: Sequence[_Entry], **values: Any) -> Path:
-    """The sections of as many prompts as there is room for, and the summary of all."""
+def _write(
+    folder: Path,
+    entries: Sequence[_Entry],
+    repeat: str,
+    facts: dict[str, Any],
+    files: Sequence[str],
+    missing: int = 0,
+) -> Path:
+    """The sections of as many prompts as there is room for, and the summary of all.
+
+    repeat: what makes the run again; facts: what else is said of it; files: with all numbers;
+    missing: how many of its prompts are not finished.
+    """
     tiles = sum(_tiles(entry) for entry in entries)
     pictures = sum(len(e.rewards) + 2 * bool(e.plain) for e in entries)
     room = _Room(Budget(_TREES, tiles, longest=64), Budget(_PICTURES, pictures))
-    values = _about(entries[0].saved) | _summary(entries) | _facts(values.pop("facts")) | values
-    page = functools.partial(markup.render, "steered.html", count=len(entries), **values)
+    values = _about(entries[0].saved) | _summary(entries) | _facts(facts)
+    values |= {"count": len(entries), "repeat": repeat, "files": files, "missing": missing}
+    page = functools.partial(markup.render, "steered.html", **values)
     left = _MOST - markup.size(page(sections=[], shown=len(entries)))
-    sections: list[str] = []
+    sections: list[Markup] = []
     for place, entry in enumerate(entries):
-        section = markup.render(
-            "prompt.html", place=place, unfolded=len(entries) <= _OPEN, **_section(entry, room)
-        )
-        left -= markup.size(section)
+        section = {"place": place, "unfolded": len(entries) <= _OPEN} | _section(entry, room)
+        rendered = Markup(markup.render("prompt.html", **section))
+        left -= markup.size(rendered)
         if left < 0 and sections:
             break
-        sections.append(section)
+        sections.append(rendered)
     return markup.keep(folder / "report.html", page(sections=sections, shown=len(sections)))
 
 
@@ -182,7 +194,6 @@ def _about(saved: _Saved) -> dict[str, Any]:
         "reward": manifest.get("reward"),
         "model": Path(str(model)).name if model else "",
         "settings": saved.settings,
-        "missing": 0,
     }
 
 
