@@ -133,7 +133,7 @@ def test_a_group_that_is_given_a_value_is_named(word):
 
 @pytest.mark.parametrize("out", ["/dev/null/x", "x" * 5000, "  "], ids=["file", "long", "blank"])
 def test_a_folder_that_cannot_be_made_is_refused_before_any_work(out):
-    from tilt import command
+    from tilt import exit_status
 
     with pytest.raises(ValueError, match=r"out.*(cannot be made|name a folder)"):
-        command.check_folder(out)
+        exit_status.check_folder(out)

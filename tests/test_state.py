@@ -17,7 +17,7 @@ from finetune import checks, config, lora, nft
 from finetune.nft import Nft
 from finetune.shards import Rollouts, Shard, add_rewards
 from finetune.state import MAY_CHANGE, check_out, load_state, save_state
-from tilt import command
+from tilt import exit_status, loading
 from tilt.commands import rollout, train_adversarial, train_critic, train_gdro
 
 
@@ -239,14 +239,14 @@ def test_a_full_disk_that_safetensors_meets_is_no_traceback(tmp_path, capsys):
 
     files = "finished shards are kept", "0*/x"
     words = [f"--out={tmp_path}"]
-    assert command.finish(rollout.OPTIONS, words, work, *files) == 1
+    assert exit_status.of_run(rollout.OPTIONS, words, work, *files) == 1
     told = capsys.readouterr().err
     assert told.startswith("tilt rollout: ")
     assert told.count("\n") == 1
     assert told.endswith("; nothing is kept yet\n")
     (tmp_path / "00000").mkdir()
     (tmp_path / "00000" / "x").touch()
-    assert command.finish(rollout.OPTIONS, words, work, *files) == 1
+    assert exit_status.of_run(rollout.OPTIONS, words, work, *files) == 1
     assert capsys.readouterr().err.endswith("; finished shards are kept\n")
 
 
@@ -257,7 +257,7 @@ def test_an_interrupt_tells_of_a_checkpoint_where_there_is_one(tmp_path, capsys)
     settings = train_gdro.TrainGdro(out=str(tmp_path / "a"))
     for told in ("nothing is kept yet", "the last checkpoint is kept"):
         kept = "the last checkpoint is kept", "state.pt"
-        assert command.finish(train_gdro.OPTIONS, [f"--out={settings.out}"], work, *kept) == 130
+        assert exit_status.of_run(train_gdro.OPTIONS, [f"--out={settings.out}"], work, *kept) == 130
         said = f"tilt train gdro: interrupted; {told}: repeat with --resume\n"
         assert capsys.readouterr().err == said
         begun(settings)
@@ -276,13 +276,13 @@ def test_a_full_disk_that_torch_meets_is_told_in_plain_words(tmp_path):
 
 
 def test_an_automatic_dtype_is_written_down_as_what_it_is(tmp_path, monkeypatch):
-    first = command.resolved(train_gdro.TrainGdro(out=str(tmp_path)))
+    first = loading.resolved(train_gdro.TrainGdro(out=str(tmp_path)))
     assert first.dtype == "float32"
     begun(first)
-    check_out(command.resolved(replace(first, dtype="auto", resume=True)))
-    monkeypatch.setattr(command, "pick_dtype", lambda name, device: torch.bfloat16)  # of a GPU
+    check_out(loading.resolved(replace(first, dtype="auto", resume=True)))
+    monkeypatch.setattr(loading, "pick_dtype", lambda name, device: torch.bfloat16)  # of a GPU
     with pytest.raises(ValueError, match="begun with dtype='float32', not 'bfloat16'"):
-        check_out(command.resolved(replace(first, dtype="auto", resume=True)))
+        check_out(loading.resolved(replace(first, dtype="auto", resume=True)))
 
 
 def test_each_process_asks_its_own_device_for_the_dtype(monkeypatch):
@@ -296,10 +296,10 @@ def test_each_process_asks_its_own_device_for_the_dtype(monkeypatch):
         torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda")
     )
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
-    monkeypatch.setattr(command, "pick_dtype", pick)
+    monkeypatch.setattr(loading, "pick_dtype", pick)
     for name, value in (("LOCAL_RANK", "3"), ("ACCELERATE_USE_CPU", "true")):
         monkeypatch.setenv(name, value)
-        command.resolved(train_gdro.TrainGdro(dtype="float16"))
+        loading.resolved(train_gdro.TrainGdro(dtype="float16"))
     assert seen == ["cuda:3", "cpu"]
 
 

@@ -4,6 +4,7 @@ import difflib
 import os
 import textwrap
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ __all__ = [
     "pick_device",
     "pick_dtype",
     "pick_preview",
+    "resolved",
     "set_attention",
     "tune",
 ]
@@ -168,6 +170,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.float32
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
     return torch.float16 if old or device.type == "mps" else torch.bfloat16
+
+
+def resolved(settings: Any) -> Any:
+    """The settings with the dtype that "auto" is on this machine, for what is written down.
+
+    Nothing is put on a device: of several processes each would take memory of the first one.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    device, kind = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        own = int(os.environ.get("LOCAL_RANK", "0")) % max(1, torch.accelerator.device_count())
+        device = torch.device(kind.type, own)
+    dtype = pick_dtype(settings.dtype, device)
+    return replace(settings, dtype=str(dtype).removeprefix("torch."))
 
 
 def tune(pipe: Any, compile: bool = False, preview: Any = None) -> None:

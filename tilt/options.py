@@ -10,16 +10,16 @@ import dataclasses
 import difflib
 import json
 import re
-import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune import config
+from tilt.wording import in_words
 
-__all__ = ["Options", "ended", "in_words", "one_line"]
+__all__ = ["Options"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -246,39 +246,3 @@ def _check_words(words: Sequence[str]) -> None:
     for word in words:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise ValueError(f"{word!r:.80} is not UTF-8: write it as UTF-8")
-
-
-def one_line(error: BaseException | str) -> str:
-    """What an error says, as one line of words that can be read."""
-    text = " ".join(str(error).split())
-    return re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", text)
-
-
-def in_words(message: str, options: Mapping[str, str]) -> str:
-    """A library's sentence for those who wrote a command: its arguments as their options.
-
-    options: argument -> option. An argument is told by an underscore in it, by "=" behind it, or by
-    "is" behind it where it begins the sentence.
-    """
-    names = "|".join(sorted(options, key=len, reverse=True))
-    message = re.sub(rf"FeynmanKac\(({names})=\.\.\.\)", r"\1=", message)
-
-    def option(found: re.Match[str]) -> str:
-        name, equals = found["name"], found["equals"] or ""
-        begins = found.start() == 0 and message.startswith(f"{name} is ")
-        if not (equals or begins or "_" in name or "." in name):
-            return found[0]
-        return options[name] + (" " if found["value"] is not None else "")
-
-    pattern = rf"(?<![\w.-])(?P<name>{names})\b(?:(?P<equals>=)(?P<value>(?=[^\s,;:.)]))?)?"
-    return re.sub(pattern, option, message)
-
-
-def ended(options: Options, argv: Sequence[str], work: Callable[[Any], None]) -> int:
-    """Read a command's settings and run it; exit status 0, or 2 for what it refused."""
-    try:
-        work(options.read(argv))
-    except (ValueError, OSError) as error:
-        print(f"{options.name}: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0

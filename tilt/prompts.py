@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-__all__ = ["Prompt", "read"]
+__all__ = ["Prompt", "read", "read_texts"]
 
 _KEYS = {"prompt", "seed", "references"}
 MOST_BYTES = 100_000_000  # of a file: what does not end is none of prompts
@@ -64,6 +64,11 @@ def read(path: Path) -> list[Prompt]:
     if path.suffix.lower() != ".jsonl":
         return [_prompt(f"{path} line {i}", line) for i, line in numbered]
     return [_from_json(line, f"{path} line {i}", path.parent) for i, line in numbered]
+
+
+def read_texts(file: str) -> list[str]:
+    """The prompts of a file, each once."""
+    return list(dict.fromkeys(prompt.text for prompt in read(Path(file))))
 
 
 def _prompt(where: str, *fields: Any) -> Prompt:

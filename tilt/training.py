@@ -23,9 +23,10 @@ from rewards.catalogue import OutsideError
 from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
 from steering.call import PipelineCall
-from tilt import command, model_card
+from tilt import drawing, model_card
 from tilt.loading import DTYPES
 from tilt.processes import is_main
+from tilt.prompts import read_texts
 from tilt.report import training as page
 
 __all__ = [
@@ -102,11 +103,11 @@ def watch_of(
     check = settings.check
     if not check.every:
         return None
-    command.call_of(check.call, {}, "check.call")
+    drawing.call_of(check.call, {}, "check.call")
     if not check.prompts:
         raise ValueError("check.every needs check.prompts=FILE, prompts to look at")
     seen = list(trained_on[: check.train_prompts])
-    unseen = command.prompts_of(check.prompts)
+    unseen = read_texts(check.prompts)
     both = sorted(set(unseen) & set(trained_on))
     if both:
         raise ValueError(f"{check.prompts} has prompts that are trained on, as {both[0]!r}")

@@ -25,7 +25,7 @@ from rewards.models.objects import ObjectsReward
 from rewards.models.ocr import OcrReward
 from steering import FeynmanKac, Steered, steer, tiny
 from steering.manifest import fingerprint
-from tilt.command import filter_of
+from tilt.drawing import filter_of
 from tilt.statistics import percentile_interval
 
 from ..parser import parser_of

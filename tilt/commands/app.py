@@ -19,7 +19,8 @@ from steering import tiny
 from steering.arguments import MOST_PARTICLES
 from tilt import loading, started
 from tilt.app.run import Desk, Studio
-from tilt.options import Options, ended
+from tilt.exit_status import of_command
+from tilt.options import Options
 
 EXAMPLES = """\
 examples:
@@ -97,4 +98,4 @@ def run(settings: App) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0 after Ctrl-C; 2 for what was refused, in one sentence."""
-    return ended(OPTIONS, argv, run)
+    return of_command(OPTIONS, argv, run)

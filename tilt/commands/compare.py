@@ -20,9 +20,10 @@ from rewards.models.vlm_judge import JudgeReward
 from rewards.samples import Sample, open_picture, read_samples
 from rewards.tournament import tournament
 from tilt import score_table
+from tilt.exit_status import of_command
 from tilt.loading import pick_device
 from tilt.main import dispatch
-from tilt.options import Options, ended
+from tilt.options import Options
 from tilt.pairwise_judge import SideBySideJudge
 from tilt.score_summary import FIGURES
 from tilt.statistics import bootstrap, win_rate
@@ -115,7 +116,7 @@ def main(argv: Sequence[str]) -> int | None:
 
 def run(name: str, argv: Sequence[str]) -> int:
     """Print one comparison; exit status as that of `main`."""
-    return ended(OPTIONS[name], argv, lambda settings: print(settings.report()))
+    return of_command(OPTIONS[name], argv, lambda settings: print(settings.report()))
 
 
 def _table(path: str) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from rewards.samples import Sample
 from rewards.sets import vendi
 from steering import tiny
 from steering.manifest import fingerprint, versions
-from tilt import command, loading, measures, started
+from tilt import digests, drawing, exit_status, loading, measures, started
 from tilt.commands.score import load, needs_references, score, texts, versioned
 from tilt.measures import Measure
 from tilt.options import Options
@@ -52,6 +52,7 @@ from tilt.variants import (
     start,
     write,
 )
+from tilt.wording import counted
 
 # two detector sizes of the reader, which errs at each in its own way
 READERS = {"": "", "_160": ", detector at 160 px"}
@@ -64,7 +65,7 @@ BATCH = 32
 
 
 @dataclass
-class Evaluate(command.Drawing):
+class Evaluate(drawing.Drawing):
     """What to compare, by what."""
 
     prompts: str = setting(
@@ -122,7 +123,7 @@ def plan_of(settings: Evaluate) -> EvaluationPlan:
         images=settings.images,
         seed=settings.seed,
         max_batch=settings.max_batch,
-        call=command.call_of(settings.call, defaults),
+        call=drawing.call_of(settings.call, defaults),
     )
 
 
@@ -136,7 +137,7 @@ def judge(spec: str, plan: EvaluationPlan, device: torch.device) -> rewards.Weig
 
 def variants_of(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> list[Variant]:
     """base; tuned, where there is a LoRA; and both of them steered, where there is a reward."""
-    k, plain, fk = settings.particles, [Variant("base")], command.filter_of(settings.filter)
+    k, plain, fk = settings.particles, [Variant("base")], drawing.filter_of(settings.filter)
     if bool(settings.steer) != bool(k) or k < 0 or k == 1:
         raise ValueError(
             f"steer is {settings.steer!r} and particles {k}, which belong together; set both, "
@@ -195,8 +196,8 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
 
 def run(settings: Evaluate, line: str) -> None:
     """Check everything; draw this process's pictures; the main process judges them all."""
-    plan, settings = plan_of(settings), command.resolved(settings)
-    out, lora = Path(settings.out).resolve(), command.digest(settings.lora)
+    plan, settings = plan_of(settings), loading.resolved(settings)
+    out, lora = Path(settings.out).resolve(), digests.of_weights(settings.lora)
     if settings.resume and is_finished(out, plan, asdict(settings), lora):
         if is_main():
             show(Path(settings.out))
@@ -308,8 +309,8 @@ def report(
     used = {k: v for k, v in asdict(settings).items() if k != "resume" and v not in ("", None, {})}
     about = [
         f"# Evaluation of {settings.model}{f' with {settings.lora}' if settings.lora else ''}",
-        f"{command.counted(len(plan.prompts), 'prompt')}, "
-        f"{command.counted(plan.images, 'picture')} of each in every variant, paired by "
+        f"{counted(len(plan.prompts), 'prompt')}, "
+        f"{counted(plan.images, 'picture')} of each in every variant, paired by "
         "their noise. Means over prompts with 95 % percentile bootstrap intervals over prompts; "
         "wins are pictures above the base's of the same noise, ties counting ½."
         + f" A steered picture is the best of {settings.particles} particles."
@@ -325,7 +326,7 @@ def report(
     every = {
         "command": line,
         "settings": asdict(settings),
-        "lora": command.digest(settings.lora),
+        "lora": digests.of_weights(settings.lora),
         "versions": versions(),
         "prompts": plan.prompts,
         "sections": {t: [measures.numbers(m, seed) for m in ms] for t, ms in sections.items()},
@@ -343,6 +344,6 @@ def show(out: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `command.finish`."""
+    """Exit status as `exit_status.of_run`."""
     work = partial(run, line=shlex.join(["tilt", "evaluate", *argv]))
-    return command.finish(OPTIONS, argv, work, "what is drawn is kept", "*/*.png")
+    return exit_status.of_run(OPTIONS, argv, work, "what is drawn is kept", "*/*.png")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from finetune.ranges import GIVEN, setting
 from tilt import report
-from tilt.options import Options, ended
+from tilt.exit_status import of_command
+from tilt.options import Options
 
 __all__ = ["OPTIONS", "main"]
 
@@ -24,4 +25,4 @@ OPTIONS = Options("tilt report", Report, __doc__ or "", positional="folder")
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence."""
-    return ended(OPTIONS, argv, lambda settings: print(report.write(settings.folder)))
+    return of_command(OPTIONS, argv, lambda settings: print(report.write(settings.folder)))

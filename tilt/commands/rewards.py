@@ -8,7 +8,8 @@ from typing import Any
 
 import rewards
 from rewards.catalogue import factory_of
-from tilt.options import Options, ended
+from tilt.exit_status import of_command
+from tilt.options import Options
 
 __all__ = ["OPTIONS", "listing", "main"]
 
@@ -50,4 +51,4 @@ def _about(factory: Any) -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence."""
-    return ended(OPTIONS, argv, lambda settings: print(listing()))
+    return of_command(OPTIONS, argv, lambda settings: print(listing()))

@@ -19,14 +19,14 @@ from finetune import ranges
 from finetune.ranges import NAME, optional, setting, whole
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from steering import tiny
-from tilt import command, loading, started
+from tilt import digests, drawing, exit_status, loading, started
 from tilt.options import Options
 from tilt.processes import is_main, join
 from tilt.prompts import read
 
 
 @dataclass
-class Rollout(command.Drawing):
+class Rollout(drawing.Drawing):
     """What to make of each prompt."""
 
     images: int = setting(16, whole(0, 10_000), "plain images a prompt")
@@ -59,18 +59,18 @@ def plan_of(settings: Rollout) -> Plan:
         prompts=tuple(dict.fromkeys(prompts)),
         images=settings.images,
         steered=settings.steered,
-        settings=command.filter_of(settings.filter),
+        settings=drawing.filter_of(settings.filter),
         seed=settings.seed,
         prompts_per_shard=settings.prompts_per_shard,
         max_batch=settings.max_batch,
-        call=command.call_of(settings.call, defaults),
+        call=drawing.call_of(settings.call, defaults),
     )
 
 
 def run(settings: Rollout) -> None:
     """Check everything, then make this process's shards."""
-    plan, settings = plan_of(settings), command.resolved(settings)
-    out, lora = Path(settings.out), command.digest(settings.lora)
+    plan, settings = plan_of(settings), loading.resolved(settings)
+    out, lora = Path(settings.out), digests.of_weights(settings.lora)
     if settings.resume and is_complete(out, plan, settings.reward, settings.model, lora):
         started.say("all of it is there already")
         if is_main():
@@ -111,5 +111,5 @@ def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[A
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `command.finish`."""
-    return command.finish(OPTIONS, argv, run, "finished shards are kept", "*/shard.json")
+    """Exit status as `exit_status.of_run`."""
+    return exit_status.of_run(OPTIONS, argv, run, "finished shards are kept", "*/shard.json")

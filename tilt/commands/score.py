@@ -25,8 +25,9 @@ from rewards.images import to_images
 from rewards.samples import Sample, batches, load_batch, read_samples
 from tilt import started
 from tilt.commands.rewards import listing
+from tilt.exit_status import of_command
 from tilt.loading import pick_device
-from tilt.options import Options, ended
+from tilt.options import Options
 from tilt.score_summary import FIGURES, draw, summary
 from tilt.score_table import TEXTS, Table, ensure_writable, read_table
 
@@ -292,7 +293,7 @@ def score_shard(
 def main(argv: Sequence[str]) -> int:
     """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
     try:
-        return ended(OPTIONS, argv, run)
+        return of_command(OPTIONS, argv, run)
     except KeyboardInterrupt as stop:
         kept = str(stop) or "nothing is lost"
         print(f"tilt score: interrupted; {kept}: repeat the command with --resume", file=sys.stderr)

@@ -25,9 +25,9 @@ from steering.settings import population_sizes, scored_steps
 from steering.spread import Spread
 from tilt import loading, runs, started
 from tilt.commands.steer_options import MACHINE, OPTIONS, SAID_ELSEWHERE, Steer
-from tilt.options import one_line
 from tilt.processes import Processes, Stopped, is_main, join
 from tilt.prompts import Prompt, read
+from tilt.wording import one_line
 
 if TYPE_CHECKING:
     from steering import Steered

@@ -33,8 +33,10 @@ from finetune.state import check_out, finish
 from rewards.models.critic import KINDS
 from steering import tiny
 from steering.manifest import fingerprint
-from tilt import command, idle, loading, started, training
+from tilt import digests, exit_status, idle_settings, loading, started, training
 from tilt.options import Options
+from tilt.prompts import read_texts
+from tilt.wording import counted
 
 
 @dataclass
@@ -111,13 +113,13 @@ def run(settings: TrainAdversarial) -> None:
     """Check everything, then train."""
     if not (settings.prompts and settings.out and (settings.reward or settings.references)):
         raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC, or references=, or both")
-    idle.of_adversarial(settings)
-    settings = command.resolved(settings)
+    idle_settings.check_adversarial(settings)
+    settings = loading.resolved(settings)
     name, out, tuned = settings.model or "tiny-sd3", Path(settings.out), settings.tuned
     check_out(settings, ignore=METHODS.keys() - {settings.method})
     check_call(settings)
-    prompts = command.prompts_of(settings.prompts)
-    made_of = command.made_of(settings, settings.reward, **contents(settings, prompts))
+    prompts = read_texts(settings.prompts)
+    made_of = digests.of_run(settings, settings.reward, **contents(settings, prompts))
     if training.finished(settings, tuned.steps, made_of):
         training.show(settings)
         return
@@ -175,7 +177,7 @@ def made_from(
     """Lines for the model card on what the LoRA was trained on."""
     tuned = settings.tuned
     about = [
-        f"{command.counted(len(prompts), 'prompt')}, {tuned.k} images of {tuned.groups} of them an "
+        f"{counted(len(prompts), 'prompt')}, {tuned.k} images of {tuned.groups} of them an "
         f"epoch, call {json.dumps(call)}",
         f"rewards: `{settings.reward or 'none but the critic'}`",
     ]
@@ -189,13 +191,13 @@ def made_from(
 
 def contents(settings: TrainAdversarial, prompts: list[str]) -> dict[str, str]:
     """Digests of the files that are this command's own, by setting."""
-    found = {"prompts": command.digest_of(prompts)}
+    found = {"prompts": digests.of_texts(prompts)}
     if settings.reward:
         found["reward"] = rewards.identity(settings.reward)
     if settings.references:
         found["references"] = references.digest(settings.references, paired=settings.paired)
     if settings.critic_from:
-        found["critic_from"] = command.digest(settings.critic_from) or ""
+        found["critic_from"] = digests.of_weights(settings.critic_from) or ""
     return found
 
 
@@ -344,5 +346,5 @@ def _eight_bits(images: torch.Tensor) -> torch.Tensor:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `command.finish`."""
-    return command.finish(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")
+    """Exit status as `exit_status.of_run`."""
+    return exit_status.of_run(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")

@@ -51,7 +51,7 @@ from finetune.state import (
 )
 from rewards.images import to_images
 from rewards.models.critic import KINDS
-from tilt import command, idle, started, training
+from tilt import exit_status, idle_settings, started, training
 from tilt.loading import pick_device
 from tilt.options import Options
 
@@ -121,7 +121,7 @@ def run(settings: TrainCritic) -> None:
     """Check everything, then train."""
     if not (settings.rollouts and settings.references and settings.out):
         raise ValueError("set rollouts=FOLDER, references=PICTURES and out=FOLDER")
-    idle.of_critic(settings, "kind")
+    idle_settings.check_critic(settings, "kind")
     out = Path(settings.out)
     check_out(settings)
     samples, size = read_samples(settings.rollouts)
@@ -244,5 +244,5 @@ def look(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `command.finish`."""
-    return command.finish(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")
+    """Exit status as `exit_status.of_run`."""
+    return exit_status.of_run(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")

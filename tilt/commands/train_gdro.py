@@ -23,9 +23,10 @@ from finetune.ranges import NAME, TEXT, optional, part, setting
 from finetune.shards import Rollouts
 from finetune.state import check_out, finish
 from steering.manifest import fingerprint
-from tilt import command, idle, loading, started, training
+from tilt import digests, exit_status, idle_settings, loading, started, training
 from tilt.options import Options
 from tilt.processes import is_main
+from tilt.wording import counted
 
 
 @dataclass
@@ -56,12 +57,12 @@ def run(settings: TrainGdro) -> None:
     """Check everything, then train."""
     if not settings.rollouts or not settings.out:
         raise ValueError("set rollouts=FOLDER and out=FOLDER")
-    idle.of_gdro(settings)
-    settings = command.resolved(settings)
+    idle_settings.check_gdro(settings)
+    settings = loading.resolved(settings)
     check_out(settings)
     made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
     plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
-    made_of = command.made_of(settings, spec, rollouts=made.digest(gdro.reward))
+    made_of = digests.of_run(settings, spec, rollouts=made.digest(gdro.reward))
     if training.finished(settings, gdro.steps, made_of):
         training.show(settings)
         return
@@ -73,9 +74,7 @@ def run(settings: TrainGdro) -> None:
     if not name:
         raise ValueError("the rollouts do not say their model; set model=")
     load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
-    unscored = (
-        f"{command.counted(data.unscored, 'image')} left out, whose reward is not a finite number"
-    )
+    unscored = f"{counted(data.unscored, 'image')} left out, whose reward is not a finite number"
     watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
     started.say(f"loading {name}")
     pipe = load()
@@ -88,13 +87,13 @@ def run(settings: TrainGdro) -> None:
     trainer = GdroTrainer(network, family, noising, data, gdro, accelerator)
     training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
-        count = command.counted(len(data.groups), "prompt")
+        count = counted(len(data.groups), "prompt")
         print(f"{count}; {data.dropped} left out, whose rewards are all equal")
         if data.unscored:
             print(f"{unscored}")
     training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), weighed)
     about = [
-        f"{command.counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
+        f"{counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
         f"{plan['steered']} steered images each, seed {plan['seed']}, "
         f"call {json.dumps(plan['call'])}",
         f"the network that drew them has the fingerprint {made.manifest['weights']}",
@@ -109,5 +108,5 @@ def run(settings: TrainGdro) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `command.finish`."""
-    return command.finish(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")
+    """Exit status as `exit_status.of_run`."""
+    return exit_status.of_run(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")

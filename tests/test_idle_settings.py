@@ -9,8 +9,8 @@ from test_configs import RECIPES
 
 from finetune.ranges import refuse_idle
 from scripts.benchmarks import adversarial
-from tilt import idle
 from tilt.commands import evaluate, rollout, train_adversarial, train_critic, train_gdro
+from tilt.idle_settings import check_adversarial, check_critic, check_gdro
 
 OPTIONS = {
     "gdro": train_gdro.OPTIONS,
@@ -99,24 +99,32 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
     ("check", "kind", "words"),
     [
         (
-            idle.of_gdro,
+            check_gdro,
             train_gdro.OPTIONS,
             ["--check.every=5", "--check.prompts=x", "--check.patience=2"],
         ),
-        (idle.of_gdro, train_gdro.OPTIONS, ["--gdro.form=top1", "--gdro.temperature=1"]),
         (
-            idle.of_adversarial,
+            check_gdro,
+            train_gdro.OPTIONS,
+            ["--gdro.form=top1", "--gdro.temperature=1"],
+        ),
+        (
+            check_adversarial,
             train_adversarial.OPTIONS,
             ["--method=nft", "--nft.lr=1", "--grpo.lr=1e-4"],
         ),
-        (idle.of_adversarial, train_adversarial.OPTIONS, ["--grpo.updates=2", "--grpo.clip=1"]),
         (
-            idle.of_adversarial,
+            check_adversarial,
+            train_adversarial.OPTIONS,
+            ["--grpo.updates=2", "--grpo.clip=1"],
+        ),
+        (
+            check_adversarial,
             train_adversarial.OPTIONS,
             [*LEARNS, "--critic-weight=3", "--critic.patches=3", "--tower=x", "--paired"],
         ),
         (
-            idle.of_adversarial,
+            check_adversarial,
             train_adversarial.OPTIONS,
             [
                 *LEARNS,
@@ -126,7 +134,7 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
             ],
         ),
         (
-            lambda settings: idle.of_critic(settings, "kind"),
+            lambda settings: check_critic(settings, "kind"),
             train_critic.OPTIONS,
             ["--critic.replay=3", "--critic.replay-share=1", *EVERY],
         ),
@@ -139,10 +147,10 @@ def test_what_does_something_is_not_refused(check, kind, words):
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_has_no_setting_that_does_nothing(file):
     if file.stem.startswith("gdro"):
-        idle.of_gdro(train_gdro.OPTIONS.read(["--config", str(file)]))
+        check_gdro(train_gdro.OPTIONS.read(["--config", str(file)]))
     else:
         pictures = [] if file.stem.startswith("grpo") else LEARNS
-        idle.of_adversarial(train_adversarial.OPTIONS.read(["--config", str(file), *pictures]))
+        check_adversarial(train_adversarial.OPTIONS.read(["--config", str(file), *pictures]))
 
 
 @pytest.mark.parametrize(
@@ -151,15 +159,15 @@ def test_a_recipe_has_no_setting_that_does_nothing(file):
 def test_the_benchmarks_runs_have_no_setting_that_does_nothing(name, words):
     words = [*words, *(LEARNS if "critic" in name else [])]
     (file,) = (file for file in RECIPES if file.stem == "adversarial_tiny")
-    idle.of_adversarial(train_adversarial.OPTIONS.read(["--config", str(file), *words]))
+    check_adversarial(train_adversarial.OPTIONS.read(["--config", str(file), *words]))
 
 
 def test_settings_of_checks_are_those_of_the_run_where_there_were_some(tmp_path):
     settings = train_gdro.OPTIONS.read([f"--out={tmp_path}", "--check.best=train/reward"])
     with pytest.raises(ValueError, match=r"check\.best is 'train/reward' but has no effect"):
-        idle.of_gdro(settings)
+        check_gdro(settings)
     Path(tmp_path / "checks.csv").touch()
-    idle.of_gdro(settings)
+    check_gdro(settings)
 
 
 def test_every_setting_of_a_group_is_looked_at():

@@ -10,19 +10,19 @@ from typing import Any
 
 from finetune.ranges import refuse_idle
 
-__all__ = ["of_adversarial", "of_critic", "of_gdro"]
+__all__ = ["check_adversarial", "check_critic", "check_gdro"]
 
 
-def of_gdro(settings: Any) -> None:
+def check_gdro(settings: Any) -> None:
     """Those of `tilt train gdro`."""
-    _of_checks(settings)
+    _check_checks(settings)
     if settings.gdro.form == "rank":
         refuse_idle(settings, ["gdro.temperature"], "gdro.form is 'rank'")
 
 
-def of_adversarial(settings: Any) -> None:
+def check_adversarial(settings: Any) -> None:
     """Those of `tilt train adversarial`."""
-    _of_checks(settings)
+    _check_checks(settings)
     refuse_idle(
         settings, [{"grpo": "nft", "nft": "grpo"}[settings.method]], _is("method", settings)
     )
@@ -36,10 +36,10 @@ def of_adversarial(settings: Any) -> None:
         refuse_idle(settings, names, "a critic needs references=, and a critic_weight above 0")
     elif settings.critic_kind == "features" and not settings.critic_from:
         refuse_idle(settings, ["critic_layers"], _is("critic_kind", settings))
-    of_critic(settings, "critic_kind")
+    check_critic(settings, "critic_kind")
 
 
-def of_critic(settings: Any, kind: str) -> None:
+def check_critic(settings: Any, kind: str) -> None:
     """Those of a critic, whose settings are `critic` and, under the name `kind`, its kind."""
     critic = settings.critic
     if getattr(settings, kind) == "preference":
@@ -54,7 +54,7 @@ def of_critic(settings: Any, kind: str) -> None:
         refuse_idle(settings, ["critic.below"], f"critic.trigger is {critic.trigger!r}")
 
 
-def _of_checks(settings: Any) -> None:
+def _check_checks(settings: Any) -> None:
     """Those of a run that had some choose its LoRA, whether there will be more or not."""
     if not settings.check.every and not (Path(settings.out) / "checks.csv").exists():
         refuse_idle(settings, ["check"], "check.every is 0")

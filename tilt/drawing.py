@@ -1,0 +1,72 @@
+"""The settings of commands that draw the prompts of a file, and what is made of them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.ranges import (
+    FLAG,
+    KEYWORDS,
+    NAME,
+    SEED,
+    TEXT,
+    check,
+    one_of,
+    optional,
+    setting,
+    whole,
+)  # fmt: skip
+from steering import FeynmanKac
+from steering.pipeline import steer_each
+from tilt.loading import DTYPES
+
+__all__ = ["Drawing", "call_of", "filter_of"]
+
+
+@dataclass
+class Drawing:
+    """The settings of a command that draws the prompts of a file."""
+
+    prompts: str = setting("", TEXT, "a file of prompts: one a line, or .jsonl")
+    out: str = setting("", TEXT, "the folder to make")
+    model: str = setting("tiny-sd3", NAME, "hub id, folder, tiny-sd3 or tiny-sd")
+    lora: str | None = setting(None, optional(NAME), "LoRA weights to load: another round")
+    filter: dict[str, Any] = setting(
+        dict, KEYWORDS, "fields of FeynmanKac, as in --filter.reward-scale 30"
+    )
+    call: dict[str, Any] = setting(
+        dict, KEYWORDS, "keywords of the pipeline's call, as in --call.guidance-scale 4.5"
+    )
+    seed: int = setting(0, SEED, "seed of the whole run")
+    max_batch: int | None = setting(
+        None, optional(whole(1)), "rows that the network evaluates at once"
+    )
+    dtype: str = setting(
+        "auto",
+        one_of("auto", *DTYPES),
+        "type of the networks; auto is float32 on a CPU, else a half type",
+    )
+    resume: bool = setting(False, FLAG, "make only what is missing or damaged")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def filter_of(fields: dict[str, Any]) -> FeynmanKac:
+    """The filter's settings by name; ValueError for a name or a value that it does not have."""
+    if isinstance(fields.get("funnel"), list):  # YAML has no tuples
+        fields = fields | {"funnel": tuple(fields["funnel"])}
+    try:
+        return FeynmanKac(**fields)
+    except TypeError as error:
+        raise ValueError(f"filter= is wrong: {error}") from None
+
+
+def call_of(given: dict[str, Any], defaults: dict[str, Any], name: str = "call") -> dict[str, Any]:
+    """Keywords of the pipeline's call; ValueError for one that is steering's own, not its."""
+    for key in given:
+        if key in inspect.signature(steer_each).parameters:
+            raise ValueError(f"{name}.{key} is no keyword of the pipeline's call; leave it out")
+    return defaults | given
