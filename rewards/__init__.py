@@ -24,7 +24,7 @@ __all__ = ["Reward", "WeightedSum", "aggregators", "available", "identity", "loa
 
 @runtime_checkable
 class Reward(Protocol):
-    """What steering and fine-tuning require of a reward.
+    """The interface of a reward that steering and fine-tuning require.
 
     It is called with images, float (n, 3, h, w) in [0, 1] on any device; n prompts; and
     references, images to compare with, which only a few rewards need. It returns scores (n,) on
@@ -46,12 +46,12 @@ class Reward(Protocol):
 
 
 def available() -> dict[str, str]:
-    """The built-in rewards, as {name: description}."""
+    """Return the built-in rewards, as {name: description}."""
     return {name: description for name, (_, description) in sorted(REWARDS.items())}
 
 
 def aggregators() -> dict[str, str]:
-    """The functions that combine rewards in a spec, as in `min(clip, ocr)`: {name: description}."""
+    """Return the functions that combine rewards in a spec, such as min: {name: description}."""
     return {name: description for name, (_, description) in sorted(AGGREGATORS.items())}
 
 
@@ -68,11 +68,11 @@ def load(
         device: Device of the models; None lets them follow the images.
         imports: Whether the text is the caller's own. It may then name code as `module:attribute`
             (imported, and called with the arguments if it has any or is a class), files, folders,
-            hub repositories and addresses. By default, as befits text from elsewhere, these are
-            an error; see `rewards.catalogue`.
+            hub repositories and addresses. By default, which is meant for untrusted text, these
+            are an error; see `rewards.catalogue`.
 
     The `spec` of a callable that cannot be imported, such as a lambda, is its name in <>.
-    ValueError for text that is unknown or refused, and for what cannot be loaded.
+    Raises ValueError for text that is unknown or refused, and if loading fails.
     """
     _check(device, imports)
     if isinstance(reward, WeightedSum):
@@ -86,15 +86,15 @@ def load(
 
 
 def spelled(text: str, imports: bool = False) -> str:
-    """The `spec` of the reward that `load` would make, without loading or importing anything.
+    """Return the `spec` of the reward that `load` would make, without loading or importing it.
 
-    ValueError for unknown or refused text.
+    Raises ValueError for unknown or refused text.
     """
     return format_terms(_unaliased(read(text, imports)))
 
 
 def _unaliased(terms: Sequence[Term]) -> tuple[Term, ...]:
-    """The terms without aliases that equal their default names."""
+    """Return the terms without aliases that equal their default names."""
     found = []
     for term in terms:
         call = replace(term.call, sums=tuple(_unaliased(each) for each in term.call.sums))

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def best_of_n(scores: Tensor) -> float:
-    """1 where the first of n scores (n,) is the highest, 1/k where k scores share that, else 0.
+    """Return 1 if the first of n scores (n,) is the highest, 1/k if it ties with k - 1, else 0.
 
     RewardBench 2's `reroll_and_score_dataset` (allenai/reward-bench).
     """
@@ -38,7 +38,7 @@ def best_of_n(scores: Tensor) -> float:
 
 
 def ties_score(ref: Mapping[Any, Any], tied: Mapping[Any, Any]) -> float:
-    """RewardBench 2's score of its subset Ties, exactly as published, at most 1.01.
+    """Return RewardBench 2's score of its subset Ties, exactly as published, at most 1.01.
 
     0.3 mean[tied is right] + 0.3 mean[ref is right] + 0.2 mean[g > w] + 0.2 mean[min(g, g') > w]
     + 0.01 mean[tanh(min(g, g')/w - 1)], where 0/0 counts 0 in the last term. A prompt is right if
@@ -80,13 +80,13 @@ def read_choices(path: str | Path) -> list[Choice]:
     """Read a .jsonl file with lines {"prompt": ..., "chosen": ..., "rejected": [...]}.
 
     The keys are RewardBench 2's: chosen is one path or a list; `subset` and `id` (`ref:7` and
-    `tied:7` in the subset Ties) are optional; others are ignored. ValueError names a broken line.
+    `tied:7` in the subset Ties) are optional; others are ignored. ValueError for an invalid line.
     """
     choices = []
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no file of choices that can be read: {error}") from error
+        raise ValueError(f"{path} is not a readable file of choices: {error}") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -104,7 +104,7 @@ def read_choices(path: str | Path) -> list[Choice]:
 
 
 def _choice(entry: Any) -> Choice | None:
-    """The choice of a line, or None where a value has another type."""
+    """Return the choice of a line, or None if a value has another type."""
     prompt, chosen, rejected = entry["prompt"], entry["chosen"], entry["rejected"]
     chosen = [chosen] if isinstance(chosen, str) else chosen
     lists = all(isinstance(paths, list) and paths for paths in (chosen, rejected))
@@ -120,7 +120,7 @@ def score_choices(
     folder: str | Path = "",
     device: torch.device | str | None = None,
 ) -> list[Tensor]:
-    """The scores of each choice's images, chosen first; paths are relative to `folder`."""
+    """Return the scores of each choice's images, chosen first; paths are relative to `folder`."""
     scores = []
     for choice in choices:
         found = []
@@ -139,7 +139,7 @@ def _picture(path: Path, device: torch.device | str | None) -> Tensor:
 
 
 def choice_results(choices: Sequence[Choice], scores: Sequence[Tensor]) -> dict[str, float]:
-    """The mean of `best_of_n` for each subset, and `ties_score` for the subset Ties."""
+    """Return the mean of `best_of_n` for each subset, and `ties_score` for the subset Ties."""
     ties: dict[str, dict[str, Any]] = {"ref": {}, "tied": {}}
     credits: dict[str, list[float]] = {}
     for choice, values in zip(choices, scores, strict=True):

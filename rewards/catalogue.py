@@ -1,15 +1,15 @@
 """The built-in rewards, and the meaning of a spec before anything is loaded.
 
 `read` parses a spec, names every argument, and raises ValueError for unknown ones. It also
-decides what a text may access. With `imports` the text is the caller's own and may access
-anything. Without, it may come from anybody, and may name:
+decides what a text may access. With `imports` the text is trusted and may access anything.
+Without, it is untrusted and may name:
 
     built-in rewards and aggregators, with numbers, true, false, none, and the words of CHOICES
-    `tiny` and `random:<seed>` as weights; any other text only where it is the default
+    `tiny` and `random:<seed>` as weights; any other text only if it is the default
 
 So it cannot import code, open a file or a folder of its choice, download a hub repository of its
 choice, send a request, or read the environment. It can still use time and memory: limit its
-length, and set HF_HUB_OFFLINE=1 where it must not download the default weights.
+length, and set HF_HUB_OFFLINE=1 if it must not download the default weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ CHOICES = {
 }  # fmt: skip
 MEGABYTE = 2**20
 WEIGHTS = {"clip", "colours", "source"}  # arguments that may name weights
-# hints for names of other software, where the most similar name would be a different reward
+# hints for names of other software, whose most similar name here is a different reward
 ELSEWHERE = {
     "hpsv2": "write hps(version=v2) or hps(version=v2.1)",
     "hpsv3": "HPSv3 is not among them (hps has v2 and v2.1); a function of yours can be one",
@@ -64,32 +64,32 @@ ELSEWHERE = {
 
 
 class OutsideError(ValueError):
-    """A text of unknown origin would access something outside this package, described by `what`."""
+    """An untrusted text would access something outside this package, described by `what`."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         super().__init__(
-            f"{what}, which text from elsewhere may not; pass imports=True to rewards.load() where "
-            "the text is your own"
+            f"{what}, which untrusted text may not do; pass imports=True to rewards.load() if the "
+            "text is your own"
         )
 
 
 def read(text: str, imports: bool = False) -> tuple[Term, ...]:
-    """The terms of a spec, with named arguments in the order of the reward's signature.
+    """Return the terms of a spec, with named arguments in the order of the reward's signature.
 
-    Nothing is loaded. ValueError for unknown names and syntax errors, and, unless `imports`, its
-    subclass OutsideError for what the module docstring does not list.
+    Nothing is loaded. Raises ValueError for unknown names and syntax errors, and, unless `imports`,
+    its subclass OutsideError for everything that the module docstring does not list.
     """
     return tuple(_term(term, imports) for term in parse(text))
 
 
 def identity(text: str) -> str:
-    """12 hexadecimal digits that change when the same spec comes to mean another reward.
+    """Return 12 hexadecimal digits that change if the meaning of the spec changes.
 
     They depend on the code and the embedded weights of this package, and on the files, folders
-    (what is directly in them) and modules (MODULE:NAME) that the spec names; of a file above two
-    megabytes, on its size, first and last megabyte. They do not depend on weights from a hub or on
-    what a module imports.
+    (without subfolders) and modules (MODULE:NAME) that the spec names; for files above two
+    megabytes, only on the size and the first and last megabyte. They do not depend on weights from
+    a hub or on the imports of a module.
     """
     found = hashlib.sha256(_own())
     for value in _texts(read(text, imports=True)):
@@ -102,7 +102,7 @@ def identity(text: str) -> str:
 
 
 def _module(name: str) -> str:
-    """The file of MODULE:NAME, or "" where it cannot be found without importing it."""
+    """Return the file of MODULE:NAME, or "" if it cannot be found without importing it."""
     try:
         found = importlib.util.find_spec(re.split("[.:]", name)[0])
     except (ImportError, ValueError):
@@ -117,7 +117,7 @@ def _own() -> bytes:
 
 
 def _content(top: Path, paths: Iterable[Path]) -> bytes:
-    """A digest of files and of their names below `top`."""
+    """Return a digest of files and of their names below `top`."""
     found = hashlib.sha256()
     for file in sorted(path for path in paths if path.is_file()):
         if "__pycache__" in file.parts:
@@ -132,7 +132,7 @@ def _content(top: Path, paths: Iterable[Path]) -> bytes:
 
 
 def _texts(terms: Sequence[Term]) -> Iterator[str]:
-    """All arguments that are text, also of nested rewards, and the files of named modules."""
+    """Yield all text arguments, also of nested rewards, and the files of named modules."""
     for call in (term.call for term in terms):
         yield from [_module(call.name)] if ":" in call.name else []
         yield from (v for v in (*call.args, *dict(call.kwargs).values()) if isinstance(v, str))
@@ -141,7 +141,7 @@ def _texts(terms: Sequence[Term]) -> Iterator[str]:
 
 
 def factory_of(name: str) -> Callable[..., Any]:
-    """The class of a built-in reward."""
+    """Return the class of a built-in reward."""
     module, _, attribute = REWARDS[name][0].partition(".")
     return getattr(importlib.import_module(f"rewards.models.{module}"), attribute)
 
@@ -171,7 +171,7 @@ def _term(term: Term, imports: bool) -> Term:
 
 
 def _reaches(name: str, key: str, value: Value) -> bool:
-    """Whether this argument would open, import or request something that the text chose."""
+    """Return whether this argument would open, import or request something that the text chose."""
     if not isinstance(value, str):
         return False
     if key in CHOICES:
@@ -185,7 +185,7 @@ def _reaches(name: str, key: str, value: Value) -> bool:
 
 
 def _built_in(call: Call) -> Call:
-    """The call with every argument named, in the order of the reward's signature."""
+    """Return the call with every argument named, in the order of the reward's signature."""
     parameters = inspect.signature(factory_of(call.name)).parameters
     names = [name for name in parameters if name != "device"]
     if len(call.args) > len(names):
@@ -210,7 +210,7 @@ def _of_others(call: Call, imports: bool) -> Call:
     given = dict(call.kwargs)
     for key, parameter in options.items():
         if parameter.default is parameter.empty and key not in given:
-            raise ValueError(f"{call.name} needs the argument {key}=, which {call} leaves out")
+            raise ValueError(f"{call.name} needs the argument {key}=, which {call} does not have")
     ordered = tuple((key, given[key]) for key in options if key in given)
     sums = tuple(tuple(_term(term, imports) for term in terms) for terms in call.sums)
     return Call(call.name, (), ordered, sums)

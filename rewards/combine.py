@@ -26,9 +26,9 @@ Range = tuple[float | None, float | None]
 class Function:
     """Any `f(images, prompts)` as a reward: n numbers, as a tensor or a sequence.
 
-    `references` is passed on if the function has such a parameter. The range is unknown.
-    `differentiable` is the function's attribute of that name; where it has none, it is False and
-    the function is called without gradients.
+    `references` is passed on if the function has this parameter. The range is unknown.
+    `differentiable` is the function's attribute of that name; without it, it is False and the
+    function is called without gradients.
     """
 
     range = (None, None)
@@ -51,17 +51,17 @@ class Function:
 
 
 def _wants_references(function: Callable[..., Any], name: str) -> bool:
-    """Whether it has that parameter; ValueError where f(images, prompts) cannot be called."""
+    """Return whether it has that parameter; ValueError if f(images, prompts) cannot be called."""
     try:
         signature = inspect.signature(function)
-    except ValueError:  # some functions written in C have none
+    except ValueError:  # some functions written in C have no signature
         return False
     wants = "references" in signature.parameters
     try:
         signature.bind(None, None, **({"references": None} if wants else {}))
     except TypeError as error:
         raise ValueError(
-            f"the reward {name} is called as f(images, prompts) but takes {signature} ({error})"
+            f"the reward {name} must accept f(images, prompts) but takes {signature} ({error})"
         ) from error
     return wants
 
@@ -103,7 +103,7 @@ class WeightedSum:
 
     @property
     def differentiable(self) -> bool:
-        """Whether every component of a weight other than 0 is."""
+        """Whether every component with a weight other than 0 is differentiable."""
         return all(part.reward.differentiable for part in self.parts if part.weight)
 
     @property
@@ -113,7 +113,7 @@ class WeightedSum:
 
     @property
     def range(self) -> Range:
-        """Bounds of the total, None where a component has none."""
+        """Bounds of the total, None if a component has no bound."""
         counted = [part for part in self.parts if part.weight]
         ends = [part.reward.range[:: 1 if part.weight > 0 else -1] for part in counted]
         low, high = (
@@ -130,10 +130,10 @@ class WeightedSum:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total (n,) and {name: component (n,)} on the images' device.
+        """Return the total (n,) and {name: component (n,)} on the images' device.
 
-        They are float32, or float64 where a component is. They pass gradients only where the
-        whole sum is `differentiable`, since a partial gradient misleads.
+        They are float32, or float64 if a component is. They pass gradients only if the whole sum
+        is `differentiable`, since a partial gradient would be misleading.
         """
         components = self.components(images, prompts, references=references)
         total = torch.zeros(len(images), device=images.device)
@@ -145,7 +145,7 @@ class WeightedSum:
     def components(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> dict[str, Tensor]:
-        """The unweighted scores {name: (n,)}, in the order of the spec."""
+        """Return the unweighted scores {name: (n,)}, in the order of the spec."""
         found = {}
         with sharing():
             # those with gradients first, because the others can use their features from the cache
@@ -193,7 +193,7 @@ class WeightedSum:
 
 
 class Scores(Protocol):
-    """(images, prompts, references) -> the score (n,) and the scores of the components by name."""
+    """Maps (images, prompts, references) to the score (n,) and the components' scores by name."""
 
     def __call__(
         self, images: Tensor, prompts: Sequence[str], references: Any, /
@@ -222,7 +222,7 @@ class Aggregate:
 
     @property
     def differentiable(self) -> bool:
-        """Whether every component of a weight other than 0 is."""
+        """Whether every component with a weight other than 0 is differentiable."""
         return all(member.differentiable for member in self.members)
 
     @property
@@ -241,14 +241,14 @@ class Aggregate:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The score (n,) and {name: component (n,)} on the images' device, float32 or float64."""
+        """Return the score and {name: component}, each (n,), float32 or float64, as the images."""
         check_inputs(images, prompts)
         with sharing(), _gradients(self.differentiable):
             return self.score(images, prompts, references)
 
 
 def _scored(part: Part, images: Tensor, prompts: Sequence[str], references: Any) -> dict[str, Any]:
-    """The scores of one component, followed by those of its own components."""
+    """Return the scores of one component, followed by those of its own components."""
     inner = {}
     if isinstance(part.reward, Aggregate):
         scores, inner = part.reward.evaluate(images, prompts, references=references)
@@ -257,7 +257,7 @@ def _scored(part: Part, images: Tensor, prompts: Sequence[str], references: Any)
     if scores.shape != (len(images),):
         raise ValueError(
             f"reward {part.name} returned shape {tuple(scores.shape)} for "
-            f"{len(images)} images; it must return one number an image"
+            f"{len(images)} images; it must return one number per image"
         )
     return {part.name: scores, **inner}
 
@@ -269,7 +269,7 @@ def _gradients(wanted: bool) -> Any:
 def _numbers(name: str, scores: Any, images: Tensor) -> Tensor:
     """Scores of any type as a tensor on the images' device, float32 unless they are float64.
 
-    ValueError where they are no real numbers.
+    Raises ValueError if they are not real numbers.
     """
     try:
         found = torch.as_tensor(scores)
@@ -279,12 +279,12 @@ def _numbers(name: str, scores: Any, images: Tensor) -> Tensor:
         return found.to(images.device, torch.float64 if double else torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"reward {name} returned {scores!r:.80} but must return one number an image ({error})"
+            f"reward {name} returned {scores!r:.80} but must return one number per image ({error})"
         ) from error
 
 
 def component_names(parts: Sequence[Part]) -> list[str]:
-    """The names that `evaluate` reports, in order."""
+    """Return the names that `evaluate` reports, in order."""
     names = []
     for part in parts:
         names.append(part.name)
@@ -295,7 +295,7 @@ def component_names(parts: Sequence[Part]) -> list[str]:
 
 
 def names_in(spec: str) -> list[str]:
-    """The names that the reward of a spec would report, without loading it."""
+    """Return the names that the reward of a spec would report, without loading it."""
     return _names_in(parse(spec))
 
 
@@ -318,7 +318,7 @@ def _refuse_twins(names: Sequence[str]) -> None:
 
 
 def call_of(reward: Any, otherwise: Call) -> Call:
-    """The call that made a reward, if its `spec` is one call, or else `otherwise`."""
+    """Return the call that made a reward, if its `spec` is one call, or else `otherwise`."""
     spec = getattr(reward, "spec", None)
     if spec and len(terms := parse(spec)) == 1 and terms[0].weight == 1:
         return terms[0].call
@@ -326,7 +326,7 @@ def call_of(reward: Any, otherwise: Call) -> Call:
 
 
 def default_name(call: Call) -> str:
-    """The name under which a component is reported if it has no alias.
+    """Return the name under which a component is reported if it has no alias.
 
     An aggregator of a single reward appends its name, as in `clip_above_ocr`.
     """

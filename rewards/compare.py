@@ -1,4 +1,4 @@
-"""How much two rewards agree, and whether one that is trained on is being hacked.
+"""Agreement of two rewards, and detection of reward hacking in training.
 
 Legend: n images, t evaluations, h held-out rewards; a and b (n,) are two rewards of the same
 images. Everything is computed in float64.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["Agreement", "agreement", "hacked", "kendall_tau", "per_prompt", "starc_distance"]
 
-ALONE = "every prompt has one image only, so no two can be compared; give more"
+ALONE = "every prompt has only one image, so no two can be compared; give more"
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Agreement:
     """How two rewards rank the images of the same prompt.
 
     Attributes:
-        tau: Mean over prompts of Kendall's τ-b, NaN where no prompt has one.
-        prompts: Number of prompts that have a τ-b.
-        concordant: Share of the pairs of images that both rewards order alike.
+        tau: Mean over prompts of Kendall's τ-b, NaN if it is defined for no prompt.
+        prompts: Number of prompts for which τ-b is defined.
+        concordant: Share of the pairs of images that both rewards order in the same way.
         pairs: Number of pairs of images of the same prompt.
     """
 
@@ -35,7 +35,7 @@ class Agreement:
 
 
 def starc_distance(a: Tensor, b: Tensor, prompts: Sequence[Hashable]) -> float:
-    """The distance of two rewards up to changes that no choice depends on, from 0 to 2.
+    """Return the distance of two rewards, from 0 to 2, up to changes that affect no choice.
 
     STARC (Skalse et al. 2024, arXiv 2309.15257) canonicalises, normalises and measures. For one
     choice per prompt, without states that follow, a reward is canonical when its mean over each
@@ -49,10 +49,10 @@ def starc_distance(a: Tensor, b: Tensor, prompts: Sequence[Hashable]) -> float:
 
 
 def agreement(a: Tensor, b: Tensor, prompts: Sequence[Hashable]) -> Agreement:
-    """How similarly two rewards a and b (n,) rank the images of the same prompt.
+    """Measure how similarly two rewards a and b (n,) rank the images of the same prompt.
 
-    A pair of images of one prompt counts 1 where both rewards order it alike or both tie, and ½
-    where one of them ties, so that a constant reward has ½ whatever the other is.
+    A pair of images of one prompt counts 1 if both rewards order it in the same way or both tie,
+    and ½ if one of them ties, so a constant reward has ½ with any other.
     """
     a, b = _pair(a, b, prompts)
     taus, points, pairs = [], 0.0, 0
@@ -69,23 +69,23 @@ def agreement(a: Tensor, b: Tensor, prompts: Sequence[Hashable]) -> Agreement:
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:
-    """Kendall's τ-b of a and b (n,), (C - D)/√((P - Tₐ)(P - T_b)); NaN where either is constant.
+    """Return Kendall's τ-b of a and b (n,), (C - D)/√((P - Tₐ)(P - T_b)); NaN if one is constant.
 
-    Of P pairs, C are ordered alike and D oppositely, Tₐ tie in a and T_b in b.
+    C of the P pairs are concordant and D discordant, Tₐ tie in a and T_b in b.
     """
     a, b = _pair(a, b, range(len(a)))
     return _tau(_order(a), _order(b))
 
 
 def per_prompt(values: Tensor, prompts: Sequence[Hashable]) -> Tensor:
-    """The mean of each prompt's values (n,), in the order in which prompts first occur."""
+    """Return the mean of each prompt's values (n,), in the order in which prompts first occur."""
     if values.shape != (len(prompts),):
         raise ValueError(f"{len(prompts)} prompts but values of shape {tuple(values.shape)}")
     return torch.stack([values[rows].double().mean() for rows in _groups(prompts)])
 
 
 def hacked(train: Tensor, heldout: Tensor, patience: int = 3) -> Tensor:
-    """Where the trained reward has risen while a held-out one fell, `patience` times in a row.
+    """Detect where the trained reward rose while a held-out one fell, `patience` times in a row.
 
     train (t,) and heldout (t,) or (t, h) have one row for each evaluation, in order. Returns bool
     of heldout's shape, true at an evaluation where each of the last `patience` steps raised the
@@ -116,7 +116,7 @@ def _pair(a: Tensor, b: Tensor, prompts: Sequence[Hashable]) -> tuple[Tensor, Te
 
 
 def _groups(prompts: Sequence[Hashable]) -> list[Tensor]:
-    """The rows of each prompt, in the order in which prompts first occur."""
+    """Return the rows of each prompt, in the order in which prompts first occur."""
     rows: dict[Hashable, list[int]] = {}
     for i, prompt in enumerate(prompts):
         rows.setdefault(prompt, []).append(i)
@@ -137,7 +137,7 @@ def _standardised(reward: Tensor, prompts: Sequence[Hashable]) -> Tensor:
 
 
 def _order(values: Tensor) -> Tensor:
-    """The sign of each of the n(n - 1)/2 differences."""
+    """Return the sign of each of the n(n - 1)/2 differences."""
     i, j = torch.triu_indices(len(values), len(values), 1)
     return (values[i] - values[j]).sign()
 

@@ -19,7 +19,7 @@ _TABLE: ContextVar[dict[Any, tuple[Any, ...]] | None] = ContextVar("shared featu
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """The context in which `shared` caches. A sum of rewards opens one for each evaluation."""
+    """A context in which `shared` caches. A sum of rewards opens one for each evaluation."""
     if _TABLE.get() is not None:  # a nested sum uses the outer cache
         yield
         return
@@ -34,7 +34,7 @@ def shared(owner: Any, images: Tensor, make: Callable[[], T]) -> T:
     """Return `make()`, the features of `images` by `owner`, or the cached result.
 
     `images` is compared by identity. Features that were computed without gradients are not used
-    where gradients are enabled; those with gradients are used for both.
+    while gradients are enabled; those with gradients are used for both.
     """
     table = _TABLE.get()
     if table is None:

@@ -68,9 +68,7 @@ def check_prompts(prompts: Any) -> None:
         raise ValueError(f"prompts must be a list of texts, one for each image, but got {got}")
     for prompt in prompts:
         if not isinstance(prompt, str):
-            raise ValueError(
-                f"a prompt is {prompt!r:.80} but must be text; give '' where there is none"
-            )
+            raise ValueError(f"a prompt is {prompt!r:.80} but must be text; give '' for no prompt")
         try:
             prompt.encode()
         except UnicodeEncodeError:
@@ -88,8 +86,8 @@ def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor
     """Convert one image or several to float32 ``(n, 3, h, w)`` in [0, 1].
 
     Takes a PIL image (see `rgb`), a NumPy array (h, w, 3) or (n, h, w, 3), a tensor (3, h, w) or
-    (n, 3, h, w) (or channels last, where only that fits), or a sequence of these of one size.
-    Bytes are divided by 255; floats must already be in [0, 1]. ValueError for anything else.
+    (n, 3, h, w) (or channels last, if only that fits), or a sequence of these of one size.
+    Bytes are divided by 255; floats must already be in [0, 1]. Raises ValueError for anything else.
     """
     if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
         parts = [to_images(picture, device) for picture in pictures]
@@ -124,14 +122,14 @@ def to_images(pictures: Any, device: torch.device | str | None = None) -> Tensor
 def rgb(picture: Image.Image) -> Image.Image:
     """Convert a PIL image of any 8-bit mode to RGB.
 
-    Transparency is dropped, not blended, as in CLIP's own preprocessing. ValueError for the modes
-    with more bits, such as I and F: Pillow clips them at 255, which would turn a 16-bit image
-    white.
+    Transparency is dropped, not blended, as in CLIP's own preprocessing. Raises ValueError for
+    modes with more bits, such as I and F: Pillow clips them at 255, which would turn a 16-bit
+    image white.
     """
     if picture.mode.partition(";")[0] in ("I", "F"):
         raise ValueError(
-            f"an image has PIL's mode {picture.mode!r}, with more than 8 bits a pixel, whose value "
-            "of white is not known; save it with 8 bits a channel"
+            f"an image has PIL's mode {picture.mode!r}, with more than 8 bits per pixel, whose "
+            "value of white is not known; save it with 8 bits per channel"
         )
     return picture.convert("RGB")
 
@@ -166,7 +164,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 def resize_matrix(
     source: int, target: int, filter: str = "bicubic", window: tuple[int, int] | None = None
 ) -> Tensor:
-    """The (target, source) weights of one antialiased pass, float64, each row summing to 1.
+    """Return the (target, source) weights of one antialiased pass, float64, each row summing to 1.
 
     Pixel i of the result is centred at (i + 1/2)·source/target; downscaling widens the kernel by
     the same factor. The bicubic kernel is Keys' with a = -1/2, as in PIL. `window` selects the
@@ -195,7 +193,7 @@ def resize_matrix(
 def _bands(
     source: int, target: int, filter: str, window: tuple[int, int]
 ) -> list[tuple[int, int, Tensor]]:
-    """The weights in bands of an eighth of the rows each, without the columns that are 0 there.
+    """Return the weights in bands of an eighth of the rows, without columns that are 0 in a band.
 
     Each entry is (first column, end column, weights). Pixels depend on their neighbourhood only,
     so this saves at least half of the arithmetic.
@@ -248,7 +246,7 @@ def resize(
     x = x if height != h else x[..., slice(*rows), :]
     x = _round(x * 255) if exact else x
     passes = ["width"] * (width != w) + ["height"] * (height != h)
-    # Pillow 13 reduces the height first where that is faster; the clip makes the order matter
+    # Pillow 13 reduces the height first if that is faster; the clip makes the order matter
     if PILLOW >= 13 and h - height > max(0, 2 * (w - width)):
         passes.reverse()
     with torch.autocast(images.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Images on disk with the prompts they were made from, as a reward takes them."""
+"""Reading of images and their prompts from folders and .jsonl files, as inputs of a reward."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Sample:
 def read_samples(
     source: Path, prompt: str | None = None, exclude: tuple[str, ...] = ()
 ) -> list[Sample]:
-    """The images of a folder and its subfolders, or those that a .jsonl file lists.
+    """Return the images of a folder and its subfolders, or those that a .jsonl file lists.
 
     A line of the file is {"image": ..., "prompt": ..., "references": [...]} with paths relative to
     the file; "file_name" and "text", as in Hugging Face's image folders, are accepted as well. In
@@ -91,9 +91,9 @@ def _of_line(line: str, where: str, folder: Path, prompt: str | None) -> Sample:
     try:
         entry: Any = json.loads(line)
     except (ValueError, RecursionError) as error:  # a number may have too many digits
-        raise ValueError(f"{where} is not JSON ({error}): write one object a line") from None
+        raise ValueError(f"{where} is not JSON ({error}): write one object per line") from None
     if not isinstance(entry, dict):
-        raise ValueError(f'{where} is no object: write {{"image": ..., "prompt": ...}}')
+        raise ValueError(f'{where} is not an object: write {{"image": ..., "prompt": ...}}')
     image = next((entry[name] for name in NAMES if name in entry), None)
     text = next((entry[name] for name in PROMPTS if name in entry), prompt)
     references = entry.get("references", [])
@@ -108,7 +108,7 @@ def _of_line(line: str, where: str, folder: Path, prompt: str | None) -> Sample:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
-    """The JSON object in the text `parameters` of the image, or {}, and its size (h, w)."""
+    """Return the JSON object in the text `parameters` of the image, or {}, and its size (h, w)."""
     try:
         with Image.open(path) as picture:
             text = getattr(picture, "text", {}).get("parameters", "{}")
@@ -116,7 +116,7 @@ def _header(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         raise ValueError(f"{str(path)[-200:]} is no readable image: give a PNG or JPEG") from None
     if mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits, to white
-        raise ValueError(f"{path} has more than 8 bits a channel ({mode}): convert it to 8 first")
+        raise ValueError(f"{path} has more than 8 bits per channel ({mode}): convert it to 8 first")
     try:
         about = json.loads(text)
     except (ValueError, RecursionError):
@@ -125,7 +125,7 @@ def _header(path: Path) -> tuple[dict[str, Any], tuple[int, int]]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """The image as RGB; ValueError where the file is truncated."""
+    """Return the image as RGB; raises ValueError if the file is truncated."""
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
@@ -148,7 +148,7 @@ def batches(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
 def load_batch(
     samples: Sequence[Sample], device: torch.device | str | None = None
 ) -> tuple[Tensor, list[str], list[list[Image.Image]] | None]:
-    """The images (n, 3, h, w), prompts, and references or None, as a reward takes them."""
+    """Return the images (n, 3, h, w), prompts, and references or None, as a reward takes them."""
     images = to_images([open_picture(sample.image) for sample in samples], device)
     references = [[open_picture(path) for path in sample.references] for sample in samples]
     prompts = [sample.prompt for sample in samples]

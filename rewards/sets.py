@@ -1,4 +1,4 @@
-"""Rewards of a set of images, and what each image contributes to its set.
+"""Rewards of a set of images, and the contribution of each image to its set.
 
 Legend: n images, m references, d features; x (n, d) and y (m, d) are their features, μ a mean and
 Σ a covariance (divided by n - 1). Everything is computed in float64.
@@ -56,7 +56,7 @@ def mmd(
 
 
 def vendi(x: Tensor) -> Tensor:
-    """The effective number of different images, from 1 (all equal) to n (all orthogonal).
+    """Return the effective number of different images, from 1 (all equal) to n (all orthogonal).
 
     It is the exponential of the entropy of the eigenvalues of K/n, with K the cosines of x (n, d)
     (Friedman and Dieng 2022, arXiv 2210.02410, eq. 1). Returns a scalar, float64.
@@ -71,7 +71,7 @@ def vendi(x: Tensor) -> Tensor:
     return torch.special.entr(shares).sum().exp()
 
 
-# these return closures that hold what depends on the references only; larger is better
+# these return closures that hold everything that depends only on the references; larger is better
 
 
 def _minus_frechet(y: Tensor) -> Callable[[Tensor], Tensor]:
@@ -107,7 +107,7 @@ METRICS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 
 
 def leave_one_out(reward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The contribution of each of n rows, reward(all) - reward(all but this one), (n,).
+    """Return the contribution of each of n rows, reward(all) - reward(all but this one), (n,).
 
     `reward` maps features (n, d) to a scalar of which larger is better; negate a distance.
     """
@@ -119,8 +119,8 @@ def leave_one_out(reward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class SetReward:
     """The leave-one-out contribution of each image to the reward of its batch.
 
-    `frechet` and `mmd` are negated distances to the references, so an image scores above 0 where
-    the batch is closer to them with it than without it; `vendi` is the diversity of the batch and
+    `frechet` and `mmd` are negated distances to the references, so an image scores above 0 if the
+    batch is closer to them with it than without it; `vendi` is the diversity of the batch and
     takes no references. Rewards of sets are those of DRAGON (Bai et al. 2025, arXiv 2504.15217),
     whose references may be images or, in a shared space, captions.
 
@@ -181,14 +181,14 @@ class SetReward:
         if isinstance(references, str) or not (references and hasattr(self.tower, "text_features")):
             raise ValueError(
                 "the references of a set are features (m, d), images (m, 3, h, w), or a list of "
-                "captions where the tower is one of rewards.towers.sources"
+                "captions if the tower is one of rewards.towers.sources"
             )
         with torch.no_grad():
             return self.tower.text_features(list(references))
 
 
 def _features(x: Tensor, name: str, least: int) -> Tensor:
-    """Convert to float64, on the CPU where the device lacks it."""
+    """Convert to float64, on the CPU if the device lacks it."""
     if x.ndim != 2 or len(x) < least or not x.isfinite().all():
         raise ValueError(
             f"the features of {name} must be finite, of shape (n, d) with at least {least} rows, "
@@ -198,7 +198,7 @@ def _features(x: Tensor, name: str, least: int) -> Tensor:
 
 
 def _gaussian(y: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean, and R (r, d) with Rᵀ R = Σ and at most d rows."""
+    """Return the mean, and R (r, d) with Rᵀ R = Σ and at most d rows."""
     mean = y.mean(0)
     centred = (y - mean) / (len(y) - 1) ** 0.5
     root = torch.linalg.qr(centred, mode="r").R if len(y) > y.shape[1] else centred

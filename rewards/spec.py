@@ -1,4 +1,4 @@
-"""The text form of a reward, ``clip + 0.5*ocr(mode=strict)``, read and written.
+"""Reading and writing of the text form of a reward, ``clip + 0.5*ocr(mode=strict)``.
 
     sum    = [sign] term { sign term }
     term   = [alias "="] [number "*"] [alias "="] call ["*" number]     (one alias, one weight)
@@ -15,8 +15,8 @@ components of one name need aliases: ``a=clip(tiny) + b=clip(tiny, scale=logit)`
 
 ``critic:FOLDER`` by itself is ``critic(FOLDER)``.
 
-A name in <> belongs to a function or an object that cannot be imported; it can be read, not
-loaded. What a text may name depends on where it comes from, see `rewards.catalogue`.
+A name in <> belongs to a function or an object that cannot be imported; it can be parsed, but not
+loaded. Which names a text may use depends on whether it is trusted, see `rewards.catalogue`.
 
 The names in AGGREGATORS take sums and combine them into one score, ``min(clip, 0.5*ocr)`` or
 ``lcb(clip + 0.3*ocr, aesthetic, kappa=2)``; their options come last. They nest at most 20 deep.
@@ -116,14 +116,14 @@ class Term:
 
 
 def parse(text: str) -> tuple[Term, ...]:
-    """The terms of a spec; ValueError where it cannot be parsed."""
+    """Return the terms of a spec; raises ValueError if it cannot be parsed."""
     if isinstance(text, str) and text.startswith("critic:"):
         return (Term(Call("critic", (text.removeprefix("critic:"),))),)
     return _Parser(text).whole()
 
 
 def format_terms(terms: tuple[Term, ...]) -> str:
-    """The spec of some terms, from which `parse` restores them."""
+    """Return the spec of some terms, from which `parse` restores them."""
     text = ""
     for i, term in enumerate(terms):
         sign = "-" if term.weight < 0 else "+"
@@ -136,7 +136,7 @@ def format_terms(terms: tuple[Term, ...]) -> str:
 
 
 def aggregator(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Parameter]]:
-    """The function of a name in AGGREGATORS, and its options."""
+    """Return the function of a name in AGGREGATORS, and its options."""
     module, _, attribute = AGGREGATORS[name][0].partition(".")
     function = getattr(importlib.import_module(f"rewards.algebra.{module}"), attribute)
     parameters = inspect.signature(function).parameters
@@ -144,12 +144,12 @@ def aggregator(name: str) -> tuple[Callable[..., Any], dict[str, inspect.Paramet
 
 
 def written(name: str, made_by: Callable[..., Any], **arguments: Value) -> str:
-    """The spec of one reward: its name and the arguments that differ from `made_by`'s defaults."""
+    """Return the spec of a reward: its name and the arguments that are not `made_by`'s defaults."""
     return str(Call(name, (), chosen(made_by, arguments)))
 
 
 def chosen(made_by: Callable[..., Any], arguments: Mapping[str, Value]) -> Named:
-    """The arguments that differ from `made_by`'s defaults, in its order."""
+    """Return the arguments that differ from `made_by`'s defaults, in its order."""
     parameters = inspect.signature(made_by).parameters
     given = [(key, arguments[key]) for key in parameters if key in arguments]
     return tuple((key, value) for key, value in given if value != parameters[key].default)
@@ -196,7 +196,7 @@ class _Parser:
         return ValueError(f"reward spec {self.text!r:.200}: {wanted} expected but found {found}")
 
     def take(self, kind: str, pattern: re.Pattern[str] = OUTSIDE, only: str = "") -> str | None:
-        """The next token if it is of this kind (and one of the marks in `only`), else None."""
+        """Consume and return the next token if it is of this kind (and in `only`), else None."""
         match = pattern.match(self.text, self.at)
         if match is None or match.lastgroup != kind or (only and match[kind] not in only):
             return None

@@ -42,7 +42,7 @@ class _Arena:
     known: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
 
     def compare(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[float, float]]:
-        """The scores of both of each pair, averaged over the two orders."""
+        """Return the scores of both of each pair, averaged over the two orders."""
         new = [pair for pair in pairs if pair not in self.known]
         if new:
             asked = [*new, *[(j, i) for i, j in new]]
@@ -70,7 +70,7 @@ def tournament(compare_pairs: ComparePairs, n: int, anchor: int = 0) -> Standing
     loser of a match is eliminated, and of a draw the lower in the bracket. Ranks follow the round
     of elimination and, within one round, the average of all points. Each pair is compared in both
     orders, whose scores are averaged, so a preference for the first has no effect. All pairs of a
-    round are passed in one call. Where n is no power of 2 the best seeds have byes; the published
+    round are passed in one call. If n is not a power of 2 the best seeds have byes; the published
     code closes the gaps of the bracket instead.
 
     Args:
@@ -78,7 +78,7 @@ def tournament(compare_pairs: ComparePairs, n: int, anchor: int = 0) -> Standing
         n: Number of contestants.
         anchor: The contestant that all others are compared with first.
 
-    ValueError where a score is not finite.
+    Raises ValueError if a score is not finite.
     """
     if n < 2 or not 0 <= anchor < n:
         raise ValueError(f"a tournament needs n >= 2 and an anchor below n, but got {n}, {anchor}")
@@ -114,7 +114,7 @@ def bracket(n: int) -> list[int]:
 
 
 def _round(arena: _Arena, alive: list[int | None]) -> tuple[list[int | None], list[int]]:
-    """One round of matches between neighbours: the winners, in order, and the losers."""
+    """Return one round of matches between neighbours: the winners, in order, and the losers."""
     matches = list(zip(alive[::2], alive[1::2], strict=True))
     pairs = [(i, j) for i, j in matches if i is not None and j is not None]
     results = dict(zip(pairs, arena.compare(pairs), strict=True))

@@ -142,7 +142,10 @@ def test_every_comparison_as_a_command(tmp_path, bright, capsys):
         (["agreement", "--table", "none.csv"], "none.csv is no table of scores"),
         (["agreement", "--table", "a.csv", "--columns", "clip", "x"], "no column 'x'"),
         (["agreement", "--table", "a.csv", "--columns", "clip"], "two columns or more"),
-        (["preferences", "--file", "none.jsonl", "--reward", "jpeg"], "no file of choices"),
+        (
+            ["preferences", "--file", "none.jsonl", "--reward", "jpeg"],
+            "not a readable file of choices",
+        ),
         (["tournament", "--images", ".", "--judge", "jpeg"], "is no judge"),
     ],
 )

@@ -296,7 +296,7 @@ def test_broken_folders_are_refused_with_a_sentence(tmp_path):
             rewards.load(f"critic({tmp_path})", imports=True)
 
     config.write_text(json.dumps({**about, "hidden": 8}))
-    refused(r"is not what CriticHead needs: it has misshapen inner.bias")
+    refused(r"does not match CriticHead: it has misshapen inner.bias")
     for broken in ("{", "[]", "{}", '{"kind": "gan"}', json.dumps({**about, "depth": 2})):
         config.write_text(broken)
         refused("describes no critic .*; give a folder that training wrote")

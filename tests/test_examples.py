@@ -68,5 +68,5 @@ def test_the_endpoint_runs_nothing_that_a_request_names(tmp_path, monkeypatch):
     ):
         answer = client.post("/steer", json={"prompt": "a", "reward": reward})
         assert answer.status_code == 422
-        assert "text from elsewhere may not" in answer.json()["detail"]
+        assert "untrusted text may not do" in answer.json()["detail"]
     assert not list(tmp_path.iterdir())

@@ -182,7 +182,7 @@ def test_a_head_of_another_width_than_the_tower_is_refused(tmp_path):
     [
         (
             {"fc.weight": (1, 4), "fc.bias": (1,)},
-            r"no LAION aesthetic head: it holds fc.weight, fc",
+            r"not a LAION aesthetic head: it holds fc.weight, fc",
         ),
         ({"visual.transformer.resblocks.0.x": (1,)}, "looks like an open_clip model"),
         (

@@ -243,8 +243,8 @@ def test_the_alarm_rings_when_rewards_go_apart_for_long_enough():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: starc_distance(normal(3), normal(3), ["a", "b", "c"]), "one image only"),
-        (lambda: agreement(normal(3), normal(3), ["a", "b", "c"]), "one image only"),
+        (lambda: starc_distance(normal(3), normal(3), ["a", "b", "c"]), "only one image"),
+        (lambda: agreement(normal(3), normal(3), ["a", "b", "c"]), "only one image"),
         (lambda: starc_distance(normal(3), normal(4), ["a"] * 3), "3 prompts"),
         (lambda: starc_distance(normal(3), normal(3), "abc"), "3 prompts"),
         (lambda: agreement(normal(3) / 0, normal(3), ["a"] * 3), "not finite"),

@@ -415,7 +415,7 @@ def test_other_and_broken_checkpoints_are_refused(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     opened("cut short; fetch it again")
     save_file({k: v for k, v in state.items() if k != "layernorm.bias"}, path)
-    opened("is not what Dinov2Model needs: it lacks layernorm.bias; it looks like a transformers")
+    opened("does not match Dinov2Model: it lacks layernorm.bias; it looks like a transformers")
     save_file({**state, "head.weight": torch.zeros(2)}, path)
     opened("it has unknown head.weight")
     save_file({**state, "layernorm.bias": torch.zeros(2)}, path)

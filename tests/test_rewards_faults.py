@@ -223,7 +223,7 @@ def test_scores_come_as_float32_or_better_or_are_refused(make):
             assert found.dtype == (torch.float64 if wanted else torch.float32)
             assert found.tolist() == [1, 2]
     for scores in (None, ["a", "b"], 3.0, [1.0], {"a": 1}):
-        with refused("must return one number an image"):
+        with refused("must return one number per image"):
             rewards.load(make(scores))(IMAGES, PROMPTS)
 
 

@@ -205,7 +205,7 @@ def test_every_key_of_the_published_file_is_explained():
             fit(ours, renamed({**published, extra: torch.zeros(1)}), "it", ignore=IGNORED)
     for missing in ("blip.text_encoder.encoder.layer.3.output.dense.bias", "mlp.layers.7.bias"):
         state = {key: value for key, value in published.items() if key != missing}
-        with pytest.raises(ValueError, match=f"it is not what Network needs: it lacks {missing}"):
+        with pytest.raises(ValueError, match=f"it does not match Network: it lacks {missing}"):
             fit(ours, renamed(state), "it", ignore=IGNORED)
 
 

@@ -449,7 +449,7 @@ def test_a_key_that_is_not_set_is_named(server, monkeypatch):
         ({"url": "http://a/v1"}, "model=NAME"),
         ({"url": "http://a/v1", "model": "m", "preset": "unified"}, "'unifiedreward'"),
         ({"url": "http://a/v1", "model": "m", "invalid": "0"}, "error or nan"),
-        ({"url": "http://a/v1", "model": "m", "pattern": "("}, "no regex"),
+        ({"url": "http://a/v1", "model": "m", "pattern": "("}, "not a regex"),
         ({"url": "http://a/v1", "model": "m", "pattern": "Score"}, "0 groups"),
         ({"url": "http://a/v1", "model": "m", "low": 1.0}, "give both"),
         ({"url": "http://a/v1", "model": "m", "low": 2.0, "high": 1.0}, "low below high"),
@@ -579,5 +579,5 @@ def test_a_prompt_cannot_command_the_local_model(llava):
 
 
 def test_a_folder_that_is_no_such_model_is_explained(tmp_path):
-    with pytest.raises(ValueError, match="no image-text-to-text model"):
+    with pytest.raises(ValueError, match="not an image-text-to-text model"):
         JudgeReward(str(tmp_path))

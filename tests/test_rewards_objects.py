@@ -281,7 +281,7 @@ def test_two_modes_of_one_setting_look_once(pictures):
 
 
 def test_a_detector_that_gives_too_few_lists_is_refused(pictures):
-    with pytest.raises(ValueError, match="gave 0 lists for 3 images"):
+    with pytest.raises(ValueError, match="returned 0 lists for 3 images"):
         ObjectsReward(detector="test_rewards_objects:none")(pictures, PHOTOGRAPHS)
 
 
@@ -309,7 +309,7 @@ def test_a_metadata_file_says_what_any_prompt_asks_for(pictures, tmp_path):
         ({"mode": "lax"}, "'lax' is unknown"),
         ({"detector": "owl"}, "did you mean 'owlv2'"),
         ({"detector": "no.such:thing"}, "cannot be imported"),
-        ({"detector": "rewards.models.objects:MODES"}, "is no function"),
+        ({"detector": "rewards.models.objects:MODES"}, "is not a function"),
         ({"source": "tiny"}, "world takes no source"),
         ({"threshold": 1.5}, "threshold is 1.5"),
         ({"overlap": True}, "overlap is True"),

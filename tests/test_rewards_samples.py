@@ -87,7 +87,7 @@ def test_batches_hold_neighbours_of_one_size(tmp_path):
     ("line", "message"),
     [
         ("{", "line 1 is not JSON"),
-        ("[]", "is no object"),
+        ("[]", "is not an object"),
         ('{"image": "a.png"}', "needs both"),
         ('{"prompt": "x"}', "needs both"),
         ('{"image": "none.png", "prompt": "x"}', "none.png is no readable image"),
@@ -114,7 +114,7 @@ def test_what_is_no_folder_and_what_is_no_picture(tmp_path):
 @pytest.mark.parametrize("kind", [np.uint16, np.float32])
 def test_more_than_8_bits_a_channel_are_refused_not_clipped(tmp_path, kind):
     Image.fromarray(np.full((8, 8), 40000, dtype=kind)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"a\.tif has more than 8 bits a channel"):
+    with pytest.raises(ValueError, match=r"a\.tif has more than 8 bits per channel"):
         read_samples(tmp_path, "x")
 
 

@@ -202,7 +202,7 @@ def test_references_are_features_pictures_or_captions():
         (lambda: SetReward(towers("random:0"), "fid", pictures(3)), "unknown; take"),
         (lambda: SetReward(towers("random:0"), "mmd"), "compares with references"),
         (lambda: SetReward(towers("random:0"), "vendi", pictures(3)), "takes no references"),
-        (lambda: SetReward(lambda x: x.flatten(1), "mmd", ["a"]), "captions where"),
+        (lambda: SetReward(lambda x: x.flatten(1), "mmd", ["a"]), "captions if"),
         (lambda: SetReward(towers("random:0"), "mmd", "a cat"), "a list of captions"),
         (lambda: SetReward(towers("random:0"), "mmd", pictures(3) * 2), r"in \[0, 1\]"),
         (lambda: METRICS["frechet"](normal(9, 4))(normal(2, 4)), "at least 3 rows"),

@@ -326,7 +326,7 @@ def test_the_range_of_a_sum_follows_the_signs():
         ("ocr(upscale=x)", "upscale is 'x'"),
         ("ocr(detect=no)", "detect is 'no'"),
         ("math:pi", "callable"),
-        ("os:system", "the reward system is called as f"),
+        ("os:system", "the reward system must accept f"),
         (lambda images: images, "missing|too many"),
         (f"{HERE}:Scaled(1, 2)", r"Scaled\(1, 2\) cannot be made"),
         (f"{HERE}:Scaled(rate=2)", r"Scaled\(rate=2\) cannot be made"),
@@ -342,7 +342,7 @@ def test_bad_rewards_are_refused_in_one_sentence(spec, message):
 
 
 def test_a_reward_of_the_wrong_shape_is_refused():
-    with pytest.raises(ValueError, match="one number an image"):
+    with pytest.raises(ValueError, match="one number per image"):
         rewards.load(lambda images, prompts: images.mean())(IMAGES, PROMPTS)
 
 

@@ -141,8 +141,8 @@ def test_a_download_that_was_cut_short_is_reported_as_that(tmp_path, name, part)
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"\n <!DOCTYPE html><html>", "web page"),
         (b"<HTML>", "web page"),
-        (b'{"error": "not found"}', "is no file of weights; give"),
-        (b"a picture that is none", "is no file of weights; give"),
+        (b'{"error": "not found"}', "is not a file of weights; give"),
+        (b"a picture that is none", "is not a file of weights; give"),
     ],
 )
 def test_other_files_that_come_down_in_their_place_are_named(tmp_path, content, message):
@@ -157,7 +157,7 @@ def test_a_picture_in_their_place_is_named_and_nobody_is_told_to_delete_it(tmp_p
     for name in ("picture.png", "weights.safetensors"):
         Image.new("RGB", (5, 7)).save(tmp_path / name, kind)
         with pytest.raises(
-            ValueError, match=rf"{name} is no file of weights but an image \({kind}"
+            ValueError, match=rf"{name} is not a file of weights but an image \({kind}"
         ):
             read_state(tmp_path / name)
         with pytest.raises(ValueError, match=f"an image .{kind}.; give one"):
@@ -192,9 +192,7 @@ def test_fit_takes_every_key_in_the_modules_own_precision():
 def test_fit_names_three_keys_and_counts_the_others():
     module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)))
     state = module.state_dict()
-    with pytest.raises(
-        ValueError, match=r"^here is not what Sequential needs: it lacks 0\.weight$"
-    ):
+    with pytest.raises(ValueError, match=r"^here does not match Sequential: it lacks 0\.weight$"):
         fit(module, {k: v for k, v in state.items() if k != "0.weight"}, "here")
     wanted = r"lacks 0\.weight, 0\.bias, 1\.weight and 3 more; it looks like a LAION aesthetic head"
     with pytest.raises(ValueError, match=wanted):

@@ -1,4 +1,4 @@
-"""One reward from several: means, minimum, and penalties where they disagree.
+"""One reward from several: means, minimum, and penalties for disagreement.
 
 In a spec the parts are arguments, `lcb(clip + 0.3*ocr, aesthetic, kappa=2)`; in Python they are
 sums that `rewards.load` made, `lcb(load("clip + 0.3*ocr"), load("aesthetic"))`. The functions
@@ -64,7 +64,7 @@ def harmonic(*parts: WeightedSum, weight: float | None = None) -> Aggregate:
     RPO's λ-harmonic reward (Miao et al. 2024, arXiv 2407.12164), which has two cosines and
     λ = 0.3 for the first. u_i = (r_i - low_i) / (high_i - low_i) for the range of the part, which
     is (1 + cosine)/2 in the paper. `weight` is λ of the first part, and the others share 1 - λ;
-    None weights all equally. ValueError where a part has no finite range.
+    None weights all equally. Raises ValueError if a part has no finite range.
     """
     several("harmonic", parts)
     counted = [part for part in parts if part.counts]
@@ -118,7 +118,7 @@ def _median(r: Tensor) -> Tensor:
 
 def _deviation(r: Tensor) -> Tensor:
     variance = (r - r.mean(0)).square().mean(0)
-    # the root has no derivative where all agree; 0 is one of its subgradients
+    # the root has no derivative if all scores agree; 0 is one of its subgradients
     apart = variance > 0
     return torch.where(apart, variance, torch.ones_like(variance)).sqrt() * apart
 
@@ -142,7 +142,7 @@ def _rising(
     least: int = 2,
     **options: Value,
 ) -> Aggregate:
-    """An aggregate by a function that increases with every score, so it also maps the ranges."""
+    """Make an aggregate of a function that increases with every score and so maps the ranges."""
     several(name, parts, least)
     low, high = (combine(end[:, None])[0] for end in ends(parts))
     return build(name, parts, pointwise(parts, combine), bounds(low, high), **options)
@@ -151,14 +151,14 @@ def _rising(
 def build(
     name: str, parts: Sequence[WeightedSum], score: Scores, range: Range, **options: Value
 ) -> Aggregate:
-    """The aggregate that `rewards.load` makes from this name, these parts and options."""
+    """Make the aggregate that `rewards.load` makes from this name, these parts and options."""
     sums = tuple(part.terms for part in parts)
     spec = str(Call(name, (), chosen(aggregator(name)[0], options), sums))
     return Aggregate(name, spec, tuple(parts), score, range)
 
 
 def pointwise(parts: Sequence[WeightedSum], combine: Callable[[Tensor], Tensor]) -> Scores:
-    """Scores by `combine`, which maps r (m, n) to (n,); NaN where any r_i is NaN."""
+    """Return Scores by `combine`, which maps r (m, n) to (n,); NaN if any r_i of an image is."""
 
     def score(images: Tensor, prompts: Sequence[str], references: Any) -> Any:
         totals, components = [], {}
@@ -183,7 +183,7 @@ def several(name: str, parts: Sequence[WeightedSum], least: int = 2) -> None:
 
 
 def single(name: str, parts: Sequence[WeightedSum]) -> WeightedSum:
-    """The part of an aggregator that takes exactly one; ValueError otherwise."""
+    """Return the part of an aggregator that takes exactly one; raises ValueError otherwise."""
     _refuse_strangers(name, parts)
     if len(parts) != 1:
         raise ValueError(
@@ -209,7 +209,7 @@ def ends(parts: Sequence[WeightedSum]) -> tuple[Tensor, Tensor]:
 
 
 def bounds(low: Tensor, high: Tensor) -> Range:
-    """A range from two numbers, None where they are infinite or NaN (∞ - ∞)."""
+    """Return a range from two numbers, None if they are infinite or NaN (∞ - ∞)."""
     ends = (low.item(), high.item())
     known = [end if math.isfinite(end) else None for end in ends]
     return known[0], known[1]

@@ -101,7 +101,7 @@ def _augments(part: WeightedSum) -> bool:
 
 
 def draw(draws: int, seed: int, crop: float, flip: bool, jitter: float) -> list[Draw]:
-    """The K draws of a seed, without noise. The first ones do not depend on K."""
+    """Return the K draws of a seed, without noise. The first ones do not depend on K."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(draws):

@@ -86,7 +86,7 @@ def by_fingerprint(
 def save(path: str | Path, measured: Mapping[str, Tensor | Sequence[float]]) -> None:
     """Write the file atomically, replacing an existing one.
 
-    NaN is left out. ValueError for infinite scores and for fewer than two.
+    NaN is left out. Raises ValueError for infinite scores and for fewer than two.
     """
     components = {}
     for spec, scores in measured.items():
@@ -106,7 +106,7 @@ def save(path: str | Path, measured: Mapping[str, Tensor | Sequence[float]]) -> 
 
 
 def read(path: str | Path, reward: WeightedSum) -> Tensor:
-    """The reference scores of `reward`, float64 (N,), ascending; ValueError if there are none."""
+    """Read the reference scores of `reward`, float64 (N,), ascending; ValueError if missing."""
     if not isinstance(path, str | Path) or not os.path.isfile(os.path.expanduser(path)):
         raise ValueError(
             f"there is no calibration file {path!r}; write it with "
@@ -133,7 +133,7 @@ def read(path: str | Path, reward: WeightedSum) -> Tensor:
 
 
 def fingerprint(reward: WeightedSum) -> str:
-    """The spec without aliases and without arguments that equal their defaults."""
+    """Return the spec without aliases and without arguments that equal their defaults."""
     return format_terms(tuple(Term(_call(part), part.weight) for part in reward.parts))
 
 
@@ -161,14 +161,14 @@ def _affine(r: Tensor, mean: float, std: float) -> Tensor:
 
 
 def _shares(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Each distinct score (k,), ascending, and the share below it plus half of the share equal."""
+    """Return the distinct scores (k,), ascending, and the share below each plus half its own."""
     at, counts = v.unique(return_counts=True)
     share = (counts.cumsum(0) - counts / 2) / len(v)
     return at, share
 
 
 def _quantile(r: Tensor, v: Tensor) -> Tensor:
-    """The interpolation of `_shares`, in r's precision, constant outside of its points."""
+    """Return the interpolation of `_shares`, in r's precision, constant outside of its points."""
     at, share = (x.to(r) for x in _shares(v.to(r.dtype)))
     x = r[0].clamp(at[0], at[-1])
     if len(at) == 1:  # scores that differ in float64 only

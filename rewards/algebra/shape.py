@@ -62,7 +62,7 @@ def par(*parts: WeightedSum, ref: float | str | None = None) -> Aggregate:
 def delta(*parts: WeightedSum) -> Aggregate:
     """r(image) - r(base), the gain over the base image, which `references` supplies.
 
-    Where an entry holds several images, the mean of their scores is subtracted.
+    If an entry holds several images, the mean of their scores is subtracted.
     """
     part = single("delta", parts)
     low, high = ends(parts)
@@ -76,7 +76,7 @@ def _par(r: Tensor, v: Tensor) -> Tensor:
 def _against(
     name: str, part: WeightedSum, compare: Callable[[Tensor, Tensor], Tensor], range: Any
 ) -> Aggregate:
-    """An aggregate of r () and the scores v (N,) of the reference images of its prompt."""
+    """Make an aggregate of r () and the scores v (N,) of the reference images of its prompt."""
     if part.wants_references:
         raise ValueError(
             f"{name} uses the references itself but {part} uses them too; pass a reward of image "
@@ -96,7 +96,7 @@ def _against(
 def reference_scores(
     name: str, part: WeightedSum, images: Tensor, prompts: Sequence[str], references: Any
 ) -> list[Tensor]:
-    """The scores (m,) of each prompt's reference images, without gradients.
+    """Return the scores (m,) of each prompt's reference images, without gradients.
 
     An entry that several rows share with their prompt is scored once.
     """
@@ -123,7 +123,7 @@ def reference_scores(
 
 
 def pictures(name: str, entry: Any) -> list[Tensor]:
-    """The images (3, h, w) of one entry: an image, several images, or a tensor (m, 3, h, w)."""
+    """Return the images (3, h, w) of an entry: an image, several, or a tensor (m, 3, h, w)."""
     many = isinstance(entry, Sequence) and not isinstance(entry, Image.Image | str)
     found = [x for item in (entry if many else [entry]) for x in to_images(item)]
     if not found:

@@ -1,1 +1,1 @@
-"""What rewards ask: OCR engines, object detectors and vision-language models."""
+"""Backends of rewards: OCR engines, object detectors and vision-language models."""

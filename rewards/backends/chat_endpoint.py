@@ -81,7 +81,7 @@ class Endpoint:
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
 
     def answer(self, picture: np.ndarray, question: str) -> str:
-        """The text of the model's answer; EndpointError where the request fails."""
+        """Return the text of the model's answer; EndpointError where the request fails."""
         choice = self._ask(picture, question, max_tokens=self.max_tokens)
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
@@ -117,7 +117,7 @@ class Endpoint:
         return choice
 
     def _send(self, body: bytes) -> bytes:
-        """The bytes of a successful response, after at most `retries` further attempts."""
+        """Return the bytes of a successful response, after at most `retries` further attempts."""
         reason = ""
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt
@@ -171,7 +171,7 @@ class Endpoint:
 
 
 def data_url(picture: np.ndarray) -> str:
-    """An image (h, w, 3) of bytes as a PNG data URL of the same size."""
+    """Return an image (h, w, 3) of bytes as a PNG data URL of the same size."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

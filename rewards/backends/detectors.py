@@ -135,7 +135,7 @@ class GroundingDino:
         return [_detections(names, *pair, self.floor) for pair in zip(scores, boxes, strict=True)]
 
     def _spans(self, ids: Tensor, names: list[str]) -> list[Tensor]:
-        """The positions of each name's tokens."""
+        """Return the positions of each name's tokens."""
         stop = torch.isin(ids, torch.tensor(DELIMITERS))
         phrase = stop.cumsum(0).masked_fill(stop, 0)
         spans = [(phrase == i).nonzero()[:, 0] for i in phrase.unique().tolist() if i]
@@ -158,7 +158,7 @@ def padded(images: Tensor, side: int) -> Tensor:
 
 
 def at_most(h: int, w: int, shortest: int, longest: int) -> tuple[int, int]:
-    """The size (H, W) with the shorter side `shortest`, or less to keep the longer at `longest`.
+    """Return the size (H, W) with the shorter side `shortest`, or less if `longest` requires it.
 
     The longer side is rounded down, as in transformers.
     """
@@ -241,7 +241,7 @@ def _tokenizer(source: str, kind: str) -> Tokenize:
 
 
 def _letters(kind: str) -> Tokenize:
-    """A tokenizer of letters, for random models; OWLv2 uses the features of the largest token."""
+    """Return a tokenizer of letters for random models; OWLv2 uses the largest token's features."""
     end = RANDOM_TOKENS - 1 if kind == "owlv2" else DELIMITERS[1]
 
     def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@
     unifiedreward2_alignment, unifiedreward2_coherence, unifiedreward2_style     one of the three
     yes_no           VQAScore: the probability of yes relative to no
 
-The text of a question must be exactly that of the model's training. The image precedes it where
-the model's chat template inserts it, so a literal `<image>` is left out.
+The text of a question must be exactly that of the model's training. The model's chat template
+inserts the image before it, so a literal `<image>` is left out.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ __all__ = ["LocalVlm"]
 class LocalVlm:
     """An image-text-to-text model of transformers with its processor and chat template.
 
-    It takes one image at a time, so that an answer depends only on its image and question; where
-    that is too slow, serve the model and use its url. Weights have the checkpoint's dtype.
+    It takes one image at a time, so that an answer depends only on its image and question; if this
+    is too slow, serve the model and use its url. Weights have the checkpoint's dtype.
     """
 
     concurrency = 1
@@ -59,7 +59,7 @@ class LocalVlm:
             moved(self.model, device)
 
     def answer(self, picture: np.ndarray, question: str) -> str:
-        """The text of the model's answer, by greedy decoding."""
+        """Return the text of the model's answer, by greedy decoding."""
         inputs = self._inputs(picture, question)
         with torch.no_grad():
             tokens = self.model.generate(
@@ -101,13 +101,13 @@ def _explained(source: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{source} is no image-text-to-text model with its processor: "
+            f"{source} is not an image-text-to-text model with its processor: "
             f"{str(error).strip().splitlines()[0][:200]}"
         ) from error
 
 
 def _first_tokens(tokenizer: Any, word: str) -> list[int]:
-    """The tokens of a word in any capitalisation, with and without a leading space."""
+    """Return the tokens of a word in any capitalisation, with and without a leading space."""
     spellings = [space + form for space in ("", " ") for form in (word, word.title(), word.upper())]
     coded = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
     return sorted({ids[0] for ids in coded if len(ids) == 1})

@@ -58,7 +58,7 @@ class Reader:
         self._lock = threading.Lock()
 
     def read(self, images: Tensor) -> list[str]:
-        """One string for each of the images, float (n, 3, h, w) in [0, 1]."""
+        """Return one string for each of the images, float (n, 3, h, w) in [0, 1]."""
         pictures = to_uint8(images)
         keys = [hashlib.sha256(f"{p.shape}".encode() + p.tobytes()).digest() for p in pictures]
         with self._lock:
@@ -84,7 +84,7 @@ _READERS: WeakValueDictionary[Look, Reader] = WeakValueDictionary()
 
 
 def reader(look: Look) -> Reader:
-    """The reader of an engine with its settings, shared by all rewards that use it."""
+    """Return the reader of an engine with its settings, shared by all rewards that use it."""
     found = _READERS.get(look)
     if found is None:
         found = _READERS[look] = Reader(look)
@@ -92,7 +92,7 @@ def reader(look: Look) -> Reader:
 
 
 def reading_order(boxes: np.ndarray) -> list[int]:
-    """The order in which to read boxes (m, 4, 2): lines from the top, each from the left.
+    """Return the order in which to read boxes (m, 4, 2): lines from the top, each from the left.
 
     Boxes form a line if any two of them overlap by at least half the height of the smaller one,
     measured along the common slant of the text. The result depends neither on the order of the
@@ -124,11 +124,11 @@ def reading_order(boxes: np.ndarray) -> list[int]:
 class RapidOcr:
     """RapidOCR (PP-OCRv6 small) with settings of the detector for small images.
 
-    Each thread uses an engine of its own, which runs one thread inside onnxruntime.
+    Each thread uses its own engine, which runs one thread inside onnxruntime.
 
     Args:
-        limit_side_len: The detector sees the image enlarged until its short side has so many
-            pixels; None keeps the size if it is between 96 and 736.
+        limit_side_len: Pixels of the short side to which the image is enlarged for the detector;
+            None keeps the size if it is between 96 and 736.
         upscale: Factor by which the image is enlarged first (bicubic).
         detect: False leaves out the detector and reads the image as one line.
     """
@@ -242,8 +242,8 @@ class Tesseract:
         psm: Page segmentation mode, 3 to 13: 11 finds text anywhere, 6 reads one block, 7 one
             line.
         upscale: Factor by which the image is enlarged (bicubic); None enlarges it at most 4 times
-            until its short side has 512 pixels. Of 40 words in 8 px letters in images of 64 px,
-            Tesseract read 3 without enlargement and 36 with it.
+            until its short side has 512 pixels. With 40 words in 8 px letters in images of 64 px,
+            Tesseract read 3 words without enlargement and 36 with it.
     """
 
     psm: int = SPARSE_TEXT
@@ -289,7 +289,7 @@ class Tesseract:
 
 
 def _text(table: str) -> str:
-    """The text of Tesseract's TSV, in which rows of level 4 are lines and of level 5 words."""
+    """Return the text of Tesseract's TSV, whose rows of level 4 are lines and of level 5 words."""
     boxes: list[np.ndarray] = []
     words: list[list[str]] = []
     for row in table.splitlines()[1:]:

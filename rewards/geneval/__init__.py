@@ -1,1 +1,1 @@
-"""GenEval's protocol: what a prompt asks for, and whether detected objects fulfil it."""
+"""GenEval's protocol: the requirements of a prompt, and whether detected objects fulfil them."""

@@ -1,4 +1,4 @@
-"""What a prompt asks for: GenEval's metadata files, and the grammar of its prompts."""
+"""The requirements of a prompt: GenEval's metadata files, and the grammar of its prompts."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ CLASSES = (
 
 
 def read_metadata(path: str | Path) -> dict[str, Entry]:
-    """The entries of a file in GenEval's format, one JSON object in each line, by prompt.
+    """Return the entries of a file in GenEval's format, one JSON object in each line, by prompt.
 
-    ValueError names a line that is no entry, or that contradicts an earlier one of its prompt.
+    Raises ValueError for a line that is not an entry or contradicts an earlier one of its prompt.
     """
     path = Path(os.path.expanduser(path))
     if not os.path.isfile(path):
@@ -52,7 +52,7 @@ def read_metadata(path: str | Path) -> dict[str, Entry]:
             prompt, entry = str(record["prompt"]).strip(), _entry(record)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(
-                f"line {number} of {path} is no entry of GenEval's metadata: "
+                f"line {number} of {path} is not an entry of GenEval's metadata: "
                 f"{type(error).__name__}: {error}"
             ) from error
         if entries.setdefault(prompt, entry) != entry:
@@ -93,7 +93,7 @@ def _entry(record: Mapping[str, Any]) -> Entry:
 
 
 def _distinct(wanted: Sequence[Expected]) -> bool:
-    """Whether entries of the same class differ in colour."""
+    """Return whether entries of the same class differ in colour."""
     names = [e.name for e in wanted]
     kinds = {(e.name, e.colour) for e in wanted}
     return len(kinds) == len(wanted) and all(e.colour or names.count(e.name) == 1 for e in wanted)
@@ -109,7 +109,7 @@ def _class_and_count(item: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def grammar(names: Sequence[str], colours: Sequence[str]) -> re.Pattern[str]:
-    """A pattern of GenEval's prompts without "a photo of": one noun phrase, or two and a link."""
+    """Return a pattern of GenEval's prompts without "a photo of": one or two noun phrases."""
     counts, shades = "|".join(("an?", *NUMBERS)), "|".join(colours)
     kinds = "|".join(sorted(names, key=len, reverse=True))
     noun = rf"(?P<count{{0}}>{counts})( (?P<colour{{0}}>{shades}))? (?P<name{{0}}>{kinds})(es|s)?"
@@ -120,7 +120,7 @@ def grammar(names: Sequence[str], colours: Sequence[str]) -> re.Pattern[str]:
 def phrase(pattern: re.Pattern[str], text: str) -> tuple[str, list[Expected], str] | None:
     """Parse a text to (tag, objects in order, relation of the first to the second or "").
 
-    None where the text does not match, or names the same object twice.
+    Returns None if the text does not match, or names the same object twice.
     """
     match = pattern.fullmatch(text)
     if match is None:
@@ -148,7 +148,7 @@ def _count(word: str) -> int:
 
 
 def included(wanted: Sequence[Expected], relation: str) -> tuple[Expected, ...]:
-    """The includes in GenEval's order, in which the target of a relation comes first."""
+    """Return the includes in GenEval's order, in which the target of a relation comes first."""
     if not relation:
         return tuple(wanted)
     first, second = wanted
@@ -159,7 +159,7 @@ PHOTOGRAPHS = grammar(CLASSES, COLOURS)
 
 
 def parse(prompt: str) -> Entry | None:
-    """The entry of a prompt of GenEval's form with its classes and colours, or None.
+    """Return the entry of a prompt of GenEval's form with its classes and colours, or None.
 
     As in GenEval, a count above one, as in "a photo of three dogs", excludes one more.
     """

@@ -44,7 +44,7 @@ class Detection:
 
     Attributes:
         name: Its class.
-        colour: Its colour, or "" where it has not been determined.
+        colour: Its colour, or "" if it has not been determined.
         box: (left, top, right, bottom) in pixels of the image.
         score: Its confidence.
         mask: None, or bool (h, w).
@@ -73,7 +73,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a prompt asks for: all of `include`, and fewer of each in `exclude` than its count."""
+    """A prompt's requirements: all of `include`, and fewer of each in `exclude` than its count."""
 
     tag: str
     include: tuple[Expected, ...]
@@ -86,9 +86,9 @@ class Entry:
 
 
 def relations(a: Box, b: Box) -> set[str]:
-    """The directions from b to a, by the offset of the centres reduced by a tenth of the sizes.
+    """Return the directions from b to a, by the centres' offset reduced by a tenth of the sizes.
 
-    A direction holds where its share of the distance exceeds one half, so two may hold.
+    A direction holds if its share of the distance exceeds one half, so two may hold.
     """
     offset, beyond = [], []
     for low, high in ((0, 2), (1, 3)):
@@ -107,7 +107,7 @@ def relations(a: Box, b: Box) -> set[str]:
 
 
 def select(found: Sequence[Detection], threshold: float, overlap: float = 1.0) -> list[Detection]:
-    """The 16 most confident detections of each class above the threshold, best first.
+    """Return the 16 most confident detections of each class above the threshold, best first.
 
     A detection whose intersection over union with a better one of its class is at least `overlap`
     is dropped before that; none is at 1, GenEval's default. GenEval selects the 16 before it
@@ -132,7 +132,7 @@ def _iou(a: Box, b: Box) -> float:
 
 
 def strict(entry: Entry, found: Sequence[Detection]) -> float:
-    """1 if the image is correct by GenEval's own evaluation, else 0.
+    """Return 1 if the image is correct by GenEval's own evaluation, else 0.
 
     There must be at least c of each included class, the c most confident all in the colour and in
     the relation to each of the target's, and fewer of each excluded class than its count.
@@ -149,21 +149,21 @@ def strict(entry: Entry, found: Sequence[Detection]) -> float:
 
 
 def exactly(entry: Entry, found: Sequence[Detection]) -> float:
-    """1 if every term is 1, else 0: the strict score of flow_grpo, which requires f = c."""
+    """Return 1 if every term is 1, else 0: flow_grpo's strict score, which requires f = c."""
     return float(min(terms(entry, found)) == 1)
 
 
 def share(entry: Entry, found: Sequence[Detection]) -> float:
-    """The mean of the terms, in [0, 1]: a reward that rises before the image is correct."""
+    """Return the mean of the terms, in [0, 1]: a reward that rises before the image is correct."""
     values = terms(entry, found)
     return sum(values) / len(values)
 
 
 def terms(entry: Entry, found: Sequence[Detection]) -> list[float]:
-    """How far each requirement of an entry is fulfilled, in [0, 1].
+    """Return the degree to which each requirement of an entry is fulfilled, in [0, 1].
 
     For each include: 1 - |c - f|/c; with a colour, the same for the objects in that colour; with a
-    relation, 1 or 0. Colour and relation count only where f = c. Last, unless the counts imply
+    relation, 1 or 0. Colour and relation count only if f = c. Last, unless the counts imply
     it, 1 if nothing excluded is present, else 0. This is the dense reward of flow_grpo (Liu et al.
     2025) and DiffusionNFT without two faults: theirs falls below 0 for too many objects, and
     counts a failed relation as both 0 and 1.
@@ -195,9 +195,9 @@ def _nearness(number: int, wanted: int) -> float:
 
 
 def _things(entry: Entry, wanted: Expected, found: Sequence[Detection]) -> list[Detection]:
-    """The detections of a class, best first.
+    """Return the detections of a class, best first.
 
-    Where an entry includes a class twice, which GenEval's never do, they are told apart by colour.
+    If an entry includes a class twice, which GenEval's never do, its colours distinguish the two.
     """
     group = [d for d in found if d.name == wanted.name]
     if sum(e.name == wanted.name for e in entry.include) > 1:

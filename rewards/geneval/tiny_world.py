@@ -40,7 +40,7 @@ GRAMMAR = grammar(SHAPES, tuple(COLOURS))
 
 
 def parse(prompt: str) -> Entry | None:
-    """The entry of a prompt of the embedded world, or None; no other shapes may be present.
+    """Return the entry of a prompt of the embedded world, or None; no other shapes may be present.
 
     One more of each shape than is asked for is excluded, so that counts are exact.
     """
@@ -54,9 +54,9 @@ def parse(prompt: str) -> Entry | None:
 
 
 def detect(images: Tensor, names: Sequence[Sequence[str]] = ()) -> list[list[Detection]]:
-    """The objects in each image (n, 3, h, w), from left to right; the score is the overlap.
+    """Return the objects in each image (n, 3, h, w), from left to right; the score is the overlap.
 
-    All shapes are detected, whatever `names` asks for.
+    All shapes are detected; `names` is ignored.
     """
     check_inputs(images, [""] * len(images))
     h, w = images.shape[2:]
@@ -142,7 +142,7 @@ def _moments(shape: str) -> tuple[float, float]:
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether points (u to the right, v down) lie in a shape of radius 1 around the origin."""
+    """Return whether points (u right, v down) lie in a shape of radius 1 around the origin."""
     if shape == "circle":
         return u * u + v * v <= 0.95**2
     if shape == "square":

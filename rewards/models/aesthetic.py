@@ -70,7 +70,7 @@ class AestheticReward(NetworkReward):
     """A LAION head on the unit image embedding of a CLIP; the prompt is ignored.
 
     The tower is shared with `clip`, so the two together cost one. The reward favours a painterly
-    style whatever the prompt asks for, and versions 1 and 2, which are linear, are easy to hack.
+    style for any prompt, and versions 1 and 2, which are linear, are easy to hack.
 
     Args:
         source: A file, a folder or a hub id that holds a head (the first of `FILES` that exists),
@@ -124,7 +124,7 @@ class AestheticReward(NetworkReward):
 def _tower(
     head: nn.Module, source: str, clip: str | None, device: torch.device | str | None
 ) -> Towers:
-    """The CLIP whose embeddings the head takes; ValueError where it is unknown or another."""
+    """Return the CLIP whose embeddings the head takes; raises ValueError if it does not match."""
     width = _width(head)
     if clip is None:
         raise ValueError(
@@ -159,7 +159,7 @@ class AestheticHead(nn.Module):
 
 
 def head_of(state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
-    """The frozen head of a state dict, recognised by its keys; ValueError if it is none."""
+    """Return the frozen head of a state dict, recognised by its keys; ValueError if unknown."""
     if set(state) == {"weight", "bias"} and state["weight"].ndim == 2:
         head: nn.Module = nn.Linear(state["weight"].shape[1], 1)
     elif "layers.0.weight" in state and state["layers.0.weight"].ndim == 2:
@@ -167,7 +167,7 @@ def head_of(state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
     else:
         keys, kind = list(state), looks_like(state)
         raise ValueError(
-            f"{where} is no LAION aesthetic head: it holds {', '.join(keys[:3])}"
+            f"{where} is not a LAION aesthetic head: it holds {', '.join(keys[:3])}"
             + (f" and {len(keys) - 3} more" if keys[3:] else "")
             + (f"; it looks like {kind}" if kind else "")
         )
@@ -176,7 +176,7 @@ def head_of(state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
 
 
 def collapse(head: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """w (d,) and b of a linear head w·x + b, float64; None for a head with ReLU."""
+    """Return w (d,) and b of a linear head w·x + b, float64; None for a head with ReLU."""
     if any(isinstance(module, nn.ReLU) for module in head.modules()):
         return None
     w = torch.eye(_width(head), dtype=torch.float64)
@@ -194,7 +194,7 @@ def _width(head: nn.Module) -> int:
 
 @untouched()
 def _open(source: str) -> tuple[nn.Module, str | None]:
-    """The head, and the source of the tower it was trained on, or None where that is unknown."""
+    """Return the head, and the source of the tower it was trained on (None if unknown)."""
     seed = seed_of(source)
     if seed is not None:
         return randomise(nn.Linear(32, 1), seed), source

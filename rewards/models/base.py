@@ -1,4 +1,4 @@
-"""What the rewards that evaluate a neural network share: inputs, batches, devices and scales.
+"""Base classes of the rewards that evaluate a neural network.
 
 Legend: n images.
 """
@@ -25,11 +25,11 @@ Scale = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Card:
-    """What a user wants to know about a reward before loading it.
+    """Facts about a reward that a user can read before loading it.
 
-    Every built-in reward has one as its class attribute `card`. `weights` is the default source,
-    or "" where nothing is learned, `size` the memory that these weights take in float32, and
-    `licence` that of the weights, "unknown" where none was found.
+    Every built-in reward has a card as its class attribute `card`. `weights` is the default source,
+    or "" if nothing is learned, `size` the memory that these weights take in float32, and `licence`
+    that of the weights, or "unknown".
     """
 
     weights: str
@@ -42,8 +42,8 @@ class Card:
 class NetworkReward:
     """Base class of the rewards that evaluate a network on batches of images.
 
-    A subclass has its own `__init__`, whose arguments `spec` records, and `_score`. The network
-    lives on `device`, or follows the images where that is None.
+    A subclass defines `__init__`, whose arguments `spec` records, and `_score`. The network is on
+    `device`, or follows the images if that is None.
     """
 
     title: ClassVar[str]
@@ -80,7 +80,7 @@ class NetworkReward:
     def _score(
         self, images: Tensor, prompts: Sequence[str], references: Any, device: torch.device
     ) -> Tensor:
-        """Scores (n,) of at least one image; the network is moved to `device`."""
+        """Return scores (n,) of n >= 1 images; move the network to `device` first."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""A critic: a reward that was trained to tell reference images from a model's samples.
+"""A critic: a reward that was trained to distinguish reference images from a model's samples.
 
 There are two kinds, each saved in a folder as critic.json and critic.safetensors, and trained by
 finetune.critics:
@@ -111,7 +111,7 @@ class FeatureModel:
     def logits(
         self, features: Sequence[Tensor], prompts: Sequence[str], batch_size: int
     ) -> tuple[Tensor, ...]:
-        """h of the CLS tokens (n,) and of the patches (n, p)."""
+        """Return h of the CLS tokens (n,) and of the patches (n, p)."""
         cls, patches = features
         return self.module(cls), self.module(patches)
 
@@ -137,7 +137,7 @@ class PreferenceModel:
         names = dict(model.named_modules())
         blocks: Any = next((names[name] for name in LAYERS if name in names), None)
         if blocks is None:
-            raise ValueError(f"{tower} has none of the layers {list(LAYERS)}; take a transformer")
+            raise ValueError(f"{tower} has none of the layers {list(LAYERS)}; use a transformer")
         if type(layers) is not int or not 1 <= layers <= len(blocks):
             raise ValueError(
                 f"layers is {layers!r} but the image tower of {tower} has {len(blocks)} to train, "
@@ -150,13 +150,13 @@ class PreferenceModel:
         self.towers.to(device)
 
     def features(self, images: Tensor, batch_size: int) -> tuple[Tensor, ...]:
-        """The input of the tower, (n, 3, R, R)."""
+        """Return the input of the tower, (n, 3, R, R)."""
         return (torch.cat([self.towers.pixels(chunk) for chunk in images.split(batch_size)]),)
 
     def logits(
         self, features: Sequence[Tensor], prompts: Sequence[str], batch_size: int
     ) -> tuple[Tensor, ...]:
-        """One score for each image, (n,)."""
+        """Return one score for each image, (n,)."""
         text = self.towers.text_features(prompts)
         chunks = features[0].split(batch_size)
         image = torch.cat([F.normalize(self.towers.encode_image(x), dim=-1) for x in chunks])
@@ -169,8 +169,8 @@ KINDS = {"features": FeatureModel, "preference": PreferenceModel}
 class CriticReward(NetworkReward):
     """The score of a critic that `finetune.critics` trained; see the module for the two kinds.
 
-    It ranks the images of one training run; its zero and its scale mean nothing beyond it. All
-    patches count, so that a score does not depend on chance.
+    It ranks the images of one training run; its zero and its scale have no meaning beyond it. All
+    patches are used, so a score does not depend on random draws.
 
     Args:
         source: A folder or a hub id that holds critic.json and critic.safetensors; `random:<seed>`,
@@ -219,7 +219,7 @@ class CriticReward(NetworkReward):
         return self.model.paired
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The input of the trained part for images (n, 3, h, w) in [0, 1], float32.
+        """Return the input of the trained part for images (n, 3, h, w) in [0, 1], float32.
 
         The CLS tokens (n, d) and patches (n, p, d), or the pixels (n, 3, R, R) of a preference.
         """
@@ -229,12 +229,12 @@ class CriticReward(NetworkReward):
             return self.model.features(images, self.batch_size)
 
     def logits(self, features: Sequence[Tensor], prompts: Sequence[str]) -> tuple[Tensor, ...]:
-        """The logits for a loss: (n,), and (n, p) for any number of patches."""
+        """Return the logits for a loss: (n,), and (n, p) for any number of patches."""
         with torch.autocast(features[0].device.type, enabled=False):
             return self.model.logits(features, prompts, self.batch_size)
 
     def score(self, logits: Sequence[Tensor]) -> Tensor:
-        """The reward (n,): the weighted sum of the logits' means."""
+        """Return the reward (n,): the weighted sum of the logits' means."""
         means = [part.flatten(1).mean(1) if part.ndim > 1 else part for part in logits]
         return torch.stack([w * m for w, m in zip(self.model.weights, means, strict=True)]).sum(0)
 

@@ -21,17 +21,17 @@ __all__ = ["MODES", "DinoReward", "aligned", "cls_cosine", "patch_max"]
 
 
 def cls_cosine(image: Tokens, references: Tokens) -> Tensor:
-    """c·r, (m,)."""
+    """Return c·r, (m,)."""
     return (image.cls * references.cls).sum(-1)
 
 
 def patch_max(image: Tokens, references: Tokens) -> Tensor:
-    """mean_i max_j x_i·y_j, (m,): each patch of the image is compared with its best match."""
+    """Return mean_i max_j x_i·y_j, (m,), which compares each patch with its best match."""
     return (image.patches @ references.patches.transpose(-1, -2)).amax(-1).mean(-1)
 
 
 def aligned(image: Tokens, references: Tokens) -> Tensor:
-    """mean_i x_i·y_i, (m,): patches are compared with those at the same position."""
+    """Return mean_i x_i·y_i, (m,), which compares patches at the same position."""
     return (image.patches * references.patches).sum(-1).mean(-1)
 
 
@@ -47,18 +47,18 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {"max": Tensor.amax, "mean": Tens
 class DinoReward(NetworkReward):
     """Cosine similarity of an image and its references in the space of a DINO.
 
-    DINOv2 (Oquab et al. 2023) and DINOv3 serve. The modes are cls, c·r; patch_max, mean_i max_j
+    It uses DINOv2 (Oquab et al. 2023) or DINOv3. The modes are cls, c·r; patch_max, mean_i max_j
     x_i·y_j; aligned, mean_i x_i·y_i; and hybrid, w·cls + (1 - w)·patch_max. w = 0.7 and the maximum
-    over several references are Adv-GRPO's (Mao et al. 2025), which draws 64 patches at random where
-    all are used here. Register tokens are no patches. The shortest side is resized to `size`,
-    bicubic and antialiased, and the centre square is cropped. Adv-GRPO squashes images to 518 x 518
-    without antialiasing, which no DINO was trained with: `size=518` reproduces the size only, not
-    its scores.
+    over several references are Adv-GRPO's (Mao et al. 2025), which draws 64 random patches; here
+    all are used, without register tokens. The shortest side is resized to `size`, bicubic and
+    antialiased, and the centre square is cropped. Adv-GRPO squashes images to 518 x 518 without
+    antialiasing, with which no DINO was trained: `size=518` reproduces only the size, not its
+    scores.
 
     Args:
         source: The weights, see `rewards.towers.dino_backbone`.
         mode: One of `MODES`.
-        size: Side of the input in pixels; None is 224, or the model's own size where that is less.
+        size: Side of the input in pixels; None is 224, or the model's own size if that is less.
         pool: max or mean over the references of an image.
         cls_weight: w of the hybrid mode.
         batch_size: Number of images evaluated at once.
@@ -111,7 +111,7 @@ class DinoReward(NetworkReward):
         return torch.stack(scores)
 
     def image_features(self, images: Tensor) -> Tensor:
-        """The CLS tokens of images (n, 3, h, w) in [0, 1], as unit vectors (n, d), float32."""
+        """Return the CLS tokens of images (n, 3, h, w) in [0, 1] as unit float32 vectors (n, d)."""
         check_inputs(images, [""] * len(images))
         if not len(images):
             raise ValueError("image_features() got no images; pass at least one")
@@ -127,7 +127,7 @@ class DinoReward(NetworkReward):
 
 
 def _entries(references: Any, count: int) -> Sequence[Any]:
-    """One entry for each image; ValueError where there are others."""
+    """Return one entry for each image; raises ValueError if there are others."""
     wanted = "one entry for each image, an image or a list of images"
     if references is None:
         raise ValueError(f"the DINO reward compares with references= but got none; pass {wanted}")
@@ -140,7 +140,7 @@ def _entries(references: Any, count: int) -> Sequence[Any]:
 
 
 def _pictures(entry: Any, index: int) -> list[Tensor]:
-    """The images (1, 3, h, w) of an entry: one image, a tensor of several, or a list."""
+    """Return the images (1, 3, h, w) of an entry: one image, a tensor of several, or a list."""
     if entry is not None and not (hasattr(entry, "__len__") and not len(entry)):
         parts = entry if isinstance(entry, list | tuple) else [entry]
         return [row for part in parts for row in to_images(part).split(1)]

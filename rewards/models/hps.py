@@ -41,10 +41,10 @@ CONFIG = {
 class HpsReward(CosineReward):
     """Cosine of image and prompt in a CLIP ViT-H/14 trained on human preferences.
 
-    As in the authors' code, the longest side of the whole image is resized to 224 pixels and
-    black pixels fill it up to a square before it is normalised. The authors resize float tensors,
-    which torchvision has antialiased since version 0.17; this reward always does. Scores are
-    comparable between images of one prompt and for one version only.
+    As in the authors' code, the longest side of the whole image is resized to 224 pixels, and the
+    image is padded with black to a square before it is normalised. The authors resize float
+    tensors, which torchvision has antialiased since version 0.17; this reward always does. Scores
+    are comparable only between images of one prompt and for one version.
 
     Args:
         source: A hub id, a folder or a file that holds the checkpoint of the version (see

@@ -136,7 +136,7 @@ class Network(nn.Module):
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published state dict with the names of `Network`; unknown names are kept."""
+    """Return the published state dict with the names of `Network`; unknown names are kept."""
     return {_renamed(key): value for key, value in state.items()}
 
 
@@ -266,7 +266,7 @@ def _published(source: str) -> Scorer:
 
 
 def _vocabulary(source: str) -> list[str]:
-    """The lines of vocab.txt beside the weights, or else of bert-base-uncased on the hub."""
+    """Return the lines of vocab.txt beside the weights, or else of bert-base-uncased on the hub."""
     path = local(source)
     folder = path.parent if path.is_file() else path
     beside = folder / "vocab.txt"

@@ -1,8 +1,8 @@
 """Whether an image shows the objects that its prompt asks for: GenEval's protocol.
 
-What a prompt asks for comes from a metadata file, or is parsed from a prompt of the embedded
+The requirements of a prompt come from a metadata file, or are parsed from a prompt of the embedded
 models' world (`rewards.geneval.tiny_world`) or of GenEval's form (`rewards.geneval.prompts`). The
-detector is `world`, that of the embedded world; `owlv2` or `grounding_dino` for photographs
+detector is `world`, for the embedded world; `owlv2` or `grounding_dino` for photographs
 (`rewards.backends.detectors`); or `module:function`, a function of the user.
 
 GenEval's detector is a Mask2Former of COCO's classes with a confidence threshold of 0.3, or 0.9
@@ -73,16 +73,16 @@ DETECTORS = {
 class ObjectsReward:
     """Whether the detected objects are those that the prompt asks for, in [0, 1].
 
-    strict is 1 if the image is correct by GenEval's evaluation (at least so many of each object,
+    strict is 1 if the image is correct by GenEval's evaluation (at least the count of each object,
     the most confident ones in their colours and positions), else 0; exactly also requires equal
-    counts; share is the mean over the requirements. See `rewards.geneval.rules`. Prompts of the
-    embedded world are complete, so strict equals exactly there.
+    counts; share is the mean over the requirements. See `rewards.geneval.rules`. For prompts of the
+    embedded world, which exclude further objects, strict equals exactly.
 
     Args:
         mode: One of `MODES`.
         detector, source: See `rewards.backends.detectors`; source None is the default weights.
         metadata: A file in GenEval's format, in which prompts are looked up.
-        colours: The CLIP that names colours where the detector does not, see
+        colours: The CLIP that names colours if the detector does not, see
             `rewards.towers.sources`.
         threshold, counting_threshold: Confidences to exceed; None is the detector's default.
         overlap: Intersection over union at which the less confident of two objects of a class is
@@ -133,7 +133,7 @@ class ObjectsReward:
         self._settings = (metadata, colours, self.usual)
 
     def entry(self, prompt: str) -> Entry:
-        """What a prompt asks for, with the task as its `tag`; ValueError where that is unknown."""
+        """Return a prompt's requirements, with the task as `tag`; ValueError if not understood."""
         text = prompt.strip()
         entry = self.entries.get(text) or tiny_world.parse(text) or parse(text)
         if entry is None:
@@ -163,7 +163,7 @@ class ObjectsReward:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def detections(self, images: Tensor, prompts: Sequence[str]) -> list[list[Detection]]:
-        """The detections by which each image is scored, the most confident first."""
+        """Return the detections by which each image is scored, the most confident first."""
         check_inputs(images, prompts)
         entries = [self.entry(prompt) for prompt in prompts]
         # detections are shared by rewards that differ only in their mode
@@ -183,11 +183,11 @@ class ObjectsReward:
     def _chunk(self, images: Tensor, entries: Sequence[Entry]) -> list[list[Detection]]:
         found = self.detector(images, [entry.names for entry in entries])
         if len(found) != len(images):
-            raise ValueError(f"the detector gave {len(found)} lists for {len(images)} images")
+            raise ValueError(f"the detector returned {len(found)} lists for {len(images)} images")
         return [self._seen(*one) for one in zip(images, entries, found, strict=True)]
 
     def _seen(self, image: Tensor, entry: Entry, found: Sequence[Detection]) -> list[Detection]:
-        """The detections that GenEval selects, with the colours that the entry needs."""
+        """Return the detections that GenEval selects, with the colours that the entry needs."""
         counting = entry.tag == "counting"
         threshold = self.usual.counting_threshold if counting else self.usual.threshold
         chosen = rules.select(found, threshold, self.usual.overlap)
@@ -203,8 +203,8 @@ class ObjectsReward:
 class ClipColours:
     """GenEval's colours of objects: CLIP's choice of ten words, each the mean of three phrases.
 
-    An object is cropped by its box, and where it has a mask the rest of the box becomes grey.
-    GenEval's detector gives masks; a box without one shows some background as well.
+    An object is cropped by its box; if it has a mask, the rest of the box becomes grey. GenEval's
+    detector returns masks; a box without a mask shows some background as well.
     """
 
     def __init__(self, source: str, device: torch.device | str | None = None) -> None:
@@ -214,7 +214,7 @@ class ClipColours:
 
     @torch.no_grad()
     def __call__(self, image: Tensor, found: Sequence[Detection]) -> list[str]:
-        """The colour of each object in the image (3, h, w)."""
+        """Return the colour of each object in the image (3, h, w)."""
         clip = self._towers = self._towers or towers(self.source, self.device)
         device = self.device or image.device
         clip.to(device)
@@ -229,7 +229,7 @@ class ClipColours:
 
 
 def cut(image: Tensor, thing: Detection) -> Tensor:
-    """The image (3, h, w) within an object's box, rounded to pixels, at least one of them."""
+    """Crop the image (3, h, w) to an object's box, rounded to pixels, at least one of them."""
     h, w = image.shape[1:]
     left, top, right, bottom = (round(side) for side in thing.box)
     left, top = min(max(left, 0), w - 1), min(max(top, 0), h - 1)
@@ -240,7 +240,7 @@ def cut(image: Tensor, thing: Detection) -> Tensor:
 
 
 def _usual(detector: str, given: dict[str, Any]) -> Usual:
-    """The detector's defaults, replaced by the given values."""
+    """Return the detector's defaults, replaced by the given values."""
     if not isinstance(detector, str) or (detector not in DETECTORS and ":" not in detector):
         close = get_close_matches(str(detector), DETECTORS, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"take one of {list(DETECTORS)}"
@@ -257,7 +257,7 @@ def _usual(detector: str, given: dict[str, Any]) -> Usual:
 
 
 def _detector(name: str, usual: Usual, device: torch.device | str | None) -> Detector:
-    """The detector of a name, loaded once for all rewards with the same settings."""
+    """Return the detector of a name, loaded once for all rewards with the same settings."""
     if name == "world":
         return detect
     if ":" in name:
@@ -278,7 +278,7 @@ def _imported(name: str) -> Detector:
         inspect.signature(found).bind(None, None)
     except TypeError as error:
         raise ValueError(
-            f"the detector {name!r} is no function f(images, names) ({error}); give one"
+            f"the detector {name!r} is not a function f(images, names) ({error}); give one"
         ) from error
     except ValueError:  # some functions written in C have no signature
         pass

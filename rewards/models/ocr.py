@@ -29,9 +29,9 @@ STRAIGHT = str.maketrans("‘’‚‛“”„‟", "''''\"\"\"\"")
 
 
 def quoted_text(prompt: str) -> list[str]:
-    """The non-blank spans of a prompt in double quotes, straight, curly or angular.
+    """Return the non-blank spans of a prompt in double quotes, straight, curly or angular.
 
-    Where there are none, those in single curly quotes. Straight single quotes are apostrophes.
+    If there are none, return those in single curly quotes. Straight single quotes are apostrophes.
     Any double quote closes any other, so a span cannot contain one.
     """
     spans = [span for span in DOUBLE.findall(prompt) if span.strip()]
@@ -44,7 +44,7 @@ def distance(a: str, b: str) -> int:
 
 
 def nearest(a: str, b: str) -> int:
-    """The smallest Levenshtein distance from a to any substring of b (Sellers 1980)."""
+    """Return the smallest Levenshtein distance from a to any substring of b (Sellers 1980)."""
     return min(_last_row(a, b, [0] * (len(b) + 1)))
 
 
@@ -125,8 +125,8 @@ class OcrReward:
     1 - min(d, L)/L; max_norm, 1 - d/max(L, length read); exact, 1 or 0; cer, -d/L, the character
     error rate; and word_f1, the F1 score of the words in any order. The mode each is the mean over
     spans of 1 - d/L for the substring closest to the span, so order and other text are ignored;
-    flow_grpo is the published one, strict on the first span, but 1 wherever the target occurs in
-    the text. Prompts without quoted text are an error, see `quoted_text`.
+    flow_grpo is the published reward: strict on the first span, but 1 if the target occurs in the
+    text. Prompts without quoted text are an error, see `quoted_text`.
 
     Args:
         mode: One of `MODES`.
@@ -175,7 +175,7 @@ class OcrReward:
             self.targets(prompt)
 
     def targets(self, prompt: str) -> list[str]:
-        """The quoted texts of a prompt, at least one; ValueError where there is none."""
+        """Return the quoted texts of a prompt, at least one; raises ValueError if there is none."""
         spans = [self._kept(span) for span in quoted_text(prompt)]
         spans = [span for span in spans if span.strip()]
         if not spans:
@@ -195,7 +195,7 @@ class OcrReward:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def read(self, images: Tensor) -> list[str]:
-        """The text of each image (n, 3, h, w): lines in reading order, joined by spaces."""
+        """Return the text of each image (n, 3, h, w): lines in reading order, joined by spaces."""
         check_inputs(images, [""] * len(images))
         return self.reader.read(images)
 

@@ -1,4 +1,4 @@
-"""PickScore: which of two images the users of Pick-a-Pic would have preferred, differentiable."""
+"""PickScore, the preferences of Pick-a-Pic's users, differentiable."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class PickScoreReward(CosineReward):
 
 
 def build() -> Any:
-    """The untrained ViT-H/14, a transformers CLIPModel."""
+    """Return the untrained ViT-H/14, a transformers CLIPModel."""
     from transformers import CLIPConfig, CLIPModel
 
     model: nn.Module = CLIPModel(CLIPConfig.from_dict(CONFIG))
@@ -114,7 +114,7 @@ def _open(source: str) -> Towers:
 
 
 def _tokenizer(source: str, folder: Path) -> Any:
-    """CLIP's tokenizer: the one beside local weights, or else the one the authors score with."""
+    """Load the tokenizer in the folder of local weights, or else the one that the authors use."""
     if local(source).exists():
         beside = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
         return load_tokenizer(str(folder) if beside else TOKENIZER)

@@ -35,7 +35,7 @@ CACHED = 4096  # scores
 
 
 class NoScore(Exception):
-    """An answer contains no score, for the reason that the message gives."""
+    """An answer contains no score; the message says why."""
 
 
 class AnswersQuestions(Protocol):
@@ -50,11 +50,11 @@ class AnswersQuestions(Protocol):
 
 
 class JudgeReward:
-    """The number in a vision-language model's answer, or how much likelier yes is than no.
+    """The number in a vision-language model's answer, or its probability of yes against no.
 
-    `{prompt}` in the question is replaced by the prompt. The last match of the pattern counts,
+    `{prompt}` in the question is replaced by the prompt. The last match of the pattern is used,
     because models may reason first. With low and high, the number is mapped to [0, 1] as
-    (x - low)/(high - low), and a number outside of them is no score. The preset `yes_no` gives
+    (x - low)/(high - low), and a number outside of them is not a score. The preset `yes_no` returns
     P(yes)/(P(yes) + P(no)) of the first token. Presets are described in
     `rewards.backends.judge_presets`; `flow_grpo` has Flow-GRPO's question and scale, but neither
     squashes the image to 512 x 512 nor counts a failure as 0.
@@ -71,7 +71,7 @@ class JudgeReward:
             describes key_env, timeout, retries and concurrency.
         question, pattern, low, high: Replace those of the preset. The pattern is a regular
             expression with one group, the number.
-        invalid: "error" raises ValueError where there is no score, after caching all others;
+        invalid: "error" raises ValueError for an answer without a score, after caching all others;
             "nan" returns NaN for it.
         max_tokens: Length limit of an answer.
         device: Device of a local model; None follows the images.
@@ -160,7 +160,7 @@ class JudgeReward:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _ask(self, pair: tuple[np.ndarray, str]) -> float | str:
-        """The score, or the reason why there is none."""
+        """Return the score, or the reason why there is none."""
         picture, prompt = pair
         question = self.task.question.replace("{prompt}", prompt)
         try:
@@ -185,7 +185,7 @@ class JudgeReward:
         if self.invalid == "error":
             raise ValueError(
                 f"the judge gives no score for the prompt {prompt!r}: {score}; try again, or set "
-                "invalid=nan where such scores can be left out"
+                "invalid=nan to leave such scores out"
             )
         return math.nan
 
@@ -197,7 +197,7 @@ def _share(yes: float, no: float) -> float:
 
 
 def _number(answer: str, task: Preset) -> float:
-    """The mean of the numbers that the patterns match, on the scale of the task."""
+    """Return the mean of the numbers that the patterns match, on the scale of the task."""
     shown = repr(answer if len(answer) <= 80 else "..." + answer[-80:])
     numbers = []
     for pattern in task.patterns:
@@ -264,7 +264,7 @@ def _task(
     low: float | None,
     high: float | None,
 ) -> Preset:
-    """The preset with the given replacements; a new pattern has only the scale given with it."""
+    """Return the preset with the given replacements; a new pattern needs its own low and high."""
     if question is None:
         question = preset.question
     if pattern is None and low is None and high is None:
@@ -282,7 +282,7 @@ def _task(
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise ValueError(f"the judge's pattern {pattern!r} is no regex: {error}") from error
+        raise ValueError(f"the judge's pattern {pattern!r} is not a regex: {error}") from error
     if groups != 1:
         raise ValueError(
             f"the judge's pattern {pattern!r} has {groups} groups; give it one, around the number"

@@ -52,7 +52,7 @@ PICKLED = "GLOBAL |allowlisted|TorchScript"
 
 
 def looks_like(keys: Iterable[str]) -> str:
-    """A description of the checkpoint that has such keys, or "" where it is not known."""
+    """Return a description of the kind of checkpoint that has these keys, or ""."""
     keys = list(keys)
     if sorted(keys) == ["bias", "weight"]:
         return "a single linear layer, such as a LAION aesthetic head, version 1"
@@ -63,7 +63,7 @@ def looks_like(keys: Iterable[str]) -> str:
 
 
 def local(source: str | Path) -> Path:
-    """The source as a path, which may not exist; ValueError where it cannot be looked up."""
+    """Return the source as a path, which may not exist; ValueError if it cannot be looked up."""
     path = Path(os.path.expanduser(source))
     try:
         path.exists()
@@ -76,9 +76,9 @@ def local(source: str | Path) -> Path:
 
 
 def fetch(source: str | Path, *names: str) -> Path:
-    """The file of a source: itself, or the first of `names` in its folder or hub repository.
+    """Return the file of a source: itself, or the first of `names` in its folder or hub repository.
 
-    ValueError where there is none.
+    Raises ValueError if there is none.
     """
     found = find(source, *names)
     if found is not None:
@@ -89,7 +89,7 @@ def fetch(source: str | Path, *names: str) -> Path:
 
 
 def find(source: str | Path, *names: str) -> Path | None:
-    """As `fetch`, but None where the folder or the hub repository holds none of `names`."""
+    """As `fetch`, but None if the folder or the hub repository holds none of `names`."""
     path = local(source)
     if path.is_file():
         return path
@@ -109,7 +109,7 @@ def find(source: str | Path, *names: str) -> Path | None:
         for name in names:
             try:
                 return Path(hf_hub_download(text, name))
-            except LocalEntryNotFoundError as error:  # without a network; the hub may have it
+            except LocalEntryNotFoundError as error:  # there is no network, but the hub may have it
                 unreached = error
             except EntryNotFoundError:
                 continue
@@ -144,9 +144,9 @@ def hub(repository: str) -> Iterator[None]:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file, on the CPU, by key.
+    """Return the tensors of a .safetensors or torch file, on the CPU, by key.
 
-    A torch file may nest them once, in "state_dict" or "model". ValueError for a truncated
+    A torch file may nest them once, in "state_dict" or "model". Raises ValueError for a truncated
     download, a file that is no checkpoint, or one that contains Python objects.
     """
     path = Path(path)
@@ -159,7 +159,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     tables = path.suffix == ".safetensors"
     if head and not (head[8:9] == b"{" if tables else head.startswith((b"PK", b"\x80"))):
         raise ValueError(
-            f"{path} is no file of weights{_picture(path)}; give one of torch or safetensors"
+            f"{path} is not a file of weights{_picture(path)}; give one of torch or safetensors"
         )
     try:
         if path.suffix == ".safetensors":
@@ -201,7 +201,7 @@ def fit(
     *,
     ignore: Iterable[str] = (),
 ) -> None:
-    """Load a state dict; ValueError for missing or unknown keys and for wrong shapes.
+    """Load a state dict; raises ValueError for missing or unknown keys and for wrong shapes.
 
     Args:
         module: The module to load into.
@@ -231,7 +231,7 @@ def built(
     *,
     ignore: Iterable[str] = (),
 ) -> Any:
-    """A model of a transformers class with exactly these weights, float32.
+    """Return a model of a transformers class with exactly these weights, float32.
 
     transformers' own loader converts the names of published files and ties weights; mismatches,
     which it would only log, are an error here as in `fit`.
@@ -264,7 +264,7 @@ def _refuse(
         if keys:
             kind = looks_like(state)
             raise ValueError(
-                f"{where} is not what {name} needs: it {label} {', '.join(keys[:3])}"
+                f"{where} does not match {name}: it {label} {', '.join(keys[:3])}"
                 + (f" and {len(keys) - 3} more" if keys[3:] else "")
                 + (f"; it looks like {kind}" if kind else "")
             )

@@ -104,14 +104,14 @@ class View:
                 moved(self.backbone.model, device)
 
     def tokens(self, images: Tensor, batch_size: int = 32) -> Tokens:
-        """Tokens of images (n, 3, h, w) in [0, 1] of any size, `batch_size` at once.
+        """Return tokens of images (n, 3, h, w) in [0, 1] of any size, `batch_size` at once.
 
         Within `rewards.evaluation_cache.sharing()` the tokens of a tensor are computed once.
         """
         return shared(self, images, lambda: self._look(images, batch_size))
 
     def image_features(self, images: Tensor, batch_size: int = 32) -> Tensor:
-        """The CLS tokens of images as unit vectors (n, d), for `rewards.sets`."""
+        """Return the CLS tokens of images as unit vectors (n, d), for `rewards.sets`."""
         return self.tokens(images, batch_size).cls
 
     def _look(self, images: Tensor, batch_size: int) -> Tokens:
@@ -123,7 +123,7 @@ class View:
         return Tokens(unit[:, 0], unit[:, self.backbone.prefix :])
 
     def reference(self, picture: Tensor) -> Tokens:
-        """Tokens of one image (1, 3, h, w), without the batch dimension, in full precision."""
+        """Return the tokens of one image (1, 3, h, w), without batch dimension and autocast."""
         device = next(self.backbone.model.parameters()).device
         x = picture.detach().float().cpu().contiguous()
         key = hashlib.sha256(x.numpy().tobytes() + str(tuple(x.shape)).encode()).digest()
@@ -147,10 +147,10 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def view(source: str, size: int | None = None, device: torch.device | str | None = None) -> View:
-    """The view of a source at a size, loaded once for all rewards that use it.
+    """Return the view of a source at a size, loaded once for all rewards that use it.
 
-    `size` None is 224 pixels, or what the model was trained with where that is less. ValueError
-    for a source that does not exist or is no DINO, and for a size that is no multiple of its
+    `size` None is 224 pixels, or the training size of the model if that is less. Raises ValueError
+    for a source that does not exist or is not a DINO, and for a size that is not a multiple of its
     patch.
     """
     seed_of(source)  # raises for a source that is no text
@@ -208,7 +208,7 @@ def _open_random(seed: int) -> Backbone:
 
 
 def _built(config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> Any:
-    """A model of transformers with exactly these weights, float32."""
+    """Return a model of transformers with exactly these weights, float32."""
     import transformers
 
     if config.get("model_type") not in CLASSES:
@@ -237,7 +237,7 @@ def from_timm(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert DINOv2 weights of timm or the original code to transformers' (config, state).
 
-    Widths and depths are taken from the shapes. ValueError where the weights are no DINOv2.
+    Widths and depths are taken from the shapes. Raises ValueError if the weights are no DINOv2.
     """
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.ls1.gamma")
     missing = [key for key in needed if key not in state]

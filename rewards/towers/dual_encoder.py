@@ -60,7 +60,7 @@ class Towers:
         return next(self.model.parameters()).device
 
     def number(self, name: str) -> Tensor:
-        """A scalar parameter of the model, float32 of shape (); 0 where there is none."""
+        """Return a scalar parameter of the model, float32 of shape (); 0 if it is missing."""
         found = getattr(self.model, name, None)
         return torch.zeros(()) if found is None else found.detach().float().reshape(())
 
@@ -82,7 +82,7 @@ class Towers:
         return torch.cat([_unit(self.encode_image(self.pixels(chunk))) for chunk in chunks])
 
     def pixels(self, images: Tensor) -> Tensor:
-        """The input of `encode_image`, on its device, for images in [0, 1] of any size."""
+        """Return the input of `encode_image`, on its device, for images in [0, 1] of any size."""
         x = prepare(images.to(self.device), self.size, self.filter, self.mode, self.floor)
         return normalize(x, self.mean, self.std)
 
@@ -105,7 +105,7 @@ class Towers:
         return rows
 
     def cosines(self, images: Tensor, prompts: Sequence[str], batch_size: int = 32) -> Tensor:
-        """The cosine (n,) of each image and its prompt, float32, on the towers' device."""
+        """Return the cosine (n,) of each image and its prompt, float32, on the towers' device."""
         text = self.text_features(prompts)
         image = self.image_features(images, batch_size)
         with torch.autocast(image.device.type, enabled=False):
@@ -124,9 +124,9 @@ def prepare(
     """Resize and crop (n, 3, h, w) to (n, 3, *size), float32, before normalisation.
 
     `shortest` resizes the shortest side and crops the centre, as OpenAI's CLIP does; `squash`
-    changes the aspect ratio; `longest` resizes the longest side and pads with black. Where the
-    crop begins between two pixels, `floor` takes the lower one, as transformers does; otherwise
-    the even one is taken, as by torchvision, which OpenAI, open_clip, timm and ImageReward use.
+    changes the aspect ratio; `longest` resizes the longest side and pads with black. If the crop
+    begins between two pixels, `floor` takes the lower one, as transformers does; otherwise the even
+    one is taken, as by torchvision, which OpenAI, open_clip, timm and ImageReward use.
     """
     if mode not in MODES:
         raise ValueError(f"the resize mode is {mode!r} but must be one of {list(MODES)}")
@@ -164,7 +164,7 @@ def _longest(images: Tensor, size: tuple[int, int], filter: str) -> Tensor:
 def shared_towers(
     kind: str, source: str, device: torch.device | str | None, load: Callable[[], Towers]
 ) -> Towers:
-    """The towers that `load` returns, loaded once for each kind, source and device."""
+    """Return the towers that `load` returns, loaded once for each kind, source and device."""
     found = loaded_once(kind, source, device, load)
     if device is not None:
         found.to(torch.device(device))

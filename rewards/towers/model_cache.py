@@ -1,4 +1,4 @@
-"""Models that several rewards use are loaded once and shared while any of them is alive."""
+"""A cache of models, which are loaded once and shared while any reward uses them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class WordTokenizer:
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """An untrained, frozen open_clip model from a configuration file or its model_cfg."""
+    """Return an untrained, frozen open_clip model from a configuration file or its model_cfg."""
     import open_clip
 
     settings = dict(config.get("model_cfg", config))
@@ -83,7 +83,7 @@ def _check_quick_gelu(model: nn.Module, quick: bool, where: str) -> None:
 
 
 def open_place(place: str, config: Mapping[str, Any]) -> Towers:
-    """The towers of a folder or hub repository with this parsed open_clip_config.json."""
+    """Return the towers of a folder or hub repository with this parsed open_clip_config.json."""
     try:
         model = build(config)
     except (TypeError, KeyError) as error:
@@ -117,7 +117,7 @@ def _tokenizer(place: str, config: Mapping[str, Any]) -> Callable[[list[str]], T
 
 
 def open_tag(name: str, tag: str) -> Towers:
-    """The towers of an open_clip architecture with the weights of one of its tags."""
+    """Return the towers of an open_clip architecture with the weights of one of its tags."""
     import open_clip
 
     tags = open_clip.list_pretrained_tags_by_model(name)

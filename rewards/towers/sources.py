@@ -43,9 +43,9 @@ RANDOM_CONFIG = {
 
 
 def towers(source: str, device: torch.device | str | None = None) -> Towers:
-    """The towers of a source, loaded once for all rewards that use them.
+    """Return the towers of a source, loaded once for all rewards that use them.
 
-    ValueError for a source that does not exist, or that is neither a CLIP nor a SigLIP.
+    Raises ValueError for a source that does not exist, or that is neither a CLIP nor a SigLIP.
     """
     seed_of(source)  # raises for a source that is no text
     place = str(TINY) if source == "tiny" else source
@@ -53,7 +53,7 @@ def towers(source: str, device: torch.device | str | None = None) -> Towers:
 
 
 def open_source(source: str) -> Towers:
-    """A new copy of the towers of a source; ValueError as in `towers`."""
+    """Return a new copy of the towers of a source; raises ValueError as in `towers`."""
     seed = seed_of(source)
     if seed is not None:
         return _open_random(seed)
@@ -68,7 +68,7 @@ def open_source(source: str) -> Towers:
 
 
 def seed_of(source: str) -> int | None:
-    """The seed of a source `random:<seed>`, or None for any other source."""
+    """Return the seed of a source `random:<seed>`, or None for any other source."""
     if not isinstance(source, str):
         raise ValueError(f"the source is {source!r}; give its name as text, as in clip(tiny)")
     kind, _, text = source.partition(":")

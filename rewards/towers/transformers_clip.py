@@ -44,7 +44,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def open_place(place: str, config: Mapping[str, Any]) -> Towers:
-    """The towers of a folder or hub repository with this parsed config.json."""
+    """Return the towers of a folder or hub repository with this parsed config.json."""
     from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
     kind = str(config.get("model_type"))
@@ -74,7 +74,7 @@ def open_place(place: str, config: Mapping[str, Any]) -> Towers:
 
 
 def _state(place: str) -> dict[str, Tensor]:
-    """The tensors of a transformers model, from one file or the files of an index."""
+    """Return the tensors of a transformers model, from one file or the files of an index."""
     path = fetch(place, *FILES)
     if path.suffix != ".json":
         return read_state(path)
@@ -83,7 +83,7 @@ def _state(place: str) -> dict[str, Tensor]:
 
 
 def load_tokenizer(place: str) -> Any:
-    """The tokenizer of a folder or hub repository."""
+    """Return the tokenizer of a folder or hub repository."""
     from transformers import AutoTokenizer
 
     with hub(place):
@@ -115,8 +115,8 @@ def check_hidden_act(
         same = (torch.allclose(m(x), ACTIVATIONS[name](x), atol=1e-5) for m in found)
         if not found or not all(same):
             raise ValueError(
-                f"the {part} tower of {where} says hidden_act {name!r} but what was built "
-                "computes another; the installed transformers does not fit these weights"
+                f"the {part} tower of {where} has hidden_act {name!r} but the built model computes "
+                "another; the installed transformers does not match these weights"
             )
 
 
@@ -179,7 +179,7 @@ def transformers_towers(
 
 
 def _resize_mode(given: Mapping[str, Any], side: int) -> str:
-    """The resize mode of a preprocessing file; ValueError where `prepare` has none like it."""
+    """Return the resize mode of a preprocessing file; ValueError if `prepare` does not have it."""
     size, crop = given.get("size", side), given.get("crop_size", side)
     sides = {
         pixels
