@@ -1,12 +1,20 @@
-"""`tilt steer` called as from a command line."""
+"""The options of all commands, and `tilt steer` called as from a command line."""
 
+import importlib
 import re
 
 from steering import tiny
+from tilt.commands import compare
 from tilt.commands import steer as script
+from tilt.main import COMMANDS
 
 EMBEDDED = (tiny.FOLDER / "tiny-sd3" / "model_index.json").exists()
 SMALL = ["--steps", "5", "--particles", "3", "--num-scores", "2", "--reward", "jpeg"]
+COMMAND = {
+    name: importlib.import_module(f"tilt.commands.{name.replace(' ', '_')}") for name in COMMANDS
+}
+OPTIONS = {name: COMMAND[name].OPTIONS for name in COMMANDS if name != "compare"}
+OPTIONS |= {f"compare {name}": options for name, options in compare.OPTIONS.items()}
 
 
 def refused(capsys, *argv: str) -> str:

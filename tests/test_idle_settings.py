@@ -5,27 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from command_line import COMMAND
 from test_configs import RECIPES
 
 from finetune.ranges import refuse_idle
 from scripts.benchmarks import adversarial
-from tilt.commands import evaluate, rollout, train_adversarial, train_critic, train_gdro
+from tilt.commands import train_adversarial, train_critic, train_gdro
 from tilt.idle_settings import check_adversarial, check_critic, check_gdro
 
-OPTIONS = {
-    "gdro": train_gdro.OPTIONS,
-    "adversarial": train_adversarial.OPTIONS,
-    "critic": train_critic.OPTIONS,
-    "rollout": rollout.OPTIONS,
-    "evaluate": evaluate.OPTIONS,
-}
-MAIN = {
-    "gdro": train_gdro.main,
-    "adversarial": train_adversarial.main,
-    "critic": train_critic.main,
-    "rollout": rollout.main,
-    "evaluate": evaluate.main,
-}
 GIVEN = {
     "gdro": ["--rollouts=x"],
     "adversarial": ["--prompts={prompts}", "--reward=jpeg"],
@@ -87,11 +74,12 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
 ):
     (tmp_path / "prompts.txt").write_text("a star\n")
     given = [word.format(prompts=tmp_path / "prompts.txt") for word in GIVEN[script]]
-    assert MAIN[script]([*given, f"--out={tmp_path / 'out'}", *words]) == 2
+    full = script if script in COMMAND else f"train {script}"
+    assert COMMAND[full].main([*given, f"--out={tmp_path / 'out'}", *words]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert f": --{name.replace('_', '-')} is " in told
     assert "but has no effect, because " in told
-    assert OPTIONS[script].in_words(f"as {why}").removeprefix("as ") in told
+    assert COMMAND[full].OPTIONS.in_words(f"as {why}").removeprefix("as ") in told
     assert not (tmp_path / "out").exists()
 
 

@@ -19,6 +19,7 @@ import malformed
 import pytest
 import torch
 from chains import gaussian_kernel, linear, seeded
+from command_line import OPTIONS
 from diffusers import DDIMScheduler
 from malformed import LONG, of_settings, of_signature, said, within
 from PIL import Image
@@ -28,7 +29,7 @@ import rewards
 from steering import FeynmanKac, Steered, generators, particle_filter, pipeline
 from steering.schedulers import stochastic
 from tilt import loading
-from tilt.commands import app, compare, evaluate, rollout, score, steer, steer_options
+from tilt.commands import app, compare, evaluate, rollout, score, steer
 from tilt.commands import train_adversarial as online
 from tilt.commands import train_critic as critic
 from tilt.commands import train_gdro as gdro
@@ -120,16 +121,7 @@ SCRIPTS = {  # a command that works, and what any text may be given to
         set(),
     ),
 }
-SETTINGS = {
-    "steer": steer_options.OPTIONS,
-    "score": score.OPTIONS,
-    "app": app.OPTIONS,
-    "rollout": rollout.OPTIONS,
-    "evaluate": evaluate.OPTIONS,
-    "train_gdro": gdro.OPTIONS,
-    "train_adversarial": online.OPTIONS,
-    "train_critic": critic.OPTIONS,
-} | {f"compare_{name}": options for name, options in compare.OPTIONS.items()}
+SETTINGS = {script: OPTIONS[script.replace("_", " ")] for script in SCRIPTS}
 # Settings that only serve beside others, by how their names begin: what is set with them.
 BESIDE = {
     "train_gdro check.": ["--check.every=1", "--check.prompts=other.txt", "--check.images=1"],
@@ -168,8 +160,8 @@ def marked(every: list, quick: int = EVERY) -> list:
 
 
 LIGHT = {script for script in SCRIPTS if script in ("score", "app") or "compare" in script}
-OPTIONS = [call for call in calls() if call[0] in LIGHT]
-WORDS = [call for call in calls() if call[0] not in LIGHT]
+QUICK = [call for call in calls() if call[0] in LIGHT]
+SLOW = [call for call in calls() if call[0] not in LIGHT]
 
 
 def test_there_are_enough():
@@ -202,7 +194,7 @@ def refused(script: str, option: str, value: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS.keys() - {"app", "compare_tournament"})
+@pytest.mark.parametrize("script", sorted(SCRIPTS.keys() - {"app", "compare_tournament"}))
 def test_the_commands_themselves_work(scored, script):
     main, base, _ = SCRIPTS[script]
     clean()
@@ -210,13 +202,13 @@ def test_the_commands_themselves_work(scored, script):
     assert said(main, base)[0] == 0
 
 
-@pytest.mark.parametrize(("script", "option", "value"), marked(OPTIONS))
+@pytest.mark.parametrize(("script", "option", "value"), marked(QUICK))
 def test_an_option_is_refused(place, script, option, value):
     refused(script, option, value)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "option", "value"), marked(WORDS))
+@pytest.mark.parametrize(("script", "option", "value"), marked(SLOW))
 def test_a_setting_is_refused(scored, script, option, value):
     refused(script, option, value)
 

@@ -229,7 +229,7 @@ def score_rollouts(source: Path, spec: str, settings: Score, device: torch.devic
     A column that is there already is replaced. --resume skips shards where all of them are of
     this very spec, scored by this very version of the reward.
     """
-    from finetune.outlook import of_rollouts
+    from finetune.learnability import little_in_rollouts
     from finetune.shards import Rollouts, add_rewards
 
     for option in ("out", "prompt"):
@@ -262,7 +262,7 @@ def score_rollouts(source: Path, spec: str, settings: Score, device: torch.devic
     report(rows, source / "scores.histogram.png")
     if reward:
         keep_scale(reward, rows, settings.calibrate)
-    if little := of_rollouts(run, "reward"):
+    if little := little_in_rollouts(run, "reward"):
         print(f"before a model is trained on these: {little}")
 
 

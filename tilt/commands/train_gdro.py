@@ -17,8 +17,8 @@ from pathlib import Path
 
 from finetune.data import check_fits, load_data
 from finetune.gdro import Gdro, GdroTrainer
+from finetune.learnability import little_in_rollouts
 from finetune.models import family_of, noising_of
-from finetune.outlook import of_rollouts
 from finetune.ranges import NAME, TEXT, optional, part, setting
 from finetune.shards import Rollouts
 from finetune.state import check_out, finish
@@ -67,7 +67,7 @@ def run(settings: TrainGdro) -> None:
         training.show(settings)
         return
     data = load_data(made, gdro.reward, gdro.reward_norm, gdro.k)
-    if is_main() and (little := of_rollouts(made, gdro.reward)):
+    if is_main() and (little := little_in_rollouts(made, gdro.reward)):
         print(f"{gdro.reward!r} of {made.folder}: {little}", flush=True)
     accelerator = training.accelerator_of(settings)
     name = settings.model or made.manifest["model"]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from finetune.outlook import outlook
+from finetune.learnability import little_to_learn
 
 FLOOR, CEILING, FLAT = "near its minimum", "near its maximum", "the same reward"
 UNIT = (0.0, 1.0)
@@ -31,7 +31,7 @@ UNIT = (0.0, 1.0)
     ],
 )
 def test_rewards_at_one_end_or_alike_are_told(rewards, bounds, said):
-    found = outlook([0, 0, 1, 1], rewards, bounds)
+    found = little_to_learn([0, 0, 1, 1], rewards, bounds)
     assert said in found
     assert bool(found) == bool(said)
 
@@ -39,6 +39,6 @@ def test_rewards_at_one_end_or_alike_are_told(rewards, bounds, said):
 def test_without_a_range_nine_of_ten_at_an_end_are_told():
     prompts = [i // 4 for i in range(40)]
     sparse = [0.0] * 36 + [0.0, 0.0, 0.5, 1.0]
-    assert FLOOR in outlook(prompts, sparse)
-    assert CEILING in outlook(prompts, [1 - reward for reward in sparse])
-    assert not outlook(prompts, [0.1 * (i % 4) for i in range(40)])
+    assert FLOOR in little_to_learn(prompts, sparse)
+    assert CEILING in little_to_learn(prompts, [1 - reward for reward in sparse])
+    assert not little_to_learn(prompts, [0.1 * (i % 4) for i in range(40)])

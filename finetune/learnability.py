@@ -8,7 +8,7 @@ import torch
 
 from .shards import Rollouts
 
-__all__ = ["of_rollouts", "outlook"]
+__all__ = ["little_in_rollouts", "little_to_learn"]
 
 NEAR = 0.1  # as a fraction of the reward's range
 MOST = 0.9  # as a fraction of the images, if the range is not known
@@ -16,17 +16,19 @@ MOST = 0.9  # as a fraction of the images, if the range is not known
 Bounds = tuple[float | None, float | None]
 
 
-def of_rollouts(run: Rollouts, column: str) -> str:
-    """Return the outlook of a scored run for a column of rewards."""
+def little_in_rollouts(run: Rollouts, column: str) -> str:
+    """Return what `little_to_learn` says of a column of rewards of a scored run."""
     prompts, rewards = [], []
     for shard in run.shards:
         prompts += [row["group"] for row in shard.table(["group"])]
         rewards += shard.rewards()[column]
     low, high = run.shards[0].bounds().get(column, (None, None))
-    return outlook(prompts, rewards, (low, high))
+    return little_to_learn(prompts, rewards, (low, high))
 
 
-def outlook(prompts: Sequence[int], rewards: Sequence[float], bounds: Bounds = (None, None)) -> str:
+def little_to_learn(
+    prompts: Sequence[int], rewards: Sequence[float], bounds: Bounds = (None, None)
+) -> str:
     """Return why little can be learned from these rewards, with advice; "" if they are fine.
 
     prompts: the prompt of each image; bounds: the smallest and the largest possible reward. If they
