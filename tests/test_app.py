@@ -235,7 +235,7 @@ def test_what_goes_wrong_is_told_and_the_next_run_works(caplog):
     assert rest(desk.run("a", wish("bad")))[-1] == Ended("no such thing")
     broken = rest(desk.run("a", wish("broken")))[-1]
     assert "CUDA is on fire" in broken.sentence
-    assert "A run broke" in caplog.text
+    assert "A run failed" in caplog.text
     assert isinstance(rest(desk.run("a", wish("good")))[-1], Done)
 
 
@@ -313,7 +313,7 @@ def test_what_is_not_there_is_answered_by_a_sentence(changed, said, model, tmp_p
     ended = rest(Desk(studio(tmp_path).draw).run("a", parse(**{"model": model} | changed)))[-1]
     assert isinstance(ended, Ended), ended
     assert said in ended.sentence
-    assert "broke" not in ended.sentence
+    assert "failed" not in ended.sentence
 
 
 def scored(ancestors, previews=True):

@@ -206,7 +206,7 @@ def test_a_prompt_is_on_one_side_and_stays_there():
         (["--kind=preference"], "set --paired"),
         (
             ["--critic-from=random:1"],
-            "keeps its own kind, tower and layers, of which tower is random:1",
+            "has a fixed kind, tower and layers, of which tower is random:1",
         ),
         (["--critic-from={tmp}"], "holds none of ['critic.json']"),
         (["--stesp=3"], "did you mean --steps?"),

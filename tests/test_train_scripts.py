@@ -163,7 +163,7 @@ def test_prompts_that_are_trained_on_are_no_held_out_ones(scored, tmp_path, caps
     assert train_gdro.main(words) == 2
     assert "needs --check.prompts" in capsys.readouterr().err
     assert train_gdro.main([*words, f"--check.prompts={scored / 'prompts.txt'}"]) == 2
-    assert "trained on, as 'the word \"CAT\"'" in capsys.readouterr().err
+    assert "training prompts, such as 'the word \"CAT\"'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -308,8 +308,12 @@ def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypa
         (rollout, ["--imags=3"], "did you mean --images?"),
         (rollout, ["--prompts=nowhere.txt", "--out=x"], "nowhere.txt"),
         (rollout, ["--prompts=nowhere.txt", "--out=x", "--steered=4"], "belong together"),
-        (rollout, [WORDS, "--out=x", "--call.seed=3"], "--call.seed is no keyword of the pipeline"),
-        (rollout, [WORDS, "--out=x", "--call.particles=3"], "--call.particles is no keyword"),
+        (
+            rollout,
+            [WORDS, "--out=x", "--call.seed=3"],
+            "--call.seed is not a keyword of the pipeline",
+        ),
+        (rollout, [WORDS, "--out=x", "--call.particles=3"], "--call.particles is not a keyword"),
         (train_gdro, [], "set --rollouts FOLDER and --out FOLDER"),
         (train_gdro, ["--rollouts=nowhere", "--out=x"], "holds no rollouts"),
         (train_gdro, ["--gdro.bta=3"], "did you mean --gdro.beta?"),

@@ -1,1 +1,1 @@
-"""The application on top of the libraries: what a person runs and reads."""
+"""The application on top of the libraries: commands, the app and reports."""

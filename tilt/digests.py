@@ -1,4 +1,4 @@
-"""Digests of what a run is made of: a run goes on only where files hold what they held."""
+"""Digests of a run's inputs: a run is resumed only if its files have the same contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["of_run", "of_texts", "of_weights"]
 
 
 def of_weights(name: str | None) -> str | None:
-    """What tells the weights of a LoRA, a file or a folder, from others; a hub id as it is."""
+    """Return a digest of the weights of a LoRA file or folder; a hub id is returned unchanged."""
     place = os.path.expanduser(name or "")
     if not (os.path.isdir(place) or os.path.isfile(place)):
         return name
@@ -28,16 +28,15 @@ def of_weights(name: str | None) -> str | None:
 
 
 def of_texts(texts: Sequence[str]) -> str:
-    """What tells these lines, and their order, from others."""
+    """Return a digest of these lines and their order."""
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def of_run(settings: Any, spec: str, **more: str) -> dict[str, str]:
-    """Digests of what the run is made of, by the setting that names it; more: the command's own.
+    """Return digests of the run's inputs, by the setting that names them.
 
-    spec: of the reward that is trained on, "" if it is not known.
-
-    A run is not carried on where a file or a folder holds something else under the same name.
+    spec: the reward that is trained on, "" if unknown; more: further digests of the command. A run
+    is not resumed if a file or a folder has other contents under the same name.
     """
     found = {"lora": of_weights(settings.lora) or ""} | more
     if settings.check.prompts:

@@ -1,4 +1,4 @@
-"""The settings of commands that draw the prompts of a file, and what is made of them."""
+"""The settings of commands that draw the prompts of a file, and their conversion."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = ["Drawing", "call_of", "filter_of"]
 class Drawing:
     """The settings of a command that draws the prompts of a file."""
 
-    prompts: str = setting("", TEXT, "a file of prompts: one a line, or .jsonl")
-    out: str = setting("", TEXT, "the folder to make")
+    prompts: str = setting("", TEXT, "file of prompts: one per line, or .jsonl")
+    out: str = setting("", TEXT, "output folder")
     model: str = setting("tiny-sd3", NAME, "hub id, folder, tiny-sd3 or tiny-sd")
-    lora: str | None = setting(None, optional(NAME), "LoRA weights to load: another round")
+    lora: str | None = setting(None, optional(NAME), "LoRA weights to load, for a further round")
     filter: dict[str, Any] = setting(
         dict, KEYWORDS, "fields of FeynmanKac, as in --filter.reward-scale 30"
     )
@@ -41,21 +41,21 @@ class Drawing:
     )
     seed: int = setting(0, SEED, "seed of the whole run")
     max_batch: int | None = setting(
-        None, optional(whole(1)), "rows that the network evaluates at once"
+        None, optional(whole(1)), "maximum rows that the network evaluates at once"
     )
     dtype: str = setting(
         "auto",
         one_of("auto", *DTYPES),
-        "type of the networks; auto is float32 on a CPU, else a half type",
+        "dtype of the networks; auto is float32 on a CPU, else half precision",
     )
-    resume: bool = setting(False, FLAG, "make only what is missing or damaged")
+    resume: bool = setting(False, FLAG, "make only missing or damaged parts")
 
     def __post_init__(self) -> None:
         check(self)
 
 
 def filter_of(fields: dict[str, Any]) -> FeynmanKac:
-    """The filter's settings by name; ValueError for a name or a value that it does not have."""
+    """Return the filter's settings from fields by name; ValueError for invalid ones."""
     if isinstance(fields.get("funnel"), list):  # YAML has no tuples
         fields = fields | {"funnel": tuple(fields["funnel"])}
     try:
@@ -65,8 +65,8 @@ def filter_of(fields: dict[str, Any]) -> FeynmanKac:
 
 
 def call_of(given: dict[str, Any], defaults: dict[str, Any], name: str = "call") -> dict[str, Any]:
-    """Keywords of the pipeline's call; ValueError for one that is steering's own, not its."""
+    """Return keywords of the pipeline's call; ValueError for one that is steer()'s argument."""
     for key in given:
         if key in inspect.signature(steer_each).parameters:
-            raise ValueError(f"{name}.{key} is no keyword of the pipeline's call; leave it out")
+            raise ValueError(f"{name}.{key} is not a keyword of the pipeline's call; leave it out")
     return defaults | given

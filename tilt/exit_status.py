@@ -1,4 +1,4 @@
-"""How a command reads its settings and runs, and the exit status that it ends with."""
+"""Running of a command with its settings, and its exit status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["check_folder", "of_command", "of_run"]
 
 
 def of_command(options: Options, argv: Sequence[str], work: Callable[[Any], None]) -> int:
-    """Read a command's settings and run it; exit status 0, or 2 for what it refused."""
+    """Read a command's settings and run it; return exit status 0, or 2 for refused input."""
     try:
         work(options.read(argv))
     except (ValueError, OSError) as error:
@@ -32,14 +32,14 @@ def of_run(
 ) -> int:
     """Read a command's settings and run it.
 
-    The exit status is 0; 2 for what was refused; 1 if it broke, or another process of the run has
-    ended; 130 on Ctrl-C. kept: what is not lost, for the message, where `pattern` finds a file in
-    the folder `out`.
+    Returns the exit status 0, 2 for refused input, 1 if the command failed or another process of
+    the run has ended, and 130 on Ctrl-C. kept: says what is not lost, for the message, if `pattern`
+    matches a file in the folder `out`.
     """
     settings: Any = None
 
     def said(error: BaseException) -> str:
-        """In words of options, as those of what was read already are."""
+        """Return the message in words of options; errors of reading settings already are."""
         return options.in_words(one_line(error)) if settings else one_line(error)
 
     def left() -> str:
@@ -54,7 +54,7 @@ def of_run(
     except ValueError as error:
         print(f"{name}: {said(error)}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError, SafetensorError) as error:  # the last of a full disk, too
+    except (FloatingPointError, OSError, SafetensorError) as error:  # the last also for a full disk
         print(f"{name}: {said(error)}; {left()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as cut:
@@ -66,7 +66,7 @@ def of_run(
 
 
 def check_folder(out: str) -> None:
-    """ValueError for a folder that cannot be made; "" is for the command to refuse."""
+    """Raise ValueError for a folder that cannot be made; the command itself refuses ""."""
     if out and not out.strip():
         raise ValueError(f"out is {out!r}; name a folder")
     folder = Path(out)

@@ -1,6 +1,6 @@
-"""Settings of training that do nothing beside the others: each is refused by name.
+"""Checks that refuse training settings which have no effect in combination with the others.
 
-settings: those of the command, as read; ValueError for the first one that is not at its default.
+Each raises ValueError for the first such setting of the command that is not at its default.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ __all__ = ["check_adversarial", "check_critic", "check_gdro"]
 
 
 def check_gdro(settings: Any) -> None:
-    """Those of `tilt train gdro`."""
+    """Check the settings of `tilt train gdro`."""
     _check_checks(settings)
     if settings.gdro.form == "rank":
         refuse_idle(settings, ["gdro.temperature"], "gdro.form is 'rank'")
 
 
 def check_adversarial(settings: Any) -> None:
-    """Those of `tilt train adversarial`."""
+    """Check the settings of `tilt train adversarial`."""
     _check_checks(settings)
     refuse_idle(
         settings, [{"grpo": "nft", "nft": "grpo"}[settings.method]], _is("method", settings)
     )
     if settings.method == "grpo" and settings.grpo.updates == 1:
-        why = "grpo.updates is 1, where every ratio is 1"
+        why = "grpo.updates is 1, with which every ratio is 1"
         refuse_idle(settings, ["grpo.clip"], why)
     if not settings.references:
         refuse_idle(settings, ["paired", "critic_weight"], "references= is not set")
@@ -40,7 +40,7 @@ def check_adversarial(settings: Any) -> None:
 
 
 def check_critic(settings: Any, kind: str) -> None:
-    """Those of a critic, whose settings are `critic` and, under the name `kind`, its kind."""
+    """Check the settings `critic` of a critic, whose kind is the setting named `kind`."""
     critic = settings.critic
     if getattr(settings, kind) == "preference":
         refuse_idle(settings, ["critic.patches", "critic.patch_weight"], _is(kind, settings))
@@ -55,7 +55,7 @@ def check_critic(settings: Any, kind: str) -> None:
 
 
 def _check_checks(settings: Any) -> None:
-    """Those of a run that had some choose its LoRA, whether there will be more or not."""
+    """Check the settings of checks, unless earlier checks of the run choose its LoRA."""
     if not settings.check.every and not (Path(settings.out) / "checks.csv").exists():
         refuse_idle(settings, ["check"], "check.every is 0")
 

@@ -1,4 +1,4 @@
-"""A pipeline by name: embedded, from a folder or from the hub; its LoRA, preview and device."""
+"""Loading of pipelines by name, embedded, from a folder or from the hub, and of their parts."""
 
 import difflib
 import os
@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The AutoencoderTiny that decodes the latents of an AutoencoderKL, told by its latent channels and
-# scaling factor: Stable Diffusion 1 and 2, SDXL, SD3 and 3.5, Flux; and who else took their VAE.
+# (latent channels, scaling factor) of an AutoencoderKL -> the AutoencoderTiny for its latents:
+# Stable Diffusion 1 and 2, SDXL, SD3 and 3.5, Flux, and other models with their VAEs.
 # https://github.com/madebyollin/taesd
 PREVIEWS = {
     (4, 0.18215): "madebyollin/taesd",
@@ -42,13 +42,13 @@ _EMBEDDED = "tiny"  # the preview decoder of tiny.NAMES
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError, before anything heavy is imported, for what cannot be a pipeline."""
+    """Raise ValueError, without heavy imports, if `name` cannot be a pipeline."""
     path = os.path.expanduser(name)
     if name in tiny.NAMES or os.path.isfile(os.path.join(path, "model_index.json")):
         return
     known = f"a folder that pipe.save_pretrained() wrote, a hub id, or {' or '.join(tiny.NAMES)}"
     if name and os.path.exists(path):
-        raise ValueError(f"{name} is no pipeline (it has no model_index.json): give {known}")
+        raise ValueError(f"{name} is not a pipeline (it has no model_index.json): give {known}")
     if not HUB_ID.fullmatch(name):
         near = difflib.get_close_matches(name, tiny.NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give {known}"
@@ -57,10 +57,10 @@ def check_name(name: str) -> None:
 
 
 def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **components: Any) -> Any:
-    """The pipeline `name` on the CPU in `dtype`: embedded, a folder, or a hub id (in that order).
+    """Load the pipeline `name`, embedded, a folder or a hub id (in this order), on the CPU.
 
-    components: parts to use as they are, in place of those stored. Raises ValueError for what is
-    not there, or is no pipeline, and for a LoRA that does not fit it whole (`load_lora`).
+    components: modules that replace the stored ones. Raises ValueError if the name does not exist
+    or is not a pipeline, and if the LoRA does not fit completely (`load_lora`).
     """
     check_name(name)
     path, offline = (name, True) if name in tiny.NAMES else where(name)
@@ -81,10 +81,10 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **comp
 
 
 def pick_preview(choice: str, model: str) -> str:
-    """The preview decoder `choice` by its name, before the model is loaded; auto is what suits it.
+    """Return the name of the preview decoder for `choice`, without loading the model.
 
-    A folder, a hub id, "tiny" (the embedded one) or "none". Reads no more than the configuration of
-    the model's VAE; raises ValueError where that is not there.
+    The name is a folder, a hub id, "tiny" (the embedded one) or "none". For "auto", only the
+    configuration of the model's VAE is read; raises ValueError if that is missing.
     """
     if choice != "auto":
         return choice
@@ -102,8 +102,8 @@ def pick_preview(choice: str, model: str) -> str:
 
 
 def _suited(config: Any) -> str:
-    """The published decoder of an AutoencoderKL's latents, 8 pixels a side; none for others."""
-    # Playground 2.5 whitens latents that are SDXL's, by numbers that a preview's tail would not use
+    """Return the published decoder for an AutoencoderKL that scales by 8; "none" for others."""
+    # Playground 2.5 normalises SDXL's latents by numbers that a preview decoder does not use
     if config.get("latents_mean") is not None or len(config.get("block_out_channels", ())) != 4:
         return "none"
     traits = config.get("latent_channels", 4), config.get("scaling_factor", 0.18215)
@@ -111,11 +111,11 @@ def _suited(config: Any) -> str:
 
 
 def load_preview(choice: str, model: str, dtype: torch.dtype, pipe: Any = None) -> Any:
-    """The AutoencoderTiny that `choice` names: a folder or hub id, "tiny", "none", or "auto".
+    """Load the AutoencoderTiny that `choice` names: a folder or hub id, "tiny", "none", or "auto".
 
-    auto: the one that suits `pipe`, the embedded one for an embedded `model`; None for others.
-    Raises ValueError for what is not there, the published decoder of this model included: the
-    scores on the way would be others without it.
+    auto: the decoder that suits `pipe`, the embedded one for an embedded `model`; None for others.
+    Raises ValueError if it is missing, also for auto, since the scores during the run would differ
+    without it.
     """
     if choice == "auto":
         choice = _EMBEDDED if model in tiny.NAMES else "none"
@@ -137,15 +137,15 @@ def load_preview(choice: str, model: str, dtype: torch.dtype, pipe: Any = None) 
 
 
 def pick_device(name: str) -> torch.device:
-    """A device by name; auto is the first accelerator that torch finds, else the CPU.
+    """Return a device by name; auto is the first accelerator that torch finds, else the CPU.
 
-    Raises ValueError for one that is not there.
+    Raises ValueError if the device is not available.
     """
     if name == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
     try:
-        with warnings.catch_warnings():  # of device types that have gone out of use
+        with warnings.catch_warnings():  # about deprecated device types
             warnings.simplefilter("ignore")
             one = torch.ones(1, device=str(name))
         one.item()  # a meta tensor has no value
@@ -157,9 +157,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """A dtype by name; auto is float32 on a CPU, else the half type that the device is good at.
+    """Return a dtype by name; auto is float32 on a CPU, else the half precision that suits it.
 
-    Raises ValueError for another name.
+    Raises ValueError for an unknown name.
     """
     if name != "auto":
         if name not in DTYPES:
@@ -188,20 +188,20 @@ def resolved(settings: Any) -> Any:
 
 
 def tune(pipe: Any, compile: bool = False, preview: Any = None) -> None:
-    """Lay out or compile the networks for speed, in place; pictures differ by rounding alone.
+    """Optimise the networks for speed, in place; images change only by rounding.
 
-    On CUDA, networks of convolutions (UNet, ControlNet, VAE and `preview`) keep their weights in
-    channels_last. compile: torch.compile of the denoising networks for each shape they meet, which
-    takes minutes at the first step and needs a compiler.
+    On CUDA, convolutional networks (UNet, ControlNet, VAE and `preview`) are converted to
+    channels_last. compile: compile the denoising networks with torch.compile for each input shape,
+    which takes minutes at the first step and needs a compiler.
     """
     from steering.networks import networks
 
     if pipe.device.type == "cuda":
         parts = [getattr(pipe, name, None) for name in ("unet", "controlnet", "vae")]
         for part in (*parts, preview):
-            # of videos: five axes have no such layout
+            # 5-D weights, of video models, do not support this layout
             if part is not None and all(weight.ndim < 5 for weight in part.parameters()):
                 part.to(memory_format=torch.channels_last)
     if compile:
         for network in networks(pipe).values():
-            network.compile(dynamic=False)  # in place: its class and its state dict stay
+            network.compile(dynamic=False)  # in place, which keeps its class and state dict

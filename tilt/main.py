@@ -1,4 +1,4 @@
-"""The command `tilt`: which commands there are, and how one is run."""
+"""The command `tilt`: the list of its commands, and their dispatch."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from tilt import started
 
 __all__ = ["COMMANDS", "dispatch", "main", "run"]
 
-# name -> what it does; the module is tilt.commands and the name, blanks as underscores
+# name -> description; the module is tilt.commands.NAME, with underscores for spaces
 COMMANDS = {
-    "steer": "draw pictures steered toward a reward",
-    "score": "score pictures that are there by any rewards, into a table",
-    "rollout": "make the images that fine-tuning learns from",
+    "steer": "draw images steered toward a reward",
+    "score": "score existing images by any rewards, into a table",
+    "rollout": "draw the images for offline fine-tuning",
     "train gdro": "fine-tune a model on scored rollouts, offline",
     "train adversarial": "fine-tune a model on its own samples, by a reward or by references",
-    "train critic": "fit a critic on stored rollouts and reference pictures",
+    "train critic": "train a critic on stored rollouts and reference images",
     "evaluate": "compare a fine-tuned model with its base on the same noise",
-    "report": "write report.html of a run that is there",
+    "report": "write report.html of an existing run",
     "rewards": "list the rewards",
     "compare": "compare rewards, and images in a tournament",
-    "app": "open a page to play in",
+    "app": "start the web app",
 }
 
 USAGE = """usage: {program} COMMAND [OPTIONS]
@@ -35,7 +35,7 @@ USAGE = """usage: {program} COMMAND [OPTIONS]
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Run the command that the first words name; the exit status."""
+    """Run the command that the first words name, and return the exit status."""
     return dispatch("tilt", COMMANDS, sys.argv[1:] if argv is None else argv, run)
 
 
@@ -45,7 +45,7 @@ def dispatch(
     argv: Sequence[str],
     run: Callable[[str, Sequence[str]], int | None],
 ) -> int | None:
-    """run(name, words) of the command that the first words name, or the list of the commands."""
+    """Call run(name, words) for the command that the first words name, or print the commands."""
     words = list(argv)
     if not words or words[0] in ("-h", "--help"):
         width = max(map(len, commands)) + 2

@@ -1,6 +1,6 @@
-"""Evaluation: what the same prompts and noise come to in variants of a model, by any scores.
+"""Evaluation: comparison of a model's variants by any scores, on the same prompts and noise.
 
-Pure functions of arrays. Legend: p prompts, m pictures of each, d features; all in float64.
+Pure functions of arrays. Legend: p prompts, m images of each, d features; all in float64.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ __all__ = [
 
 
 def spread(features: Tensor) -> Tensor:
-    """The mean distance 1 - cos of two different pictures: (p, m, d), m ≥ 2 -> (p,), float64."""
+    """Return the mean distance 1 - cos of two different images: (p, m, d), m ≥ 2 -> (p,)."""
     x = F.normalize(features.double(), dim=-1)
     m = x.shape[-2]
-    # |Σx|² is the sum over all pairs, of which m are a picture with itself
+    # |Σx|² is the sum over all pairs, of which m pair an image with itself
     return 1 - (x.sum(-2).square().sum(-1) - m) / (m * (m - 1))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity of every variant, the base first: (p, m), or (p, 1) of a prompt's whole set.
+    """One quantity of every variant, the base first: (p, m), or (p, 1) for sets of images.
 
-    rows: which of all prompts they are; weights, strata: see `bootstrap`; less: less is better.
+    rows: indices of the prompts; weights, strata: see `bootstrap`; less: smaller is better.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Measure:
     less: bool = False
 
     def only(self, keep: Sequence[bool], name: str = "") -> Measure:
-        """Of these prompts alone."""
+        """Return the measure restricted to these prompts."""
         places = [i for i, kept in enumerate(keep) if kept]
         return replace(
             self,
@@ -62,19 +62,19 @@ class Measure:
         )
 
     def finite(self) -> Measure:
-        """Without the prompts that have, in any variant, a value that is not finite."""
+        """Return the measure without prompts that have a non-finite value in any variant."""
         found = torch.stack([values.isfinite().all(-1) for values in self.values.values()])
         return self.only(found.all(0).tolist())
 
 
 def compared(measure: Measure, seed: int) -> dict[str, dict[str, Interval]]:
-    """Of each variant its mean, and over the base, in pairs, the difference and share of wins.
+    """Return each variant's mean, and its paired difference and win rate over the base.
 
-    Returns {variant: {"mean": ..., "difference": ..., "wins": ...}}, the base with its mean alone.
+    Returns {variant: {"mean": ..., "difference": ..., "wins": ...}}; the base has only its mean.
     """
 
     def over(values: Tensor, weights: Tensor | None = None) -> Interval:
-        # the same draws each time, so that no figure depends on what else is reported
+        # the same draws each time, so that a figure does not depend on the other figures
         draws = torch.Generator().manual_seed(seed)
         return bootstrap(values, draws, weights=weights, strata=measure.strata)
 
@@ -90,7 +90,7 @@ def compared(measure: Measure, seed: int) -> dict[str, dict[str, Interval]]:
 
 
 def markdown(measures: Sequence[Measure], seed: int) -> str:
-    """A table, a line a variant of each measure; one without prompts says so."""
+    """Return a Markdown table with a line for each variant of each measure."""
     lines = ["| | prompts | | mean | minus base | wins over base |", "|---|---|---|---|---|---|"]
     for measure in measures:
         name = measure.name + " (less is better)" * measure.less
@@ -107,7 +107,7 @@ def markdown(measures: Sequence[Measure], seed: int) -> str:
 
 
 def numbers(measure: Measure, seed: int) -> dict[str, Any]:
-    """The same as values for JSON, with the mean of every prompt; null for what is not known."""
+    """Return the same as JSON values, with the mean of every prompt; null for unknown values."""
     found = compared(measure, seed) if measure.rows else {}
     variants = {
         variant: {
@@ -127,10 +127,10 @@ def of_text(
     rows: list[int],
     letters: Sequence[int],
 ) -> list[Measure]:
-    """Exact rate and character error rate by each reader. letters: how many each prompt asks for.
+    """Return the exact rate and the character error rate by each reader.
 
-    columns: {"exact" + reader, "cer" + reader: {variant: (p, m)}}, "cer" negated, as rewards are;
-    readers: what to call each.
+    columns: {"exact" + reader, "cer" + reader: {variant: (p, m)}}, with "cer" negated as a reward;
+    readers: the names to show; letters: the number of letters that each prompt requests.
     """
     weights, measures = torch.tensor(letters, dtype=torch.float64), []
     for reader, name in readers.items():
@@ -146,7 +146,7 @@ def of_text(
 def of_tasks(
     values: dict[str, Tensor], rows: list[int], tags: Sequence[str], order: Sequence[str]
 ) -> list[Measure]:
-    """The rate of each task, in that order, and their mean. tags: the task of each prompt."""
+    """Return the rate of each task, in `order`, and their mean; tags: the task of each prompt."""
     every = Measure("", values, rows)
     tasks = [every.only([tag == task for tag in tags], task) for task in order if task in tags]
     return [*tasks, replace(every, name=f"mean of {len(tasks)} tasks", strata=tags)]

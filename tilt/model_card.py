@@ -1,4 +1,4 @@
-"""The model card beside a LoRA: what it was made of, with its curves."""
+"""The model card of a LoRA: its base, method, settings and data, with its training curves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class About:
-    """What a card says. base: the model; method: how it was tuned; settings: YAML; data: lines."""
+    """The contents of a card; settings: YAML; data: lines about the data."""
 
     base: str
     pipeline: str
@@ -50,7 +50,7 @@ def write(folder: Path, about: About, run: Path) -> None:
 
 
 def curves(log: Sequence[Point], checks: Sequence[Point], path: Path) -> None:
-    """A panel for each quantity of the log, and one for the checks."""
+    """Draw one panel for each quantity of the log, and one for the checks."""
     from matplotlib.figure import Figure
 
     names = [name for name in (log[0] if log else {}) if name != "step"]
@@ -61,7 +61,7 @@ def curves(log: Sequence[Point], checks: Sequence[Point], path: Path) -> None:
     rows = max(1, -(-len(panels) // columns))
     height = 2.6 * rows
     figure = Figure(figsize=(4 * columns, height))
-    # the places are fixed: a layout that is found by drawing takes seconds for many panels
+    # fixed positions, since automatic layouts take seconds for many panels
     figure.subplots_adjust(0.05, 0.3 / height, 0.99, 1 - 0.3 / height, hspace=0.25, wspace=0.2)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:

@@ -33,9 +33,9 @@ class SideBySideJudge:
     """Scores pairs of images for `rewards.tournament`.
 
     Args:
-        model: Answers a question about a picture, as the `model` of a `judge` reward does.
+        model: Answers a question about an image, as the `model` of a `judge` reward does.
         images: The contestants.
-        prompt: What all of them were made from.
+        prompt: The prompt of all images.
     """
 
     def __init__(self, model: Any, images: Sequence[Image.Image], prompt: str) -> None:
@@ -43,7 +43,7 @@ class SideBySideJudge:
         self.question = QUESTION.replace("{prompt}", prompt)
 
     def __call__(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        """The scores (m, 2) of the first and the second image of m pairs of indices."""
+        """Return the scores (m, 2) of the first and the second image of m pairs of indices."""
         with ThreadPoolExecutor(self.model.concurrency) as pool:
             return torch.tensor(list(pool.map(self._ask, pairs)))
 
@@ -52,7 +52,7 @@ class SideBySideJudge:
         try:
             answer = self.model.answer(picture, self.question)
         except EndpointError as error:
-            raise ValueError(f"the tournament cannot go on: {error}") from error
+            raise ValueError(f"the tournament cannot continue: {error}") from error
         found = SCORES.findall(answer)
         if not found:
             raise ValueError(f"the judge's answer {answer[-80:]!r} holds no line 'Scores: L, R'")
@@ -61,7 +61,7 @@ class SideBySideJudge:
 
 
 def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
-    """Both images in their own size on a grey ground, with a bar between them."""
+    """Paste both images in their own size on a grey background, with a bar between them."""
     size = (left.width + GAP + right.width, max(left.height, right.height))
     both = Image.new("RGB", size, GREY)
     both.paste(left, (0, 0))

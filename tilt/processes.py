@@ -1,7 +1,7 @@
-"""The processes of a run that `accelerate launch` started: which this is, and what all agree on.
+"""The processes of a run that `accelerate launch` started, and their communication.
 
-What they tell one another goes over gloo, so it takes no memory of a GPU, and a process that died
-is noticed at once. Without a launcher there is one process, and none of this does anything.
+They communicate over gloo, which takes no GPU memory and notices the death of a process at once.
+Without a launcher there is one process, and all of this does nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ __all__ = ["Processes", "Stopped", "is_main", "join"]
 
 T = TypeVar("T")
 
-# What accelerate, torchrun and three MPIs tell the processes that they start. WORLD_SIZE alone is
-# no sign: a cluster may set it for all that runs there.
+# Variables that accelerate, torchrun and three MPIs set for the processes that they start. A
+# cluster may set WORLD_SIZE for every job, so it is not among them.
 _STARTED = (
     "ACCELERATE_USE_CPU",
     "LOCAL_RANK",
@@ -31,18 +31,18 @@ _STARTED = (
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
-# One process may have hours of work left when another has none; 30 minutes, the default, would end
-# the run.
+# One process may have hours of work left when another has finished; the default timeout of 30
+# minutes would end the run.
 _PATIENCE = timedelta(days=7)
-_NOTICED = 5.0  # seconds after which a launcher, which looks ten times a second, has seen a death
+_NOTICED = 5.0  # seconds within which a launcher, which polls ten times a second, notices a death
 
 
 class Stopped(KeyboardInterrupt):
-    """Another process of the run has ended, or the launcher was told to end."""
+    """Another process of the run has ended, or the launcher was asked to terminate."""
 
 
 def is_main() -> bool:
-    """Whether this process speaks for all, known before they have met."""
+    """Return whether this is the main process, without initialising any communication."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -50,8 +50,8 @@ def is_main() -> bool:
 class Processes:
     """This process among those of the run.
 
-    index: 0 is the main process. device: this process's own, None without a launcher.
-    group: what they talk over.
+    index: 0 is the main process. device: this process's device, None without a launcher.
+    group: the gloo process group.
     """
 
     index: int = 0
@@ -61,13 +61,13 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process does what is to be done once."""
+        """Whether this process does the work that only one process should do."""
         return self.index == 0
 
     def agree(self, work: Callable[[], T]) -> T:
-        """This process's work(), where it raises no ValueError on any.
+        """Return this process's work() if it raises no ValueError on any process.
 
-        Else the main process raises the first one, and the others end with status 2 and no word.
+        Otherwise the main process raises the first error, and the others exit with status 2.
         """
         if self.count == 1:
             return work()
@@ -80,21 +80,21 @@ class Processes:
         refusals = [said for said in self._gathered(refusal) if said is not None]
         if not refusals:
             return result
-        _ignore_the_launcher()  # all end now, and who is first must not cut off who speaks
+        _ignore_the_launcher()  # the first process that exits must not interrupt the main one
         if self.is_main:
             raise ValueError(refusals[0])
         raise SystemExit(2)
 
     def told(self, work: Callable[[], T]) -> T:
-        """What work() gives the main process, or its refusal as in `agree`, on every process."""
+        """Return the main process's work() on every process; errors are handled as in `agree`."""
         result = self.agree(lambda: work() if self.is_main else None)
         return self._gathered(result)[0]
 
     def finish(self) -> None:
-        """Wait until all are here, and part. Raises Stopped where one has died."""
+        """Wait for all processes and end the communication; raises Stopped if one has died."""
         if self.count > 1:
             try:
-                # Not wait_for_everyone(), which hears no signal while it waits.
+                # wait_for_everyone() would not handle signals while it waits
                 barrier: Any = distributed.barrier(self.group, async_op=True)
                 while not barrier.is_completed():
                     time.sleep(0.1)
@@ -106,10 +106,10 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around a computation that all take part in. Raises Stopped where one has died.
+        """A context for a computation of all processes; Stopped is raised if one has died.
 
-        The RuntimeError of a collective that broke is no different from others, so the launcher
-        decides: it ends the rest when it has noticed a death.
+        The RuntimeError of a failed collective cannot be distinguished from others. So this waits
+        until the launcher, if it notices a death, terminates the other processes.
         """
         try:
             yield
@@ -130,9 +130,9 @@ class Processes:
 
 
 def join(device: str) -> Processes:
-    """Meet the others where a launcher started this process.
+    """Initialise the communication with other processes if a launcher started this one.
 
-    device: as the user named it. Raises ValueError for processes that have no way to talk.
+    device: as the user named it. Raises ValueError if the device does not support several.
     """
     if not any(name in os.environ for name in _STARTED):
         return Processes()
@@ -144,8 +144,8 @@ def join(device: str) -> Processes:
     state = PartialState(cpu=cpu)
     if state.num_processes < int(os.environ.get("WORLD_SIZE", "1")):
         raise ValueError(
-            f"device {state.device} has no way for {os.environ['WORLD_SIZE']} processes to work "
-            "together: pass --device cpu, or start one process"
+            f"device {state.device} does not support communication of "
+            f"{os.environ['WORLD_SIZE']} processes: pass --device cpu, or start one process"
         )
     device_here = state.device or torch.device("cpu")
     if state.num_processes == 1:
@@ -156,11 +156,11 @@ def join(device: str) -> Processes:
 
 
 def _stop(why: BaseException | None = None) -> NoReturn:
-    """End as the launcher asks, or as a collective that broke foretells that it will."""
+    """Raise Stopped, because the launcher asked for it or a collective has failed."""
     _ignore_the_launcher()
     raise Stopped from why
 
 
 def _ignore_the_launcher() -> None:
-    """It is about to end this process, which ends by itself, after what is still to be said."""
+    """Ignore SIGTERM, since this process will end by itself after its last messages."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

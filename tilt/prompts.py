@@ -1,4 +1,4 @@
-"""Prompts from files: text, one a line, or JSON lines with seeds and reference pictures."""
+"""Reading of prompt files: one prompt per line, or JSON lines with seeds and reference images."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from PIL import Image
 __all__ = ["Prompt", "read", "read_texts"]
 
 _KEYS = {"prompt", "seed", "references"}
-MOST_BYTES = 100_000_000  # of a file: what does not end is none of prompts
-MOST_CHARACTERS = 100_000  # of a prompt
+MOST_BYTES = 100_000_000  # per file; larger files are not files of prompts
+MOST_CHARACTERS = 100_000  # per prompt
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to draw. seed: None for that of the run; references: paths of pictures to compare with.
+    """A prompt; seed: None for the run's seed; references: paths of images to compare with.
 
-    Raises ValueError for text that is empty or cannot be written as UTF-8.
+    Raises ValueError for text that is empty or cannot be encoded as UTF-8.
     """
 
     text: str
@@ -29,7 +29,7 @@ class Prompt:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError("a prompt is empty: write what to draw")
-        if "\0" in self.text:  # as of UTF-16, and of what is no text at all
+        if "\0" in self.text:  # from UTF-16 or binary data
             raise ValueError(f"the prompt {self.text!r:.80} holds a NUL: write it as UTF-8 text")
         if len(self.text) > MOST_CHARACTERS:
             raise ValueError(
@@ -41,10 +41,10 @@ class Prompt:
 
 
 def read(path: Path) -> list[Prompt]:
-    """The prompts of a file, blank lines left out; references are relative to its folder.
+    """Read the prompts of a file, without blank lines; references are relative to its folder.
 
-    A name that ends in .jsonl holds {"prompt": ..., "seed": ..., "references": [...]} on each line,
-    any other one prompt a line. Raises ValueError, with the number of the line, for what is not so.
+    A .jsonl file has {"prompt": ..., "seed": ..., "references": [...]} on each line, any other file
+    one prompt per line. Raises ValueError, with the number of the line, for invalid lines.
     """
     try:
         with path.open("rb") as file:
@@ -54,13 +54,13 @@ def read(path: Path) -> list[Prompt]:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise ValueError(f"cannot read the prompts of {path!s:.200}: {error.strerror}") from None
-    if b"\0" in content:  # as in UTF-16, and in what is no text
-        raise ValueError(f"{path} holds NUL bytes and so is no UTF-8 text: save it as UTF-8")
+    if b"\0" in content:  # UTF-16 or binary data
+        raise ValueError(f"{path} holds NUL bytes, so it is not UTF-8 text: save it as UTF-8")
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path} has more than {MOST_BYTES} bytes: give a file of prompts")
     numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
-        raise ValueError(f"{path} is empty: write one prompt a line")
+        raise ValueError(f"{path} is empty: write one prompt per line")
     if path.suffix.lower() != ".jsonl":
         return [_prompt(f"{path} line {i}", line) for i, line in numbered]
     return [_from_json(line, f"{path} line {i}", path.parent) for i, line in numbered]
@@ -82,7 +82,7 @@ def _from_json(line: str, where: str, folder: Path) -> Prompt:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:  # a number may have too many digits
-        raise ValueError(f"{where} is not JSON ({error}): write one object a line") from None
+        raise ValueError(f"{where} is not JSON ({error}): write one object per line") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise ValueError(f'{where} has no prompt: write {{"prompt": "..."}}')
     for key in sorted(entry.keys() - _KEYS):
@@ -97,15 +97,15 @@ def _from_json(line: str, where: str, folder: Path) -> Prompt:
 
 def _pictures(names: Any, where: str, folder: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where} has references {names!r:.80}: write a list of picture files")
+        raise ValueError(f"{where} has references {names!r:.80}: write a list of image files")
     for path in (folder / name for name in names):
-        if not os.path.isfile(path):  # whatever the name is, a very long one too
-            raise ValueError(f"{where} names the picture {path!s:.200}, which is not there")
+        if not os.path.isfile(path):  # works for any name, even a very long one
+            raise ValueError(f"{where} names the image {path!s:.200}, which does not exist")
         try:
             with Image.open(path) as picture:
                 picture.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             raise ValueError(
-                f"{where} names {path}, which is no picture that can be read: give a PNG or JPEG"
+                f"{where} names {path}, which is not a readable image: give a PNG or JPEG"
             ) from None
     return tuple(str(folder / name) for name in names)

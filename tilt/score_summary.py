@@ -1,4 +1,4 @@
-"""A table of scores as a text summary and as a figure."""
+"""Summaries of a table of scores, as text and as a figure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> str:
-    """A line for each score: mean, standard error, extremes, median and missing values."""
+    """Return a line per score: mean, standard error, extremes, median and missing values."""
     columns = _columns(rows)
     width = max(map(len, columns))
     lines = [f"{'':{width}}      mean       se      min   median      max  missing"]
@@ -79,7 +79,7 @@ def _draw_correlations(figure: Any, panel: Any, columns: dict[str, np.ndarray]) 
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rho over the pairs of finite values; NaN where either is constant."""
+    """Return Spearman's rho over the pairs of finite values; NaN if either is constant."""
     there = np.isfinite(a) & np.isfinite(b)
     if there.sum() < 2:
         return math.nan

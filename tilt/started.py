@@ -1,6 +1,6 @@
-"""How a command begins and ends: it says that it has started, and Ctrl-C ends it with one line.
+"""Start and end of a command: a first message, and one line instead of a traceback on Ctrl-C.
 
-It imports nothing heavy, as what a command imports next takes seconds.
+This module imports nothing heavy, because the command's own imports take seconds.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 __all__ = ["begin", "run", "say"]
 
-_name = ""  # of the command of this process, "tilt steer"; "" where a program calls its functions
+_name = ""  # this process's command, "tilt steer"; "" if another program calls its functions
 
 
 def begin(name: str) -> None:
-    """Say that the command `name` has begun, and listen for an interrupt while modules load."""
+    """Report that the command `name` has started, and handle interrupts while modules load."""
     global _name
     _name = name
     _listen(_leave)
@@ -25,19 +25,19 @@ def begin(name: str) -> None:
 
 
 def say(what: str) -> None:
-    """What the command does now, to stderr; of several processes the first one says it.
+    """Print to stderr what the command is doing, on the main process only.
 
-    Nothing where another program calls the command's functions.
+    Does nothing if another program calls the command's functions.
     """
     if _name and os.environ.get("RANK", "0") == "0":
         print(f"{_name}: {what}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], int | None]) -> int | None:
-    """The exit status of main(), which is told of an interrupt by a KeyboardInterrupt.
+    """Return the exit status of main(), in which an interrupt raises KeyboardInterrupt.
 
-    One that main() does not answer, as a second one while it answers the first, is answered here;
-    so is whatever breaks after one that was lost, as in an import that goes on with half a module.
+    Interrupts that main() does not handle, such as a second one during the handling of the first,
+    are handled here. So are errors that follow a lost interrupt, as from a half-imported module.
     """
     asked = []
 
@@ -55,25 +55,25 @@ def run(main: Callable[[], int | None]) -> int | None:
             raise
         say("interrupted")
         status = 130
-    _listen(signal.SIG_DFL)  # all is done: another one ends the process without a word
+    _listen(signal.SIG_DFL)  # the work is done, so a further interrupt ends the process silently
     return status
 
 
 def _listen(handler: Any) -> None:
-    """Set what an interrupt does; one that a shell's background job ignores stays ignored."""
+    """Set the handler of interrupts, unless they are ignored, as in a shell's background job."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
 
 
 def _leave(*_: Any) -> None:
-    """End at once: nothing is at stake yet, and an exception in mid-import ends as anything."""
-    if os.environ.get("RANK", "0") == "0":  # print() might be in the middle of something
+    """Exit at once: nothing can be lost yet, and exceptions during imports may be swallowed."""
+    if os.environ.get("RANK", "0") == "0":  # print() may already be active
         os.write(2, f"{_name}: interrupted before it began\n".encode())
     os._exit(130)
 
 
 def _unraisable(what: Any) -> None:
-    """An interrupt in a destructor, of which Python would print a traceback, and go on."""
+    """End on an interrupt in a destructor, for which Python would only print a traceback."""
     if not issubclass(what.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(what)
         return

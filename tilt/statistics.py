@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals over prompts, win rates, and whether two rewards drift apart.
+"""Means with bootstrap intervals over prompts, win rates, and an alarm for reward hacking.
 
 Legend: p prompts, n images. Everything is computed in float64.
 """
@@ -22,20 +22,20 @@ SAMPLES, CONFIDENCE = 4000, 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the ends of its interval, which are NaN where there are too few values."""
+    """A mean and the ends of its interval, which are NaN if there are too few values."""
 
     mean: float
     low: float
     high: float
 
     def text(self, sign: str = "") -> str:
-        """As "0.500 [0.400, 0.600]"; the sign "+" is also written before positive numbers."""
+        """Return "0.500 [0.400, 0.600]"; sign: "+" also marks positive numbers."""
         ends = "" if math.isnan(self.low) else f" [{self.low:{sign}.3f}, {self.high:{sign}.3f}]"
         return f"{self.mean:{sign}.3f}{ends}"
 
 
 def percentile_interval(mean: float, resampled: Tensor, confidence: float = CONFIDENCE) -> Interval:
-    """The percentile interval of a mean, from means (samples,) of resampled data."""
+    """Return the percentile interval of a mean, from means (samples,) of resampled data."""
     tail = round((1 - confidence) / 2, 12)  # 0.025 exactly
     low, high = (
         resampled.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
@@ -52,12 +52,12 @@ def bootstrap(
     samples: int = SAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """The mean of values (p,), one for each prompt, with its percentile bootstrap over prompts.
+    """Return the mean of values (p,), one per prompt, with a percentile bootstrap over prompts.
 
     With weights (p,) the mean is Σwv/Σw, for example of character error rates weighted by
     lengths. With strata, a label for each prompt, it is the mean of the labels' means, and
-    prompts are resampled within their label, as for GenEval's overall score. Ends are NaN where a
-    label has one prompt only. ValueError for values that are not finite.
+    prompts are resampled within their label, as for GenEval's overall score. Ends are NaN if a
+    label has only one prompt. Raises ValueError for values that are not finite.
     """
     if values.ndim != 1 or not len(values) or not values.isfinite().all():
         raise ValueError(
@@ -78,14 +78,14 @@ def bootstrap(
 
 
 def wins(a: Tensor, b: Tensor) -> Tensor:
-    """1 where a is above b, ½ where they are equal and 0 elsewhere, float64."""
+    """Return 1 where a > b, ½ where a == b and 0 elsewhere, float64."""
     return (a > b).double() + (a == b).double() / 2
 
 
 def win_rate(
     a: Tensor, b: Tensor, prompts: Sequence[Hashable], generator: torch.Generator, **options: Any
 ) -> Interval:
-    """How often a exceeds b, ties counting ½, with an interval over prompts.
+    """Return how often a exceeds b, ties counting ½, with an interval over prompts.
 
     a and b (n,) are paired: entry i of both belongs to the same prompt and seed. Pairs are
     averaged within a prompt first. `options` are those of `bootstrap`.
@@ -102,7 +102,7 @@ def win_rate(
 
 @dataclass(frozen=True)
 class Alarm:
-    """The gains of a trained and a held-out reward, and whether they certainly drift apart."""
+    """The gains of a trained and a held-out reward, and whether they significantly diverge."""
 
     train: Interval
     heldout: Interval
@@ -112,9 +112,9 @@ class Alarm:
 def alarm(
     train_gain: Tensor, heldout_gain: Tensor, generator: torch.Generator, **options: Any
 ) -> Alarm:
-    """Whether the trained reward rose while a held-out one fell.
+    """Test whether the trained reward rose while a held-out one fell.
 
-    Gains (p,) are tuned minus base, averaged for each prompt. The alarm is raised where the whole
+    Gains (p,) are tuned minus base, averaged for each prompt. The alarm is raised if the whole
     interval of the trained gain is above 0 and that of the held-out gain below.
     """
     if train_gain.shape != heldout_gain.shape:

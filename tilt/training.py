@@ -1,4 +1,4 @@
-"""What the commands of training share: settings, what is looked at, and what is exported."""
+"""Settings, checks and export that the training commands share."""
 
 from __future__ import annotations
 
@@ -49,23 +49,22 @@ __all__ = [
 class TrainingRun:
     """The settings that every training run has."""
 
-    out: str = setting("", TEXT, "the folder to make")
+    out: str = setting("", TEXT, "output folder")
     model: str | None = setting(None, optional(NAME), "hub id, folder, tiny-sd3 or tiny-sd")
-    lora: str | None = setting(None, optional(NAME), "a LoRA to go on from: another round")
+    lora: str | None = setting(None, optional(NAME), "LoRA to start from, for a further round")
     dtype: str = setting(
         "auto",
         one_of("auto", *DTYPES),
-        "type of the frozen network; auto is float32 on a CPU, else a half type",
+        "dtype of the frozen network; auto is float32 on a CPU, else half precision",
     )
     save_every: int = setting(50, whole(1), "steps between checkpoints")
     log_every: int = setting(10, whole(1), "steps between lines of the log")
-    wandb: bool = setting(False, FLAG, "log to Weights & Biases too")
+    wandb: bool = setting(False, FLAG, "also log to Weights & Biases")
     resume: bool = setting(
         False,
         FLAG,
-        "carry on from the last checkpoint, and further if steps is higher; save_every, log_every, "
-        "wandb, check.every, check.patience, micro_groups, compile and gradient_checkpointing may "
-        "differ, too",
+        "resume from the last checkpoint; steps may be higher, and save_every, log_every, wandb, "
+        "check.every, check.patience, micro_groups, compile and gradient_checkpointing may differ",
     )
     check: Check = part(Check, "checks while training")
 
@@ -74,7 +73,7 @@ class TrainingRun:
 
 
 def accelerator_of(settings: TrainingRun) -> Accelerator:
-    """With its loggers; ValueError where one is asked for that is not installed."""
+    """Return an Accelerator with its loggers; ValueError if a requested one is not installed."""
     loggers: list[Any] = ["tensorboard"]
     if settings.wandb:
         if importlib.util.find_spec("wandb") is None:
@@ -94,23 +93,23 @@ def watch_of(
     accelerator: Accelerator,
     own: bool = False,
 ) -> Watch | None:
-    """What to look at while training, checked beforehand; None if nothing.
+    """Return the checks during training, validated beforehand; None if there are none.
 
-    trained_on: all prompts that are; spec: the reward that is trained on, "" if it is not known;
-    load(**components): the pipeline, around a component; own: whether the user wrote `spec`, and
-    not a file of somebody's, so that it may import code.
+    trained_on: all training prompts; spec: the reward that is trained on, "" if unknown;
+    load(**components): returns the pipeline with these components; own: whether the user wrote
+    `spec`, so that it may import code, and not a file of unknown origin.
     """
     check = settings.check
     if not check.every:
         return None
     drawing.call_of(check.call, {}, "check.call")
     if not check.prompts:
-        raise ValueError("check.every needs check.prompts=FILE, prompts to look at")
+        raise ValueError("check.every needs check.prompts=FILE, a file of prompts to check")
     seen = list(trained_on[: check.train_prompts])
     unseen = read_texts(check.prompts)
     both = sorted(set(unseen) & set(trained_on))
     if both:
-        raise ValueError(f"{check.prompts} has prompts that are trained on, as {both[0]!r}")
+        raise ValueError(f"{check.prompts} has training prompts, such as {both[0]!r}")
     if not (check.reward or spec):
         raise ValueError("the rollouts do not say what scored them; set check.reward=")
     own = own or bool(check.reward)
@@ -118,7 +117,7 @@ def watch_of(
         found = {"reward": rewards.load(check.reward or spec, accelerator.device, imports=own)}
     except OutsideError as error:
         raise ValueError(
-            f"{error.what}, and only the files of the rollouts say that it scored them: set "
+            f"{error.what}, and its name comes only from the files of the rollouts: set "
             f"check.reward={spec!r} if you trust it, or another"
         ) from None
     if check.quality:
@@ -129,13 +128,13 @@ def watch_of(
     watch = Watch(check, seen, unseen, found, check.call or call, load)
     if check.best not in metrics(watch):
         raise ValueError(
-            f"check.best is {check.best!r:.80}, which no check tells; there are {metrics(watch)}"
+            f"check.best is {check.best!r:.80}, which no check reports; there are {metrics(watch)}"
         )
     return watch
 
 
 def metrics(watch: Watch) -> list[str]:
-    """What every check will tell, as "held_out/reward"."""
+    """Return the names of all metrics that a check reports, such as "held_out/reward"."""
     parts = component_names(watch.rewards["reward"].parts)
     names = [*(parts if len(parts) > 1 else []), *watch.rewards]
     splits = [split for split, of in (("held_out", watch.unseen), ("train", watch.seen)) if of]
@@ -144,13 +143,13 @@ def metrics(watch: Watch) -> list[str]:
 
 
 def check_weights(reward: Any) -> None:
-    """ValueError for a sum whose weights are all 0: every picture would score alike."""
+    """Raise ValueError if all weights of a sum are 0, so that all images would score the same."""
     if not any(part.weight for part in reward.parts):
         raise ValueError(f"every weight of {reward.spec} is 0; give one of them another weight")
 
 
 def check_keywords(pipe: Any, watch: Watch | None, prompts: Sequence[str], call: Any) -> None:
-    """ValueError for keywords of checks, or of samples, that the pipeline's call does not take."""
+    """Raise ValueError for keywords of checks or samples that the pipeline does not take."""
     PipelineCall.check(pipe, prompts, call)
     if watch:
         PipelineCall.check(pipe, [*watch.seen, *watch.unseen], watch.call)
@@ -159,7 +158,7 @@ def check_keywords(pipe: Any, watch: Watch | None, prompts: Sequence[str], call:
 def critic_of(
     source: str, kind: str, tower: str, paired: bool, seed: int, device: Any, layers: int = 2
 ) -> CriticReward:
-    """The critic of a folder, or else an untrained one of a kind; ValueError unless it fits."""
+    """Load the critic of a folder, or make an untrained one; ValueError if it does not fit."""
     found: Any = source
     if not source and kind == "preference":
         found = PreferenceModel(tower, layers=layers)
@@ -174,21 +173,21 @@ def critic_of(
     ):
         if source and asked not in (default, own.get(name)):
             raise ValueError(
-                f"the critic {source} keeps its own kind, tower and layers, of which {name} is "
-                f"{own.get(name, 'none')}, not {asked}; leave that out, or begin with another"
+                f"the critic {source} has a fixed kind, tower and layers, of which {name} is "
+                f"{own.get(name, 'none')}, not {asked}; leave that out, or start from another"
             )
     if critic.paired and not paired:
         raise ValueError(
-            "a preference critic compares pictures of one prompt; set paired=true, with a .json or "
+            "a preference critic compares images of one prompt; set paired=true, with a .json or "
             "a table of references by prompt"
         )
     return critic
 
 
 def begin(trainer: Any, settings: TrainingRun, method: Any, made_of: Mapping[str, str]) -> None:
-    """Go on from a checkpoint or a LoRA, save the settings, start the loggers.
+    """Start from a checkpoint or a LoRA, save the settings, and start the loggers.
 
-    made_of: digests of what is trained, and on what, by name.
+    made_of: digests of the model and the data, by name.
     """
     out, accelerator = Path(settings.out), trainer.learner.accelerator
     given = {"resume": settings.resume, "adapter": settings.lora, "made_of": made_of}
@@ -207,22 +206,22 @@ def loop(
     shown: Sequence[str],
     made_of: Mapping[str, str],
 ) -> None:
-    """Take the remaining steps; the arguments are those of `finetune.loop.run`."""
+    """Make the remaining steps; the arguments are those of `finetune.loop.run`."""
     every = {"save_every": settings.save_every, "log_every": settings.log_every}
     run(trainer, Path(settings.out), steps, watch=watch, shown=shown, made_of=made_of, **every)
 
 
 def finished(settings: TrainingRun, steps: int, made_of: Mapping[str, str]) -> bool:
-    """Whether the LoRA of so many steps of this very run is there, told without its model.
+    """Return whether this run's LoRA of `steps` steps exists, without loading its model.
 
-    made_of: as in `begin`. Without a state nothing says that it was made with these settings.
+    made_of: as in `begin`. The checkpoint must exist too, since it confirms the settings.
     """
     out = Path(settings.out)
     return settings.resume and (out / FILE).exists() and is_finished(out / "lora", steps, made_of)
 
 
 def show(settings: TrainingRun) -> None:
-    """Print the LoRA that `finished` has found."""
+    """Print the path of the LoRA that `finished` found."""
     if is_main():
         print(next((Path(settings.out) / "lora").glob("*.safetensors")))
 
@@ -230,10 +229,10 @@ def show(settings: TrainingRun) -> None:
 def export(
     trainer: Any, kind: Any, settings: TrainingRun, about: Sequence[str], base: str, method: str
 ) -> Path:
-    """Write lora/ with its card, and the report; the weights' file.
+    """Write lora/ with its card, and the report; return the weights' file.
 
-    Every process has to call it; the main one writes. kind: the pipeline's class; about: lines on
-    the data; base, method: for the card's title.
+    Every process must call this; the main one writes. kind: the pipeline's class; about: lines
+    about the data; base, method: for the card's title.
     """
     out, accelerator = Path(settings.out), trainer.learner.accelerator
     file, step = save(trainer, kind, out, settings.check.best)

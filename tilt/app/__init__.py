@@ -1,1 +1,1 @@
-"""The page to play in: its form, the runs behind it, and what it shows of them."""
+"""The web app: its form, the runs that it starts, and their display."""

@@ -1,4 +1,4 @@
-"""The app's form: raw values of its fields -> a wish that can be drawn, or one sentence."""
+"""Parsing of the app's form: raw values of its fields to a `Wish`, or an error of one sentence."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tilt.prompts import Prompt
 __all__ = ["Wish", "default_reward", "parse", "spec_of"]
 
 MOST_STEPS = 1000  # what the schedulers were trained with
-EMBEDDED_REWARDS = ("aesthetic", "clip", "dino")  # those that have a tiny form
+EMBEDDED_REWARDS = ("aesthetic", "clip", "dino")  # rewards with an embedded tiny model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """One run, checked as far as that goes without loading anything."""
+    """The request of one run, checked as far as possible without loading anything."""
 
     prompt: str
     model: str
     lora: str | None
     reward: str
-    own: bool  # whether the reward is that of the command line, which may import code
+    own: bool  # whether the reward comes from the command line, so that it may import code
     particles: int
     seed: int
     call: dict[str, Any]  # keywords of the pipeline's call
@@ -37,12 +37,12 @@ class Wish:
 
 
 def default_reward(model: str) -> str:
-    """The spec that the page begins with: CLIP, the embedded one for an embedded model."""
+    """Return the initial reward of the page: CLIP, the embedded one for an embedded model."""
     return spec_of({"clip": 1.0}, model)
 
 
 def spec_of(weights: Mapping[str, float | None], model: str) -> str:
-    """The spec of some built-in rewards and their weights, tiny ones for an embedded model."""
+    """Return the spec of built-in rewards and their weights, tiny ones for an embedded model."""
     terms = []
     for name, weight in weights.items():
         small = model in tiny.NAMES and name in EMBEDDED_REWARDS
@@ -51,10 +51,10 @@ def spec_of(weights: Mapping[str, float | None], model: str) -> str:
 
 
 def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wish:
-    """The wish of a form's raw values; ValueError for what cannot be, in one sentence.
+    """Return the Wish of a form's raw values; raises ValueError, of one sentence, if invalid.
 
-    most: particles. trusted: the one spec that may reach outside of Tilt, that of the command
-    line; pages are open to whoever reaches them.
+    most: the limit of particles. trusted: the only spec that may access something outside of Tilt,
+    which is that of the command line, because anybody may use the page.
     """
     prompt = Prompt(_text(form, "prompt")).text
     model = _text(form, "model")
@@ -66,7 +66,7 @@ def parse(form: Mapping[str, Any], most: int, trusted: str | None = None) -> Wis
         read(reward, imports=reward == trusted)
     except OutsideError as error:
         raise ValueError(
-            f"{error.what}, which the page does for nobody: start the app with --reward to use it"
+            f"{error.what}, which the page does not allow: start the app with --reward to use it"
         ) from None
     particles = _whole("particles", form["particles"], 1, most)
     call = tiny.call_defaults(model) if model in tiny.NAMES else {}
@@ -106,7 +106,7 @@ def _read(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        return text  # to be refused as it is
+        return text  # `_number` and `_whole` refuse it
 
 
 def _number(name: str, value: Any) -> float:

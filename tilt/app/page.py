@@ -1,4 +1,4 @@
-"""The app's page in Gradio: a form on the left, what happens on the right."""
+"""The app's page in Gradio: a form on the left, results on the right."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tilt.app.run import Desk, Done, Ended, Event, Loading, Waiting
 
 __all__ = ["THEME", "build"]
 
-THEME = gr.themes.Default(  # its fonts come with Gradio or the system: no network
+THEME = gr.themes.Default(  # with fonts of Gradio or the system, so no network is needed
     primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )  # fmt: skip
@@ -31,9 +31,9 @@ FIRST_PROMPT = "a red circle above a blue square"
 
 
 def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: int) -> Any:
-    """The page, to be launched; the arguments are what its form begins with, and its limit.
+    """Return the page, to be launched; the arguments are the form's initial values and its limit.
 
-    A reward given here may import code and open files, one typed into the page may not.
+    The reward given here may import code and open files; one typed into the page may not.
     """
     with gr.Blocks(title="Tilt", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(HEAD, elem_classes="tilt-head")
@@ -72,7 +72,7 @@ def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: in
         desk.stop(_session(request))
 
     with page:
-        # desk keeps the line, which also knows of runs that are still ending: no limit here
+        # no limit here, since `desk` has the queue, which includes runs that are still ending
         gr.on(
             [run.click, form["prompt"].submit], on_run, [*form.values()],
             [status, pictures, scores, run, stop], concurrency_limit=None,
@@ -81,7 +81,7 @@ def build(desk: Desk, model: str, lora: str | None, reward: str | None, most: in
         stop.click(
             on_stop, None, stop, queue=False, show_progress="hidden", api_visibility="private"
         )
-        # a browser that went away without closing its stream of events
+        # the browser may leave without closing its stream of events
         page.unload(on_leave)
     return page
 
@@ -91,7 +91,7 @@ def _session(request: Any) -> str:
 
 
 def _shown(events: Iterator[Event | None]) -> Iterator[dict[str, str]]:
-    """What changes on the page with each event; nothing, so that Gradio looks at its client."""
+    """Yield the changes of the page for each event; {} lets Gradio check for its client."""
     began, before = time.monotonic(), None
     scores = ""
     for event in events:
@@ -106,7 +106,7 @@ def _shown(events: Iterator[Event | None]) -> Iterator[dict[str, str]]:
         elif isinstance(event, Moment):
             shown = {"status": _progress(event)}
             if event.score is not None:
-                # only ever longer: Gradio then sends what is new
+                # only appended to, so that Gradio sends only the new part
                 scores = scores or view.LEGEND
                 scores += view.score(event.score, event.num_steps, before)
                 before, shown["scores"] = event.score, scores
@@ -129,7 +129,7 @@ def _progress(moment: Moment) -> str:
 
 
 def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[Any, ...]:
-    """The inputs by their names in `inputs.parse`, the two buttons, and the line of progress."""
+    """Return the inputs by their names in `inputs.parse`, the two buttons, and the status line."""
     form: dict[str, Any] = {
         "prompt": gr.Textbox(
             FIRST_PROMPT,
@@ -159,7 +159,7 @@ def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[
         form["lora"] = gr.Textbox(
             lora, label="LoRA", info="a folder or a hub id; empty: none", elem_id="lora"
         )
-        # text: a Number that is left empty says 0
+        # text, because an empty Number has the value 0
         for name, label in (("steps", "Steps"), ("guidance", "Guidance")):
             form[name] = gr.Textbox(label=label, info="empty: the model's own", elem_id=name)
     with gr.Accordion("Filter", open=False):
@@ -177,26 +177,26 @@ def _filter(most: int) -> dict[str, Any]:
             "λ", default.reward_scale, "a reward higher by 1/λ makes a picture e times as likely"
         ),
         "potential": gr.Dropdown(
-            [*POTENTIALS], value=default.potential, label="Potential", info="what a score weighs by"
+            [*POTENTIALS], value=default.potential, label="Potential", info="potential of a score"
         ),
         "num_scores": _number(
-            "Scores", default.num_scores, "on the way, besides the last one", "num_scores"
+            "Scores", default.num_scores, "scored steps, besides the final score", "num_scores"
         ),
         "min_ess": _number(
             "Least ESS", default.min_ess,
-            "resample below this share of the particles; 0 never does: best of k",
+            "resample below this fraction of the particles; 0 never does (best of k)",
         ),
         "seed": _number("Seed", 0, "the same seed gives the same pictures"),
     }  # fmt: skip
 
 
 def _number(label: str, value: float, info: str, name: str | None = None) -> Any:
-    # without minimum and maximum: what is out of range is answered in the page, by parse()
+    # without minimum and maximum, since parse() reports values out of range on the page
     return gr.Number(value, label=label, info=info, elem_id=name)
 
 
 def _builder() -> tuple[Any, dict[str, Any]]:
-    """Names to choose, and a weight for each, shown once it is chosen."""
+    """Return a selection of rewards, and a weight for each, which is shown if it is selected."""
     choices = [(f"{name}: {about}", name) for name, about in rewards.available().items()]
     chosen = gr.CheckboxGroup(choices, label="Rewards", elem_id="chosen")
     weights = {
@@ -207,20 +207,20 @@ def _builder() -> tuple[Any, dict[str, Any]]:
 
 
 def _join(reward: Any, model: Any, chosen: Any, weights: dict[str, Any]) -> None:
-    """The builder writes the spec, which is what counts and may be typed over."""
+    """Let the builder write the spec into the reward's field, which may also be edited."""
     names = list(weights)
 
     def write(picked: list[str], model: str, *numbers: float | None) -> Any:
         given = dict(zip(names, numbers, strict=True))
         try:
             return inputs.spec_of({name: given[name] for name in picked}, model)
-        except ValueError:  # a weight that is being typed
+        except ValueError:  # a weight that is not typed completely
             return gr.skip()
 
     def show(picked: list[str]) -> list[Any]:
         return [gr.update(visible=name in picked) for name in names]
 
-    # always_last: what is chosen while an answer is under way counts, too
+    # always_last: selections during a pending update are not lost
     quiet = {
         "queue": False, "show_progress": "hidden", "api_visibility": "private",
         "trigger_mode": "always_last",

@@ -1,4 +1,4 @@
-"""What the app runs, without its page: a wish -> events, one run at a time."""
+"""The runs of the app, without its page: a Wish becomes events, one run at a time."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ __all__ = ["Cancelled", "Desk", "Done", "Ended", "Loading", "Picture", "Studio",
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.5  # s, how often a silent run lets its page look whether someone still listens
-KEPT = 20  # folders of finished runs
+TICK = 0.5  # seconds after which a run without events lets the page check its client
+KEPT = 20  # number of finished runs whose folders are kept
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """So many runs come first."""
+    """The run waits; `ahead` runs come first."""
 
     ahead: int
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What goes on before the first step or after the last one."""
+    """A message on the work before the first step or after the last one."""
 
     what: str
 
@@ -67,7 +67,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that gave nothing: why, in one sentence."""
+    """A run that ended without a result, with the reason in one sentence."""
 
     sentence: str
     stopped: bool = False  # by its user
@@ -77,13 +77,13 @@ Event = Waiting | Loading | Moment | Done | Ended
 
 
 class Cancelled(Exception):
-    """Raised inside a run whose user has asked for its end."""
+    """Raised inside a run that its user has stopped."""
 
 
 class Studio:
-    """Draws wishes, one at a time; keeps the last model and the last reward.
+    """Runs wishes, one at a time; keeps the last model and the last reward in memory.
 
-    root: where each run gets a folder of its own; all but the last KEPT are deleted.
+    root: where each run gets its own folder; all but the last KEPT are deleted.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, root: Path) -> None:
@@ -93,7 +93,7 @@ class Studio:
         self._folders: deque[Path] = deque()
 
     def draw(self, wish: Wish, emit: Callable[[Event], None]) -> None:
-        """One run, told to `emit`, which ends it by raising; ValueError for what is refused."""
+        """Run a wish; `emit` gets its events and may raise to end it. ValueError if invalid."""
         from steering import steer
 
         emit(Loading(f"Loading the reward {wish.reward}"))
@@ -123,7 +123,7 @@ class Studio:
 
     def _loaded(self, name: str, lora: str | None) -> tuple[Any, Any]:
         if self._model is None or self._model[0] != (name, lora):
-            self._model = None  # two may not fit in memory
+            self._model = None  # two models may not fit in memory
             gc.collect()
             pipe = loading.load_pipeline(name, self._dtype, lora).to(self._device)
             preview = loading.load_preview("auto", name, self._dtype, pipe)
@@ -160,7 +160,7 @@ class _Job:
 
 
 class Desk:
-    """Takes wishes from many sessions and has them drawn one at a time, in the order of asking."""
+    """A queue of wishes from many sessions, which are run one at a time, in order."""
 
     def __init__(self, draw: Callable[[Wish, Callable[[Event], None]], None]) -> None:
         self._draw = draw
@@ -168,9 +168,9 @@ class Desk:
         self._turn = threading.Condition()
 
     def run(self, session: str, wish: Wish) -> Generator[Event | None, None, None]:
-        """The events of one run, Done or Ended last; None where nothing happened for a moment.
+        """Yield the events of one run, Done or Ended last; None if there was none for TICK seconds.
 
-        Closing the iterator stops the run: no one looks any more.
+        Closing the iterator stops the run, because nobody reads its events any more.
         """
         job = _Job(session, wish)
         with self._turn:
@@ -190,7 +190,7 @@ class Desk:
             self._end(job)
 
     def stop(self, session: str) -> None:
-        """End the runs of this session, at their next step, or before they begin."""
+        """Stop the runs of this session, at their next step or before they begin."""
         with self._turn:
             jobs = [job for job in self._line if job.session == session]
         for job in jobs:
@@ -210,10 +210,10 @@ class Desk:
             job.events.put(Ended(f"Stopped {job.at}.", stopped=True))
         except ValueError as error:
             job.events.put(Ended(" ".join(str(error).split())))
-        except Exception as error:  # whatever it was, the app stays up for the next one
-            logger.exception("A run broke.")
+        except Exception as error:  # the app must stay available after any error
+            logger.exception("A run failed.")
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-            job.events.put(Ended(f"the run broke ({reason}); the app is still there"))
+            job.events.put(Ended(f"the run failed ({reason}); the app is still available"))
         finally:
             with self._turn:
                 self._line.remove(job)

@@ -1,4 +1,4 @@
-"""What the app shows of a run, as HTML from templates, which escape every text in it."""
+"""The display of the app's runs, as HTML from templates that escape every text."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ LEGEND = str(_VIEW.legend())
 
 
 def message(text: str, kind: str) -> str:
-    """A sentence for people; kind: refused, stopped or note."""
+    """Return a message to the user; kind: refused, stopped or note."""
     return str(_VIEW.message(text[:1].upper() + text[1:], kind))
 
 
 def progress(text: str, done: int = 0, total: int = 0) -> str:
-    """A line and a bar; without a total the bar only says that something goes on."""
+    """Return a line and a progress bar, which is indeterminate without a total."""
     return str(_VIEW.progress(text, done, total))
 
 
 def score(score: Score, num_steps: int, before: Score | None = None) -> str:
-    """One scored step of a run of one prompt: a tile a particle of the population it looked at.
+    """Return one scored step of a run of one prompt, with one tile per particle.
 
-    A tile has the particle's number and its parent's at the score before, its weight, its reward
-    and how many children it got; one without any is marked as dead.
+    A tile has the particle's number, its parent's number at the previous score, its weight, its
+    reward and its number of children; one without children is marked as dead.
     """
     num = score.rewards.shape[1]
     children = torch.bincount(score.ancestors[0], minlength=num).tolist()
@@ -53,13 +53,13 @@ def score(score: Score, num_steps: int, before: Score | None = None) -> str:
 
 
 def pictures(done: Done, link: Callable[[Path], str], seconds: float) -> str:
-    """What a run returned, the best first, each a link to its file, and the way to its report."""
+    """Return the images of a run, best first, with links to their files and to the report."""
     tiles = [(p, link(p.file), _is_small(p.file)) for p in done.pictures]
     return str(_VIEW.pictures(tiles, seconds, done.log_z, link(done.report)))
 
 
 def file_link(path: Path) -> str:
-    """The address of a file under Gradio's allowed_paths, relative to the page."""
+    """Return the address of a file in Gradio's allowed_paths, relative to the page."""
     return "gradio_api/file=" + quote(str(path))
 
 
@@ -69,7 +69,7 @@ def _is_small(file: Path) -> bool:
 
 
 def _inline(pixels: Tensor) -> str:
-    """A (3, h, w) uint8 picture as a data: address."""
+    """Return a data: address of an image (3, h, w) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "WEBP", quality=80, method=2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
