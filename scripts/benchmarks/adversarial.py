@@ -34,7 +34,7 @@ from .tuning import ROOT, prepare, signed, timed, variants
 
 THINGS = [task for task in TASKS if task != "text"]
 SHAPES = "objects(mode=share)"
-# of each case: the references' style, the reward that is looked at, and each run's settings
+# for each case: the style of the references, and the options of each run
 STYLE = {"with a critic": [f"--reward={SHAPES}"]}
 PREFERENCE = ["--critic-kind=preference", "--paired", "--critic.lr=5e-6", "--critic-weight=2"]
 HACKING = {
@@ -69,12 +69,12 @@ def run(case: str, out: Path, images: int) -> None:
 
 
 def folder_of(out: Path, case: str, name: str) -> Path:
-    """Where a run of a case stands."""
+    """The folder of a run of a case."""
     return out / f"{case}-{name.replace(' ', '-')}"
 
 
 def drawn_for(prompts: Sequence[str], folder: Path) -> dict[str, list[str]]:
-    """A picture of each prompt, as the world draws it, by prompt."""
+    """{prompt: [file]}: each prompt with a picture that the world draws of it."""
     rng, left, found = np.random.default_rng(0), set(prompts), {}
     folder.mkdir(exist_ok=True)
     while left:
@@ -106,7 +106,7 @@ def in_style(images: Tensor, style: str) -> float:
 
 
 def markdown(out: Path) -> str:
-    """A line a run and its base, and what the alarm says."""
+    """A table with a row for each run and for its base, and the result of the alarm."""
     dino, rows = view("tiny", None), []
     for case, (style, runs) in CASES.items():
         others = to_images([render(drawn) for drawn in scenes(style, 200, 1, THINGS)])
@@ -128,13 +128,13 @@ def markdown(out: Path) -> str:
 
 
 def _cell(found: dict[str, Any]) -> str:
-    """The mean, and the gain over the base, which has none."""
+    """The mean and, except for the base itself, the gain over the base."""
     mean, gain = f"{found['mean']['mean']:.3f}", found.get("difference")
     return f"{mean} ({signed(gain)})" if gain else mean
 
 
 def _alarm(found: dict[str, dict[str, Any]], case: str) -> str:
-    """Which of shapes and CLIP fell while the trained reward rose, each by its whole interval."""
+    """Which of shapes and CLIP fell significantly while the trained reward rose significantly."""
     gains = {}
     for name in ("objects", "clip", "jpeg"):
         base, tuned = (found[name]["variants"][v]["values"] for v in ("base", "tuned"))
@@ -150,7 +150,7 @@ def _alarm(found: dict[str, dict[str, Any]], case: str) -> str:
 
 
 def grid(out: Path, case: str, file: Path, prompts: Sequence[int] = range(0, 60, 5)) -> None:
-    """A column a prompt: the base's picture, then each run's, at the same noise."""
+    """A column for each prompt: the base's picture, then each run's, from the same noise."""
     rows: list[list[Image.Image]] = []
     for name in CASES[case][1]:
         folder = folder_of(out, case, name) / "eval"

@@ -34,14 +34,14 @@ from .networks import FLUX_DEV, MODELS, filled, network_of
 from .timing import seconds
 
 NATIVE = "native"
-# PyTorch's own kernels, one alone; for the newer networks the same as diffusers' name sets
+# a single kernel of PyTorch; for newer networks this is the same as diffusers' backend
 KERNELS = {
     "_native_math": SDPBackend.MATH,
     "_native_flash": SDPBackend.FLASH_ATTENTION,
     "_native_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "_native_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-# none that would fetch kernels from the hub
+# without those that would download kernels from the hub
 BACKENDS = (NATIVE, *KERNELS, "flex", "xformers", "flash", "_flash_3", "sage")
 SMALL_FLUX = {
     "guidance_embeds": True,
@@ -134,7 +134,7 @@ def measure(
     rows: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """An entry a backend: seconds and ratios to native, round by round, or the reason for none."""
+    """An entry for each backend: seconds and ratios to native by round, or the reason for none."""
     network = build(name, device, dtype)
     given = inputs(name, device, dtype, rows)
     expected, _ = evaluate(network, given, NATIVE)

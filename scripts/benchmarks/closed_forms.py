@@ -9,11 +9,7 @@ follow by recursion, and exp(λ r) tilts it to another one:
     r(x) = x              Z = exp(λμ + λ²v/2)                             mean μ + λv
     r(x) = -(x - c)²/2    Z = exp(-λ(μ-c)² / (2(1+λv))) / √(1+λv)         mean (μ + λvc)/(1+λv)
 
-Prints a Markdown table. A cell is the mean of the estimates of Z over many independent runs of k
-particles, ± its standard error, (how many of those it lies from Z), and the mean of x under the
-closed weights, whose distance from the exact mean shrinks with k. λ differs from potential to
-potential: the closing weight of `sum` undoes ten rewards with four scores, that of `max` and
-`immediate` four, and where the weights' tails are too heavy a standard error says nothing.
+docs/closed-forms.md explains the table that this prints, and why λ differs between potentials.
 """
 
 import itertools

@@ -108,7 +108,7 @@ def of_reward(name: str) -> Cost:
 
 def _of_imagereward() -> Cost:
     """Both of its towers, as the text tower attends to the picture."""
-    # transformers asks what the mask holds but of fake tensors; only this attention is counted
+    # transformers reads the values of the mask, unless tensors are fake; MATH is what is counted
     with torch.device("meta"):
         network = imagereward.Network(imagereward.PUBLISHED).eval()
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
@@ -122,8 +122,8 @@ def _of_imagereward() -> Cost:
 def of_judge(side: int, question: int) -> tuple[Cost, Cost]:
     """Qwen2.5-VL-7B's vision tower and language model on one picture and a question's tokens.
 
-    By two operations a parameter and token, attention's products left out. A token of the language
-    model stands for four patches of 14 x 14 pixels.
+    Each parameter and token counts as two operations; the products of attention are left out. A
+    token of the language model stands for four patches of 14 x 14 pixels.
     """
     language = {
         "hidden_size": 3584,

@@ -30,7 +30,7 @@ def intermediate_rewards(
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Of (prompts, k) arrays, within prompts; 0 where one of them does not vary."""
+    """The correlation of (prompts, k) arrays within prompts; 0 if one of them does not vary."""
     a, b = (values - values.mean(1, keepdims=True) for values in (a, b))
     scale = np.sqrt((a * a).sum() * (b * b).sum())
     return float((a * b).sum() / scale) if scale > 0 else 0.0

@@ -46,7 +46,7 @@ class Point:
 
 
 def points(guided: bool) -> dict[str, Point]:
-    """By name; intervals of guidance only where there is guidance."""
+    """The points by name; intervals of guidance only if there is guidance."""
     found = {"best of 16": Point(16, FeynmanKac(min_ess=0.0))}
     found |= {f"FK {k}": Point(k) for k in (2, 4, 8, 16)}
     for name, sizes in FUNNELS.items():
@@ -65,7 +65,7 @@ def points(guided: bool) -> dict[str, Point]:
 def measured(
     model: str, task: str, prompts: list[str], seed: int, guidance: float, point: Point
 ) -> tuple[Steered, float, float]:
-    """The result, rows evaluated a prompt and this process's seconds a prompt."""
+    """The result, and for each prompt the rows evaluated and the CPU seconds of this process."""
     rows, pipe = 0, tiny.load(model)
 
     def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

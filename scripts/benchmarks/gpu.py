@@ -38,7 +38,7 @@ from .machine import about, peak
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"sd15": 28, "sdxl": 20, "sd35m": 28}
-# model, method, gradient checkpointing: docs/memory.md has each
+# model, method, gradient checkpointing; docs/memory.md has a row for each
 MICRO_BATCHES = (
     ("sd15", "gdro", True),
     ("sdxl", "gdro", True),
@@ -46,7 +46,7 @@ MICRO_BATCHES = (
     ("sd35m", "gdro", True),
 )
 WORDS = 'the word "CRAB"\nthe word "HIVE"\nthe word "SOAP"\n'
-# a user's own words, one after another in one folder; --dtype auto is bfloat16 on CUDA
+# run one after another in one folder; --dtype auto is bfloat16 on CUDA
 COMMANDS = (
     "tilt rollout --prompts words.txt --out words --images 8 --dtype {dtype}"
     " --call.guidance-scale 1.0",
@@ -102,7 +102,7 @@ def backends(device: torch.device) -> None:
 
 
 def micro_batches(device: torch.device) -> None:
-    """GB of a training micro-batch, as docs/memory.md computes it and as the allocator held it."""
+    """GB of a training micro-batch, computed (docs/memory.md) and measured by the allocator."""
     if device.type != "cuda":
         print("PyTorch's allocator on a CPU keeps no peak: nothing to compare with.")
         return
@@ -114,7 +114,7 @@ def micro_batches(device: torch.device) -> None:
 
 
 def documented(name: str, method: str, less: bool) -> str:
-    """The row of docs/memory.md up to the computed GB of a group, which take minutes to compute."""
+    """The row of docs/memory.md up to the GB of a group, which take minutes to compute."""
     pattern = rf"^\| {name} \| \d+ \| {method} \| {'yes' if less else 'no'} \| \d+ \| [\d.]+ \|"
     found = re.search(pattern, (ROOT / "docs/memory.md").read_text(encoding="utf-8"), re.MULTILINE)
     if found is None:
@@ -169,7 +169,7 @@ def commands(device: torch.device) -> None:
 
 
 def tests(device: torch.device) -> None:
-    """`pytest -m gpu`, its last line."""
+    """The last line of `pytest -m gpu`."""
     if importlib.util.find_spec("pytest") is None or device.type != "cuda":
         print("They need CUDA and pytest.")
         return

@@ -74,9 +74,9 @@ def steered(
 
 @torch.no_grad()
 def judged(out: Steered, task: str) -> dict[str, Any]:
-    """The rewards (b, k), and the scores (b, k) of a reward that nothing is steered on.
+    """The rewards (b, k), and the scores (b, k) of a reward that was not used for steering.
 
-    That is exact reading at another size, or the detector.
+    The latter is exact reading at another size, or the detector.
     """
     judge = OcrReward("exact", limit_side_len=160) if task == "ocr" else ObjectsReward()
     held_out = [
@@ -91,7 +91,7 @@ def cells(
 ) -> list[tuple[str, int, int, FeynmanKac]]:
     """(method, k, seed, settings): the baselines at the largest k, and FK at every k above 1.
 
-    "stock" is best-of-k of the noiseless sampler, which has another p.
+    "stock" is best-of-k of the noiseless sampler, which has a different p.
     """
     best_of = replace(settings, min_ess=0.0)
     baselines = {"best-of": best_of, "stock": replace(best_of, noise=0.0)}
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--particles", type=int, nargs="+", default=[2, 4, 8])
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--prompts", type=int, default=60)
-    add("--split", choices=("test", "tune"), default="test", help="of the prompts")
+    add("--split", choices=("test", "tune"), default="test", help="which prompts")
     add("--guidance-scale", type=float, default=1.0, help="a lower one leaves more to steer")
     add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of FeynmanKac")
     add("--out", type=Path, default=Path("runs/lift.jsonl"))

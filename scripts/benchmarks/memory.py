@@ -42,10 +42,10 @@ from .networks import (
 CARDS = {"24 GB": 24e9, "80 GB": 80e9}
 HELD_IN = (torch.bfloat16, torch.bfloat16, torch.float32)  # network, decoder, critic's tower
 RANK = 32  # of the LoRA
-SPARE = 0.2  # of a card: fragments, workspaces of kernels, the driver's context
+SPARE = 0.2  # share of a card for fragmentation, workspaces of kernels and the driver's context
 POPULATIONS, DECODED = (4, 8, 16), {512: 8, 1024: 2}  # images that steer() decodes at once
 
-# images of a group, rows of the network an image, and whether decoder and critic are at hand
+# images of a group, rows of the network for each, and whether decoder and critic are loaded
 METHODS = {"gdro": (6, 1, False), "grpo": (8, 1, True), "grpo, guided": (8, 2, True)}
 
 
@@ -58,7 +58,7 @@ class Count(TorchDispatchMode):
         self._known: set[int] = set()
 
     def add(self, tree: Any) -> None:
-        """Count what was not made under this mode; what is known already is not added twice."""
+        """Count tensors that were allocated outside this mode; none is counted twice."""
         for tensor in tree_leaves(tree):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
@@ -79,7 +79,7 @@ class Count(TorchDispatchMode):
 
 
 def in_float(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A norm as CUDA's autocast computes it, in float32; the CPU's leaves it in half precision."""
+    """A norm in float32, as under CUDA's autocast; the CPU's leaves it in half precision."""
 
     def called(*args: Any, **kwargs: Any) -> Tensor:
         args, kwargs = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, (args, kwargs))
@@ -91,7 +91,7 @@ def in_float(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def step(network: Any, model: Published, rows: int, offline: bool, device: str = "cpu") -> None:
     """Forward and backward passes of a micro-batch, as the trainers make them.
 
-    On the default device, of the type `device`.
+    They run on the default device, which is of the type `device`.
     """
     x = torch.empty(rows, model.latents, *2 * (model.side // 8,))
     given = {name: torch.empty(rows, *shape) for name, shape in model.given.items()}
@@ -108,7 +108,7 @@ def step(network: Any, model: Published, rows: int, offline: bool, device: str =
 
 @torch.no_grad()
 def look(decoder: Any, tower: Any, model: Published, images: int) -> None:
-    """Decode a micro-batch and show it to the critic, 32 pictures at once."""
+    """Decode a micro-batch and run the critic on it, 32 pictures at once."""
     latents = torch.empty(images, model.latents, *2 * (model.side // 8,), dtype=torch.bfloat16)
     pictures = decoder.decode(latents).sample.float()
     for part in pictures.split(32):
@@ -116,7 +116,7 @@ def look(decoder: Any, tower: Any, model: Published, images: int) -> None:
 
 
 def peak(name: str, method: str, images: int, less: bool) -> float:
-    """The most bytes of a micro-batch; `less`, with gradient checkpointing."""
+    """The most bytes of a micro-batch; less: with gradient checkpointing."""
     model, (_, copies, online) = MODELS[name], METHODS[method]
     with torch.device("meta"):
         network, *others = parts_of(model, online)
@@ -182,9 +182,9 @@ def decode_peak(model: Published, side: int, images: int, sliced: bool) -> float
 
 
 def most_rows(card: float, texts: float, one: float, each: float, rows: int, decode: float) -> int:
-    """How many rows leave a fifth of the card free; 0 where decoding does not.
+    """How many rows leave a fifth of the card free; 0 if decoding does not.
 
-    one: bytes of a call of `rows`; each: of a row more; texts: of what else is loaded.
+    one: bytes of a call of `rows`; each: of one more row; texts: of what else is loaded.
     """
     room = (1 - SPARE) * card - texts
     return max(0, int(rows + (room - one) // each)) if decode <= room else 0
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table line by line."""
     parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--inference", action="store_true", help="of steering, not of training")
+    parser.add_argument("--inference", action="store_true", help="print the table of steering")
     args = parser.parse_args(argv)
     heads = ["model", "side", "method", "checkpointing", "k", "GB of a group", "GB an image more"]
     heads += [f"groups (images) in {card}" for card in CARDS]

@@ -29,8 +29,9 @@ from finetune.models import FAMILIES
 class Published:
     """A published model: its network and decoder by their configurations.
 
-    given: the shape of a prompt's conditioning, by name; side: of pictures, in pixels; guided: the
-    network evaluates a picture twice; texts: its text encoders and the tokens that each reads.
+    latents: channels. given: the shapes of a prompt's conditioning, by name. side: of pictures, in
+    pixels. guided: the network evaluates a picture twice. texts: its text encoders, and how many
+    tokens each reads.
     """
 
     family: str
@@ -103,7 +104,7 @@ def network_of(model: Published) -> Any:
 def decoder_of(model: Published) -> Any:
     """The autoencoder; the models differ only in the channels of the latents."""
     quant = model.latents == 4
-    kind: Any = diffusers.AutoencoderKL  # it annotates sizes as tuples of one
+    kind: Any = diffusers.AutoencoderKL  # its annotations allow tuples of one size only
     decoder = kind(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -154,7 +155,7 @@ def filled(build: Callable[[], Any], device: torch.device, dtype: torch.dtype) -
     """
     with torch.device("meta"):
         module = build()
-    nn.Module.to(module, dtype)  # not the model's own, which warns of layers that it has none of
+    nn.Module.to(module, dtype)  # the model's own .to() warns of layers that it does not have
     module = module.to_empty(device=device)
     generator = Generator(device).manual_seed(0)
     for name, values in (*module.named_parameters(), *module.named_buffers()):

@@ -91,7 +91,7 @@ def reached(rows: Curve, level: float) -> float | None:
 
 
 def markdown(curves: dict[str, Curve]) -> str:
-    """A line a check, and the seconds at which each run reached a level."""
+    """A row for each check, and the seconds at which each run reached a level."""
     lines = [head("method", "seconds", "step", *SHOWN.values())]
     for method, rows in curves.items():
         for row in rows:
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/online"))
     parser.add_argument("--every", type=int, default=30, help="steps between checks")
     parser.add_argument("--table", action="store_true", help="print the existing results")
-    parser.add_argument("--plot", type=Path, help="and draw them")
+    parser.add_argument("--plot", type=Path, help="print and draw the existing results")
     args = parser.parse_args(argv)
     folder = args.out.resolve()
     if args.method:

@@ -15,10 +15,10 @@ Python to the grids, of one process on one core and of two.
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,15 @@ from tilt.prompts import Prompt
 from ..parser import parser_of
 from ..tables import span, table
 from .machine import about
+from .timing import seconds
+from .tuning import command
 
-ROOT = Path(__file__).parents[2]
 MODEL, PARTICLES = "tiny-sd3", 4
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 class Drawer:
-    """What a worker holds while the pairs run: the model, the reward and where files go."""
+    """Draws prompts in a worker: holds the model, the reward and the folder."""
 
     def __init__(self, folder: Path):
         self.folder, self.times = folder, 0
@@ -55,9 +56,9 @@ class Drawer:
         }
 
     def __call__(self, count: int, ranks: Sequence[int], state: PartialState) -> list[float]:
-        """Seconds in which `ranks` draw so many prompts, after a barrier; the same on all.
+        """Seconds in which `ranks` draw `count` prompts, after a barrier: wall-clock and CPU.
 
-        Those on the clock, and those of CPU.
+        All workers get the values of the slowest one.
         """
         self.times += 1
         prompts = [Prompt(f"{i} red circles") for i in range(count)]
@@ -86,8 +87,8 @@ def work(cores: Sequence[int], pairs: int, prompts: int, folder: str) -> list[li
     for pair in range(pairs):
         alone = (pair // 2 % 2,)
         order = ((0, 1), alone) if pair % 2 else (alone, (0, 1))
-        seconds = {ranks: draw(prompts, ranks, state) for ranks in order}
-        found.append([a / b for a, b in zip(seconds[alone], seconds[0, 1], strict=True)])
+        took = {ranks: draw(prompts, ranks, state) for ranks in order}
+        found.append([a / b for a, b in zip(took[alone], took[0, 1], strict=True)])
     state.destroy_process_group()
     return found
 
@@ -112,8 +113,8 @@ def measure(pairs: int, prompts: int) -> dict[str, list[float]]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-    seconds, cpu = zip(*found, strict=True)
-    return {"second": list(seconds), "CPU second": list(cpu)}
+    clock, cpu = zip(*found, strict=True)
+    return {"second": list(clock), "CPU second": list(cpu)}
 
 
 def commands(pairs: int, prompts: int) -> list[float]:
@@ -125,30 +126,19 @@ def commands(pairs: int, prompts: int) -> list[float]:
     found = []
     for pair in range(pairs):
         order = (1, 2) if pair % 2 == 0 else (2, 1)
-        seconds = {count: _command(count, cores, prompts) for count in order}
-        found.append(seconds[1] / seconds[2])
+        took = {count: _command(count, cores, prompts) for count in order}
+        found.append(took[1] / took[2])
     return found
 
 
 def _command(count: int, cores: Sequence[int], prompts: int) -> float:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    line = [sys.executable, *(launch if count > 1 else []), str(ROOT / "scripts/steer.py")]
-    line += [f"{i} red circles" for i in range(prompts)]
-    line += ["--model", MODEL, "--particles", str(PARTICLES)]
-    every = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores[:count])  # a child inherits it
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.perf_counter()
-            subprocess.run(
-                [*line, "--out", f"{folder}/out"],
-                env=os.environ | ENVIRONMENT,
-                check=True,
-                capture_output=True,
-            )
-            return time.perf_counter() - began
-    finally:
-        os.sched_setaffinity(0, every)
+    words = [f"{i} red circles" for i in range(prompts)]
+    words += ["--model", MODEL, "--particles", str(PARTICLES)]
+    pinned = ["taskset", "--cpu-list", ",".join(map(str, cores[:count]))]
+    with tempfile.TemporaryDirectory() as folder:
+        line = [*pinned, *command("steer.py", [*words, "--out", f"{folder}/out"], count)]
+        run = partial(subprocess.run, env=os.environ | ENVIRONMENT, check=True, capture_output=True)
+        return seconds(lambda: run(line))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--commands", type=int, default=0, help="pairs of whole commands")
+    parser.add_argument("--commands", type=int, default=0, help="pairs of commands")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # as the workers have
     found = measure(args.pairs, args.prompts)

@@ -129,7 +129,7 @@ def usual_ocr() -> Callable[[Tensor, list[str]], list[float]]:
 def compare(
     usual: Callable[..., Any], ours: Callable[..., Any], side: int, pairs: int, agree: float | None
 ) -> str:
-    """Median [min, max] of usual/ours, in alternation; `agree`: how far scores may lie apart."""
+    """Median [min, max] of usual/ours in alternating pairs; agree: how much scores may differ."""
     ratios = []
     for pair in range(pairs + 1):  # the first warms up
         images, prompts = pictures(side, pair)
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def clip_of(source: str) -> ClipReward:
-    """A CLIP of that source; of an architecture's name, with random weights."""
+    """The reward of a source; the name of an architecture gives random weights."""
     if source == "tiny" or ":" in source:
         return ClipReward(source)
     import open_clip
@@ -199,7 +199,7 @@ def clip_of(source: str) -> ClipReward:
 
 
 def count_texts() -> None:
-    """Say how often the text tower ran for 64 pictures of 8 prompts."""
+    """Print how often the text tower ran for 64 pictures of 8 prompts."""
     reward = ClipReward("random:1")
     images, prompts = pictures(64, 0)
     encode, calls = reward.towers.encode_text, []

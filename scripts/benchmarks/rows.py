@@ -9,7 +9,7 @@ __all__ = ["Rows"]
 
 
 class Rows(list[dict[str, Any]]):
-    """The rows that a file holds, all of them once `keep` has added the missing ones."""
+    """The rows of a file, with a method that adds one to both."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -17,14 +17,14 @@ class Rows(list[dict[str, Any]]):
         super().__init__(json.loads(line) for line in lines)
 
     def has(self, head: Mapping[str, Any]) -> bool:
-        """Whether a row has these values; if not, prints them, as the row is measured next."""
+        """Whether a row has these values. If not, they are printed, as the row is measured next."""
         found = any(all(row[name] == value for name, value in head.items()) for row in self)
         if not found:
             print(head, flush=True)
         return found
 
     def keep(self, row: dict[str, Any]) -> None:
-        """Append a row to the file as well."""
+        """Append a row, also to the file."""
         self.append(row)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:

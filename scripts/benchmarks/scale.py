@@ -82,7 +82,7 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Particle:
-    """Operations for one particle of a run: a step, preview, decoder; and a prompt's texts."""
+    """Operations of one particle for a step, a preview and the decoder, and of a prompt's texts."""
 
     step: float
     preview: float
@@ -109,7 +109,8 @@ def ratio(one: Particle, reward: float, steps: int, scores: int, preview: bool) 
 def received(k: int, ranks: int, numbers: int, width: int) -> float:
     """Bytes that a rank receives at one resampling: (R - 1)/R k (2 e s + 4).
 
-    e numbers of s bytes each for the sample and for the network's output, a float32 reward.
+    That is e numbers of s bytes each for the sample and for the network's output, and a float32
+    reward.
     """
     return (ranks - 1) / ranks * k * (2 * numbers * width + 4)
 
@@ -122,7 +123,7 @@ def exchange(k: int, ranks: int, numbers: int, width: int) -> float:
 
 
 def slowest(ranks: int, spread: float) -> float:
-    """By how much the slowest of R normal times exceeds their mean, at most: sd sqrt(2 ln R)."""
+    """A bound on how much the slowest of R normal times exceeds their mean: sd sqrt(2 ln R)."""
     return spread * math.sqrt(2 * math.log(ranks)) if ranks > 1 else 0.0
 
 
@@ -245,7 +246,7 @@ def picture_seconds(reward: str, side: int, k: int) -> float:
         return ON.seconds(flops.of_reward(reward).flops)
     sees, reads = flops.of_judge(side, ON.question)
     words = ON.answer if "64" in reward else 1
-    at_once = 1 if "one by one" in reward else k  # an answer's token reads the weights once
+    at_once = 1 if "one by one" in reward else k  # a token reads the weights once
     writing = words * 2 * reads.parameters / ON.hbm / at_once
     return ON.seconds(sees.flops + reads.flops) + writing
 
@@ -279,18 +280,19 @@ def placing(k: int, steps: int, scores: int) -> str:
 
 
 def speedup(base: float, r: float, others: int) -> str:
-    """How many times faster a server must answer than a GPU would itself, to be worth a GPU.
+    """How many times faster than a GPU a reward server must be, to be worth a GPU of its own.
 
-    G GPUs that wait for one more make G/(g + r/b) runs a second, G + 1 that score by themselves
-    (G + 1)/(g + r), with g the seconds of a run but for its reward's r: the first is more only for
-    b > r / (G (g + r)/(G + 1) - g), and for no b where r/g < 1/G.
+    A run takes g seconds without the reward, and r for the reward. G GPUs that wait for one more
+    GPU, which is b times as fast, make G/(g + r/b) runs a second; G + 1 GPUs that score by
+    themselves make (G + 1)/(g + r). The first is more only for b > r / (G (g + r)/(G + 1) - g),
+    and for no b if r/g < 1/G.
     """
     room = others * (base + r) / (others + 1) - base
     return f"{r / room:.1f}" if room > 0 else "never"
 
 
 def measured_ocr() -> str:
-    """Core-seconds of RapidOCR a picture, on this machine's CPU."""
+    """Core-seconds that RapidOCR takes for a picture on this machine."""
     found, reader = [], load("ocr")
     for side in (512, 1024):
         images, asked = pictures(side, 0)
@@ -307,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scores", type=int, default=4)
-    parser.add_argument("--reward", choices=REWARDS, default="clip-l", help="of the cost table")
+    parser.add_argument("--reward", choices=REWARDS, default="clip-l", help="of the table cost")
     parser.add_argument("--ocr", action="store_true", help="measure OCR on this CPU instead")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
     args = parser.parse_args(argv)

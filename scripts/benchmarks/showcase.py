@@ -41,7 +41,7 @@ class Example:
 
     @property
     def kind(self) -> str:
-        """Which of the five cases it is."""
+        """Which of five cases this is."""
         if self.steered < self.best_of_k:
             return "steered below best of k"
         if self.best_of_k >= TOP:

@@ -1,11 +1,11 @@
-"""What everything costs, as ratios, in ten minutes on two cores; as JSON, to compare with later.
+"""What everything costs, as ratios, in ten minutes on two cores.
 
     python -m scripts.bench speed --out speed.json
     python -m scripts.bench speed --against speed.json
 
-Each case is a list of ratios of alternating runs. With --against, a case is slower if its median is
-worse than the earlier one by more than the spread (highest minus lowest) of either; then the exit
-status is 1. Ratios measured on another device are not compared.
+Each case is a list of ratios of alternating runs. --out writes them as JSON. With --against, a case
+is slower if its median is worse than the earlier one by more than the spread (highest minus lowest)
+of either; then the exit status is 1. Ratios measured on another device are not compared.
 """
 
 import json
@@ -33,7 +33,7 @@ from .machine import about, peak
 from .timing import ratios
 
 CPU = torch.device("cpu")
-# the steps of the embedded models, and those that a user of the big ones takes by default
+# the default steps of the embedded models, and those of the pipelines that they stand for
 STEPS = {"tiny-sd3": (20, 28), "tiny-sd": (20, 50)}
 PROCESSES = "prompts a second of two processes / of one"  # the only case where more is better
 
@@ -114,7 +114,7 @@ def slower(before: dict[str, Timed], now: dict[str, Timed]) -> dict[str, str]:
 
 
 def read(path: Path) -> tuple[str, dict[str, Timed]]:
-    """What was measured on, and the cases; ValueError for anything but a file of this command."""
+    """The device and the cases of a file; ValueError if it was not written by this command."""
     try:
         content = json.loads(path.read_text())
         return content["device"], {name: Timed(**case) for name, case in content["cases"].items()}
@@ -138,7 +138,7 @@ def run(only: str, pairs: int) -> dict[str, Timed]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print a table, write JSON, compare; exit status 1 where something got slower."""
+    """Measure, print a table, write JSON, compare; the exit status is 1 if a case got slower."""
     parser = parser_of(__doc__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose names contain this")

@@ -46,9 +46,9 @@ HEAD = head("model", "method", *FIGURES)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is trained: a pipeline, the keywords of its call, and the conditioning of PROMPTS.
+    """The pipeline that is trained, the keywords of its call, and the conditioning of PROMPTS.
 
-    encoded: what the pipeline's encoders would give for one prompt, where it has none.
+    encoded: what the pipeline's encoders would give for one prompt, if it has no encoders.
     """
 
     pipe: Any
@@ -80,7 +80,7 @@ def subject_of(model: str, device: torch.device) -> Subject:
 
 
 def gdro_of(model: str, settings: gdro.Gdro, device: torch.device = CPU) -> gdro.GdroTrainer:
-    """A trainer on random latents and rewards, of real prompts."""
+    """A trainer on random latents and rewards for PROMPTS."""
     subject, m = subject_of(model, device), 2 * settings.k
     draws = torch.Generator().manual_seed(0)
     config = subject.network.config
@@ -124,7 +124,7 @@ def redness(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tenso
 def grpo_of(
     model: str, settings: grpo.Grpo, device: torch.device = CPU
 ) -> tuple[grpo.GrpoTrainer, StandInDecoder]:
-    """A trainer that samples for a reward which costs nothing, and its decoder."""
+    """A trainer with a reward that costs nothing, and its decoder."""
     subject = subject_of(model, device)
     steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
     pipe, call = subject.pipe, subject.call | steps
@@ -136,7 +136,7 @@ def grpo_of(
 
 
 def bare_gdro(trainer: gdro.GdroTrainer) -> Callable[[], None]:
-    """The networks' share of a step, on inputs made beforehand."""
+    """The network calls of a step, on inputs made beforehand."""
     learner, batches = trainer.learner, []
     for inputs in (part.to(learner.accelerator.device) for part in trainer.inputs(0)):
         k = inputs.rewards.shape[1]
@@ -157,7 +157,7 @@ def bare_gdro(trainer: gdro.GdroTrainer) -> Callable[[], None]:
 
 
 def bare_grpo(trainer: grpo.GrpoTrainer) -> Callable[[], None]:
-    """The network's share of an epoch without guidance, one update: sample, then learn."""
+    """The network calls of an epoch without guidance and with one update."""
     s, samples, learner = trainer.settings, trainer.samples, trainer.learner
     shape, window = samples.schedule.shape, s.window(0)
     call = partial(predict, learner.bare, learner.family, samples.schedule.noising)
@@ -207,8 +207,8 @@ def trainer_of(
 def measure(model: str, method: str, pairs: int, device: torch.device = CPU) -> dict[str, Any]:
     """Steps and bare steps in turn, after one of each to warm up.
 
-    ratios: step over bare, pair by pair; images_per_second and bare_images_per_second, medians;
-    fraction: of the bare network's speed, the median; decoder: its part of a step, the median.
+    ratios holds step over bare for each pair. images_per_second and bare_images_per_second are
+    medians; fraction is the first over the second, decoder the share of the decoder in a step.
     """
     if method not in METHODS:
         raise ValueError(f"the method is {method!r}; take one of {list(METHODS)}")

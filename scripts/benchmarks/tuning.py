@@ -33,14 +33,14 @@ REWARDS = {
     "words": "ocr(mode=strict) + 0*clip(tiny)",
     "attributes": "objects(mode=share) + 0*clip(tiny)",
 }
-IMAGES = {"words": 12, "attributes": 32}  # of a prompt, in rollouts
+IMAGES = {"words": 12, "attributes": 32}  # of a prompt in rollouts
 CONFIGS = {
     ("tiny-sd3", "words"): "gdro_tiny",
     ("tiny-sd3", "attributes"): "gdro_tiny_shapes",
     ("tiny-sd", "attributes"): "gdro_tiny_sd_shapes",
 }
 HEADLINE = {"words": "exact", "attributes": "mean of 6 tasks"}
-# (tuning, testing) prompts of a task; two of them have few prompts, which are split by chance
+# (tuning, testing) prompts of a task; some have few prompts, which are split at random
 COUNTS = {
     "single_object": (3, 2),
     "two_object": (13, 7),
@@ -53,7 +53,7 @@ COUNTS = {
 STEERED = "steered rollouts"
 ROUNDS = "2 rounds"
 SPLIT_BY_CHANCE = ("single_object", "two_object", "counting")
-# one setting changed at a time, at equal images a step
+# one setting changed at a time; the number of images in a step stays the same
 VARIATIONS = {
     "k=2": ["--gdro.k=2", "--gdro.groups=24", "--gdro.micro-groups=12"],
     "k=12": ["--gdro.k=12", "--gdro.groups=4"],
@@ -73,8 +73,8 @@ VARIATIONS = {
 def prompts_of(task: str, turn: int = 0, limit: int = 10_000) -> tuple[list[str], list[str]]:
     """Different prompts of one of the world's tasks, to tune on and to test on; none is in both.
 
-    Those to test on are of kinds that the base never saw, where there are such kinds. turn: others
-    of the same kinds, for another round of tuning; the few prompts of a small task stay.
+    Those to test on are of kinds that the base never saw, if there are such kinds. Another turn
+    gives other prompts of the same kinds; the few prompts of a small task stay.
     """
     rng = np.random.default_rng([TASKS.index(task), 2024 + (task not in SPLIT_BY_CHANCE) * turn])
     tune, test = COUNTS[task]
@@ -91,7 +91,7 @@ def prompts_of(task: str, turn: int = 0, limit: int = 10_000) -> tuple[list[str]
 
 
 def prepare(task: str, folder: Path) -> tuple[list[Path], Path]:
-    """The files of prompts: to tune on, one a round, and to test on."""
+    """The files of prompts: one for each round of tuning, and one to test on."""
     kinds = ["text"] if task == "words" else [kind for kind in TASKS if kind != "text"]
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -135,7 +135,7 @@ def timed(folder: Path, name: str, script: str, words: Sequence[str], processes:
 
 
 def one(args: argparse.Namespace, name: str, changes: Sequence[str]) -> dict[str, Any]:
-    """Make rollouts, unless there are some, train and evaluate; the figures of it."""
+    """Make rollouts, unless they exist, train and evaluate; the results."""
     folder = args.out / args.task / args.model
     prompts, test = prepare(args.task, folder)
     plan = [f"--images={args.images}"]
@@ -166,7 +166,7 @@ def trained(
     plan: Sequence[str],
     changes: Sequence[str],
 ) -> float:
-    """A LoRA in out/lora from rollouts of the prompts; the CPU seconds that all of it took."""
+    """Train a LoRA in out/lora on rollouts of the prompts; the CPU seconds of both."""
     folder, n = out.parent, args.processes
     words = [f"--model={args.model}", f"--call.guidance-scale={args.guidance}", "--resume"]
     words += [f"--prompts={prompts}", f"--out={rollouts}", *plan]
@@ -186,7 +186,7 @@ def variants(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def markdown(rows: Sequence[dict]) -> str:
-    """A line a run: the headline measure against the base and the default run, and CLIP."""
+    """A row for each run: the main measure against the base and the default run, and CLIP."""
     heads = ["model", "task", "run", "CPU minutes", "measure", "base", "tuned", "tuned - base"]
     heads += ["- default run", "CLIP - base", "drift"]
     defaults = {(r["model"], r["task"]): r for r in rows if r["name"] == "default"}
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", default="tiny-sd3", choices=["tiny-sd3", "tiny-sd"])
     add("--task", default="words", choices=sorted(REWARDS))
     add("--out", type=Path, default=Path("runs/tuning"))
-    add("--config", type=Path, help="settings of training (default: the task's)")
+    add("--config", type=Path, help="settings of training (default: those of the task)")
     add("--images", type=int, help="images a prompt in rollouts (default: the task's)")
     add("--test-images", type=int, default=8, help="images a prompt in tests")
     add("--guidance", type=float, default=1.0)

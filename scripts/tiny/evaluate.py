@@ -3,9 +3,9 @@
     python -m scripts.tiny.evaluate --run runs/tiny
     python -m scripts.tiny.evaluate --run runs/tiny --models tiny-sd3 --each 40 --no-cards
 
-Per task: prompts that training saw and prompts it never saw (scripts/tiny/unseen.json), one picture
-each at the default steps and guidance. Words are judged by RapidOCR (exact, without case), the rest
-by the colour-shape detector of `rewards.models.objects`. Intervals: 95 %, Wilson.
+Each task has prompts that training saw and prompts that it never saw (scripts/tiny/unseen.json),
+with one picture each at the default steps and guidance. Words are judged by RapidOCR (exact,
+ignoring case), the rest by the detector of `rewards.models.objects`. Intervals: 95 %, Wilson.
 """
 
 import argparse
@@ -28,7 +28,12 @@ from ..parser import parser_of
 from . import cards, train_aesthetic, train_dino
 from .world import TASKS, render, scene
 
-HELD_OUT = ("colors", "position", "color_attr", "text")  # tasks of which training misses some
+HELD_OUT = (
+    "colors",
+    "position",
+    "color_attr",
+    "text",
+)  # tasks with unseen prompts
 
 
 def prompts_of(task: str, unseen: bool, count: int) -> list[str]:
@@ -40,9 +45,9 @@ def prompts_of(task: str, unseen: bool, count: int) -> list[str]:
 def generate(
     name: str, prompts: list[str], seed: int = 0, batch: int = 32, **keywords: int
 ) -> list[Image.Image]:
-    """One picture a prompt from the embedded pipeline with its stock scheduler.
+    """One picture of each prompt, by the embedded pipeline with its stock scheduler.
 
-    keywords: of its call, in place of the defaults.
+    keywords: of its call; they override the defaults.
     """
     pipe = tiny.load(name)
     pipe.set_progress_bar_config(disable=True)
@@ -118,7 +123,7 @@ def parameters(folder: Path) -> str:
 
 
 def training(run: Path, name: str) -> str:
-    """Images seen and minutes, as the training wrote them down."""
+    """Images seen and minutes, from the file that the training wrote."""
     file = run / f"{name}.json"
     if not file.exists():
         return "not recorded"
@@ -199,11 +204,11 @@ REWARDS = {"clip": clip_card, "dino": dino_card, "aesthetic": aesthetic_card}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure, write README.md into the folders of the models."""
+    """Measure, and write README.md into the folders of the models."""
     parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--models", nargs="+", default=list(cards.FOLDERS))
-    parser.add_argument("--each", type=int, default=100, help="prompts a cell")
+    parser.add_argument("--each", type=int, default=100, help="prompts of a cell")
     parser.add_argument("--cards", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args(argv)
     for name in args.models:

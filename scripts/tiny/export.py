@@ -24,18 +24,18 @@ def export_folder(source: Path, target: Path) -> None:
     (transformers 5 would take the dtype of the file).
     """
     for old in target.glob("*"):
-        if old.name not in ("README.md", GRID):  # the card is evaluate's, its picture grids'
+        if old.name not in ("README.md", GRID):  # written by evaluate and grids
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     shutil.copytree(source, target, dirs_exist_ok=True)
     for file in target.rglob("*.safetensors"):
         weights = {name: value.half() for name, value in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors writes for its owner alone
+        file.chmod(0o644)  # safetensors lets only the owner read it
     for file in target.rglob("config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         config.pop("_name_or_path", None)
         if config.get("_class_name") == "AutoencoderTiny":
-            config.pop("block_out_channels", None)  # written by diffusers, and refused by it
+            config.pop("block_out_channels", None)  # diffusers writes it and refuses to read it
         if "dtype" in config or "torch_dtype" in config:
             config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"))
     parser.add_argument("--mix", type=Path, help="another run: average the pipelines with its own")
     parser.add_argument(
-        "--share", type=float, default=0.75, help="of the other run in that average"
+        "--share", type=float, default=0.75, help="share of the other run in that average"
     )
     args = parser.parse_args(argv)
     for name in (*PIPELINES, "preview"):

@@ -33,7 +33,7 @@ def parser(about: str | None, minutes: float, batch: int) -> argparse.ArgumentPa
 
 
 class _Run:
-    """What a run is continued from: weights, optimisers, averages, generator and progress."""
+    """The state of a run: weights, optimisers, averages, generator and progress."""
 
     def __init__(self, modules: nn.ModuleDict, checkpoint: Path, lr: float) -> None:
         self.modules, self.checkpoint = modules, checkpoint
@@ -166,7 +166,7 @@ def _optimizers(
 def _flat(value: Tensor, weight: Tensor) -> Tensor:
     """A weight (out, in, h, w), or its gradient, as a matrix with columns in the weight's order.
 
-    Of the weight itself it is a view, whether its channels come last or not.
+    The matrix of the weight itself is a view, also if its channels come last.
     """
     if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         value = value.permute(0, 2, 3, 1)

@@ -74,7 +74,7 @@ def preview() -> Any:
 
 
 def pipeline(name: str, autoencoder: Any) -> Any:
-    """The embedded pipeline `name` with this autoencoder, and new weights in what is TRAINED.
+    """The embedded pipeline `name` with this autoencoder, and new weights in the parts of TRAINED.
 
     The third text encoder of tiny-sd3 stays: its last norm is 0, so that it gives zeros, which the
     stock pipeline puts in the place of a missing T5. `from_pretrained` requires the component.

@@ -21,7 +21,7 @@ INK = {"paper": "black", "night": "white"}
 
 
 def styled(plain: Scene, style: str) -> Scene:
-    """The scene in a style; letters without a colour of their own take one that shows."""
+    """The scene in a style; letters without a colour of their own take one that is visible."""
     if style == "plain":
         return plain
     ink = plain.ink if plain.ink in COLOURS else INK[style]
@@ -35,7 +35,7 @@ def scenes(style: str, count: int, seed: int, tasks: Sequence[str] = TASKS) -> l
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write them as 0000.png and so on."""
+    """Write the pictures as 0000.png and so on."""
     parser = parser_of(__doc__)
     parser.add_argument("style", choices=["plain", *STYLES])
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")

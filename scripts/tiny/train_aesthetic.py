@@ -1,9 +1,9 @@
-"""Fit tiny-aesthetic, a linear head on tiny-clip's picture features, to pictures made worse.
+"""Fit tiny-aesthetic, a linear head on tiny-clip's features, to pictures that were degraded.
 
     python -m scripts.tiny.train_aesthetic --run runs/tiny
 
-Each scene is drawn as it should be and spoiled in six ways, each by its own amount s in [0, 1];
-a picture's rating is 10 - 9s. Ridge regression in closed form gives `weight` (1, d) and `bias`
+Each scene is drawn clean and spoiled in six ways, each by its own amount s in [0, 1]; the rating of
+a picture is 10 - 9s. Ridge regression in closed form gives `weight` (1, d) and `bias`
 (1,), the layout of LAION's first aesthetic heads.
 
 Legend: m scenes, k = 7 pictures of each (the clean one first), d features.
@@ -29,7 +29,7 @@ from .fit import RUN, report
 from .world import TASKS, Scene, render, scene
 
 RIDGE = 1e-5  # features have length 1
-SHARED = 0.5  # of what the pictures of one scene have in common is taken away before the fit
+SHARED = 0.5  # the share of a scene's mean that is subtracted before the fit
 Spoil = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
 
@@ -83,8 +83,8 @@ KINDS = (*SPOILS, "latent")
 def latent(images: Tensor, s: Tensor, generator: torch.Generator) -> Tensor:
     """What tiny-sd3's autoencoder makes of the pictures with noise of up to 1.2 in its latents.
 
-    Latents have unit variance. Args: images (n, 3, 64, 64) in [0, 1]; s (n,). Even at s = 0 it is
-    the autoencoder's picture.
+    Latents have unit variance. Args: images (n, 3, 64, 64) in [0, 1]; s (n,). At s = 0 it is still
+    the autoencoder's reconstruction.
     """
     vae = tiny.load("tiny-sd3").vae
     parts = []
@@ -135,9 +135,9 @@ def features(images: Tensor) -> Tensor:
 def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (1, d) and bias (1,) for features (m, k, d) and ratings (m, k).
 
-    What a scene shows moves its features more than blur does, and a reward is compared among
-    pictures of one prompt. So a share of each scene's mean is taken away first, of features and
-    ratings alike, as random-effects regression does (0 would be ordinary regression, 1 a fixed
+    The content of a scene changes the features more than blur does, and a reward is compared among
+    pictures of one prompt. Therefore a share of each scene's mean is subtracted first, from
+    features and ratings, as in random-effects regression (0 would be ordinary regression, 1 a fixed
     effect for each scene). The bias makes the mean rating right.
     """
     x, y = x.double(), y.double()
@@ -150,7 +150,7 @@ def ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
-    """Of two tensors of one shape, flattened."""
+    """The correlation of two tensors of one shape, flattened."""
     return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
 
 

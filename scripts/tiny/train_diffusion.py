@@ -64,9 +64,9 @@ def flow_loss(pipe, x0: Tensor, ids: Tensor, generator: torch.Generator) -> Tens
 def epsilon_loss(pipe, x0: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
     """The error of the noise, weighted as that of v (Salimans & Ho 2022), timesteps uniform.
 
-    The simple loss (Ho et al. 2020) hardly asks what the picture shows: where noise is all there
-    is, a wrong x0 makes a small error of the noise. That of v is 1/alpha_bar times it, and counts
-    x0 alike at all of these timesteps.
+    The simple loss (Ho et al. 2020) hardly depends on the content of the picture: at high noise, a
+    wrong x0 causes a small error of the noise. The error of v is 1/alpha_bar times that, and
+    weights x0 equally at all of these timesteps.
     """
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     t = torch.randint(1000, (len(x0),), generator=generator).to(x0.device)
@@ -100,8 +100,8 @@ def train(args: argparse.Namespace) -> None:
     modules.to(device())
     if "unet" in modules:
         modules["unet"].to(memory_format=torch.channels_last)
-    # Twice the images a second, on the CPU as well; static shapes, so 256 more tokens are a second
-    # graph and not a slower general one.
+    # Compiling doubles the images per second, also on the CPU. With static shapes, prompts with 256
+    # more tokens get a graph of their own instead of a slower general one.
     modules["unet" if "unet" in modules else "transformer"].compile(dynamic=False)
     ids, empty = (models.token_ids(pipe.tokenizer, texts) for texts in (prompts, [""]))
 

@@ -2,16 +2,16 @@
 
     python -m scripts.tiny.train_dino --run runs/tiny --minutes 20
 
-DINO's own loss, agreement about prototypes, learns too little in minutes of one CPU core. What
-trains here keeps its student and its teacher, the student's moving average (Caron et al. 2021),
-and contrasts class tokens instead, as MoCo does (He et al. 2020): a picture's other view against
-a queue of other pictures and the rest of the batch, half of which are the other half's pictures
-with left and right, or top and bottom, exchanged. There is no projection, so the cosine that
-training sees is the reward's. Half of the views have hidden patches, whose pixels are guessed
-(SimMIM, Xie et al. 2022). A view is not cropped small, mirrored or shifted in hue, because what
-lies where and in which colour is what the features are for.
+DINO's own loss, agreement about prototypes, learns too little in minutes on one CPU core. This
+training keeps DINO's student and its teacher, the student's moving average (Caron et al. 2021), but
+contrasts class tokens, as MoCo does (He et al. 2020): the other view of a picture against a queue
+of other pictures and the rest of the batch. Half of the batch are the pictures of the other half
+with left and right, or top and bottom, exchanged. There is no projection, so training uses the same
+cosine as the reward. Half of the views have hidden patches, whose pixels are predicted (SimMIM, Xie
+et al. 2022). Views are not cropped, mirrored or shifted in hue, as features must tell positions and
+colours apart.
 
-Legend: n pictures, v = 2n views, p patches of a view, d features, q pictures in the queue.
+Notation: n pictures, v = 2n views, p patches of a view, d features, q pictures in the queue.
 """
 
 import copy
@@ -48,7 +48,7 @@ from .world import (
     scene,
 )
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as the real DINOs have
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as for DINO
 MOMENTUM = 0.99
 TEMPERATURE = 0.1
 QUEUE = 4096
@@ -73,8 +73,8 @@ def config() -> Dinov2Config:
 def view(images: Tensor, generator: torch.Generator) -> Tensor:
     """Another look at pictures (n, 3, h, w) in [0, 1]: moved, scaled, other light, softer, noisy.
 
-    They move by up to 6 of 64 pixels and scale by up to 15 %: more than things of one scene do
-    from one drawing to the next, less than what tells two scenes apart. Hue stays.
+    They move by up to 6 of 64 pixels and scale by up to 15 %. This is more than between two
+    drawings of one scene, and less than between two scenes. The hue stays.
     """
 
     def uniform(low: float, high: float) -> Tensor:
@@ -126,7 +126,7 @@ class Student(nn.Module):
 def contrast(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
     """Cross-entropy of finding the other view (He et al. 2020, equation 1), the mean over 2n.
 
-    Against it stand the queue (q, d) and all keys (2n, d) but those of the picture itself.
+    The negatives are the queue (q, d) and all keys (2n, d) except those of the picture itself.
     """
     queries = F.normalize(queries.float(), dim=-1)
     v = len(queries)
@@ -140,8 +140,8 @@ def contrast(queries: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
 def with_swapped(images: Tensor) -> Tensor:
     """Pictures (n, 3, h, w), and after them each with its halves exchanged.
 
-    Left and right, or top and bottom: cut where less is drawn on the line. So the same things lie
-    the other way about.
+    These are left and right, or top and bottom: the cut is the one on which less is drawn. The same
+    things are then in exchanged positions.
     """
     h, w = images.shape[2:]
     column = images[..., w // 2 - 1 : w // 2 + 1].flatten(2).std(2).sum(1)
@@ -169,7 +169,7 @@ class Queue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(QUEUE, width), dim=-1))
 
     def push(self, keys: Tensor) -> None:
-        """Let in keys (2n, d); the oldest leave."""
+        """Add keys (2n, d) and remove the oldest."""
         self.keys.copy_(torch.cat([keys, self.keys])[:QUEUE])
 
 
@@ -224,8 +224,8 @@ def changed(drawn: Scene, what: str, rng: np.random.Generator) -> Scene:
 
 
 def embeddings(folder: Path) -> dict[str, Embed]:
-    """tiny-dino's class token, that of a network that learned nothing, and the pixels."""
-    torch.manual_seed(0)  # the untrained network; a script may
+    """tiny-dino's class token, that of an untrained network, and the pixels."""
+    torch.manual_seed(0)  # of the untrained network
     untrained = Dinov2Model(config()).eval()
     trained = Dinov2Model.from_pretrained(folder).eval()
 
@@ -245,13 +245,13 @@ def embeddings(folder: Path) -> dict[str, Embed]:
 
 
 def order(things: tuple[Thing, ...]) -> tuple[int, int]:
-    """The direction in which the thing whose shape comes first in the alphabet lies."""
+    """The direction from the other thing to the one whose shape is first in the alphabet."""
     a, b = sorted(things, key=lambda thing: thing.shape)
     return int(np.sign(round((a.x - b.x) / CELL))), int(np.sign(round((a.y - b.y) / CELL)))
 
 
 def nearest(embed: Embed, task: str, label: Callable[[Scene], Any], k: int = 10) -> float:
-    """How often the vote of k neighbours among 4000 scenes is right, on 1000 others."""
+    """How often the vote of k neighbours among 4000 scenes is right for 1000 other scenes."""
     rng = np.random.default_rng([TASKS.index(task), 13])
     scenes = [scene(rng, task) for _ in range(5000)]
     features = embed(to_images([render(drawn) for drawn in scenes]))

@@ -15,7 +15,7 @@ from . import models
 from .fit import device, fit, parser
 from .world import TASKS, render, scene
 
-# Writing is the hardest to learn, so it is drawn most often.
+# Text is the hardest to learn, so it is drawn most often.
 SHARES = {
     "text": 0.34,
     "position": 0.16,
@@ -48,7 +48,7 @@ def batch_of(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def figure_error(out: Tensor, x: Tensor) -> Tensor:
-    """L1 in which what differs from the background (the corner) counts five times.
+    """The L1 error; pixels that differ from the background (the corner) count five times.
 
     Letters cover few pixels.
     """

@@ -7,9 +7,9 @@ Six tasks as in GenEval (Ghosh et al. 2023) and one of writing:
     counting       three stars                     position    a circle left of a star
     text           the word "BIRD" [in red]
 
-Letters stand on a grid of 16 px cells, which is the grid of the latent patches, pairs and counted
-things near its corners, and characters are tokens, so that a network of a few million parameters
-learns to draw and to spell in an hour or two on a laptop.
+Letters are on a grid of 16 px cells, the grid of the latent patches, and pairs and counted things
+are near its corners. Characters are tokens. Therefore a network of a few million parameters learns
+to draw and to spell in an hour or two on a laptop.
 """
 
 import json
@@ -85,7 +85,7 @@ def _pick(rng: np.random.Generator, items):
 
 
 def _nonsense(rng: np.random.Generator) -> str:
-    """A pronounceable string that is no unseen word: training on them makes letters compose."""
+    """A pronounceable string, no unseen word; such strings teach to combine letters freely."""
     vowels, consonants = "AEIOU", "BCDFGHJKLMNPQRSTVWXYZ"
     while True:
         pattern = _pick(rng, ("CVC", "CVC", "VCV", "CVCV", "CVCC", "CCVC", "VCCV", "CVVC"))
