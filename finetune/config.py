@@ -98,7 +98,7 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
     for key in _keys(given):
         if key not in names and not key.startswith(free):
             owner = next((name for name in names if key.startswith(f"{name}.")), "")
-            if allowed := _ranges(kind).get(owner):  # a group, given for one value
+            if allowed := _ranges(kind).get(owner):  # a group instead of a single value
                 allowed.check(owner, OmegaConf.to_container(OmegaConf.select(given, owner)))
             inner = [name for name in names if name.startswith(f"{key}.")]
             if inner:

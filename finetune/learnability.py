@@ -17,7 +17,7 @@ Bounds = tuple[float | None, float | None]
 
 
 def little_in_rollouts(run: Rollouts, column: str) -> str:
-    """Return what `little_to_learn` says of a column of rewards of a scored run."""
+    """Return the result of `little_to_learn` for a column of rewards of a scored run."""
     prompts, rewards = [], []
     for shard in run.shards:
         prompts += [row["group"] for row in shard.table(["group"])]

@@ -128,8 +128,8 @@ class Average:
         law = state.get("law")
         if self.decay and law != self.bound.__name__:
             raise ValueError(
-                f"its average uses {law or 'another'} as the bound of the decay, not "
-                f"{self.bound.__name__}, perhaps because an earlier version wrote it"
+                f"its average has the decay bound {law or 'of an earlier version'}, not "
+                f"{self.bound.__name__}"
             )
         self.step = int(state["step"])
         fill(self.weights, state["weights"])

@@ -241,7 +241,10 @@ class Aggregate:
     def evaluate(
         self, images: Tensor, prompts: Sequence[str], *, references: Any = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the score and {name: component}, each (n,), float32 or float64, as the images."""
+        """Return the score (n,) and {name: component (n,)} on the images' device.
+
+        They are float32, or float64 if a component is.
+        """
         check_inputs(images, prompts)
         with sharing(), _gradients(self.differentiable):
             return self.score(images, prompts, references)

@@ -44,8 +44,8 @@ def load_lora(pipe: Any, lora: str) -> None:
     """Load a LoRA of any format that diffusers supports into the pipeline.
 
     Raises ValueError if the LoRA is missing, is damaged, holds values that are not finite, or holds
-    a tensor that matches no layer: diffusers would load a LoRA of another model in part or not at
-    all, and go on.
+    a tensor that matches no layer. (diffusers would silently load only a part of a LoRA of another
+    model.)
     """
     found = check_lora(lora)
     if found is None:

@@ -199,7 +199,7 @@ class PipelineCall:
         return dataclasses.replace(self, keywords=keywords)
 
     def changed(self, index: int) -> PipelineCall:
-        """Return a call of prompt `index` and a shorter text, alike in everything else."""
+        """Return a call of prompt `index` and a shorter text, equal in everything else."""
         text = self.prompts[index]
         # Dropping the first word adds no padding; the last word may be truncated in both.
         shorter = " ".join(text.split()[1:]) if text.strip() else "a"

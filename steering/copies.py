@@ -25,7 +25,7 @@ Call = dict[str | int, Any]
 
 
 def as_many_as_copies(name: str, call: Call, axes: Axes, copies: int) -> list[Path]:
-    """Return the paths of arguments that no axis varies, with one entry per copy."""
+    """Return the paths of tensors that seem shared by all rows but have one entry per copy."""
     return [
         path
         for path, value in leaves(call, axes, (name,))

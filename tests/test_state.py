@@ -307,10 +307,10 @@ def test_an_average_of_another_law_is_not_carried_on():
     weights = {"a": torch.nn.Parameter(torch.zeros(2))}
     one, other = lora.Average(weights, 0.9), lora.Average(weights, 0.9, nft.slowly)
     one.load_state_dict(lora.Average(weights, 0.9).state_dict())
-    with pytest.raises(ValueError, match="uses warm_up as the bound of the decay, not slowly"):
+    with pytest.raises(ValueError, match="has the decay bound warm_up, not slowly"):
         other.load_state_dict(one.state_dict())
     before = {"step": 3, "weights": {"a": torch.ones(2)}}  # of a version that did not say
-    with pytest.raises(ValueError, match="uses another as the bound of the decay, not warm_up"):
+    with pytest.raises(ValueError, match="has the decay bound of an earlier version, not warm_up"):
         one.load_state_dict(before)
     lora.Average(weights, 0.0).load_state_dict(before)  # no average at all
 

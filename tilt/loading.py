@@ -173,9 +173,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolved(settings: Any) -> Any:
-    """The settings with the dtype that "auto" is on this machine, for what is written down.
+    """Return the settings with "auto" replaced by the dtype that it means here, to be recorded.
 
-    Nothing is put on a device: of several processes each would take memory of the first one.
+    Nothing is allocated on a device, since every process would take memory of the first GPU.
     """
     from accelerate.utils import parse_flag_from_env
 

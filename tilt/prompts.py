@@ -67,7 +67,7 @@ def read(path: Path) -> list[Prompt]:
 
 
 def read_texts(file: str) -> list[str]:
-    """The prompts of a file, each once."""
+    """Read the texts of a file's prompts, without repetitions."""
     return list(dict.fromkeys(prompt.text for prompt in read(Path(file))))
 
 

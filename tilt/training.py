@@ -63,7 +63,7 @@ class TrainingRun:
     resume: bool = setting(
         False,
         FLAG,
-        "resume from the last checkpoint; steps may be higher, and save_every, log_every, wandb, "
+        "continue from the last checkpoint; steps may be higher, and save_every, log_every, wandb, "
         "check.every, check.patience, micro_groups, compile and gradient_checkpointing may differ",
     )
     check: Check = part(Check, "checks while training")

@@ -1,4 +1,4 @@
-"""The wording of what a command says: an error in one line, options for arguments, counts."""
+"""The wording of a command's messages: errors in one line, options for arguments, counts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ __all__ = ["counted", "in_words", "one_line"]
 
 
 def one_line(error: BaseException | str) -> str:
-    """What an error says, as one line of words that can be read."""
+    """Return an error's message as one readable line, with very long words shortened."""
     text = " ".join(str(error).split())
     return re.sub(r"\S{200,}", lambda word: f"{word[0][:80]}...{word[0][-20:]}", text)
 
 
 def in_words(message: str, options: Mapping[str, str]) -> str:
-    """A library's sentence for those who wrote a command: its arguments as their options.
+    """Return a library's message with its arguments replaced by the options of a command.
 
-    options: argument -> option. An argument is told by an underscore in it, by "=" behind it, or by
-    "is" behind it where it begins the sentence.
+    options: argument -> option. A word is taken for an argument if it has an underscore or a dot,
+    if "=" follows it, or if it begins the message and "is" follows it.
     """
     names = "|".join(sorted(options, key=len, reverse=True))
     message = re.sub(rf"FeynmanKac\(({names})=\.\.\.\)", r"\1=", message)
@@ -35,5 +35,5 @@ def in_words(message: str, options: Mapping[str, str]) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """As in "1 prompt" and "2 prompts"."""
+    """Return a count with its noun, such as "1 prompt" and "2 prompts"."""
     return f"{count} {noun}{'s' * (count != 1)}"

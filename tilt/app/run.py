@@ -58,7 +58,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run, the picture of highest reward first."""
+    """A finished run, with the image of highest reward first."""
 
     pictures: tuple[Picture, ...]
     log_z: float
