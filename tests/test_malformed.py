@@ -52,8 +52,8 @@ def place(tmp_path_factory):
     (folder / "pictures").mkdir()
     for i in range(2):
         Image.effect_noise((64, 64), 50).convert("RGB").save(folder / "pictures" / f"{i}.png")
-    row = {"image": "0.png", "prompt": "a", "reward": 1.0, "clip": 2.0}
-    write_table(folder / "one.csv", [row], "jpeg")
+    rows = [{"image": f"{i}.png", "prompt": "a", "reward": i, "clip": -i} for i in range(2)]
+    write_table(folder / "one.csv", rows, "jpeg")
     choice = {"prompt": "a", "chosen": "pictures/0.png", "rejected": ["pictures/1.png"]}
     (folder / "choices.jsonl").write_text(json.dumps(choice), encoding="utf-8")
     whole = functools.cache(loading.load_pipeline)

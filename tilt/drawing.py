@@ -6,21 +6,10 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.ranges import (
-    FLAG,
-    KEYWORDS,
-    NAME,
-    SEED,
-    TEXT,
-    check,
-    one_of,
-    optional,
-    setting,
-    whole,
-)  # fmt: skip
+from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, check, optional, setting, whole
 from steering import FeynmanKac
 from steering.pipeline import steer_each
-from tilt.loading import DTYPES
+from tilt.loading import ABOUT_DTYPE, DTYPE
 
 __all__ = ["Drawing", "call_of", "filter_of"]
 
@@ -43,11 +32,7 @@ class Drawing:
     max_batch: int | None = setting(
         None, optional(whole(1)), "maximum rows that the network evaluates at once"
     )
-    dtype: str = setting(
-        "auto",
-        one_of("auto", *DTYPES),
-        "dtype of the networks; auto is float32 on a CPU, else half precision",
-    )
+    dtype: str = setting("auto", DTYPE, ABOUT_DTYPE)
     resume: bool = setting(False, FLAG, "make only missing or damaged parts")
 
     def __post_init__(self) -> None:

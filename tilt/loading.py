@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from finetune.ranges import one_of
 from steering import tiny
 from steering.adapters import check_lora, load_lora
 from steering.attention import set_attention, shield
 from steering.hub import HUB_ID, one_sentence, where
 
 __all__ = [
+    "ABOUT_DTYPE",
+    "DTYPE",
     "DTYPES",
     "PREVIEWS",
     "check_name",
@@ -29,6 +32,8 @@ __all__ = [
 ]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE = one_of("auto", *DTYPES)  # what the option --dtype may be, and its help
+ABOUT_DTYPE = "dtype of the networks; auto is float32 on a CPU, else half precision"
 # (latent channels, scaling factor) of an AutoencoderKL -> the AutoencoderTiny for its latents:
 # Stable Diffusion 1 and 2, SDXL, SD3 and 3.5, Flux, and other models with their VAEs.
 # https://github.com/madebyollin/taesd

@@ -16,7 +16,7 @@ from finetune.checks import Check, Watch
 from finetune.loop import begin as start
 from finetune.loop import export as save
 from finetune.loop import run
-from finetune.ranges import FLAG, NAME, TEXT, one_of, optional, part, setting, whole
+from finetune.ranges import FLAG, NAME, TEXT, optional, part, setting, whole
 from finetune.sharding import shard
 from finetune.state import FILE, is_finished
 from rewards.catalogue import OutsideError
@@ -24,7 +24,7 @@ from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
 from steering.call import PipelineCall
 from tilt import drawing, model_card
-from tilt.loading import DTYPES
+from tilt.loading import ABOUT_DTYPE, DTYPE
 from tilt.processes import is_main
 from tilt.prompts import read_texts
 from tilt.report import training as page
@@ -52,11 +52,7 @@ class TrainingRun:
     out: str = setting("", TEXT, "output folder")
     model: str | None = setting(None, optional(NAME), "hub id, folder, tiny-sd3 or tiny-sd")
     lora: str | None = setting(None, optional(NAME), "LoRA to start from, for a further round")
-    dtype: str = setting(
-        "auto",
-        one_of("auto", *DTYPES),
-        "dtype of the frozen network; auto is float32 on a CPU, else half precision",
-    )
+    dtype: str = setting("auto", DTYPE, ABOUT_DTYPE)
     save_every: int = setting(50, whole(1), "steps between checkpoints")
     log_every: int = setting(10, whole(1), "steps between lines of the log")
     wandb: bool = setting(False, FLAG, "also log to Weights & Biases")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.ranges import NAME, one_of, optional, setting, whole
+from finetune.ranges import NAME, optional, setting, whole
 from steering import tiny
 from steering.arguments import MOST_PARTICLES
 from tilt import loading, started
@@ -51,7 +51,7 @@ class App:
     host: str = setting("127.0.0.1", NAME, "address to listen at; by default this machine alone")
     port: int = setting(7860, whole(1, 65535), "port to listen at")
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = setting("auto", one_of("auto", *loading.DTYPES), "type of the networks")
+    dtype: str = setting("auto", loading.DTYPE, loading.ABOUT_DTYPE)
 
 
 OPTIONS = Options("tilt app", App, __doc__ or "", EXAMPLES)

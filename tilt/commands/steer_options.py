@@ -15,7 +15,6 @@ from finetune.ranges import (
     Range,
     check,
     number,
-    one_of,
     optional,
     part,
     setting,
@@ -147,12 +146,7 @@ class Steer:
     particles: int = setting(8, whole(1, MOST_PARTICLES), "k, particles a prompt", "filter")
     filter: Filter = part(Filter, "filter", flat=True)
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps, ...", ON)
-    dtype: str = setting(
-        "auto",
-        one_of("auto", *loading.DTYPES),
-        "type of the networks; auto is float32 on a CPU, else a half type",
-        ON,
-    )
+    dtype: str = setting("auto", loading.DTYPE, loading.ABOUT_DTYPE, ON)
     attention: str = setting(
         "auto",
         NAME,
