@@ -44,15 +44,15 @@ def little_to_learn(
     mean = f"the mean reward is {values.mean():.3g}"
     if _near(values, bounds, lowest=True):
         return (
-            f"{mean}, near its minimum: hardly any image is good, so there is little to learn "
-            "from. Use easier prompts, or a reward with partial credit (as ocr has, but "
-            "ocr(mode=exact) has not); or draw better images: more per prompt, with more steps, "
-            "a higher guidance scale, or some of them steered"
+            f"{mean}, near the lower end of its range: hardly any image is good, so there is "
+            "little to learn from. Use easier prompts, or a reward with partial credit (ocr has "
+            "it, ocr(mode=exact) has not); or draw better images: more per prompt, with more "
+            "steps, a higher guidance scale, or some of them steered"
         )
     if _near(values, bounds, lowest=False):
         return (
-            f"{mean}, near its maximum: hardly any image is worse than the others, so there is "
-            "little to learn. Use harder prompts, or a stricter reward"
+            f"{mean}, near the upper end of its range: hardly any image is worse than the others, "
+            "so there is little to learn. Use harder prompts, or a stricter reward"
         )
     if flat > len(groups) / 2:
         return (

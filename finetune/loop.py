@@ -36,7 +36,7 @@ def begin(
     adapter: str | None = None,
     made_of: Mapping[str, str] | None = None,
 ) -> None:
-    """Load the LoRA `adapter`, if given, as the starting point, or resume from a checkpoint.
+    """Load the LoRA `adapter` as the starting point, if given, and the checkpoint if `resume`.
 
     resume: whether to load the folder's checkpoint, which is refused otherwise. made_of: digests of
     the model and the data, by name, which must match the checkpoint's; `finetune.state.check_out`

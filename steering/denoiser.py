@@ -31,7 +31,7 @@ class Rows:
 
     `live` (m,) holds indices of particles, None for all n; `source` (n,) holds for every particle
     the index into `live` of its output. A batch of 2n rows (guidance) holds the n particles twice,
-    without and with their prompts. `guidance` is the interval of the run, within [0, 1], in which
+    with and without their prompts. `guidance` is the interval of the run, within [0, 1], in which
     both are evaluated. Outside it the conditional output also stands in for the unconditional one,
     so guidance adds nothing (Kynkäänniemi et al. 2024).
     """

@@ -8,7 +8,7 @@ import pytest
 
 from finetune.learnability import little_to_learn
 
-FLOOR, CEILING, FLAT = "near its minimum", "near its maximum", "the same reward"
+FLOOR, CEILING, FLAT = "near the lower end", "near the upper end", "the same reward"
 UNIT = (0.0, 1.0)
 
 
