@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from scripts.tiny import models
 from scripts.tiny.train_vae import SHARES, pictures
@@ -20,6 +21,7 @@ from scripts.tiny.world import (
     scene,
     seen_pairs,
 )
+from steering import tiny
 
 
 def test_vocabulary_is_large_and_held_out_words_are_never_trained_on():
@@ -111,6 +113,22 @@ def test_words_are_spelled_and_known_words_are_tokens():
     assert names('the word "CRAB"')[3:-1] == ['"', "c", "r", "a", "b", '"']
     assert names("the word “crab”") == names('the word "CRAB"')
     assert max(tok.get_vocab().values()) == tok.eos_token_id
+
+
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_what_is_trained_has_the_embedded_shapes_and_weights_of_its_own(name):
+    embedded, new = tiny.load(name), models.pipeline(name, models.vae())
+    for part in (*models.TRAINED, "vae", "text_encoder_3"):
+        if (old := getattr(embedded, part, None)) is None:
+            continue
+        weights, others = old.state_dict(), getattr(new, part).state_dict()
+        assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in others.items()}
+        same = all(torch.equal(weight, others[n]) for n, weight in weights.items())
+        assert same == (part == "text_encoder_3")
+    ids = models.token_ids(new.tokenizer, ["a red star", ""])
+    assert (new.text_encoder(ids)[0] != 0).any()
+    if name == "tiny-sd3":  # its T5 says nothing, whatever it is asked
+        assert (new.text_encoder_3(torch.ones(1, 4, dtype=torch.int64))[0] == 0).all()
 
 
 def test_the_list_of_held_out_things_is_a_readable_file():

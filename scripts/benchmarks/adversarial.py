@@ -90,9 +90,7 @@ def drawn_for(prompts: Sequence[str], folder: Path) -> dict[str, list[str]]:
 
 def drawn_by(folder: Path) -> Tensor:
     """All pictures of a variant, (n, 3, h, w)."""
-    prompts = 1 + max(int(file.name[:4]) for file in folder.glob("*.png"))
-    count = len(list(folder.glob("0000-*.png")))
-    return to_images([image for i in range(prompts) for image in pictures(folder, i, count)])
+    return to_images([Image.open(file) for file in sorted(folder.glob("*.png"))])
 
 
 def in_style(images: Tensor, style: str) -> float:

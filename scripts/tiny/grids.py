@@ -7,7 +7,6 @@ Nothing is picked: the first prompt of each kind, seeds from 0 on. One machine d
 each time; another may round a few pixels differently.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from rewards.models.objects import ObjectsReward
 from rewards.models.ocr import OcrReward
 from tilt.report.grid import Cell, Row, grid
 
+from ..parser import parser_of
 from . import train_aesthetic
 from .cards import FOLDERS
 from .evaluate import HELD_OUT, generate, prompts_of
@@ -133,10 +133,8 @@ GRIDS: dict[str, tuple[Callable[[int], Image.Image], int]] = {  # and their colu
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, draw, and save beside the cards."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """Draw the grids, and save them beside the cards."""
+    parser = parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--columns", type=int, help="cells across (default: the card's)")
     parser.add_argument("--out", type=Path, help="save OUT/MODEL.png, not beside the card")
@@ -148,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
         file = FOLDERS[name] / "grid.png" if args.out is None else args.out / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         page = draw(args.columns or columns)
-        # half the bytes, and hardly to be told from all colours
+        # fewer colours need half the bytes, and the difference is hardly visible
         page.quantize(COLOURS, kmeans=1, dither=Image.Dither.NONE).save(file, optimize=True)
         print(f"{file}: {file.stat().st_size / 1e3:.0f} kB", flush=True)
 

@@ -25,6 +25,7 @@ from rewards.models.clip import ClipReward
 from steering import tiny
 
 from ..parser import parser_of
+from ..tables import head, line
 from .fit import RUN, report
 from .world import TASKS, Scene, render, scene
 
@@ -173,17 +174,13 @@ def tables(rate: Callable[[Tensor], Tensor], scenes: int = 500) -> list[str]:
         f" {ratings.shape[1]} pictures of one scene (less their mean): Pearson"
         f" {pearson(*inner):.2f}.",
         "",
-        "| spoiled by | Spearman | clean rates higher | than one spoiled by half and more |",
-        "|---|---|---|---|",
+        head("spoiled by", "Spearman", "clean rates higher", "than one spoiled by half and more"),
     ]
     for i, kind in enumerate(KINDS, start=1):
         wins = (found[:, 0] > found[:, i]).float()
-        strong = wins[ratings[:, i] < 5.5]
-        rows.append(
-            f"| {kind} | {spearman(found[:, i], ratings[:, i]):.2f} | {100 * wins.mean():.0f} % |"
-            f" {100 * strong.mean():.0f} % |"
-        )
-    return rows
+        shares = (f"{100 * won.mean():.0f} %" for won in (wins, wins[ratings[:, i] < 5.5]))
+        rows.append(line(kind, f"{spearman(found[:, i], ratings[:, i]):.2f}", *shares))
+    return "\n".join(rows).splitlines()
 
 
 def main(argv: list[str] | None = None) -> None:
