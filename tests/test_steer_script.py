@@ -162,7 +162,7 @@ FUNNEL = FeynmanKac.__dataclass_fields__["funnel"]
 
 
 def test_the_funnel_of_the_help_suits_the_default_number_of_scores():
-    (example,) = re.findall(r"as in ([\d,]+)", FUNNEL.metadata["help"])
+    (example,) = re.findall(r"such as ([\d,]+)", FUNNEL.metadata["help"])
     parsed = steer_options.OPTIONS.read(["a cat", "--funnel", example])
     FeynmanKac(**vars(parsed.filter))
 
