@@ -64,13 +64,14 @@ def token_ids(tok: Any, prompts: list[str]) -> Tensor:
 
 def vae() -> Any:
     """An AutoencoderKL, 64x64x3 <-> 16x16x8."""
-    return AutoencoderKL.from_config(AutoencoderKL.load_config(FOLDERS["tiny-sd3"] / "vae"))
+    kind: Any = AutoencoderKL
+    return kind.from_config(kind.load_config(FOLDERS["tiny-sd3"] / "vae"))
 
 
 def preview() -> Any:
     """An AutoencoderTiny: a cheaper decoder of the same latents, for intermediate scores."""
-    folder = FOLDERS["tiny-sd3"].parent / "preview"
-    return AutoencoderTiny.from_config(AutoencoderTiny.load_config(folder))
+    kind: Any = AutoencoderTiny
+    return kind.from_config(kind.load_config(FOLDERS["tiny-sd3"].parent / "preview"))
 
 
 def pipeline(name: str, autoencoder: Any) -> Any:
