@@ -123,10 +123,10 @@ def open_run(
     model: str | None = None,
     lora: str | None = None,
 ) -> None:
-    """Make the folder with its manifest, or check that it is a part of this very run.
+    """Make the folder with its manifest, or check that it belongs to the same run.
 
-    model: the name to load the pipeline by again; by default the one it was loaded by. lora: what
-    tells the LoRA's weights from others, for `is_complete`.
+    model: the name to load the pipeline by again, by default the one it was loaded by. lora: a
+    digest of the LoRA's weights, for `is_complete`.
     """
     network = getattr(pipe, family_of(pipe).network)
     about = {
@@ -137,7 +137,9 @@ def open_run(
         "reward": reward,
     }
     if begun(folder, MANIFEST, resume=resume):
-        was = {"dtype": about["dtype"]} | read_manifest(folder / MANIFEST)  # once it was not told
+        was = {"dtype": about["dtype"]} | read_manifest(
+            folder / MANIFEST
+        )  # older runs lack the dtype
         before = {name: was.get(name) for name in about}
         refuse_changes(folder, before | was["plan"], about | _plain(plan))
         return

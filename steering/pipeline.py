@@ -56,30 +56,36 @@ def steer(
     watch: Callable[[Moment], None] | None = None,
     **pipe_kwargs: Any,
 ) -> Steered:
-    """Draw `particles` weighted images a prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
+    """Draw `particles` weighted images per prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
 
-    At most 10,000 particles and 10,000 steps, seeds from 0 to 2**63 - 1, sides of 16,384 pixels.
-    reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,), with `references` (one a prompt) as a
-    keyword where there are any. preview: an AutoencoderTiny that decodes for the scores along the
-    way; the final images come from the pipeline's own decoder, and the reward is that of the 8-bit
-    image. preview_size: sides of what is scored on the way, as a share of the image's. decode:
-    latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be reached.
-    max_batch: how many rows the network evaluates at once, at most; where memory runs out, "auto"
-    (or None) too, that is halved as often as it takes, but not under spread=. guidance_interval
-    (a, b): step i of n is guided where a <= i/n < b; the others cost half (and make another p).
-    spread: True, or a process group, over whose processes each prompt's particles are spread; all
-    call this alike, and get the same. watch: called after every step with its `Moment`, which holds
-    previews and weights where it was scored; what it raises ends the run. pipe_kwargs: keywords of
-    the pipeline's own call.
+    Args:
+        reward: reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,); it also gets `references`,
+            one per prompt, as a keyword if there are any.
+        particles: At most 10,000; also at most 10,000 steps and 16,384 pixels a side.
+        seed: 0 to 2**63 - 1.
+        preview: An AutoencoderTiny that decodes the images scored during the run. The final images
+            come from the pipeline's own decoder, and the final reward is that of the 8-bit image.
+        decode: Latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be
+            called.
+        max_batch: Maximum number of rows that the network evaluates at once. If memory runs out,
+            it is halved as often as necessary, also for "auto" (or None), but not with spread.
+        preview_size: The sides of the images scored during the run, as a share of the final ones.
+        guidance_interval: (a, b): guidance is applied at step i of n if a <= i/n < b. The other
+            steps cost half, and p is then another distribution.
+        spread: True, or a process group, over whose processes each prompt's particles are divided.
+            Every process makes the same call and gets the same result.
+        watch: Called after every step with its `Moment`, which holds previews and weights if the
+            step was scored. An exception that it raises ends the run.
+        pipe_kwargs: Keywords of the pipeline's own call.
 
-    Rows that are batched otherwise (max_batch, prompts_per_call, spread, a halving) draw the same
-    noise, and in float32 the same pictures to one grey level in at most 1 % of the values, unless a
-    resampling's draw lies within such a difference of its boundary (docs/checked.md).
+    Other batch sizes (max_batch, prompts_per_call, spread, a halving) use the same noise. In
+    float32 they give the same images to one grey level in at most 1 % of the values, unless a
+    resampling decision is within such a difference of its threshold (docs/checked.md).
 
-    Raises ValueError before any step for what cannot work, and during the run for a reward that is
-    not finite. Whatever cuts the run off, Ctrl-C too, the exception's `finished` is the Steered of
-    the finished prompts, or None. Prompts whose steps were done and whose pictures or last scores
-    failed are in it by their latents, with no images and NaN for every number.
+    Raises ValueError before any step for arguments that cannot work, and during the run for a
+    reward that is not finite. If anything ends the run early, including Ctrl-C, the exception's
+    `finished` is the Steered of the finished prompts, or None. It includes prompts whose steps were
+    finished but whose decoding or final scores failed: latents, no images, NaN for every number.
     """
     given = dict(locals())  # every argument as steer_each() takes it
     given |= given.pop("pipe_kwargs")
@@ -88,9 +94,9 @@ def steer(
     parts: list[Steered] = []
     try:
         for part in steer_each(**given):
-            parts.append(part)  # one by one: what is finished outlives an interrupt
+            parts.append(part)  # one by one, so that an interrupt keeps the finished ones
     except BaseException as cut:
-        late = getattr(cut, "finished", None)  # of steps that are done, without pictures
+        late = getattr(cut, "finished", None)  # finished steps without images
         parts += [] if late is None else [late]
         cut.finished = Steered.join(parts) if parts else None  # type: ignore[attr-defined]
         raise
@@ -118,10 +124,10 @@ def steer_each(
     only: Sequence[int] | None = None,
     **pipe_kwargs: Any,
 ) -> Iterator[Steered]:
-    """As `steer`, yielding the result of each call of the pipeline as soon as it is finished.
+    """As `steer`, but yield the result of each call of the pipeline as soon as it is finished.
 
-    Input is checked here, before the first is asked for. `only` names the prompts to run, by
-    index; each draws the noise that it would among all.
+    The arguments are checked when this is called, before the first result is requested. `only`
+    lists the indices of the prompts to run; each uses the same noise as when all are run.
     """
     prompts = check_prompts(prompts)
     check_steer(
