@@ -139,7 +139,7 @@ def test_every_comparison_as_a_command(tmp_path, bright, capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["agreement", "--table", "none.csv"], "none.csv is no table of scores"),
+        (["agreement", "--table", "none.csv"], "none.csv is not a table of scores"),
         (["agreement", "--table", "a.csv", "--columns", "clip", "x"], "no column 'x'"),
         (["agreement", "--table", "a.csv", "--columns", "clip"], "two columns or more"),
         (

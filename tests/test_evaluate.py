@@ -318,4 +318,4 @@ def test_other_folders_are_left_alone(done, capsys, tmp_path):
     assert script.main([*words(done, out=tmp_path), "--resume"]) == 2
     told = capsys.readouterr().err
     assert "is not empty" in told
-    assert "holds something else" in told
+    assert "is not of an evaluation" in told

@@ -118,7 +118,7 @@ def test_the_tiles_of_a_sprite_are_the_previews_and_then_the_final_images():
     assert (pixels[:60, :80] == (255, 0, 0)).all()
     for i in range(2):
         assert (pixels[20 * i : 20 * i + 20, 80:] == (10 * i, 0, 255)).all()
-    with pytest.raises(ValueError, match="no whole number of tiles"):
+    with pytest.raises(ValueError, match="not a whole number of tiles"):
         thumbnails.sprite(finals, noise(g, 81, 60), (40, 20))
 
 

@@ -167,7 +167,7 @@ def test_file_names_are_addresses_of_the_folder_s_own_files(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["results"]["files"][0][0] = "../secret.png"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="not a file of its own"):
+    with pytest.raises(ValueError, match="not a file inside it"):
         page.write(folder)
 
 
@@ -194,9 +194,7 @@ def test_an_unfinished_run_says_what_is_missing(tmp_path):
     out = save_run(tmp_path / "run", ["one", "two"], [2, 2])
     (out / "0001-slug" / "steered" / "manifest.json").unlink()
     found = read(page.write_run(out))
-    assert [text for _, text in found.all("p", "warn")] == [
-        "1 of the run’s prompts are not finished."
-    ]
+    assert [text for _, text in found.all("p", "warn")] == ["The run has 1 unfinished prompt."]
     assert len(found.all("section")) == 1
 
 
@@ -269,7 +267,7 @@ def test_what_has_no_room_is_left_to_its_folder(tmp_path, monkeypatch):
     found = read(path)
     shown = len(found.all("section"))
     assert 1 < shown < 5
-    assert f"The last {5 - shown} prompts have no room" in found.all("p", "warn")[0][1]
+    assert f"The last {5 - shown} prompts are not shown" in found.all("p", "warn")[0][1]
     linked = [attrs["href"] or "" for attrs, _ in found.all("a")]
     assert [href for href in linked if href[:2] == "#p"] == [f"#p{i}" for i in range(shown)]
     assert sum("prompt " in text for _, text in found.all("bdi")) == 3 + 5 + shown

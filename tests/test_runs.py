@@ -124,7 +124,7 @@ def test_carrying_on_leaves_the_manifest_as_it_was(tmp_path):
 
 def test_disk_that_is_full_says_how_to_carry_on(tmp_path):
     runs.keep(tmp_path / "0000-a", RESULTS)
-    sentence = rf"too large.*is kept; mend that.*--out {tmp_path} --resume"
+    sentence = rf"too large.*are kept; fix the cause.*--out {tmp_path} --resume"
     with full_disk(), pytest.raises(ValueError, match=sentence):
         runs.keep(tmp_path / "0001-b", RESULTS)
     assert [path.name for path in tmp_path.iterdir()] == ["0000-a"]
@@ -146,7 +146,7 @@ def test_results_of_other_weights_are_refused(tmp_path):
     runs.check_weights([folder], pipe, preview)
     with torch.no_grad():
         unet.weight += 1
-    sentence = rf"0000-a was drawn with other weights .*\(unet\).*{tmp_path}.* another --out"
+    sentence = rf"0000-a was generated with other weights .*\(unet\).*{tmp_path}.* another --out"
     with pytest.raises(ValueError, match=sentence):
         runs.check_weights([folder], pipe, preview)
     with pytest.raises(ValueError, match=r"\(preview, unet\)"):

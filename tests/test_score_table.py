@@ -85,7 +85,7 @@ def test_a_finished_table_of_another_spec_is_not_carried_on(tmp_path, suffix):
         Table(path, "y", resume=True)
     if suffix == ".csv":
         (tmp_path / "scores.csv.spec").unlink()
-        with pytest.raises(ValueError, match="by a reward that it does not name, not 'x'"):
+        with pytest.raises(ValueError, match="by an unnamed reward, not 'x'"):
             Table(path, "x", resume=True)
 
 
@@ -161,7 +161,7 @@ def test_a_row_that_was_cut_off_is_scored_again(tmp_path):
 def test_a_table_of_something_else_is_named(content, tmp_path):
     (tmp_path / "scores.csv").write_bytes(content)
     (tmp_path / "scores.csv.spec").write_text("clip")
-    with pytest.raises(ValueError, match=r"scores\.csv is no table of scores, or a damaged one"):
+    with pytest.raises(ValueError, match=r"scores\.csv is not a table of scores, or is damaged"):
         Table(tmp_path / "scores.csv", "clip", resume=True)
 
 
@@ -170,7 +170,7 @@ def test_a_table_of_something_else_is_named(content, tmp_path):
 )
 def test_a_damaged_working_file_is_named(content, tmp_path):
     (tmp_path / "scores.csv.part").write_text(content)
-    with pytest.raises(ValueError, match=r"scores\.csv\.part is no table of scores"):
+    with pytest.raises(ValueError, match=r"scores\.csv\.part is not a table of scores"):
         Table(tmp_path / "scores.csv", "clip", resume=True)
 
 
@@ -178,5 +178,5 @@ def test_a_damaged_parquet_table_is_named(tmp_path):
     write_table(tmp_path / "a.parquet", [{"image": "a", "prompt": "b", "reward": 1.0}], "clip")
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[:50])
-    with pytest.raises(ValueError, match=r"a\.parquet is no table of scores"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a table of scores"):
         Table(tmp_path / "a.parquet", "clip", resume=True)

@@ -201,7 +201,7 @@ def test_resume_with_other_weights_under_the_same_name_is_refused(tmp_path, mode
     pipe.save_pretrained(folder)
     capsys.readouterr()
     message = refused(capsys, *arguments, "--resume")
-    assert "0000-one was drawn with other weights" in message
+    assert "0000-one was generated with other weights" in message
     assert "(unet)" in message
     assert not (out / "0001-two").exists()
 
@@ -216,7 +216,7 @@ def test_finished_run_of_an_embedded_model_that_was_trained_anew_is_not_shown(tm
     manifest = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(manifest | {"weights": manifest["weights"] | {"unet": "0" * 16}}))
     capsys.readouterr()
-    assert "was drawn with other weights" in refused(capsys, *arguments, "--resume")
+    assert "was generated with other weights" in refused(capsys, *arguments, "--resume")
 
 
 def test_prompts_of_many_seeds_have_one_bar_at_a_time_and_say_a_thing_once(
@@ -261,7 +261,7 @@ def test_full_disk_keeps_what_is_finished(finished, tmp_path, capsys, monkeypatc
     assert script.main([*arguments, "--out", str(out)]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("tilt steer: ")
-    assert "No space left on device): what is finished is kept" in err
+    assert "No space left on device): finished results are kept" in err
     assert f"--out {out} --resume" in err
     assert folders(out) == [first]
 

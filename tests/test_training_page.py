@@ -13,6 +13,7 @@ from finetune import checks
 from finetune.gdro import _watched
 from rewards.compare import hacked
 from tilt.report import training as page
+from tilt.report.saved import read_evaluation
 
 STEPS = [0, 50, 100, 150, 200, 250]
 TRAIN = [0.30, 0.42, 0.55, 0.66, 0.74, 0.80]
@@ -93,8 +94,8 @@ def test_it_is_titled_by_the_prompts_and_its_curves_are_explained(tmp_path):
     found = read(page.write(out))
     assert found.all("h1")[0][1] == "Fine-tuning of tiny-sd3, checked on <one>, two"
     notes = [text for _, text in found.all("p", "note")]
-    assert "A row a held-out prompt: <one>; two." in notes
-    assert "The length of the gradient, before long ones are cut." in notes
+    assert "Each row shows one held-out prompt: <one>; two." in notes
+    assert "Norm of the gradient before clipping." in notes
     (out / "checks.json").unlink()
     assert read(page.write(out)).all("title")[0][1] == "Fine-tuning of tiny-sd3"
     (out / "settings.yaml").write_text("model: null\n")
@@ -162,9 +163,15 @@ def test_what_is_not_there_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "why"),
     [
-        ("checks.json", "[]", "holds a list"),
+        ("checks.json", "[]", "contains a list"),
         ("evaluation.json", '{"a": 1}', "has no 'sections'"),
         ("eval/evaluation.json", "{", "Expecting"),
+        ("checks.json", '{"held_out": [1]}', "held_out is invalid"),
+        ("settings.yaml", "a: [", "expected node"),
+        ("settings.yaml", "check: 3", "no mapping"),
+        ("evaluation.json", '{"sections": []}', "sections is invalid"),
+        ("evaluation.json", '{"sections": {"Text": {}}}', "section 'Text' is invalid"),
+        ("evaluation.json", '{"sections": {"Text": [{"name": "cer"}]}}', "'Text' is invalid"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, text, why):
@@ -173,6 +180,25 @@ def test_a_damaged_file_is_named(tmp_path, name, text, why):
     (out / name).write_text(text)
     with pytest.raises(ValueError, match=rf"{name} is damaged .*{why}"):
         page.write(out)
+
+
+@pytest.mark.parametrize("inside", ["name", "prompts", "variants", "mean", "low", "difference"])
+def test_an_evaluation_that_is_damaged_inside_is_named(tmp_path, inside):
+    """Any part of it may have another type."""
+    evaluation(tmp_path)
+    file = tmp_path / "evaluation.json"
+    content = json.loads(file.read_text())
+    assert read_evaluation(file) == content
+    measure = content["sections"]["Rewards <i>"][0]
+    tuned = measure["variants"]["tuned"]
+    at = {"mean": tuned, "difference": tuned, "low": tuned["mean"]}.get(inside, measure)
+    was = type(at[inside])
+    for wrong in (None, [], {}, "x", True):
+        if was is not type(wrong):
+            at[inside] = wrong
+            file.write_text(json.dumps(content))
+            with pytest.raises(ValueError, match=r"evaluation\.json is damaged .*'Rewards <i>'"):
+                read_evaluation(file)
 
 
 def test_names_and_settings_stay_text(tmp_path):

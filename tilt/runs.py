@@ -1,7 +1,7 @@
-"""A run of many prompts in a folder: manifest.json, which says what was asked for, and results.
+"""A run of many prompts in a folder, which contains manifest.json, the request, and the results.
 
-Each result is whole or not there, so a run that was cut off is carried on by asking for the same
-again: what is finished is skipped.
+Results are written atomically, so an interrupted run is resumed by repeating the same request:
+finished results are skipped.
 """
 
 from __future__ import annotations
@@ -52,26 +52,25 @@ _ROWS_PER_GRID = 30
 
 
 def new_folder(parent: Path) -> Path:
-    """Make a folder named by the time of day, and by a number where two runs start at once.
+    """Create a folder named by the date and time, and by a number if that name is taken.
 
-    Raises ValueError where it cannot be made.
+    Raises ValueError if it cannot be created.
     """
     name, number = datetime.now().strftime("%Y-%m-%d-%H%M%S"), 1
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")
         with writing(parent), contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)  # fails where another run has just made it
+            folder.mkdir(parents=True)  # fails if another run has just created it
             return folder
         number += 1
 
 
 def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
-    """Make the folder and its manifest.json, or check that the one there asked for the same.
+    """Create the folder and its manifest.json, or check that an existing run has the same request.
 
-    `manifest["settings"]` and `manifest["prompts"]` have to agree; other entries may differ. Raises
-    ValueError where they do not, where there is a run that is not to be resumed or something else,
-    whose files would be written over, and where nothing can be written. A run that has not finished
-    anything is none.
+    `manifest["settings"]` and `manifest["prompts"]` must be equal; other entries may differ. Raises
+    ValueError if they are not, if the folder contains other files or, without `resume`, a run with
+    finished results, and if it is not writable.
     """
     path = out / "manifest.json"
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -81,10 +80,10 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
         refuse_changes(out, old["settings"], json.loads(text)["settings"])
         if old["prompts"] != json.loads(text)["prompts"]:
             raise ValueError(
-                f"{out} was begun with other prompts; give those, or give another out="
+                f"{out} was begun with other prompts; give the same, or give another out="
             )
     with writing(out):
-        if goes_on:  # to find out now whether the folder takes files
+        if goes_on:  # find out now whether the folder is writable
             (out / ".writable.part").write_text(text, encoding="utf-8")
             (out / ".writable.part").unlink()
         else:
@@ -94,21 +93,21 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if "results" in manifest:  # of one Steered, which has no folders of its own
+        if "results" in manifest:  # of one Steered, not of a run
             raise ValueError
-        shlex.join(manifest["command"])  # the report, which comes last, needs these too
+        shlex.join(manifest["command"])  # needed by the report, which is written last
         if not isinstance(manifest["machine"], dict) or not isinstance(manifest["versions"], dict):
             raise ValueError
         return {"settings": dict(manifest["settings"]), "prompts": list(manifest["prompts"])}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(
-            f"{path} is not the manifest of a run, so {path.parent} holds something else; "
+            f"{path} is not the manifest of a run, so {path.parent} is not the folder of one; "
             "give another out="
         ) from None
 
 
 def folder_name(index: int, prompt: str) -> str:
-    """A name that any file system takes, whatever the prompt says: "0007-a-red-circle"."""
+    """Return a name that is valid on any file system for any prompt: "0007-a-red-circle"."""
     ascii_only = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode()
     words = re.sub(r"[^a-z0-9]+", "-", ascii_only.lower())[:40].strip("-")
     return f"{index:04d}-{words or 'prompt'}"
@@ -116,19 +115,19 @@ def folder_name(index: int, prompt: str) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """The prompts of one seed, in batches that share a call of the pipeline and a folder."""
+    """The prompts of one seed, in batches, each of which has one pipeline call and one folder."""
 
     seed: int
     prompts: list[Prompt]
-    batches: dict[Path, Sequence[int]]  # folder -> which of `prompts`
+    batches: dict[Path, Sequence[int]]  # folder -> indices in `prompts`
 
     def pending(self) -> dict[Path, Sequence[int]]:
-        """The batches that are not finished."""
+        """Return the batches that are not finished."""
         return {folder: which for folder, which in self.batches.items() if not folder.exists()}
 
 
 def divide(out: Path, prompts: Sequence[Prompt], size: int) -> list[Share]:
-    """The prompts by seed, at most `size` a batch."""
+    """Divide the prompts by seed, into batches of at most `size`."""
     of_seed: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         of_seed.setdefault(prompt.seed or 0, []).append(index)
@@ -144,14 +143,14 @@ def divide(out: Path, prompts: Sequence[Prompt], size: int) -> list[Share]:
 
 
 def pending(shares: Sequence[Share]) -> list[Path]:
-    """The folders that are not finished, of all shares."""
+    """Return the folders of all unfinished batches."""
     return [folder for share in shares for folder in share.pending()]
 
 
 def among(shares: Sequence[Share], folders: Sequence[Path]) -> list[Share]:
-    """The shares with those of their batches that are in `folders`, without empty ones.
+    """Return the shares with only the batches in `folders`, without empty shares.
 
-    A prompt draws the same noise as among all: its share keeps the texts of the others.
+    Shares keep the texts of all their prompts, so the noise of each prompt does not change.
     """
     cut, wanted = [], set(folders)
     for share in shares:
@@ -162,9 +161,9 @@ def among(shares: Sequence[Share], folders: Sequence[Path]) -> list[Share]:
 
 
 def check_weights(folders: Sequence[Path], pipe: Any, preview: Any = None) -> None:
-    """Raise ValueError where `keep` saved results of other weights than those of the pipeline.
+    """Raise ValueError if `keep` saved results of other weights than those of the pipeline.
 
-    A model may be trained anew under the same name, and one run must not mix the two.
+    A model may be retrained under the same name, and one run must not mix both.
     """
     if not folders:
         return
@@ -175,15 +174,15 @@ def check_weights(folders: Sequence[Path], pipe: Any, preview: Any = None) -> No
         with _carrying_on(folder.parent):
             if not (folder / "steered" / "manifest.json").is_file():
                 raise ValueError(
-                    f"{folder} is not whole (it has no steered/manifest.json): delete it, then "
-                    f"repeat the command with --out {folder.parent} --resume to carry on"
+                    f"{folder} is incomplete (it has no steered/manifest.json): delete it, then "
+                    f"repeat the command with --out {folder.parent} --resume"
                 )
             found = read_json(folder / "steered" / "manifest.json").get("weights")
         drawn = found if isinstance(found, dict) else {}
         if drawn != now:
             other = [n for n in sorted(drawn.keys() | now.keys()) if drawn.get(n) != now.get(n)]
             raise ValueError(
-                f"{folder} was drawn with other weights than the model has now "
+                f"{folder} was generated with other weights than the model has now "
                 f"({', '.join(other)}): delete {folder.parent}, or choose another --out"
             )
 
@@ -191,12 +190,12 @@ def check_weights(folders: Sequence[Path], pipe: Any, preview: Any = None) -> No
 def check_calls(
     pipe: Any, reward: Any, shares: Sequence[Share], kinds: dict[str, dict[str, Any]]
 ) -> None:
-    """Raise ValueError for what would be refused when its turn comes, of any seed."""
+    """Raise ValueError for errors that would otherwise occur only at a later seed."""
     from steering.pipeline import steer_each
 
     prompts = [prompt for share in shares for prompt in share.prompts]
-    references = [prompt.references for prompt in prompts]  # their names: they are not looked at
-    for call in kinds.values():  # steer_each() checks when it is called, and works when iterated
+    references = [prompt.references for prompt in prompts]  # file names, which are not opened here
+    for call in kinds.values():  # steer_each() checks its arguments when called, before iteration
         texts = [prompt.text for prompt in prompts]
         steer_each(pipe, texts, reward, references=_or_none(references), **call)
 
@@ -204,7 +203,7 @@ def check_calls(
 def steer_pending(
     pipe: Any, reward: Any, shares: Sequence[Share], kinds: dict[str, dict[str, Any]]
 ) -> Generator[tuple[Path, dict[str, Steered]], None, None]:
-    """The results of each pending batch and its folder: one share after the other, one bar each."""
+    """Yield the folder and results of each pending batch, with one progress bar per share."""
     from steering.pipeline import steer_each
 
     with _said_once():
@@ -217,14 +216,14 @@ def steer_pending(
                 "references": _or_none([_pictures(prompt) for prompt in share.prompts]),
             }
             streams = [steer_each(pipe, texts, reward, **given, **call) for call in kinds.values()]
-            # strict asks each stream once more at the end, where it closes its bar
+            # strict=True also exhausts each stream, which closes its progress bar
             for folder, *results in zip(pending, *streams, strict=True):
                 yield folder, dict(zip(kinds, results, strict=True))
 
 
 @contextlib.contextmanager
 def _said_once() -> Iterator[None]:
-    """Drop what steer_each() repeats: each seed is a run of its own, with the same to say."""
+    """Drop log messages that steer_each() repeats for each seed."""
     said: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -249,9 +248,9 @@ def _or_none(references: list[Any]) -> list[Any] | None:
 
 
 def keep(folder: Path, results: Mapping[str, Steered]) -> None:
-    """Save each result under its name in `folder`, which appears when all is written.
+    """Save each result under its name in `folder`, atomically.
 
-    Raises ValueError where that fails, with nothing left of it.
+    Raises ValueError if that fails, and then leaves nothing behind.
     """
     with _carrying_on(folder.parent), atomic(folder) as scratch:
         for name, result in results.items():
@@ -259,8 +258,8 @@ def keep(folder: Path, results: Mapping[str, Steered]) -> None:
 
 
 def drawn(out: Path, folders: Sequence[Path]) -> list[Path]:
-    """What `draw` wrote, where it is there and no result is newer; else nothing."""
-    report = out / "report.html"  # the last to be written
+    """Return the files that `draw` wrote, if no result is newer; else []."""
+    report = out / "report.html"  # written last
     with contextlib.suppress(OSError):
         last = report.stat().st_mtime_ns
         if all(folder.stat().st_mtime_ns <= last for folder in folders):
@@ -271,13 +270,13 @@ def drawn(out: Path, folders: Sequence[Path]) -> list[Path]:
 def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
     """Write report.html, grid.png (grid-2.png, ... for many prompts) and history.png of a run.
 
-    Each holds a result "steered", and a result "plain" (min_ess=0) where there is a comparison.
-    Raises ValueError where that fails.
+    Each folder contains a result "steered", and with a comparison "plain" (min_ess=0). Raises
+    ValueError if that fails.
     """
     with _carrying_on(out):
         traces = [trace for folder in folders for trace in pictures.traces(folder / "steered")]
         paths = [_write(pictures.history(traces), out / "history.png")]
-        # one grid's pictures at a time: a run may hold more than the memory does
+        # one grid's images at a time, since those of a run may not fit in memory
         rows = (
             row for folder in folders for row in pictures.rows(folder / "steered", folder / "plain")
         )
@@ -290,13 +289,13 @@ def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def _carrying_on(out: Path) -> Iterator[None]:
-    """A full disk, or a file that is gone, becomes one sentence which says how to carry on."""
+    """Turn an OSError, such as a full disk, into a ValueError that says how to resume."""
     try:
         yield
     except OSError as error:
         raise ValueError(
-            f"cannot read or write the files of the run ({error}): what is finished is kept; mend "
-            f"that, then repeat the command with --out {out} --resume to carry on"
+            f"cannot read or write the files of the run ({error}): finished results are kept; fix "
+            f"the cause, then repeat the command with --out {out} --resume"
         ) from error
 
 

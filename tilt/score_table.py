@@ -1,8 +1,8 @@
 """Scores of many images as a table on disk, which is written batch by batch and can be resumed.
 
-During a run the rows are in `NAME.part`: JSON lines after a first line that names the reward. A
-complete table is NAME: a .parquet file with the reward's spec in its metadata, or a .csv file
-with the spec in `NAME.spec` beside it.
+During a run, `NAME.part` contains a JSON line that names the reward, and then one per row. The
+complete table is NAME: a .parquet file with the reward's spec in its metadata, or a .csv file with
+the spec in `NAME.spec` beside it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TEXTS = ("image", "prompt", "references")  # the columns that identify a row; al
 
 
 class Table:
-    """Rows that survive an interruption, each identified by its `TEXTS`.
+    """Rows that are kept after an interruption, each identified by its `TEXTS`.
 
     Args:
         path: The .csv or .parquet file to write.
@@ -62,28 +62,28 @@ class Table:
 
     def _check(self, was: str) -> None:
         if was != self.spec:
-            by = repr(was) if was else "a reward that it does not name"
+            by = repr(was) if was else "an unnamed reward"
             raise ValueError(
                 f"{self.path} was scored by {by}, not {self.spec!r}; give another --out"
             )
 
     def missing(self, wanted: Sequence[Mapping[str, str]]) -> list[int]:
-        """The indices of the rows in `wanted`, given by their `TEXTS`, that the table lacks.
+        """Return the indices of `wanted`, rows given by their `TEXTS`, that the table lacks.
 
-        ValueError where the table holds rows that are not wanted.
+        Raises ValueError if the table contains rows that are not wanted.
         """
         asked, there = {_key(row) for row in wanted}, {_key(row) for row in self.rows}
         extra = [row for row in self.rows if _key(row) not in asked]
         if extra:
             raise ValueError(
-                f"{self.path} holds rows that are not asked for ({len(extra)}), the first of "
+                f"{self.path} contains rows that are not asked for ({len(extra)}), the first of "
                 f"{extra[0]['image']} with the prompt {extra[0]['prompt']!r}; ask for these too, "
                 "or give another --out"
             )
         return [i for i, row in enumerate(wanted) if _key(row) not in there]
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append rows, which are on disk when this returns; ValueError where there is no space."""
+        """Append rows and write them to disk; raises ValueError if that fails."""
         with writable(self.part):
             if self._begun:
                 with self.part.open("a", encoding="utf-8") as file:
@@ -110,13 +110,13 @@ class Table:
 
 @contextlib.contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Turn an error while writing, such as a full disk, into one sentence."""
+    """Turn an OSError while writing, such as a full disk, into a ValueError of one sentence."""
     try:
         yield
     except OSError as error:
         raise ValueError(
             f"cannot write {path} ({error.strerror or error}); the scores written before are kept: "
-            "mend that, then repeat the command with --resume"
+            "fix the cause, then repeat the command with --resume"
         ) from error
 
 
@@ -129,7 +129,7 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def ensure_writable(path: Path) -> None:
-    """Make the folder of a file; ValueError where the file could not be written."""
+    """Create the folder of a file; raises ValueError if the file is not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -157,7 +157,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], spec: str = "") -> N
 
 
 def spec_of(path: Path) -> str:
-    """The spec of the reward of a table, or "" where it is not recorded."""
+    """Return the spec of the reward of a table, or "" if it is not recorded."""
     try:
         if path.suffix == ".parquet":
             return (_arrow().parquet.read_schema(path).metadata or {}).get(b"spec", b"").decode()
@@ -172,9 +172,9 @@ def _spec_file(path: Path) -> Path:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table, with numbers as floats and empty cells of scores as NaN.
+    """Return the rows of a table, with numbers as floats and empty cells of scores as NaN.
 
-    Truncated rows are left out. ValueError for a file that is no table of scores.
+    Truncated rows are left out. Raises ValueError if the file is not a table of scores.
     """
     try:
         if path.suffix == ".parquet":
@@ -191,7 +191,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(row["image"], str) or not isinstance(row["prompt"], str):
-        raise TypeError("a row lacks its image or its prompt")
+        raise TypeError("a row has no image or no prompt")
     scores = {k: v for k, v in row.items() if k not in TEXTS}
     blank = ("", None)
     return {k: row[k] for k in TEXTS if k in row} | {
@@ -200,9 +200,9 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_part(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
-    """The spec and the rows of a working file; the spec is None where the file is empty."""
+    """Return the spec and the rows of a working file; the spec is None if the file is empty."""
     try:
-        # not splitlines(): a prompt may contain other characters that it takes for line ends
+        # not splitlines(), which also splits at other characters that a prompt may contain
         *lines, _cut_off = path.read_text(encoding="utf-8").split("\n")
         was = str(json.loads(lines[0])["reward"]) if lines else None
         return was, [_row(dict(json.loads(line))) for line in lines[1:]]
@@ -213,7 +213,7 @@ def _read_part(path: Path) -> tuple[str | None, list[dict[str, Any]]]:
 def _damaged(path: Path, error: Exception) -> ValueError:
     said = " ".join(str(error).split())
     return ValueError(
-        f"{path} is no table of scores, or a damaged one ({said:.200}); delete it, or give "
+        f"{path} is not a table of scores, or is damaged ({said:.200}); delete it, or give "
         "another --out"
     )
 

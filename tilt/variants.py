@@ -1,8 +1,8 @@
-"""Variants of a model: the pictures that each draws of the same prompts and noise, on disk.
+"""Variants of a model: the images that each generates from the same prompts and noise, on disk.
 
-A variant is a folder of pictures, `0003-01.png` the second one of prompt 3. Picture j of a prompt
-starts, in every plain variant and as particle 0 of every steered one, from the same noise.
-Legend: m pictures of each prompt.
+A variant is a folder of images; `0003-01.png` is the second image of prompt 3. Image j of a prompt
+starts from the same noise in every plain variant, and as particle 0 in every steered one.
+Legend: m images per prompt.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
     "start",
 ]
 
-ROWS, EACH = 16, 3  # prompts, and pictures of each variant, that the grid shows
+ROWS, EACH = 16, 3  # numbers of prompts, and of images per variant, in the grid
 
 
 def _are_tuples(value: Any) -> bool:
@@ -48,9 +48,9 @@ def _are_tuples(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What every variant draws: `images` pictures of each prompt, with the call's keywords.
+    """The request to every variant: `images` images per prompt, and the pipeline call's keywords.
 
-    references: of each prompt, the files of pictures that a reward compares with; none is ().
+    references: the files of each prompt's reference images, () without any.
     """
 
     prompts: tuple[str, ...]
@@ -80,10 +80,10 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class Variant:
-    """How pictures are drawn: with the LoRA or without, by the pipeline's sampler or steered.
+    """A way to generate images: with or without the LoRA, plain or steered.
 
-    reward: what steers, or None. A steered picture is the one of highest reward of a run of its
-    own with `particles` particles, so it costs as much as that many plain ones.
+    reward: the reward that steers, or None. A steered image is the one with the highest reward of
+    its own run of `particles` particles, so it costs as much as that many plain ones.
     """
 
     name: str
@@ -96,9 +96,9 @@ class Variant:
 def start(
     pipe: Any, variant: Variant, plan: EvaluationPlan, which: Sequence[int], preview: Any = None
 ) -> Iterator[list[Image.Image]]:
-    """The m pictures of each of the prompts `which`, drawn when they are asked for.
+    """Return an iterator that generates the m images of each of the prompts `which`.
 
-    Raises ValueError at once for what cannot work.
+    Raises ValueError for invalid arguments at once, before iteration.
     """
     m, references = plan.images, None
     if getattr(variant.reward, "wants_references", False) and any(plan.references):
@@ -123,12 +123,12 @@ def start(
 
 
 def picture(folder: Path, prompt: int, number: int) -> Path:
-    """The file of one picture of a variant."""
+    """Return the file of one image of a variant."""
     return folder / f"{prompt:04d}-{number:02d}.png"
 
 
 def pictures(folder: Path, prompt: int, count: int) -> list[Image.Image]:
-    """The first `count` pictures of a prompt, RGB; ValueError names one that is damaged."""
+    """Open the first `count` images of a prompt, RGB; ValueError names a damaged one."""
     found = []
     for number in range(count):
         file = picture(folder, prompt, number)
@@ -141,7 +141,7 @@ def pictures(folder: Path, prompt: int, count: int) -> list[Image.Image]:
 
 
 def pending(folder: Path, plan: EvaluationPlan) -> list[int]:
-    """The prompts of which a picture is missing, by index."""
+    """Return the indices of the prompts with missing images."""
     every = range(len(plan.prompts)), range(plan.images)
     return [i for i in every[0] if not all(picture(folder, i, j).exists() for j in every[1])]
 
@@ -154,10 +154,9 @@ def draw(
     which: Sequence[int],
     preview: Any = None,
 ) -> Iterator[int]:
-    """Draw and write the pictures of the prompts `which`; yields each prompt when it is done.
+    """Generate and write the images of the prompts `which`; yields each index when it is done.
 
-    A picture is written under another name and renamed, and says its prompt as those of
-    `tilt steer` do.
+    Images are written atomically, with their prompts in the metadata as those of `tilt steer`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn = start(pipe, variant, plan, which, preview)
@@ -172,14 +171,14 @@ def draw(
 
 
 def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resume: bool) -> None:
-    """Make the folder, or check that its pictures are these; scores by other rewards go."""
+    """Create the folder, or check that it is of this request; deletes scores of other rewards."""
     file, about = out / "manifest.json", json.loads(json.dumps(about))
     if begun(out, file.name, kind="evaluation", resume=resume):
         try:
             was = json.loads(file.read_text(encoding="utf-8"))
             old, scored_by = dict(was["pictures"]), was["scorers"]
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{out} holds something else; give another out=") from None
+            raise ValueError(f"{file} is not of an evaluation; give another out=") from None
         refuse_changes(out, {name: old.get(name) for name in about}, about)
         if scored_by != scorers:
             for table in out.glob("*/*.csv*"):
@@ -190,10 +189,10 @@ def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resum
 def is_finished(
     out: Path, plan: EvaluationPlan, settings: dict[str, Any], lora: str | None
 ) -> bool:
-    """Whether the evaluation of `out` is this very one and whole, told without any model.
+    """Return whether `out` contains this evaluation, complete, without loading any model.
 
-    settings: what was asked for, as evaluation.json keeps it; lora: what tells the LoRA's weights
-    from others. Whether a model of this name has the same weights as then is not looked at.
+    settings: the request, as in evaluation.json; lora: a digest of the LoRA's weights. The weights
+    of the base model are not compared.
     """
     try:
         drawn = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["pictures"]
@@ -210,9 +209,9 @@ def is_finished(
 
 
 def grid(folder: Path, plan: EvaluationPlan, scores: Mapping[str, Tensor]) -> Image.Image:
-    """A picture with a row for each of the first prompts and a block for each variant.
+    """Draw a grid with a row for each of the first prompts and a block for each variant.
 
-    scores: {variant: (prompts, m)}, written under the pictures, of which the first few are shown.
+    scores: {variant: (prompts, m)}, shown below the images, of which only the first are drawn.
     """
     with Image.open(picture(folder / next(iter(scores)), 0, 0)) as first:
         side = cell_side([first.size])
@@ -220,7 +219,7 @@ def grid(folder: Path, plan: EvaluationPlan, scores: Mapping[str, Tensor]) -> Im
 
     def block(name: str, i: int) -> list[Cell]:
         shown = zip(pictures(folder / name, i, each), scores[name][i, :each].tolist(), strict=True)
-        # made small at once: the pictures of all prompts may be more than the memory holds
+        # resized at once, since the images of all prompts may not fit in memory
         return [Cell(fitted(image, side), f"{score:.3g}") for image, score in shown]
 
     rows = [

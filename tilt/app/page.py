@@ -25,8 +25,8 @@ THEME = gr.themes.Default(  # with fonts of Gradio or the system, so no network 
     primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )  # fmt: skip
-HEAD = """<h1>Tilt</h1><p>Several pictures are drawn at once. At each score those that the reward
-likes have children, the others end.</p>"""
+HEAD = """<h1>Tilt</h1><p>Several images are generated together. At each score, images with low
+rewards are replaced by copies of better ones.</p>"""
 FIRST_PROMPT = "a red circle above a blue square"
 
 
@@ -124,7 +124,7 @@ def _shown(events: Iterator[Event | None]) -> Iterator[dict[str, str]]:
 
 def _progress(moment: Moment) -> str:
     done, total = moment.step + 1, moment.num_steps
-    what = f"Step {done} of {total}" if done < total else "Decoding and scoring the pictures"
+    what = f"Step {done} of {total}" if done < total else "Decoding and scoring the images"
     return view.progress(what, done, total)
 
 
@@ -157,11 +157,11 @@ def _form(model: str, lora: str | None, reward: str | None, most: int) -> tuple[
             elem_id="model",
         )  # fmt: skip
         form["lora"] = gr.Textbox(
-            lora, label="LoRA", info="a folder or a hub id; empty: none", elem_id="lora"
+            lora, label="LoRA", info="a folder or a hub id; none if empty", elem_id="lora"
         )
         # text, because an empty Number has the value 0
         for name, label in (("steps", "Steps"), ("guidance", "Guidance")):
-            form[name] = gr.Textbox(label=label, info="empty: the model's own", elem_id=name)
+            form[name] = gr.Textbox(label=label, info="the model's default if empty", elem_id=name)
     with gr.Accordion("Filter", open=False):
         form |= _filter(most)
     _join(form["reward"], form["model"], chosen, weights)
@@ -172,12 +172,12 @@ def _filter(most: int) -> dict[str, Any]:
     default = FeynmanKac()
     k = min(8, most)
     return {
-        "particles": _number("Particles", k, f"pictures at once, up to {most}", "particles"),
+        "particles": _number("Particles", k, f"number of images, up to {most}", "particles"),
         "reward_scale": _number(
-            "λ", default.reward_scale, "a reward higher by 1/λ makes a picture e times as likely"
+            "λ", default.reward_scale, "a reward higher by 1/λ makes an image e times as likely"
         ),
         "potential": gr.Dropdown(
-            [*POTENTIALS], value=default.potential, label="Potential", info="potential of a score"
+            [*POTENTIALS], value=default.potential, label="Potential", info="weights of a score"
         ),
         "num_scores": _number(
             "Scores", default.num_scores, "scored steps, besides the final score", "num_scores"
@@ -186,7 +186,7 @@ def _filter(most: int) -> dict[str, Any]:
             "Least ESS", default.min_ess,
             "resample below this fraction of the particles; 0 never does (best of k)",
         ),
-        "seed": _number("Seed", 0, "the same seed gives the same pictures"),
+        "seed": _number("Seed", 0, "the same seed gives the same images"),
     }  # fmt: skip
 
 

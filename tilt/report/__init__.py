@@ -1,4 +1,4 @@
-"""What shows a run: pictures of it, and one self-contained page with its genealogy or curves."""
+"""Reports of runs: image grids, plots, and a self-contained HTML page."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ __all__ = ["write"]
 def write(folder: str | Path) -> Path:
     """Write report.html into a folder and return its path.
 
-    The folder is one that `Steered.save` wrote, that of a whole run of `tilt steer`, or that of a
-    training. Raises ValueError for another one, and for files that are damaged.
+    The folder is one written by `Steered.save`, by `tilt steer` or by a training. Raises ValueError
+    for other folders and for damaged files.
     """
     from tilt.report import steered, training
     from tilt.report.saved import read_json

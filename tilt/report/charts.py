@@ -1,4 +1,4 @@
-"""Small line charts: where everything stands in them. The template chart.svg paints it."""
+"""Layout of small line charts, which the template chart.svg draws."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 24
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, or with dots=True the points alone. NaN and infinite values leave a gap."""
+    """A curve, or only its points with dots=True. NaN and infinite values leave a gap."""
 
     name: str
     xs: Sequence[float]
@@ -29,7 +29,7 @@ class Line:
 
 
 def ticks(low: float, high: float, most: int = 4) -> list[float]:
-    """Round numbers within [low, high], at most `most` + 1 of them."""
+    """Return at most `most` + 1 evenly spaced round numbers within [low, high]."""
     if not high > low:
         return [low]
     raw = (high - low) / most
@@ -41,7 +41,7 @@ def ticks(low: float, high: float, most: int = 4) -> list[float]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A line in pixels: `places` of its finite points, `path` through them with its gaps."""
+    """A line in pixels: `places` of its finite points, and the SVG `path` through them."""
 
     name: str
     style: int
@@ -52,7 +52,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template chart.svg paints, in CSS pixels. said: the same in words."""
+    """A chart for the template chart.svg, in CSS pixels. said: its description in words."""
 
     title: str
     size: tuple[int, int]
@@ -74,9 +74,9 @@ def chart(
     size: tuple[int, int] = (330, 170),
     marks: Sequence[tuple[float, str]] = (),
 ) -> Chart:
-    """Lines over the steps.
+    """Lay out a chart of lines over the steps.
 
-    size: width and height in CSS pixels; marks: vertical lines, each at an x and with a label.
+    size: width and height in CSS pixels; marks: vertical lines, as pairs of an x and a label.
     """
     frame = _Frame.around(lines, [x for x, _ in marks], size)
     (left, bottom), (right, top) = (
@@ -91,7 +91,7 @@ def chart(
         right=right,
         top=top,
         bottom=bottom,
-        # steps; the name of the axis stands at its end
+        # whole steps only; the right end is left free for the name of the axis
         ticks_x=[(place, short(x)) for place, x in across if x == round(x) and place < right - 40],
         ticks_y=[(frame.at(frame.x[0], y)[1], _tick(y, frame.y)) for y in ticks(*frame.y)],
         lines=[_drawn(frame, line) for line in lines],
@@ -128,7 +128,7 @@ def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
 
 
 def _tick(value: float, span: tuple[float, float]) -> str:
-    """As many digits as tell the ticks apart."""
+    """Format a tick with up to six digits; rounding errors around 0 become 0."""
     value = 0.0 if abs(value) < 1e-9 * (span[1] - span[0]) else value
     return f"{value:.6g}"
 
@@ -139,12 +139,12 @@ def _drawn(frame: _Frame, line: Line) -> Drawn:
     for place in places:
         path += f"{pen}{place[0]} {place[1]}" if place else ""
         pen = "L" if place else "M"
-    path += "h0.01" * (len(known) == 1)  # a round cap makes a point of it
+    path += "h0.01" * (len(known) == 1)  # drawn as a point, because the line caps are round
     return Drawn(line.name, line.style, line.dots, known, path)
 
 
 def _said(line: Line) -> str:
-    """For those who do not see it: where the curve begins and ends, and its extremes."""
+    """Describe the curve for screen readers: its first and last values, and its extremes."""
     known = [p for p in line.points if math.isfinite(p[1])]
     if not known:
         return f"{line.name}: no values"

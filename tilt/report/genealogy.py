@@ -1,7 +1,7 @@
-"""The genealogy of a population: who was seen at each score, who lived on, and where each stands.
+"""The genealogy of a population: its particles at each score, their ancestry and their layout.
 
 Legend: columns are the scored steps, with the final images as the last one; column c has k_c
-particles, fewer later on in a funnel.
+particles; a funnel reduces k_c from column to column.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ _GAP, _CAPTION, _HEAD, _FOOT = 56, 22, 40, 16  # px: between columns and rows, a
 
 @dataclass(frozen=True)
 class Genealogy:
-    """One prompt's run. Columns as above; parents[c][j] is the place in column c of the parent of
+    """One prompt's run. Columns as above; parents[c][j] is the index in column c of the parent of
     particle j of column c + 1."""
 
-    steps: list[int]  # the scored ones, then the number of all
+    steps: list[int]  # the scored steps, then the total number of steps
     rewards: list[list[float]]
-    weights: list[list[float]]  # each column sums to 1: before resampling
+    weights: list[list[float]]  # before resampling; each column sums to 1
     ess: list[float]
-    log_z: list[float]  # of the estimate so far
+    log_z: list[float]  # the estimate up to each column
     parents: list[list[int]]
-    resampled: list[bool]  # after each score: the weights were folded into log_z and set to 0
+    resampled: list[bool]  # after each score; resampling adds the weights to log_z and resets them
 
     @property
     def best(self) -> int:
-        """The final particle of highest reward, the first of several."""
+        """The index of the final particle with the highest reward; the first in a tie."""
         final = self.rewards[-1]
         return max(range(len(final)), key=final.__getitem__)
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Where the template genealogy.html paints a `Genealogy`, in CSS pixels.
+    """The layout of a `Genealogy` for the template genealogy.html, in CSS pixels.
 
-    tile: the size of a picture; step: from picture to picture, across and down; tiles: columns and
-    rows of the sprite; paths: {fate: SVG path of the lines}.
+    tile: the size of an image; step: the distance between images, across and down; tiles: columns
+    and rows of the sprite; paths: {fate: SVG path of the lines}.
     """
 
     size: tuple[int, int]
@@ -58,9 +58,9 @@ class Tree:
 
 
 def read(manifest: dict[str, Any], lineage: dict[str, Any], index: int) -> Genealogy:
-    """That of one prompt of a folder that `Steered.save` wrote.
+    """Return the genealogy of one prompt from the files that `Steered.save` wrote.
 
-    Raises ValueError where the two files do not belong together.
+    Raises ValueError if the two files are of different runs.
     """
     results, scores = manifest["results"], lineage["scores"]
     log_weights = [*(s["log_weights"][index] for s in scores), results["log_weights"][index]]
@@ -92,8 +92,8 @@ def read(manifest: dict[str, Any], lineage: dict[str, Any], index: int) -> Genea
 
 
 def fates(genealogy: Genealogy) -> list[list[str]]:
-    """Of every particle of every column: BEST has the best final image as descendant, ALIVE
-    another one, DEAD none."""
+    """Return the fate of every particle: BEST if the best final image descends from it, ALIVE if
+    another final image does, DEAD if none does."""
     last = [ALIVE] * len(genealogy.rewards[-1])
     last[genealogy.best] = BEST
     found = [last]
@@ -107,7 +107,7 @@ def fates(genealogy: Genealogy) -> list[list[str]]:
 
 
 def tree(genealogy: Genealogy, sprite: Sprite) -> Tree:
-    """Where everything stands. sprite: tiles of all columns, or of the last alone."""
+    """Lay out a genealogy. sprite: tiles of all columns, or only of the last one."""
     columns, rows = len(genealogy.rewards), max(map(len, genealogy.rewards))
     scale = (64 if rows <= 8 else 48) / max(sprite.tile)
     width, height = (max(8, round(side * scale)) for side in sprite.tile)
@@ -126,7 +126,7 @@ def tree(genealogy: Genealogy, sprite: Sprite) -> Tree:
 def _edges(
     parents: list[list[int]], lives: list[list[str]], tile: tuple[int, int]
 ) -> dict[str, str]:
-    """One path for each fate, the best drawn last."""
+    """Return one SVG path for each fate; BEST is last, so that it is drawn on top."""
     paths = {DEAD: "", ALIVE: "", BEST: ""}
     across, down = tile[0] + _GAP, tile[1] + _CAPTION
     middle = _HEAD + tile[1] // 2
@@ -140,15 +140,15 @@ def _edges(
 
 
 def charts(genealogy: Genealogy, threshold: float) -> dict[str, Chart]:
-    """Rewards, ESS and log Ẑ over the scored steps, the final images last.
+    """Return charts of rewards, ESS and log Ẑ over the scored steps and the final images.
 
-    threshold: the share of the particles below whose ESS a step resamples, `min_ess`.
+    threshold: `min_ess`; a step resamples if the ESS is below this fraction of the particles.
     """
     g, steps = genealogy, genealogy.steps
     spots = [(step, reward) for step, row in zip(steps, g.rewards, strict=True) for reward in row]
     means = [sum(row) / len(row) for row in g.rewards]
     rewards = [
-        Line("a particle", [x for x, _ in spots], [y for _, y in spots], 3, dots=True),
+        Line("particle", [x for x, _ in spots], [y for _, y in spots], 3, dots=True),
         Line("mean", steps, means, 1),
         Line("best", steps, [max(row) for row in g.rewards], 0),
     ]

@@ -1,4 +1,4 @@
-"""Rows of pictures with a label beside or above each row, and a caption below each picture."""
+"""Image grids with a label beside or above each row, and a caption below each image."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tilt.report import lettering
 __all__ = ["BEST", "GAP", "Cell", "Row", "cell_side", "fitted", "grid"]
 
 GAP = 8  # px, between cells and between columns
-_PER_LINE = 8  # cells of a block side by side, where its heads are not more
+_PER_LINE = 8  # cells per line of a block, or the number of its heads if larger
 BEST, FRAME = ("#d62728", 3), ("#bbbbbb", 1)  # outlines: colour and width in pixels
-_LABEL = 220  # px, the widest that a column of labels gets
+_LABEL = 220  # px, maximum width of the labels beside the rows
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A picture of any size, what stands below it, and its outline (colour, width) or None."""
+    """An image of any size, the caption below it, and its outline (colour, width) or None."""
 
     image: Image.Image
     caption: str = ""
@@ -29,33 +29,33 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A label, and blocks of cells: one block for each entry of the grid's `heads`."""
+    """A label and blocks of cells, one block for each entry of the grid's `heads`."""
 
     label: str
     blocks: Sequence[Sequence[Cell]]
 
 
 def cell_side(sizes: Sequence[tuple[int, int]]) -> int:
-    """The edge of a cell for pictures of these sizes: their longest, kept between 128 and 256."""
+    """Return the side of a cell: the longest side of these images, clamped to [128, 256]."""
     return min(max(128, *map(max, sizes)), 256)
 
 
 def fitted(image: Image.Image, side: int) -> Image.Image:
-    """The picture in RGB, its longer edge `side` pixels."""
+    """Return the image in RGB, resized so that its longer side has `side` pixels."""
     longest = max(image.size)
     width, height = (max(1, round(edge * side / longest)) for edge in image.size)
-    # pixels that are shown several times as large are shown as they are
+    # enlargement by a whole factor keeps sharp pixels
     how = Image.Resampling.LANCZOS if side % longest else Image.Resampling.NEAREST
     return image.convert("RGB").resize((width, height), how)
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Pixels. lefts: where each block begins; line: of a label; down: from cell to cell."""
+    """Sizes in pixels. lefts: x of each block; line: line height of labels; down: cell spacing."""
 
     side: int
     size: int
-    columns: Sequence[int]  # of each block
+    columns: Sequence[int]  # number in each block
     lefts: Sequence[int]
     line: int
     down: int
@@ -69,10 +69,10 @@ def grid(
     size: int = 12,
     labels_above: bool = False,
 ) -> Image.Image:
-    """Draw the rows from top to bottom, the blocks of each beside one another.
+    """Draw the rows from top to bottom, and the blocks of each row side by side.
 
-    heads: of each block, the text over its first columns; side: the edge of a cell in pixels;
-    size: that of the letters; labels_above: a label stands above its row, not beside it.
+    heads: the headings of each block's first columns; side: the side of a cell in pixels; size: the
+    font size; labels_above: whether a label is above its row rather than beside it.
     """
     line, across = size * 4 // 3, side + GAP
     captions = any(cell.caption for row in rows for block in row.blocks for cell in block)
@@ -117,7 +117,7 @@ def _lines(row: Row, columns: Sequence[int]) -> int:
 
 
 def _paint_cell(page: Image.Image, cell: Cell, place: tuple[int, int], layout: _Layout) -> None:
-    """The cell's picture in the middle, its outline around it, its caption below."""
+    """Draw the cell's image in the middle, its outline around it and its caption below it."""
     side, (left, top) = layout.side, place
     image = fitted(cell.image, side)
     x, y = left + (side - image.width) // 2, top + (side - image.height) // 2

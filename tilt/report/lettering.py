@@ -1,8 +1,8 @@
-"""Lines of text in a picture, in any script that a font of this machine has.
+"""Text in images, in any script that has a font on this machine.
 
-matplotlib brings DejaVu Sans, which has Latin, Greek, Cyrillic and more, but neither Chinese,
-Japanese and Korean nor most emoji. Those come from the fonts that the system has; which ones it has
-nobody can rely on. A character that none of them has is written as its code, as in \\u5706.
+matplotlib includes DejaVu Sans, which covers Latin, Greek, Cyrillic and more, but not Chinese,
+Japanese, Korean or most emoji. These need fonts of the system, which may be missing. A character
+without a font is written as its code, as in \\u5706.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from PIL import Image, ImageDraw, ImageFont
 __all__ = ["families", "legible", "wide", "wrapped", "write"]
 
 _STYLED = re.compile("bold|black|heavy|italic|oblique|light|thin|mono|serif", re.IGNORECASE)
-_BITMAPS = (109, 128, 136, 160)  # px, the one size that a font of coloured pictures has
+_BITMAPS = (109, 128, 136, 160)  # px, sizes of colour bitmap fonts, each of which has only one
 
 
 @cache
 def _own(style: str = "") -> Path:
-    """DejaVu Sans: Pillow's own font has neither accents nor Greek."""
+    """Return the file of DejaVu Sans; Pillow's default font has neither accents nor Greek."""
     return Path(font_manager.findfont("DejaVu Sans" + style))
 
 
 @cache
 def _characters(font: Path) -> frozenset[int]:
-    """The characters that a font has; none where it cannot be read."""
+    """Return the characters that a font covers; empty if it cannot be read."""
     try:
         return frozenset(FT2Font(str(font)).get_charmap())
     except (OSError, RuntimeError, UnicodeDecodeError):
@@ -43,14 +43,14 @@ def _characters(font: Path) -> frozenset[int]:
 
 @cache
 def _others() -> tuple[Path, ...]:
-    """The fonts of the system, the regular ones first; matplotlib's list may be an old one."""
+    """Return the system's fonts, regular ones first; matplotlib's cached list may be outdated."""
     fonts = map(Path, font_manager.findSystemFonts())
     return tuple(sorted(fonts, key=lambda font: (bool(_STYLED.search(font.stem)), str(font))))
 
 
 @cache
 def _source(character: str, style: str = "") -> Path | None:
-    """The font that has a character: our own, else the first of the system's; or None."""
+    """Return a font with this character: DejaVu Sans, else the system's first; None if missing."""
     if ord(character) in _characters(_own(style)):
         return _own(style)
     found = (font for font in _others() if ord(character) in _characters(font))
@@ -59,7 +59,7 @@ def _source(character: str, style: str = "") -> Path | None:
 
 @cache
 def _loaded(font: Path, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font of outlines at `size`, or one of pictures at its own size; None if it is neither."""
+    """Load an outline font at `size`, or a bitmap font at its own size; None if neither works."""
     for pixels in (size, *_BITMAPS):
         try:
             return ImageFont.truetype(str(font), pixels)
@@ -69,14 +69,14 @@ def _loaded(font: Path, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether it shows nothing by itself, as what joins two emoji to one."""
+    """Return whether it shows nothing by itself, as a joiner of two emoji or a combining accent."""
     return unicodedata.category(character) in ("Cf", "Mn", "Me")
 
 
 def legible(text: str, outlines: bool = False) -> str:
-    """The text with a code in place of each character that cannot be drawn.
+    """Return the text with a code in place of each character that cannot be drawn.
 
-    outlines: by fonts of outlines alone, which are all that matplotlib draws.
+    outlines: whether only outline fonts may be used, since matplotlib cannot draw others.
     """
     drawn = []
     for character in text:
@@ -94,7 +94,7 @@ def _code(character: str) -> str:
 
 
 def families(text: str) -> list[str]:
-    """The names of the fonts that matplotlib needs for a legible text, ours first."""
+    """Return the names of the fonts that matplotlib needs for a legible text, DejaVu Sans first."""
     found = {"DejaVu Sans": None}
     for font in (_source(character) for character in text):
         if font not in (None, _own()):
@@ -110,9 +110,9 @@ def _is_bitmap(font: Path) -> bool:
 
 
 def wrapped(text: str, width: float, size: int, lines: int) -> list[str]:
-    """The text, legible, in at most so many lines, none wider than `width` pixels if that can be.
+    """Wrap the text, made legible, into at most `lines` lines of at most `width` pixels.
 
-    Those of 8 characters are the shortest that are tried.
+    Lines are not shortened below 8 characters, so these may be wider.
     """
     found, text = [], legible(text)
     for characters in range(max(8, round(2 * width / size)), 7, -1):  # letters differ in width
@@ -123,13 +123,13 @@ def wrapped(text: str, width: float, size: int, lines: int) -> list[str]:
 
 
 def _runs(text: str, style: str) -> Iterator[tuple[Path, str]]:
-    """Pieces of a legible text that one font draws."""
+    """Split a legible text into pieces that one font draws."""
     for font, piece in groupby(text, lambda character: _source(character, style) or _own(style)):
         yield font, "".join(piece)
 
 
 def wide(text: str, size: int, style: str = "") -> float:
-    """The width in pixels of a legible line."""
+    """Return the width in pixels of a legible line."""
     total = 0.0
     for path, piece in _runs(text, style):
         font = _loaded(path, size)
@@ -146,7 +146,7 @@ def write(
     style: str = "",
     centred: bool = False,
 ) -> None:
-    """Write a legible line in black, its upper left corner (or the middle above it) at `place`.
+    """Write a legible line in black; `place` is its upper left corner, or top centre if `centred`.
 
     style: "" or ":bold".
     """
@@ -171,7 +171,7 @@ def _paste(
     font: ImageFont.FreeTypeFont,
     size: int,
 ) -> None:
-    """Coloured pictures of another size, made smaller."""
+    """Write text in a bitmap font of another size, scaled to `size`."""
     ascent, descent = font.getmetrics()
     whole = Image.new("RGBA", (math.ceil(font.getlength(text)), ascent + descent))
     ImageDraw.Draw(whole).text((0, ascent), text, font=font, anchor="ls", embedded_color=True)

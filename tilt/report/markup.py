@@ -1,7 +1,7 @@
-"""The jinja templates of the reports, and what they call.
+"""The jinja2 templates of the reports, and their filters.
 
-Whatever comes from a folder (prompts, names of rewards, files, settings) is text from elsewhere,
-so templates of HTML and SVG escape every value but what another template rendered.
+Everything that a folder provides (prompts, names of rewards, files, settings) is untrusted text, so
+HTML and SVG templates escape every value except the output of other templates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["clipped", "environment", "keep", "link", "render", "short", "size"]
 
 @cache
 def environment(folder: Path) -> Environment:
-    """The templates of a folder: .html and .svg escape what they are given, others do not."""
+    """Return the templates of a folder; .html and .svg escape their values, others do not."""
     templates = Environment(
         loader=FileSystemLoader(folder),
         undefined=StrictUndefined,
@@ -34,25 +34,25 @@ def environment(folder: Path) -> Environment:
 
 
 def render(template: str, **values: Any) -> str:
-    """One of the reports' templates with these values."""
+    """Render one of the reports' templates with these values."""
     templates = environment(Path(__file__).parent / "templates")
     return templates.get_template(template).render(values)
 
 
 def size(page: str) -> int:
-    """The bytes that `keep` writes."""
+    """Return the number of bytes that `keep` writes."""
     return len(page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def keep(path: Path, page: str) -> Path:
-    """Write a page, whole or not at all; half a surrogate pair, which a prompt may hold, too."""
+    """Write a page atomically; a lone surrogate, which a prompt may contain, is escaped."""
     with atomic(path) as scratch:
         scratch.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return path
 
 
 def clipped(prompt: str, most: int = 60) -> str:
-    """A prompt as a part of a title: on one line, its first words, or letters of a long one."""
+    """Shorten a prompt for a title: on one line, cut between words if possible."""
     line = " ".join(prompt.split())
     if len(line) <= most:
         return line or "(empty)"
@@ -61,10 +61,10 @@ def clipped(prompt: str, most: int = 60) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits, or the whole part where it has more."""
+    """Format a number with three digits, or its whole part if that has more."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def link(path: str) -> str:
-    """A relative address of a file, its folders divided by "/"; never a scheme such as data:."""
+    """Return the relative URL of a file, with "/" between folders; never a scheme such as data:."""
     return "./" + quote(path)

@@ -1,4 +1,4 @@
-"""Pictures of a run: the comparison grid, and rewards and ESS over the scored steps."""
+"""Images of a run: the comparison grid, and a plot of rewards and ESS over the scored steps."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tilt.report.saved import read
 __all__ = ["GridRow", "Trace", "comparison", "history", "rows", "traces"]
 
 _DPI = 100
-_MOST_LINES = 12  # prompts with a curve of their own before the colours repeat
+_MOST_LINES = 12  # prompts in the legend of the plot
 
 
 @dataclass(frozen=True, kw_only=True)
 class GridRow:
-    """One prompt of the comparison grid: k steered images, and k of the plain chain or none.
+    """One prompt of the comparison grid: k steered images, and k or no unsteered ones.
 
-    `plain[0]` is the plain sample, the one of highest reward the best of k.
+    `plain[0]` is the plain sample; the one of `plain` with the highest reward is the best of k.
     """
 
     prompt: str
@@ -40,9 +40,9 @@ class GridRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What one prompt's population went through: one entry a scored step, the final image last.
+    """The history of one prompt's particles: one entry per scored step, the final images last.
 
-    rewards: one sequence a step (a funnel makes them shorter); ess in [1, k].
+    rewards: one sequence per step (a funnel makes them shorter); ess in [1, k].
     """
 
     prompt: str
@@ -52,10 +52,10 @@ class Trace:
 
 
 def rows(folder: Path, plain: Path | None = None) -> list[GridRow]:
-    """The row of each prompt that `Steered.save` wrote to `folder`, with its images.
+    """Return the row of each prompt that `Steered.save` wrote to `folder`, with its images.
 
-    plain: the folder of the same prompts at the same seeds with min_ess=0, for the baselines; left
-    out where it does not exist.
+    plain: the folder of the same prompts and seeds with min_ess=0, for the baselines; ignored if it
+    does not exist.
     """
     steered = _results(folder)
     compared = _results(plain) if plain is not None and plain.is_dir() else None
@@ -71,7 +71,7 @@ def rows(folder: Path, plain: Path | None = None) -> list[GridRow]:
 
 
 def traces(folder: Path) -> list[Trace]:
-    """The trace of each prompt that `Steered.save` wrote to `folder`; no image is read."""
+    """Return the trace of each prompt that `Steered.save` wrote to `folder`; no image is read."""
     manifest, lineage = read(folder)
     results, scores = manifest["results"], lineage["scores"]
     found = []
@@ -106,13 +106,13 @@ def _best(rewards: Sequence[float]) -> int:
 
 
 def comparison(rows: Sequence[GridRow], *, side: int | None = None) -> Image.Image:
-    """Draw a row a prompt: plain, best of k, and the steered population, rewards under each.
+    """Draw one row per prompt: plain, best of k, and all steered images, with rewards below them.
 
-    The best steered image is outlined. `side` is the edge of a cell in pixels; by default that of
-    the widest image, kept between 128 and 256. Raises ValueError without rows or images.
+    The best steered image is outlined. `side` is the side of a cell in pixels; by default the
+    longest side of the images, clamped to [128, 256]. Raises ValueError without rows or images.
     """
     if not rows or any(not row.steered for row in rows):
-        raise ValueError("a comparison needs at least one prompt, and each at least one image")
+        raise ValueError("a comparison needs at least one prompt, each with at least one image")
     side = side or cell_side([row.steered[0].size for row in rows])
     if not any(row.plain for row in rows):
         return grid([["steered"]], [Row(row.prompt, [_steered(row)]) for row in rows], side)
@@ -134,7 +134,7 @@ def _steered(row: GridRow) -> list[Cell]:
 
 
 def history(traces: Sequence[Trace]) -> Image.Image:
-    """Plot rewards (each particle a dot, the mean a line) and ESS / k over the scored steps.
+    """Plot rewards (particles as dots, their mean as a line) and ESS / k over the scored steps.
 
     The last point of each curve is the final image. Raises ValueError without traces.
     """

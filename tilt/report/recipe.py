@@ -1,4 +1,4 @@
-"""What repeats a run: its command, or the call of `steer`, from a manifest."""
+"""Reproduction of a run from its manifest: its command, or its call of `steer`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["call", "command"]
 
 
 def command(manifest: dict[str, Any]) -> str:
-    """The line for a shell that made a run of `tilt steer`."""
+    """Return the shell command that started a run of `tilt steer`."""
     words = manifest["command"]  # older versions wrote steer.py
     return shlex.join(["tilt", "steer", *words[words[0] == "tilt" :][1:]])
 
 
 def call(manifest: dict[str, Any]) -> str:
-    """The lines of Python that make it again, but for the objects that are only named.
+    """Return Python code that repeats the call; pipe and reward must be defined beforehand.
 
-    Every value is a literal, so that no text of a manifest becomes code.
+    Every value is written as a literal, so that no text of a manifest becomes code.
     """
     names = ("particles", "seed", "prompts_per_call", "preview_size", "guidance_interval")
     given = _tuples({name: manifest[name] for name in names if name in manifest})
@@ -40,7 +40,7 @@ def call(manifest: dict[str, Any]) -> str:
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """As they were before JSON made lists of them."""
+    """Convert lists, as which JSON stored tuples, back to tuples."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 

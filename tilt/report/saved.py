@@ -1,4 +1,4 @@
-"""What `Steered.save` wrote, read back: whole, or refused in one sentence that names the file."""
+"""Reading of the files that reports show; damage is an error of one sentence naming the file."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read", "read_json"]
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+__all__ = ["read", "read_evaluation", "read_held_out", "read_json", "read_settings"]
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """The object of a JSON file, which has these keys; ValueError where it is damaged."""
+    """Read the object of a JSON file, which must have these keys; ValueError if it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8
         raise _damaged(path, str(error)) from None
     if not isinstance(found, dict):
-        raise _damaged(path, f"it holds a {type(found).__name__}, not an object")
+        raise _damaged(path, f"it contains a {type(found).__name__}, not an object")
     for key in keys:
         if key not in found:
             raise _damaged(path, f"it has no {key!r}")
@@ -24,29 +27,78 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """manifest.json and lineage.json of a folder, their parts of the kinds that a report needs."""
+    """Read manifest.json and lineage.json of a folder, and check the types that a report needs."""
     place = folder / "manifest.json"
     manifest = read_json(place)
     if "results" not in manifest:
-        raise ValueError(f"{folder} is not what Steered.save writes: for a whole run, write_run")
+        raise ValueError(f"{folder} was not written by Steered.save; use write_run for a whole run")
     lineage = read_json(folder / "lineage.json", "num_steps", "scores")
     wrong = _wrong_manifest(manifest)
     if wrong:
-        raise _damaged(place, f"its {wrong} is not what it should be")
+        raise _damaged(place, f"its entry {wrong} is invalid")
     wrong = _wrong_lineage(lineage, len(manifest["results"]["prompts"]))
     if wrong:
-        raise _damaged(folder / "lineage.json", f"its {wrong} is not what it should be")
+        raise _damaged(folder / "lineage.json", f"its entry {wrong} is invalid")
     return manifest, lineage
 
 
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Read the evaluation.json of `tilt evaluate`, and check the types that a report needs."""
+    content = read_json(path, "sections")
+    if not isinstance(content["sections"], dict):
+        raise _damaged(path, "its entry sections is invalid")
+    for title, measures in content["sections"].items():
+        if not _is_list_of(measures, dict) or not all(map(_is_measure, measures)):
+            raise _damaged(path, f"its section {title!r} is invalid")
+    return content
+
+
+def read_held_out(path: Path) -> list[str]:
+    """Read the held-out prompts from the checks.json of a training."""
+    prompts = read_json(path, "held_out")["held_out"]
+    if not _is_list_of(prompts, str):
+        raise _damaged(path, "its entry held_out is invalid")
+    return prompts
+
+
+def read_settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """Read the settings.yaml of a training, as text and as values; both are empty without it."""
+    try:
+        text = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+        settings: Any = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise _damaged(path, " ".join(str(error).split())) from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("check") or {}, dict):
+        raise _damaged(path, "it has no mapping of settings")
+    return text, settings
+
+
 def _damaged(path: Path, why: str) -> ValueError:
+    part = "its folder" if path.name in ("manifest.json", "lineage.json") else "it"
     return ValueError(
-        f"{path} is damaged ({why:.200}): put it back, or delete its folder and draw that again"
+        f"{path} is damaged ({why:.200}): restore it, or delete {part} and create it again"
     )
 
 
+def _is_measure(measure: dict[str, Any]) -> bool:
+    kinds = {"name": str, "less_is_better": bool, "prompts": list, "variants": dict}
+    return all(isinstance(measure.get(name), kind) for name, kind in kinds.items()) and all(
+        isinstance(one, dict)
+        and _is_interval(one.get("mean"))
+        and _is_interval(one.get("difference", one["mean"]))
+        for one in measure["variants"].values()
+    )
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"mean", "low", "high"} <= value.keys():
+        return False
+    ends = value["low"], value["high"]
+    return _is_number(value["mean"]) and (ends == (None, None) or all(map(_is_number, ends)))
+
+
 def _wrong_manifest(manifest: dict[str, Any]) -> str:
-    """The name of an entry of another kind, or ""."""
+    """Return the name of an entry of the wrong type or shape, or ""."""
     settings, results = manifest.get("settings"), manifest["results"]
     if not isinstance(settings, dict) or not all(
         _is_number(settings.get(name)) for name in ("min_ess", "reward_scale")
@@ -74,14 +126,14 @@ def _wrong_manifest(manifest: dict[str, Any]) -> str:
 
 
 def _wrong_lineage(lineage: dict[str, Any], b: int) -> str:
-    """As of the manifest; b prompts."""
+    """Return the same for lineage.json, with b prompts."""
     if not _is_number(lineage["num_steps"]):
         return "num_steps"
     if not _is_list_of(lineage["scores"], dict):
         return "scores"
     for score in lineage["scores"]:
         if "resampled" not in score:
-            return "account of which scores resampled, which older versions did not write,"
+            return "'resampled' of the scores, which older versions did not write,"
         tables = (score.get(name) for name in ("rewards", "log_weights", "ancestors"))
         whole = _is_number(score.get("step")) and _are_numbers(score.get("ess"), b)
         whole = whole and _is_list_of(score["resampled"], bool, b)

@@ -1,7 +1,7 @@
-"""The report of a run as one page: the pictures, the genealogy that led to them, the settings.
+"""The report of a steered run: one page with its images, their genealogy and the settings.
 
-Written from saved folders alone, without the model. Pictures are inlined small, with links to the
-files beside the page.
+It is written from the saved folder, without the model. The page contains small copies of the
+images, with links to the files beside it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tilt.report.thumbnails import Budget, Picture, sprite
 
 __all__ = ["write", "write_run"]
 
-# Bytes, a third less than they take in the page, which stays below 15 MB.
+# Bytes. In base64 the first two take a third more; the page must stay below 15 MB.
 _TREES, _PICTURES, _MOST = 4_500_000, 2_700_000, 14_500_000
-_OPEN = 12  # prompts whose genealogy is unfolded from the start
+_OPEN = 12  # maximum number of prompts whose genealogies are initially unfolded
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """A folder that `Steered.save` wrote. base: its address as the page sees it, "" or "a/b/"."""
+    """A folder that `Steered.save` wrote. base: its path relative to the page, "" or "a/b/"."""
 
     folder: Path
     base: str
@@ -49,7 +49,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One prompt, and the baselines beside it."""
+    """One prompt and its baselines."""
 
     saved: _Saved
     plain: _Saved | None
@@ -70,8 +70,8 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Figure:
-    """A picture with its caption. name: "plain", "best of 4", "best" or none; parts: of the reward,
-    by name."""
+    """An image with its caption. name: "plain", "best of 4", "best" or ""; parts: the components of
+    the reward by name."""
 
     picture: Picture
     name: str
@@ -81,17 +81,17 @@ class _Figure:
 
 @dataclass(frozen=True)
 class _Room:
-    """What the pictures of a page may take."""
+    """The limits on the size of a page's images."""
 
     trees: Budget
     pictures: Budget
 
 
 def write(folder: Path, plain: Path | None = None) -> Path:
-    """Write report.html into a folder that `Steered.save` wrote; returns its path.
+    """Write report.html into a folder that `Steered.save` wrote, and return its path.
 
-    plain: the folder of the same prompts at the same seeds with min_ess=0, for the baselines; left
-    out where it does not exist. Raises ValueError for a folder of something else.
+    plain: the folder of the same prompts and seeds with min_ess=0, for the baselines; ignored if it
+    does not exist. Raises ValueError for any other folder.
     """
     folder = Path(folder)
     entries = list(_entries(folder, folder, plain))
@@ -101,9 +101,9 @@ def write(folder: Path, plain: Path | None = None) -> Path:
 
 
 def write_run(out: Path) -> Path:
-    """Write report.html into the folder of a run of `tilt steer`; returns its path.
+    """Write report.html into the folder of a run of `tilt steer`, and return its path.
 
-    What is finished is in it. Raises ValueError where nothing is.
+    It contains the finished prompts. Raises ValueError if there are none.
     """
     out = Path(out)
     known = ("command", "prompts", "settings", "machine", "versions")
@@ -111,9 +111,7 @@ def write_run(out: Path) -> Path:
         manifest = read_json(out / "manifest.json", *known)
     folders = sorted(path.parent for path in out.glob("[0-9]*-*/steered/manifest.json"))
     if not folders:
-        raise ValueError(
-            f"{out} holds no finished prompt: pass the folder of a run of `tilt steer`"
-        )
+        raise ValueError(f"{out} has no finished prompt: pass the folder of a run of `tilt steer`")
     entries = [e for folder in folders for e in _entries(out, folder, folder.with_name("plain"))]
     facts = {name: manifest[name] for name in ("settings", "machine", "versions")}
     return _write(
@@ -145,7 +143,7 @@ def _entries(page: Path, folder: Path, plain: Path | None) -> Iterator[_Entry]:
     other = _read(page, Path(plain)) if plain is not None and Path(plain).is_dir() else None
     prompts = saved.results["prompts"]
     if other and other.results["prompts"] != prompts:
-        raise ValueError(f"{plain} has other prompts than {folder}: pass the run's own baseline")
+        raise ValueError(f"{plain} has other prompts than {folder}: pass the baseline of this run")
     for index in range(len(prompts)):
         yield _Entry(saved, other, index)
 
@@ -158,10 +156,10 @@ def _write(
     files: Sequence[str],
     missing: int = 0,
 ) -> Path:
-    """The sections of as many prompts as there is room for, and the summary of all.
+    """Write the page, with the summary of all prompts and the sections of as many as there is room.
 
-    repeat: what makes the run again; facts: what else is said of it; files: with all numbers;
-    missing: how many of its prompts are not finished.
+    repeat: code or command that repeats the run; facts: further entries of the manifest; files: the
+    files with all numbers; missing: the number of unfinished prompts.
     """
     tiles = sum(_tiles(entry) for entry in entries)
     pictures = sum(len(e.rewards) + 2 * bool(e.plain) for e in entries)
@@ -198,7 +196,7 @@ def _about(saved: _Saved) -> dict[str, Any]:
 
 
 def _summary(entries: Sequence[_Entry]) -> dict[str, Any]:
-    """A line a prompt: the rewards of the plain sample, of the best of k, of the best steered."""
+    """Return the table of rewards, one row per prompt: plain, best of k, steered best and mean."""
     compared, rows, columns = all(entry.plain for entry in entries), [], []
     for place, entry in enumerate(entries):
         values = [max(entry.rewards), fmean(entry.rewards)]
@@ -209,7 +207,7 @@ def _summary(entries: Sequence[_Entry]) -> dict[str, Any]:
         rows.append([{"place": place, "prompt": entry.prompt}, *values, log_z])
     means = [fmean(column) for column in zip(*columns, strict=True)]
     return {
-        # titled by the prompts, not by the folder, whose name may be one for the time of writing
+        # the title names the prompts, since the folder's name may be temporary during writing
         "prompts": [entry.prompt for entry in entries],
         "k": len(entries[0].plain_rewards) if compared else 0,
         "rows": rows,
@@ -225,7 +223,7 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(entry: _Entry, room: _Room) -> dict[str, Any]:
-    """The values of prompt.html. The pictures take their room in the order of the calls."""
+    """Return the values of prompt.html; the order of the calls decides how images share `room`."""
     saved, index = entry.saved, entry.index
     story = genealogy.read(saved.manifest, saved.lineage, index)
     finals = [_image(saved.folder, name) for name in saved.results["files"][index]]
@@ -244,7 +242,7 @@ def _section(entry: _Entry, room: _Room) -> dict[str, Any]:
 
 
 def _baselines(entry: _Entry, room: _Room) -> list[_Figure]:
-    """The plain sample and the best of k, at the same seeds."""
+    """Return the plain sample and the best of k, at the same seeds."""
     if entry.plain is None:
         return []
     rewards, shown = entry.plain_rewards, []
@@ -275,8 +273,8 @@ def _previews(saved: _Saved, index: int) -> tuple[Image.Image | None, tuple[int,
 
 
 def _image(folder: Path, name: str) -> Image.Image:
-    """A picture of the folder itself: a manifest from elsewhere may name any file."""
+    """Open an image inside the folder; an untrusted manifest may name any other file."""
     if Path(name).name != name:
-        raise ValueError(f"{folder} names the picture {name!r}, which is not a file of its own")
+        raise ValueError(f"{folder} names the image {name!r}, which is not a file inside it")
     with Image.open(folder / name) as image:
         return image.convert("RGB")

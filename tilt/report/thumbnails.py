@@ -1,4 +1,4 @@
-"""Pictures inside a page: WebP in data addresses, small enough all together."""
+"""Images inside a page: WebP in data URLs, within a limit on their total size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 __all__ = ["Budget", "Picture", "Sprite", "sprite"]
 
 _LOSSLESS = 100
-# (share of the longest side, quality), tried in this order until all fits
+# (fraction of the longest side, quality), tried in this order until the image fits
 _LADDER = (
     (1, _LOSSLESS), (1, 85), (7 / 8, 75), (3 / 4, 65), (5 / 8, 55), (1 / 2, 55), (3 / 8, 50),
     (5 / 16, 45), (1 / 4, 40), (3 / 16, 35), (1 / 8, 30), (1 / 16, 20),
@@ -21,25 +21,25 @@ _LADDER = (
 
 @dataclass(frozen=True)
 class Picture:
-    """What the macro `figure` of the templates shows: a small copy that leads to the file.
+    """A small copy of an image that links to its file, for the templates' macro `figure`.
 
-    path: of the file, as the page sees it; label: for those who do not see it.
+    path: the file, relative to the page; label: the alternative text.
     """
 
     path: str
     label: str
     best: bool
-    address: str  # a data address of the small copy
+    address: str  # data URL of the small copy
     size: tuple[int, int]
-    pixels: bool  # whether it is shown pixel by pixel
+    pixels: bool  # whether it is enlarged without interpolation
 
 
 @dataclass
 class Budget:
-    """Room for `count` pictures in `size` bytes; what one does not need is left to those after it.
+    """A limit of `size` bytes for `count` images; unused bytes are available to later images.
 
-    Pictures get smaller as they have to, and never larger again: those of a page look alike.
-    longest: the side of a picture, in pixels, where there is room enough.
+    Size and quality are lowered when necessary and never raised again, so the images of a page look
+    alike. longest: the longest side of an image in pixels, if there is enough room.
     """
 
     size: int
@@ -52,9 +52,9 @@ class Budget:
     def encode(
         self, image: Image.Image, tiles: tuple[int, int] = (1, 1)
     ) -> tuple[str, Image.Image]:
-        """A data address of `image`, a grid of tiles (columns, rows); and the picture as encoded.
+        """Return a data URL of `image`, a grid of tiles (columns, rows), and the resized image.
 
-        Every tile counts as a picture, and shrinks by itself: none bleeds into its neighbour.
+        Every tile counts as one image and is resized separately, so that neighbours do not mix.
         """
         self.done += tiles[0] * tiles[1]
         room = self.size * self.done / max(self.count, self.done) - self.spent
@@ -69,14 +69,14 @@ class Budget:
         return "data:image/webp;base64," + base64.b64encode(content).decode(), small
 
     def picture(self, image: Image.Image, path: str, label: str, best: bool = False) -> Picture:
-        """The small copy of one picture."""
+        """Return the small copy of one image."""
         address, small = self.encode(image)
         return Picture(path, label, best, address, small.size, max(image.size) <= 96)
 
 
 @dataclass(frozen=True)
 class Sprite:
-    """Tiles in one picture: a column a scored step, a row a particle; the final images last."""
+    """Tiles in one image: columns are scored steps, final images last; rows are particles."""
 
     image: Image.Image
     columns: int
@@ -87,17 +87,17 @@ class Sprite:
 def sprite(
     finals: Sequence[Image.Image], previews: Image.Image | None, tile: tuple[int, int] | None
 ) -> Sprite:
-    """The final images as the last column, beside the previews where there are some.
+    """Return a sprite of the previews, if given, with the final images as the last column.
 
-    previews: a whole number of tiles, `tile` their size. ValueError where it is not.
+    tile: the size of a preview. Raises ValueError if `previews` is not a whole number of tiles.
     """
     width, height = tile or _fitted(finals[0].size, 64)
     columns, rows = 0, len(finals)
     if previews is not None:
         if min(width, height) < 1 or previews.width % width or previews.height % height:
             raise ValueError(
-                f"the previews are {previews.width} x {previews.height} pixels, which is no whole "
-                f"number of tiles of {width} x {height}: the folder is damaged"
+                f"the previews are {previews.width} x {previews.height} pixels, which is not a "
+                f"whole number of tiles of {width} x {height}: the folder is damaged"
             )
         columns, rows = previews.width // width, max(rows, previews.height // height)
     page = Image.new("RGB", ((columns + 1) * width, rows * height), "white")
@@ -125,7 +125,7 @@ def _shrunk(image: Image.Image, tiles: tuple[int, int], side: int) -> Image.Imag
     size = (columns * width, rows * height)
     if size == image.size:
         return image
-    # a box stays within its tile; a single picture has no neighbours
+    # a box filter does not cross the edges of tiles; a single image has no neighbours
     how = Image.Resampling.LANCZOS if tiles == (1, 1) else Image.Resampling.BOX
     return image.resize(size, how)
 

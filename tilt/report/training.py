@@ -1,7 +1,7 @@
-"""The report of a training run as one page, written from its folder alone.
+"""The report of a training run: one page, written from its folder.
 
-Curves of the rewards and where they went apart, the same noise drawn again at every check, and the
-evaluation where there is one. The look is that of a steered run's report, `tilt.report.steered`.
+It shows curves of the rewards with alarms of reward hacking, the images of every check from the
+same noise, and the evaluation if there is one, in the style of `tilt.report.steered`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from finetune.checks import GRID_ROWS, best_row, read
@@ -20,36 +19,36 @@ from rewards.compare import hacked
 from tilt.report import markup
 from tilt.report.charts import Chart, Line, chart
 from tilt.report.markup import short
-from tilt.report.saved import read_json
+from tilt.report.saved import read_evaluation, read_held_out, read_settings
 from tilt.report.thumbnails import Budget
 
 __all__ = ["alarms", "write"]
 
 Row = dict[str, float]
 
-PATIENCE = 3  # checks in a row that have to go apart
+PATIENCE = 3  # consecutive diverging checks that raise an alarm
 _PICTURES = 4_000_000  # bytes of all grids together
 _MOST_GRIDS = 24
-_LEAD = ("model", "reward", "method")  # settings that are said at the top
+_LEAD = ("model", "reward", "method")  # settings shown at the top
 _TRAINED = "train/reward"
 _WATCHED = ("held_out/reward", "held_out/quality", "held_out/corrected")
-_MEANS = {  # column of log.csv -> what it is
-    "loss": "What the training lowers.",
-    "accuracy": "How often the model prefers the better of two images; 0.5 is chance.",
-    "spread": "How far apart the images of a group are held to be. At 0 nothing is learned.",
-    "entropy": "What the rewards ask for: 1 nothing, 0 one image of a group alone.",
-    "best_image": "The error on the best image of a group.",
-    "drift": "How much the error on the best image grew. It should stay near 0.",
-    "ratio": "How much likelier a step is than when it was drawn: 1 if nothing has changed.",
-    "clipped": "The share of steps whose ratio went out of bounds and teaches no more.",
-    "kl": "How far the model has moved from the one it began as.",
-    "moved": "How far a prediction is from that of the policy that drew the images, squared.",
-    "dropped": "How many of an epoch's images had no score and were left out.",
-    "flat_groups": "The share of groups whose images have one reward and teach nothing.",
-    "grad_norm": "The length of the gradient, before long ones are cut.",
-    "seconds": "Of an update.",
+_MEANS = {  # column of log.csv -> its meaning
+    "loss": "Training loss.",
+    "accuracy": "Fraction of image pairs that the model orders as the reward does; 0.5 is chance.",
+    "spread": "Standard deviation in a group, of implicit scores (GDRO) or rewards (online).",
+    "entropy": "Entropy of the target over log k: 1 if it is uniform, 0 if it is one image.",
+    "best_image": "Error on the best image of a group.",
+    "drift": "Increase of the error on the best image. It should stay near 0.",
+    "ratio": "Probability ratio of a step, current over sampling policy: 1 if they are equal.",
+    "clipped": "Fraction of steps whose ratio is outside the clip range.",
+    "kl": "KL divergence from the reference (NFT: squared distance of the predictions).",
+    "moved": "Squared distance of the prediction from that of the sampling policy.",
+    "dropped": "Number of images of an epoch that had no score and were left out.",
+    "flat_groups": "Fraction of groups whose rewards are all equal, which teach nothing.",
+    "grad_norm": "Norm of the gradient before clipping.",
+    "seconds": "Seconds per update.",
 }
-_REWARDS = {  # column -> what the curve is called; the order gives colour and dash
+_REWARDS = {  # column -> name of the curve; the order decides colour and dash
     "train/reward": "train prompts",
     "held_out/reward": "held-out prompts",
     "held_out/corrected": "held-out, corrected",
@@ -57,23 +56,21 @@ _REWARDS = {  # column -> what the curve is called; the order gives colour and d
 
 
 def write(out: Path) -> Path:
-    """Write report.html into the folder of a training run; returns its path.
+    """Write report.html into the folder of a training run, and return its path.
 
-    It holds what is there of log.csv, checks.csv, grids/, settings.yaml and evaluation.json, which
-    may lie in a folder of its own inside. Raises ValueError for a folder without any log or check.
+    It shows log.csv, checks.csv, grids/, settings.yaml and evaluation.json as far as they exist;
+    evaluation.json may be in a subfolder. Raises ValueError for a folder without log and checks.
     """
     out = Path(out)
     log, checks = read(out / "log.csv"), read(out / "checks.csv")
     if not log and not checks:
         raise ValueError(f"{out} has neither log.csv nor checks.csv: pass the folder of a training")
-    file = out / "settings.yaml"
-    text = file.read_text(encoding="utf-8").strip() if file.exists() else ""
-    settings: Any = OmegaConf.to_container(OmegaConf.create(text)) if text else {}
+    text, settings = read_settings(out / "settings.yaml")
     best = _best(checks, settings)
     evaluations = [out / "evaluation.json", *sorted(out.glob("*/evaluation.json"))]
     values = {
-        "model": Path(settings["model"]).name if settings.get("model") else "",
-        "prompts": _looked_at(out),
+        "model": Path(str(settings["model"])).name if settings.get("model") else "",
+        "prompts": read_held_out(out / "checks.json") if (out / "checks.json").exists() else [],
         "steps": max(int(row["step"]) for row in [*log[-1:], *checks[-1:]]),
         "lead": {name: settings[name] for name in _LEAD if settings.get(name)},
         "best": best,
@@ -85,17 +82,11 @@ def write(out: Path) -> Path:
     return markup.keep(out / "report.html", markup.render("training.html", **values))
 
 
-def _looked_at(out: Path) -> list[str]:
-    """The held-out prompts of the checks, as the training writes them down."""
-    file = out / "checks.json"
-    return read_json(file, "held_out")["held_out"] if file.exists() else []
-
-
 def alarms(checks: Sequence[Row], patience: int = PATIENCE) -> dict[str, list[int]]:
-    """At which steps the reward trained on had risen while a held-out column fell, by column.
+    """Return, by held-out column, the steps at which it had fallen while the trained reward rose.
 
-    Each time `patience` checks in a row; see `rewards.compare.hacked`. Columns without are left
-    out.
+    Both must do so for `patience` consecutive checks; see `rewards.compare.hacked`. Columns without
+    such steps are left out.
     """
     if not checks or _TRAINED not in checks[0]:
         return {}
@@ -110,8 +101,8 @@ def alarms(checks: Sequence[Row], patience: int = PATIENCE) -> dict[str, list[in
 
 
 def _best(checks: Sequence[Row], settings: dict[str, Any]) -> int | None:
-    """The step of the check whose weights were kept."""
-    metric = settings.get("check", {}).get("best") or "held_out/reward"
+    """Return the step of the check whose weights were kept, None if no check has a value."""
+    metric = str((settings.get("check") or {}).get("best") or "held_out/reward")
     if not any(math.isfinite(row.get(metric, math.nan)) for row in checks):
         return None
     return int(best_row(checks, metric)["step"])
@@ -120,7 +111,7 @@ def _best(checks: Sequence[Row], settings: dict[str, Any]) -> int | None:
 def _checked(
     out: Path, log: Sequence[Row], checks: Sequence[Row], best: int | None
 ) -> dict[str, Any]:
-    """What the checks add to the values of the page."""
+    """Return the values of the page that depend on the checks."""
     columns = [name for name in checks[0] if name != "step"]
     return {
         "trained": _TRAINED,
@@ -140,14 +131,14 @@ def _line(rows: Sequence[Row], column: str, name: str, style: int) -> Line:
 
 
 def _rewards(log: Sequence[Row], checks: Sequence[Row], best: int | None) -> Chart:
-    """The rewards in one figure, with the moments that matter."""
+    """Chart the rewards, with marks at the best step and at alarms."""
     lines = [
         _line(checks, column, name, style)
         for style, (column, name) in enumerate(_REWARDS.items())
         if column in checks[0]
     ]
     if log and "reward" in log[0]:
-        lines.append(_line(log, "reward", "samples of the training", 3))
+        lines.append(_line(log, "reward", "training samples", 3))
     marks = [] if best is None else [(float(best), "best")]
     first = {steps[0] for steps in alarms(checks).values()}
     marks += [(float(step), "alarm") for step in sorted(first)]
@@ -155,7 +146,7 @@ def _rewards(log: Sequence[Row], checks: Sequence[Row], best: int | None) -> Cha
 
 
 def _others(checks: Sequence[Row]) -> list[Chart]:
-    """What else was checked: the parts of the reward, and what is only watched."""
+    """Chart the other columns of the checks: components of the reward, and held-out measures."""
     sets = {"train": "train prompts", "held_out": "held-out prompts"}
     names = {c.partition("/")[2] for c in checks[0] if "/" in c} - {"reward", "corrected"}
     return [
@@ -172,13 +163,13 @@ def _others(checks: Sequence[Row]) -> list[Chart]:
 
 
 def _apart(marks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """Marks of one step as one."""
+    """Merge marks of the same step."""
     steps = dict.fromkeys(step for step, _ in marks)
     return [(step, ", ".join(name for s, name in marks if s == step)) for step in steps]
 
 
 def _grids(out: Path, checks: Sequence[Row], best: int | None) -> dict[str, Any]:
-    """The pictures of the checks in their order: the same prompts and noise each time."""
+    """Return the image grids of the checks, which have the same prompts and noise, in order."""
     rewards = {int(row["step"]): row.get("held_out/reward", math.nan) for row in checks}
     files = {step: f"grids/{step:06d}.png" for step in rewards}
     there = [step for step, file in files.items() if (out / file).exists()]
@@ -196,7 +187,7 @@ def _grids(out: Path, checks: Sequence[Row], best: int | None) -> dict[str, Any]
 
 
 def _some(steps: Sequence[int], wanted: set[int]) -> list[int]:
-    """At most `_MOST_GRIDS` of them, evenly, with the first, the last and those wanted."""
+    """Select at most `_MOST_GRIDS` steps evenly, with the first, the last and those wanted."""
     if len(steps) <= _MOST_GRIDS:
         return list(steps)
     count = _MOST_GRIDS - len(wanted)
@@ -205,8 +196,8 @@ def _some(steps: Sequence[int], wanted: set[int]) -> list[int]:
 
 
 def _evaluation(path: Path, out: Path) -> dict[str, Any]:
-    """The tables of `tilt evaluate`: a line a measure, a column a variant."""
-    content = read_json(path, "sections")
+    """Return the tables of `tilt evaluate`, with a row per measure and a column per variant."""
+    content = read_evaluation(path)
     sections = []
     for title, measures in content["sections"].items():
         names = list(dict.fromkeys(v for measure in measures for v in measure["variants"]))
@@ -219,7 +210,7 @@ def _evaluation(path: Path, out: Path) -> dict[str, Any]:
 
 
 def _updates(log: Sequence[Row]) -> list[tuple[Chart, str]]:
-    """A chart and a note for each quantity of the log."""
+    """Return a chart and an explanation of each column of the log."""
     names = [name for name in (log[0] if log else {}) if name not in ("step", "reward")]
     return [
         (chart(name, [_line(log, name, name, 0)], size=(260, 140)), _MEANS.get(name, ""))
