@@ -139,7 +139,7 @@ def test_a_taken_port_is_refused_in_one_sentence(app):
     )
     assert done.returncode == 2
     assert re.search(
-        f"tilt app: cannot listen at .* port {port} .* try another --port", done.stderr
+        f"tilt app: cannot listen on .* port {port} .* try another --port", done.stderr
     )
 
 

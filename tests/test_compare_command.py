@@ -72,7 +72,7 @@ def test_wins_pair_images_by_prompt_and_turn():
     said = win_report(ours, theirs, "x")
     assert f"wins        {(0.75 + 0.5 + 0) / 3:.3f} [" in said
     assert "difference  +0.000 [" in said
-    with pytest.raises(ValueError, match="image 2 of the prompt 'a' is in one of them only"):
+    with pytest.raises(ValueError, match="image 2 of the prompt 'a' is in only one of them"):
         win_report(ours, theirs[1:], "x")
 
 
@@ -146,7 +146,7 @@ def test_every_comparison_as_a_command(tmp_path, bright, capsys):
             ["preferences", "--file", "none.jsonl", "--reward", "jpeg"],
             "not a readable file of choices",
         ),
-        (["tournament", "--images", ".", "--judge", "jpeg"], "is no judge"),
+        (["tournament", "--images", ".", "--judge", "jpeg"], "is not a judge"),
     ],
 )
 def test_mistakes_are_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):

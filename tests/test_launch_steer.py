@@ -163,7 +163,7 @@ def test_a_spread_population_that_lost_a_process_says_what_is_kept(one, tmp_path
 
 @pytest.mark.parametrize(
     ("processes", "particles", "why"),
-    [(1, "4", "--spread needs processes"), (2, "3", "--particles 3 cannot be spread over 2")],
+    [(1, "4", "--spread divides the particles"), (2, "3", "--particles 3 cannot be spread over 2")],
 )
 def test_a_spread_that_cannot_be_is_refused_before_a_folder_is_made(
     one, tmp_path, processes, particles, why

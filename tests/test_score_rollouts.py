@@ -143,7 +143,7 @@ def test_rollouts_are_calibrated_on_too(folder, tmp_path):
         ("jpeg", ["--out", "scores.csv"], "leave out --out"),
         ("jpeg", ["--prompt", "x"], "leave out --prompt"),
         ("reward=jpeg + 2*clip(tiny)", [], "is called 'reward'"),
-        ("dino(tiny)", [], "which rollouts lack"),
+        ("dino(tiny)", [], "which rollouts do not have"),
         ("jpeg", ["--calibrate", "."], "cannot be written"),
     ],
 )

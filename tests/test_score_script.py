@@ -246,7 +246,7 @@ def test_other_references_are_another_row(folder, capsys):
 def test_one_picture_is_no_sample_to_calibrate_on(folder, seen, capsys):
     command = [*lines(folder, {"image": "0.png", "prompt": "x"}), "jpeg"]
     assert score.main([*command, "--calibrate", str(folder / "scale.json")]) == 2
-    assert "two pictures or more" in capsys.readouterr().err
+    assert "two images or more" in capsys.readouterr().err
     assert not seen
 
 

@@ -109,5 +109,5 @@ def test_the_help_says_what_each_option_may_be(name):
 
 
 def test_an_option_is_not_taken_for_the_value_of_a_keyword():
-    with pytest.raises(ValueError, match=r"^--call\.height has no value; write one behind it$"):
+    with pytest.raises(ValueError, match=r"^--call\.height has no value; write one after it$"):
         rollout.OPTIONS.read(["--call.height", "--resume"])

@@ -179,7 +179,7 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
             ["--reward=dino(tiny)"],
             "the reward dino(tiny) compares with references; set references=",
         ),
-        (["--references={folder}", "--critic-weight=0"], "serve nothing: critic_weight is 0"),
+        (["--references={folder}", "--critic-weight=0"], "has no effect: critic_weight is 0"),
         (
             ["--references={folder}", "--critic-weight=0", "--critic-from=x"],
             "a critic_weight above 0",
@@ -188,13 +188,13 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
         (["--references={folder}", "--critic-from=/nowhere"], "/nowhere"),
         (
             ["--call.guidance-scale=4"],
-            "call.guidance_scale says nothing to training; set grpo.guidance_scale=",
+            "call.guidance_scale has no effect in training; set grpo.guidance_scale=",
         ),
         (["--call.guidance-scale=4", "--method=nft"], "set nft.guidance_scale= instead"),
         (["--call.num-inference-steps=4"], "set grpo.num_inference_steps= instead"),
         (["--call.negative-prompt=blue"], "set negative_prompt= instead"),
-        (["--call.eta=1"], "call.eta says nothing to training, which takes ['height', 'width'"),
-        (["--negative-prompt=blue"], "serves nothing without guidance; set grpo.guidance_scale"),
+        (["--call.eta=1"], "call.eta has no effect in training, which takes ['height', 'width'"),
+        (["--negative-prompt=blue"], "has no effect without guidance; set grpo.guidance_scale"),
         (
             ["--grpo.guidance-scale=0.5"],
             "guidance_scale is 0.5, but pipelines treat values below 1",

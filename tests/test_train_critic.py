@@ -234,4 +234,4 @@ def test_runs_of_several_sizes_are_refused(words, samples, tmp_path, capsys):
     made(small, prompts=PROMPTS[:1], call=CALL | {"height": 32, "width": 48})
     several = ["--rollouts", str(samples), str(small)]
     assert train_critic.main([*words, *several, f"--out={tmp_path / 'out'}"]) == 2
-    assert "rollouts must be of one size (h, w) but are" in capsys.readouterr().err
+    assert "rollouts must have one size (h, w) but have" in capsys.readouterr().err

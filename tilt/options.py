@@ -1,6 +1,6 @@
-"""One dialect for all commands: options that are made of a dataclass of settings, and YAML.
+"""Options of commands, generated from a dataclass of settings, and reading of settings from YAML.
 
-`Options` reads a command line; the help of an option stands in the field that it sets.
+`Options` parses a command line; the help of an option is declared in the field that it sets.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = ["Options"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes are a ValueError, for the command to print as its own sentence."""
+    """A parser that raises ValueError for invalid words, so that the command can print it."""
 
     def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (--help lists what there is)")
+        raise ValueError(f"{message} (--help lists the options)")
 
 
 @dataclass(frozen=True)
 class _Option:
-    """One field of the settings, as an option."""
+    """The option of one field of the settings."""
 
     path: str  # "check.every"
-    flag: str  # "--check.every"; "PROMPTS" of the one that words without an option are for
-    group: str  # the heading that it stands under
+    flag: str  # "--check.every"; "PROMPTS" for the positional argument
+    group: str  # its heading in the help
     hint: Any
     default: Any
     help: str
@@ -47,7 +47,7 @@ class _Option:
 
     @property
     def is_free(self) -> bool:
-        """Whether it takes any key, as keywords of a call do."""
+        """Whether it accepts any key, such as keywords of a call."""
         return typing.get_origin(self.hint) is dict
 
     @property
@@ -55,7 +55,7 @@ class _Option:
         return typing.get_origin(self.hint) is list
 
     def add_to(self, group: Any) -> None:
-        """Declare it to argparse, which keeps what was given as it was written."""
+        """Declare it to argparse, which returns the value as text, unconverted."""
         unsaid = self.default is False or self.default in (None, "", [], (), {})
         said = self.help if unsaid else f"{self.help} (default: {_shown(self.default)})"
         said = said.replace("%", "%%")
@@ -73,8 +73,8 @@ class _Option:
             group.add_argument(self.flag, dest=self.path, nargs=many, metavar=shown, help=said)
 
     def word(self, given: Any) -> str:
-        """What was given as `path=value` in YAML."""
-        if self.is_text or self.is_list:  # text as it stands, and no reference to other settings
+        """Return a given value as `path=value` in YAML."""
+        if self.is_text or self.is_list:  # literal text, without OmegaConf's interpolation
             return f"{self.path}={json.dumps(given, ensure_ascii=False)}".replace("${", "\\\\${")
         if typing.get_origin(self.hint) is tuple:
             return f"{self.path}={self._numbers(given)}"
@@ -87,7 +87,7 @@ class _Option:
         except ValueError:
             what = "whole numbers" if kind is int else "numbers"
             raise ValueError(
-                f"{self.flag} is {given!r:.80} but must be {what} with commas between"
+                f"{self.flag} is {given!r:.80} but must be {what} separated by commas"
             ) from None
 
 
@@ -97,15 +97,15 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a command, made of a dataclass of settings, and how they are read.
+    """The options of a command, generated from a dataclass of settings, and their parsing.
 
-    The field `every` of the group `check` is the option `--check.every`, with a dash for each
-    underscore; its help and its range stand in the field (`finetune.ranges.setting`). A group with
-    the metadata "flat" lends its fields without its name. A field that is a dict takes any key, as
-    in `--call.height 512`. The file that --config names, in YAML, holds settings by their fields'
-    names, and options win over it.
+    The field `every` of the group `check` becomes the option `--check.every`, with a dash for each
+    underscore; its help and its range are declared in the field (`finetune.ranges.setting`). Fields
+    of a group with the metadata "flat" have options without the group's name. A field that is a
+    dict accepts any key, as in `--call.height 512`. The YAML file given by --config contains
+    settings by field name; options take precedence over it.
 
-    positional: the field, a text or a list of them, that words without an option are for.
+    positional: the field, of type text or list of texts, that gets the positional arguments.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Options:
     positional: str = ""
 
     def read(self, argv: Sequence[str]) -> Any:
-        """The settings; ValueError, in words of options, for what is wrong with these words."""
+        """Parse the settings; raises ValueError, which names options, for invalid words."""
         _check_words(argv)
         file, words = self._words(argv)
         try:
@@ -124,7 +124,7 @@ class Options:
             raise ValueError(self.in_words(str(error))) from None
 
     def in_words(self, message: str) -> str:
-        """A library's sentence, its arguments as the options that set them."""
+        """Return a library's message with its arguments replaced by the options that set them."""
         flags = self.flags()
         names = {flag[2:].replace("-", "_"): flag for flag in flags.values() if flag[0] == "-"}
         said = in_words(message, names | flags)
@@ -137,11 +137,11 @@ class Options:
         return said
 
     def flags(self) -> dict[str, str]:
-        """The option of each setting, by the path of its field."""
+        """Return {path of a field: its option}."""
         return {option.path: option.flag for option in self._options()}
 
     def parser(self) -> argparse.ArgumentParser:
-        """What reads the words, and prints the help."""
+        """Return the parser, which also prints the help."""
         every = self._options()
         rest = next((o for o in every if o.path == self.positional), None)
         parser = _Parser(
@@ -153,7 +153,7 @@ class Options:
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
         )
-        said = "settings as YAML; options win over it"
+        said = "YAML file of settings; options take precedence over it"
         parser.add_argument("--config", type=Path, metavar="FILE", help=said)
         groups: dict[str, Any] = {"": parser}
         for option in every:
@@ -210,7 +210,7 @@ def _options(kind: type, prefix: str = "", flat: bool = True, group: str = "") -
 
 
 def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], list[str]]:
-    """The words without those such as `--call.height 512`, and these as `call.height=512`."""
+    """Split off words such as `--call.height 512`; returns the rest, and `call.height=512`."""
     rest, words, left = [], [], list(argv)
     while left:
         word = left.pop(0)
@@ -221,7 +221,7 @@ def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], 
         flag, equals, value = word.partition("=")
         if not equals:
             if not left or left[0].startswith("--"):
-                raise ValueError(f"{flag:.80} has no value; write one behind it")
+                raise ValueError(f"{flag:.80} has no value; write one after it")
             value = left.pop(0)
         key = flag.removeprefix(f"{option.flag}.").replace("-", "_")
         words.append(f"{option.path}.{key}={value}")
@@ -229,7 +229,7 @@ def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], 
 
 
 def _no_option(word: str, parser: argparse.ArgumentParser) -> str:
-    """What to say of a word that no option takes."""
+    """Return the message for a word that is not an option."""
     known = parser._option_string_actions
     name, equals, value = word.partition("=")
     if not word.startswith("-"):
@@ -237,12 +237,12 @@ def _no_option(word: str, parser: argparse.ArgumentParser) -> str:
         hint = f"write {flag} {value}" if equals and flag in known else "--help lists the options"
         return f"{word!r:.80} belongs to no option: {hint}"
     near = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists what there is"
+    hint = f"did you mean {near[0]}?" if near else "--help lists the options"
     return f"there is no option {word:.80}: {hint}"
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Raise ValueError for a word of the command line that is not UTF-8: nothing could keep it."""
+    """Raise ValueError for a word that is not UTF-8, because no file could store it."""
     for word in words:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise ValueError(f"{word!r:.80} is not UTF-8: write it as UTF-8")

@@ -1,1 +1,1 @@
-"""One module a command: its options and what it does; `tilt.main` finds them."""
+"""The commands, one per module, with their options; `tilt.main` finds them."""

@@ -1,6 +1,6 @@
-"""An app to play in: watch the particles of a run while they are drawn, in a browser.
+"""A web app for trying prompts and rewards, which shows the particles of a run as they evolve.
 
-One run at a time; people who come meanwhile wait in line. Needs the extra "app".
+It runs one request at a time; others wait in a queue. It needs the extra "app".
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ examples:
   # the embedded model: no GPU, no network; then open http://127.0.0.1:7860
   tilt app
 
-  # a model of your own to begin with, and at most 16 particles
+  # another initial model, and at most 16 particles
   tilt app --model path/to/pipeline --max-particles 16
 
-  # a reward of your own; those typed into the page import no code and open no files
+  # your own reward; rewards typed into the page cannot import code or open files
   tilt app --reward my_module:my_reward
 
-  # for others to reach: they may load any model that this machine can
+  # make it accessible to others, who may load any model that this machine can load
   tilt app --host 0.0.0.0
 """
 
 
 @dataclass
 class App:
-    """What the page begins with, and where it is."""
+    """The initial values of the page, and its address."""
 
     model: str = setting(
-        "tiny-sd3", NAME, f"hub id, folder, or {' or '.join(tiny.NAMES)}, to begin with"
+        "tiny-sd3", NAME, f"initial model: hub id, folder, or {' or '.join(tiny.NAMES)}"
     )
-    lora: str | None = setting(None, optional(NAME), "LoRA to begin with: hub id, folder or file")
-    reward: str | None = setting(None, optional(NAME), "reward to begin with")
-    max_particles: int = setting(64, whole(1, MOST_PARTICLES), "the most that a run may have")
-    host: str = setting("127.0.0.1", NAME, "address to listen at; by default this machine alone")
-    port: int = setting(7860, whole(1, 65535), "port to listen at")
+    lora: str | None = setting(None, optional(NAME), "initial LoRA: hub id, folder or file")
+    reward: str | None = setting(None, optional(NAME), "initial reward")
+    max_particles: int = setting(64, whole(1, MOST_PARTICLES), "maximum particles of a run")
+    host: str = setting("127.0.0.1", NAME, "address to listen on; by default only this machine")
+    port: int = setting(7860, whole(1, 65535), "port to listen on")
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = setting("auto", loading.DTYPE, loading.ABOUT_DTYPE)
 
@@ -58,7 +58,7 @@ OPTIONS = Options("tilt app", App, __doc__ or "", EXAMPLES)
 
 
 def launch(app: App, root: Path) -> Any:
-    """The running page; `root` holds the runs' folders and is all that it serves from disk."""
+    """Launch the page; it serves only files in `root`, which contains the folders of runs."""
     loading.check_name(app.model)
     device = loading.pick_device(app.device)
     studio = Studio(device, loading.pick_dtype(app.dtype, device), root)
@@ -77,25 +77,25 @@ def launch(app: App, root: Path) -> Any:
             allowed_paths=[str(root)], theme=THEME, css=CSS,
             prevent_thread_lock=True, quiet=True,
         )  # fmt: skip
-    except OSError as error:  # Gradio's own words name its environment variables
+    except OSError as error:  # Gradio's own message names its environment variables
         raise ValueError(
-            f"cannot listen at {app.host}, port {app.port} ({error}): try another --port"
+            f"cannot listen on {app.host}, port {app.port} ({error}): try another --port"
         ) from None
     return page
 
 
 def run(settings: App) -> None:
-    """Open the page, and keep it until Ctrl-C."""
+    """Launch the page, and serve it until Ctrl-C."""
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("tilt").setLevel(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="tilt-app-") as root:
         started.say("starting the page")
         page = launch(settings, Path(root))
         with contextlib.suppress(KeyboardInterrupt):
-            print(f"open {page.local_url} (Ctrl-C ends it)", flush=True)
+            print(f"open {page.local_url} (Ctrl-C stops it)", flush=True)
             threading.Event().wait()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 after Ctrl-C; 2 for what was refused, in one sentence."""
+    """Return exit status 0 after Ctrl-C, or 2 for refused input."""
     return of_command(OPTIONS, argv, run)

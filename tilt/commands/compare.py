@@ -1,4 +1,4 @@
-"""Compare rewards with each other, with people's preferences, and images in a tournament."""
+"""Compare rewards with each other or with human preferences, and images in a tournament."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass
 class Agreement:
-    """Say how far the columns of a table of scores agree."""
+    """Measure how much the columns of a table of scores agree."""
 
     table: str = setting("", GIVEN, "table of scores")
-    columns: list[str] = setting(list, TEXTS, "columns; by default all scores")
+    columns: list[str] = setting(list, TEXTS, "columns to compare; by default all scores")
 
     def report(self) -> str:
         return agreement_report(_table(self.table), self.columns)
@@ -46,7 +46,7 @@ class Agreement:
 
 @dataclass
 class Wins:
-    """Say how often one table's images beat another's of the same prompts."""
+    """Measure how often one table's images beat another's for the same prompts."""
 
     table: str = setting("", GIVEN, "table of scores")
     baseline: str = setting("", GIVEN, "table to compare it with")
@@ -59,7 +59,7 @@ class Wins:
 
 @dataclass
 class Preferences:
-    """Say how often a reward prefers what people prefer: its best-of-n accuracy."""
+    """Measure how often a reward prefers what people prefer: its best-of-n accuracy."""
 
     file: str = setting("", GIVEN, "preference file, .jsonl")
     reward: str = setting("", GIVEN, "spec of the reward")
@@ -73,12 +73,10 @@ class Preferences:
 
 @dataclass
 class Tournament:
-    """Rank the images of each prompt by a vision-language model that sees two at a time."""
+    """Rank the images of each prompt with a vision-language model that compares pairs."""
 
     images: str = setting("", GIVEN, "folder of images, or .jsonl file")
-    prompt: str | None = setting(
-        None, optional(NAME), "prompt of the images that do not record their own"
-    )
+    prompt: str | None = setting(None, optional(NAME), "prompt of images without a recorded prompt")
     judge: str = setting("", GIVEN, "spec of the judge, judge(url=..., model=...)")
     device: str = setting("auto", NAME, "auto, cpu, cuda or mps")
 
@@ -95,7 +93,7 @@ EXAMPLES = {
     Wins: "--table tuned.csv --baseline base.csv --column reward",
     Preferences: """--file choices.jsonl --reward "clip(tiny)"
 
-a preference file has one object a line, its paths relative to it:
+a preference file has one object per line; paths are relative to the file:
   {"prompt": "a red circle", "chosen": "a.png", "rejected": ["b.png"]}""",
     Tournament: '--images out/demo --judge "judge(url=URL, model=NAME)"',
 }
@@ -109,42 +107,44 @@ OPTIONS = {
 
 
 def main(argv: Sequence[str]) -> int | None:
-    """Exit status: 0; 2 for what was refused, in one sentence."""
+    """Return exit status 0, or 2 for refused input."""
     about = {name: options.about for name, options in OPTIONS.items()}
     return dispatch("tilt compare", about, argv, run)
 
 
 def run(name: str, argv: Sequence[str]) -> int:
-    """Print one comparison; exit status as that of `main`."""
+    """Print one comparison; returns the exit status like `main`."""
     return of_command(OPTIONS[name], argv, lambda settings: print(settings.report()))
 
 
 def _table(path: str) -> list[dict[str, Any]]:
     rows = score_table.read_table(Path(path))
     if not rows:
-        raise ValueError(f"{path} holds no rows; score some images first")
+        raise ValueError(f"{path} has no rows; score some images first")
     return rows
 
 
 def _judge(spec: str, device: torch.device) -> JudgeReward:
     found = rewards.load(spec, imports=True).parts[0].reward
     if not isinstance(found, JudgeReward):
-        raise ValueError(f"{spec!r} is no judge; write judge(url=..., model=...) or judge(FOLDER)")
+        raise ValueError(
+            f"{spec!r} is not a judge; write judge(url=..., model=...) or judge(FOLDER)"
+        )
     if isinstance(found.model, LocalVlm):
         found.model.to(device)
     return found
 
 
 def agreement_report(rows: Rows, columns: Sequence[str] = ()) -> str:
-    """How far each two score columns of a table agree, a line for each pair.
+    """Report how much each two score columns of a table agree, with one line per pair.
 
-    Images on which either score is missing are left out of that pair. See `rewards.compare` for
-    the figures: Kendall's τ over all images, and within prompts τ, the share of concordant pairs
-    and the STARC distance.
+    Images without one of the two scores are left out of that pair. The figures, explained in
+    `rewards.compare`, are Kendall's τ over all images, and within prompts τ, the share of
+    concordant pairs and the STARC distance.
     """
     names = list(columns) or [name for name in rows[0] if name not in score_table.TEXTS]
     if len(names) < 2:
-        raise ValueError(f"two columns or more are compared, but there is only {names}")
+        raise ValueError(f"a comparison needs two columns or more, but there is only {names}")
     width = max(len(f"{a}, {b}") for a, b in combinations(names, 2))
     lines = [f"{'':{width}}  images     tau  tau within  concordant  STARC"]
     for first, second in combinations(names, 2):
@@ -160,7 +160,7 @@ def agreement_report(rows: Rows, columns: Sequence[str] = ()) -> str:
 
 
 def win_report(rows: Rows, baseline: Rows, column: str, seed: int = 0) -> str:
-    """How often the images of one table beat those of another in a column, paired by prompt.
+    """Report how often the images of one table beat those of another in a column.
 
     The i-th image of a prompt is compared with the i-th image of the same prompt.
     """
@@ -168,8 +168,8 @@ def win_report(rows: Rows, baseline: Rows, column: str, seed: int = 0) -> str:
     if set(ours) != set(theirs):
         missing = next(iter(set(ours) ^ set(theirs)))
         raise ValueError(
-            f"the tables do not pair: image {missing[1] + 1} of the prompt {missing[0]!r} is in "
-            "one of them only"
+            "the tables have different images: image "
+            f"{missing[1] + 1} of the prompt {missing[0]!r} is in only one of them"
         )
     a, b = (_column([table[key] for key in ours], column) for table in (ours, theirs))
     prompts = [prompt for prompt, _ in ours]
@@ -183,7 +183,7 @@ def win_report(rows: Rows, baseline: Rows, column: str, seed: int = 0) -> str:
 
 
 def preference_report(file: Path, reward: Any, device: torch.device | None = None) -> str:
-    """Best-of-n accuracy of a reward on each subset of a preference file, a line for each."""
+    """Report the best-of-n accuracy of a reward, with one line per subset of the file."""
     choices = read_choices(file)
     reward.check([choice.prompt for choice in choices])
     results = choice_results(choices, score_choices(reward, choices, file.parent, device))
@@ -196,7 +196,7 @@ def preference_report(file: Path, reward: Any, device: torch.device | None = Non
 
 
 def ranked(samples: Sequence[Sample], judge: JudgeReward) -> dict[str, list[Path]]:
-    """The images of each prompt that has several, best first, by a tournament."""
+    """Rank the images of each prompt that has several, best first, in a tournament."""
     groups: dict[str, list[Path]] = {}
     for sample in samples:
         groups.setdefault(sample.prompt, []).append(sample.image)
@@ -208,7 +208,7 @@ def ranked(samples: Sequence[Sample], judge: JudgeReward) -> dict[str, list[Path
             ranks = tournament(SideBySideJudge(judge.model, pictures, prompt), len(paths)).ranks
             found[prompt] = [paths[i] for i in ranks.argsort().tolist()]
     if not found:
-        raise ValueError("no prompt has two images or more, which a tournament needs")
+        raise ValueError("a tournament needs two images or more of a prompt, but no prompt has two")
     return found
 
 
@@ -220,7 +220,7 @@ def _column(rows: Rows, name: str) -> Tensor:
 
 
 def _by_turn(rows: Rows) -> dict[tuple[str, int], Mapping[str, Any]]:
-    """{(prompt, how many of its images came before): row}."""
+    """Return {(prompt, number of earlier images of that prompt): row}."""
     seen: dict[str, int] = {}
     found = {}
     for row in rows:

@@ -1,8 +1,8 @@
-"""Evaluate a fine-tuned model: base, tuned, steered and both, at the same prompts and seeds.
+"""Evaluate a fine-tuned model: base, tuned, steered and both, with the same prompts and seeds.
 
-The folder --out gets evaluation.md, evaluation.json and grid.png; docs/evaluate.md says what they
-hold. Where it lies inside the folder of a training run, that run's report.html gets the table too.
-An evaluation that was cut off goes on when the command is repeated with --resume.
+Writes evaluation.md, evaluation.json and grid.png into the folder --out; docs/evaluate.md explains
+them. If it is inside the folder of a training run, that run's report.html shows the table, too.
+To resume an interrupted evaluation, repeat the command with --resume.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from tilt.variants import (
 )
 from tilt.wording import counted
 
-# two detector sizes of the reader, which errs at each in its own way
+# two detector sizes of the OCR engine, since each makes different errors
 READERS = {"": "", "_160": ", detector at 160 px"}
 READ = (
     "exact=ocr(mode=exact) + exact_160=ocr(mode=exact, limit_side_len=160)"
@@ -66,29 +66,29 @@ BATCH = 32
 
 @dataclass
 class Evaluate(drawing.Drawing):
-    """What to compare, by what."""
+    """The images to generate, and the rewards that score them."""
 
     prompts: str = setting(
-        "", TEXT, "a file of prompts that training never saw: one a line, or .jsonl"
+        "", TEXT, "file of prompts that were not trained on: one per line, or .jsonl"
     )
     lora: str | None = setting(None, optional(NAME), "LoRA weights of the tuned model, if any")
-    images: int = setting(4, whole(1, 10_000), "images of a prompt in every variant")
-    reward: str = setting("", TEXT, "what judges them, as in 'ocr + 0*clip'")
+    images: int = setting(4, whole(1, 10_000), "images per prompt in every variant")
+    reward: str = setting("", TEXT, "reward that scores the images, as in 'ocr + 0*clip'")
     steer: str | None = setting(
-        None, optional(NAME), "the reward of the steered variants; without it, there are none"
+        None, optional(NAME), "reward of the steered variants; without it, there are none"
     )
     particles: int = setting(
-        0, whole(0, 10_000), "particles of the run of which each steered image is the best"
+        0, whole(0, 10_000), "particles per steered image, which is the best of them"
     )
     objects: str = setting(
         "objects",
         NAME,
-        "the detector for prompts of GenEval's kind, as in 'objects(detector=owlv2)'",
+        "detector for prompts in GenEval's form, as in 'objects(detector=owlv2)'",
     )
     embed: str | None = setting(
         None,
         optional(NAME),
-        "a reward whose features measure diversity; embedded models have dino(tiny)",
+        "reward whose features measure diversity; dino(tiny) for embedded models",
     )
     seed: int = setting(0, SEED, "seed of the images and of the bootstrap")
 
@@ -102,7 +102,7 @@ OPTIONS = Options("tilt evaluate", Evaluate, __doc__ or "", EXAMPLES)
 
 
 class Job(NamedTuple):
-    """A table of scores that every variant gets: by a reward, of the prompts `rows`."""
+    """A table of scores for every variant: a reward's scores for the prompts `rows`."""
 
     name: str
     reward: rewards.WeightedSum
@@ -110,7 +110,7 @@ class Job(NamedTuple):
 
 
 def plan_of(settings: Evaluate) -> EvaluationPlan:
-    """The prompts, each once, and how they are drawn."""
+    """Return the plan of the evaluation, with each prompt once."""
     if not settings.prompts or not settings.out or not settings.reward:
         raise ValueError("set prompts=FILE, out=FOLDER and reward=SPEC")
     known: dict[str, tuple[str, ...]] = {}
@@ -128,20 +128,20 @@ def plan_of(settings: Evaluate) -> EvaluationPlan:
 
 
 def judge(spec: str, plan: EvaluationPlan, device: torch.device) -> rewards.WeightedSum:
-    """The reward, if it can score every prompt."""
+    """Load a reward; raises ValueError if it cannot score every prompt."""
     reward = load(spec, device, plan.prompts)
     if needs_references(reward.parts) and not all(plan.references):
-        raise ValueError(f"{spec!r} compares with reference pictures; name some for every prompt")
+        raise ValueError(f"{spec!r} compares with reference images; give some for every prompt")
     return reward
 
 
 def variants_of(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> list[Variant]:
-    """base; tuned, where there is a LoRA; and both of them steered, where there is a reward."""
+    """Return base, tuned if there is a LoRA, and both of them steered if `steer` is set."""
     k, plain, fk = settings.particles, [Variant("base")], drawing.filter_of(settings.filter)
     if bool(settings.steer) != bool(k) or k < 0 or k == 1:
         raise ValueError(
-            f"steer is {settings.steer!r} and particles {k}, which belong together; set both, "
-            "with two particles or more, or neither"
+            f"steer is {settings.steer!r} and particles {k}, which must be set together, with two "
+            "particles or more; set both or neither"
         )
     if not settings.steer:
         ranges.refuse_idle(settings, ["filter"], "steer= is not set")
@@ -158,10 +158,10 @@ def variants_of(settings: Evaluate, plan: EvaluationPlan, device: torch.device) 
 
 
 def jobs_of(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> list[Job]:
-    """The reward asked for on all prompts; readers and detector on those that they can judge."""
+    """Return jobs for the reward, and for OCR and detector on the prompts that they can score."""
     detector = rewards.load(settings.objects, device, imports=True)
     if [type(part.reward) for part in detector.parts] != [ObjectsReward]:
-        raise ValueError(f"objects is {settings.objects!r} but must be one objects(...)")
+        raise ValueError(f"objects is {settings.objects!r} but must be a single objects(...)")
     jobs = [Job("rewards", judge(settings.reward, plan, device), list(range(len(plan.prompts))))]
     for name, reward in (("text", rewards.load(READ, device)), ("tasks", detector)):
         rows = [i for i, prompt in enumerate(plan.prompts) if _applies(reward, prompt)]
@@ -178,11 +178,11 @@ def _applies(reward: rewards.WeightedSum, prompt: str) -> bool:
 
 
 def tower_of(settings: Evaluate, device: torch.device) -> Any:
-    """What embeds pictures to tell their diversity, or None."""
+    """Return the network whose image features measure diversity, or None."""
     if settings.embed and settings.images < 2:
         raise ValueError(
-            f"embed is {settings.embed!r:.80} but images 1: diversity is told from two pictures of "
-            "a prompt or more; set images=2, or leave embed out"
+            f"embed is {settings.embed!r:.80} but images is 1, and diversity needs two images or "
+            "more per prompt; set images=2, or leave embed out"
         )
     spec = settings.embed or ("dino(tiny)" if settings.model in tiny.NAMES else "")
     if not spec or settings.images < 2:
@@ -190,12 +190,12 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
     reward = rewards.load(spec, device, imports=True).parts[0].reward
     tower = reward if hasattr(reward, "image_features") else getattr(reward, "towers", None)
     if tower is None:
-        raise ValueError(f"embed is {spec!r}, which has no features; take dino or clip")
+        raise ValueError(f"embed is {spec!r}, which has no features; use dino or clip")
     return tower
 
 
 def run(settings: Evaluate, line: str) -> None:
-    """Check everything; draw this process's pictures; the main process judges them all."""
+    """Check everything and generate this process's images; the main process scores all images."""
     plan, settings = plan_of(settings), loading.resolved(settings)
     out, lora = Path(settings.out).resolve(), digests.of_weights(settings.lora)
     if settings.resume and is_finished(out, plan, asdict(settings), lora):
@@ -237,7 +237,7 @@ def run(settings: Evaluate, line: str) -> None:
 
 
 def ready(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> tuple[Any, ...]:
-    """Variants, jobs, what embeds pictures, the pipeline and the preview decoder, all checked."""
+    """Return variants, jobs, network of features, pipeline and preview decoder, all checked."""
     variants = variants_of(settings, plan, device)
     jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)
     dtype = loading.DTYPES[settings.dtype]
@@ -252,7 +252,7 @@ def ready(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> tup
 
 
 def scored(job: Job, folder: Path, plan: EvaluationPlan, device: torch.device) -> dict[str, Tensor]:
-    """{component: (prompts, images)} of a variant's pictures; what is on disk is not done again."""
+    """Score a variant's images, except those on disk; returns {component: (prompts, images)}."""
     samples = [
         Sample(picture(folder, i, j), plan.prompts[i], tuple(map(Path, plan.references[i])))
         for i in job.rows
@@ -270,7 +270,7 @@ def scored(job: Job, folder: Path, plan: EvaluationPlan, device: torch.device) -
 def measures_of(
     job: Job, found: dict[str, dict[str, Tensor]], prompts: Sequence[str]
 ) -> list[Measure]:
-    """What is reported of a job's scores, {variant: {component: (prompts, images)}}."""
+    """Return the measures of a job's scores, {variant: {component: (prompts, images)}}."""
     own, names = [prompts[i] for i in job.rows], list(found["base"])
     columns = {n: {variant: scores[n] for variant, scores in found.items()} for n in names}
     if job.name == "text":
@@ -280,7 +280,7 @@ def measures_of(
         (detector,) = job.reward.parts
         tags = [detector.reward.entry(prompt).tag for prompt in own]
         return measures.of_tasks(columns[detector.name], job.rows, tags, TASKS)
-    # of one component, the total says nothing more
+    # with one component of weight 1, the total is redundant
     alone = [part.weight for part in job.reward.parts if part.weight] == [1]
     return [Measure(name, columns[name], job.rows) for name in names[alone:]]
 
@@ -289,7 +289,7 @@ def measures_of(
 def diversity(
     tower: Any, out: Path, names: Sequence[str], plan: EvaluationPlan, device: torch.device
 ) -> list[Measure]:
-    """How much the pictures of one prompt differ, in the tower's features."""
+    """Measure how much the images of one prompt differ in the tower's features."""
     distances, vendis = {}, {}
     for name in names:
         sets = (pictures(out / name, i, plan.images) for i in range(len(plan.prompts)))
@@ -310,10 +310,10 @@ def report(
     about = [
         f"# Evaluation of {settings.model}{f' with {settings.lora}' if settings.lora else ''}",
         f"{counted(len(plan.prompts), 'prompt')}, "
-        f"{counted(plan.images, 'picture')} of each in every variant, paired by "
-        "their noise. Means over prompts with 95 % percentile bootstrap intervals over prompts; "
-        "wins are pictures above the base's of the same noise, ties counting ½."
-        + f" A steered picture is the best of {settings.particles} particles."
+        f"{counted(plan.images, 'image')} per prompt in every variant, paired by their noise. "
+        "Figures are means over prompts with 95 % percentile bootstrap intervals over prompts; "
+        "wins are images better than the base's image from the same noise, ties counting ½."
+        + f" A steered image is the best of {settings.particles} particles."
         * bool(settings.steer),
         f"    {line}",
     ]
@@ -336,7 +336,7 @@ def report(
 
 
 def show(out: Path) -> None:
-    """Print the tables, and where the pictures are."""
+    """Print the tables and the paths of the written files."""
     made = [out / "grid.png"]
     if (out.parent / "log.csv").exists():  # inside a training run, whose report shows it too
         made.append(page.write(out.parent))
@@ -344,6 +344,6 @@ def show(out: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `exit_status.of_run`."""
+    """Return the exit status of `exit_status.of_run`."""
     work = partial(run, line=shlex.join(["tilt", "evaluate", *argv]))
-    return exit_status.of_run(OPTIONS, argv, work, "what is drawn is kept", "*/*.png")
+    return exit_status.of_run(OPTIONS, argv, work, "finished images are kept", "*/*.png")

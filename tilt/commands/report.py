@@ -1,4 +1,4 @@
-"""Write report.html of what lies in a folder: a steered run, one saved result, or a training."""
+"""Write report.html into the folder of a steered run, a saved result or a training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["OPTIONS", "main"]
 
 @dataclass
 class Report:
-    """What to write a report of."""
+    """The subject of the report."""
 
-    folder: str = setting("", GIVEN, "the folder of a run, or what Steered.save() wrote")
+    folder: str = setting("", GIVEN, "folder of a run, or one that Steered.save() wrote")
 
 
 OPTIONS = Options("tilt report", Report, __doc__ or "", positional="folder")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0; 2 for what was refused, in one sentence."""
+    """Return exit status 0, or 2 for refused input."""
     return of_command(OPTIONS, argv, lambda settings: print(report.write(settings.folder)))

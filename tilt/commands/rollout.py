@@ -1,7 +1,6 @@
-"""Make the images that fine-tuning learns from: prompts x images, plain or steered, once.
+"""Generate the images for fine-tuning: several per prompt, plain or steered.
 
-Several processes share the shards. A run that was cut off goes on when the command is repeated with
---resume.
+Several processes divide the shards. To resume an interrupted run, repeat the command with --resume.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from tilt.prompts import read
 
 @dataclass
 class Rollout(drawing.Drawing):
-    """What to make of each prompt."""
+    """The images to generate for each prompt."""
 
-    images: int = setting(16, whole(0, 10_000), "plain images a prompt")
+    images: int = setting(16, whole(0, 10_000), "plain images per prompt")
     steered: int = setting(
-        0, whole(0, 10_000), "images a prompt from the particle filter, steered by --reward"
+        0, whole(0, 10_000), "images per prompt from the particle filter, steered by --reward"
     )
-    reward: str | None = setting(None, optional(NAME), "what steers them, as in 'clip + 0.5*ocr'")
-    prompts_per_shard: int = setting(4, whole(1), "prompts in one file")
+    reward: str | None = setting(None, optional(NAME), "reward that steers, as 'clip + 0.5*ocr'")
+    prompts_per_shard: int = setting(4, whole(1), "prompts per file")
 
 
 EXAMPLES = """\
@@ -46,7 +45,7 @@ OPTIONS = Options("tilt rollout", Rollout, __doc__ or "", EXAMPLES)
 
 
 def plan_of(settings: Rollout) -> Plan:
-    """The prompts, each once, and what is made of each."""
+    """Return the plan of the run, with each prompt once."""
     if not settings.prompts or not settings.out:
         raise ValueError("set prompts=FILE and out=FOLDER")
     if bool(settings.steered) != bool(settings.reward):
@@ -68,11 +67,11 @@ def plan_of(settings: Rollout) -> Plan:
 
 
 def run(settings: Rollout) -> None:
-    """Check everything, then make this process's shards."""
+    """Check everything, then generate this process's shards."""
     plan, settings = plan_of(settings), loading.resolved(settings)
     out, lora = Path(settings.out), digests.of_weights(settings.lora)
     if settings.resume and is_complete(out, plan, settings.reward, settings.model, lora):
-        started.say("all of it is there already")
+        started.say("the run is already complete")
         if is_main():
             print(out)
         return
@@ -95,7 +94,7 @@ def run(settings: Rollout) -> None:
 
 
 def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[Any, Any, Any]:
-    """The pipeline, what steers it and the preview decoder, checked with the plan."""
+    """Return the pipeline, the reward and the preview decoder, checked with the plan."""
     device = device or loading.pick_device("auto")
     started.say(f"loading {settings.model}")
     reward = rewards.load(settings.reward, device, True) if settings.reward else None
@@ -111,5 +110,5 @@ def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[A
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `exit_status.of_run`."""
+    """Return the exit status of `exit_status.of_run`."""
     return exit_status.of_run(OPTIONS, argv, run, "finished shards are kept", "*/shard.json")

@@ -1,7 +1,7 @@
-"""Score pictures that are there already by any rewards, into a table and a picture of it.
+"""Score existing images with any rewards, and write a table and a histogram.
 
-The pictures are those of a folder, of a .jsonl file, of a run of `tilt steer`, or of rollouts,
-whose shards get a column for each reward.
+The images are those of a folder, of a .jsonl file, of a run of `tilt steer`, or of rollouts, whose
+shards get a column for each reward.
 """
 
 from __future__ import annotations
@@ -36,56 +36,56 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  # what rewards there are
+  # list the rewards
   tilt score --list
 
-  # the pictures of a run of `tilt steer`, which know their prompts; weight 0 is only reported
+  # the images of a run of `tilt steer`, which record their prompts; weight 0 is only reported
   tilt score out/demo --reward "ocr(mode=strict) + 0*clip(tiny)"
 
   # one prompt for a whole folder, into a parquet file
   tilt score pictures --prompt "a red circle" --reward "clip(tiny)" \\
     --out scores.parquet
 
-  # the scale of each component on these pictures, for specs that mean the same everywhere
+  # save the scale of each component on these images, to use the same scale for other images
   tilt score pictures.jsonl --reward "clip(tiny) + jpeg" --calibrate scale.json
   tilt score more.jsonl --reward "calibrated(clip(tiny), file=scale.json)"
 
-  # carry on where an interrupted run stopped
+  # resume an interrupted run
   tilt score pictures.jsonl --reward "clip(tiny) + 0.01*jpeg" --out scores.csv --resume
 
-a .jsonl file has one object a line, its paths relative to it:
+a .jsonl file has one object per line; paths are relative to the file:
   {"image": "a.png", "prompt": "a red circle", "references": ["circle.png"]}
 """
 
 
 @dataclass
 class Score:
-    """Which pictures to score, and by what."""
+    """The images to score, and the reward."""
 
-    source: str | None = setting(None, optional(NAME), "folder of pictures, or a .jsonl file")
+    source: str | None = setting(None, optional(NAME), "folder of images, or a .jsonl file")
     reward: str | None = setting(
         None, optional(NAME), "a spec such as 'clip(tiny) + 0.5*ocr(mode=strict)'"
     )
-    prompt: str | None = setting(None, optional(TEXT), "of all pictures that do not say their own")
+    prompt: str | None = setting(None, optional(TEXT), "prompt of images without a recorded prompt")
     out: str | None = setting(
-        None, optional(NAME), ".csv or .parquet (default: scores.csv beside them)"
+        None, optional(NAME), ".csv or .parquet file (default: scores.csv beside the images)"
     )
-    resume: bool = setting(False, FLAG, "skip what --out already holds")
-    batch_size: int = setting(32, whole(1), "pictures at once")
+    resume: bool = setting(False, FLAG, "skip images that --out already contains")
+    batch_size: int = setting(32, whole(1), "images per batch")
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps")
     calibrate: str | None = setting(
         None,
         optional(NAME),
         "also write a calibration file, for calibrated(..., file=FILE) in a spec",
     )
-    list: bool = setting(False, FLAG, "print the rewards, and stop")
+    list: bool = setting(False, FLAG, "print the rewards and exit")
 
 
 OPTIONS = Options("tilt score", Score, __doc__ or "", EXAMPLES, positional="source")
 
 
 def run(settings: Score) -> None:
-    """Score what is not there yet, of a run of `tilt rollout` or of pictures."""
+    """Score the images, or the shards of `tilt rollout`, that have no scores yet."""
     if settings.list:
         print(listing())
         return
@@ -100,13 +100,13 @@ def run(settings: Score) -> None:
 
 
 def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.WeightedSum:
-    """The reward of these prompts; ValueError if a component would hide a column of the table."""
+    """Load the reward for these prompts; ValueError if a component has the name of a column."""
     started.say(f"loading {spec}")
     reward = rewards.load(spec, device, imports=True)
     for name in component_names(reward.parts):
         if name in ("reward", *TEXTS):
             raise ValueError(
-                f"a component is called {name!r}, as a column of the table is; "
+                f"a component is called {name!r}, which is a column of the table; "
                 "give it another name, as in 'mine=clip'"
             )
     reward.check(prompts)
@@ -114,7 +114,7 @@ def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.Wei
 
 
 def needs_references(parts: Sequence[Part]) -> bool:
-    """Whether one of these compares with references, and is no function, which may do without."""
+    """Return whether a part needs references; functions, for which they are optional, do not."""
     for reward in (part.reward for part in parts):
         if isinstance(reward, Aggregate):
             needs = reward.references or any(needs_references(m.parts) for m in reward.members)
@@ -126,13 +126,13 @@ def needs_references(parts: Sequence[Part]) -> bool:
 
 
 def score_pictures(source: Path, spec: str, settings: Score, device: torch.device) -> None:
-    """Refuse what cannot work, the cheapest check first; then fill the table and report."""
+    """Check everything, the cheapest check first; then fill the table and report."""
     samples = read_samples(source, settings.prompt, exclude=FIGURES)
     if settings.calibrate and len(samples) < 2:
-        raise ValueError(f"--calibrate needs two pictures or more but {source} holds one")
+        raise ValueError(f"--calibrate needs two images or more but {source} has one")
     beside = source if source.is_dir() else source.parent
     out = Path(settings.out) if settings.out else beside / "scores.csv"
-    picture = out.with_name(out.name + ".histogram.png")  # no picture of the user's has such a name
+    picture = out.with_name(out.name + ".histogram.png")  # a name that no image of the user has
     if settings.resume and not settings.calibrate and is_complete(out, spec, samples):
         print(f"{out} is complete")
         report(read_table(out), picture)
@@ -141,7 +141,7 @@ def score_pictures(source: Path, spec: str, settings: Score, device: torch.devic
     without = [sample.image for sample in samples if not sample.references]
     if without and needs_references(reward.parts):
         raise ValueError(
-            f"{reward} compares with reference pictures but {without[0]} has none; write "
+            f"{reward} compares with reference images but {without[0]} has none; write "
             '"references": [...] in its line of a .jsonl file'
         )
     table = Table(out, versioned(reward.spec), settings.resume)
@@ -157,7 +157,7 @@ def score_pictures(source: Path, spec: str, settings: Score, device: torch.devic
 
 
 def is_complete(out: Path, spec: str, samples: Sequence[Sample]) -> bool:
-    """Whether the table is there with all these rows, of this very reward, which is not loaded."""
+    """Return whether the table has all these rows, of the same reward, without loading it."""
     if not out.is_file() or out.with_name(out.name + ".part").exists():
         return False
     table = Table(out, versioned(rewards.spelled(spec, imports=True)), resume=True)
@@ -167,12 +167,12 @@ def is_complete(out: Path, spec: str, samples: Sequence[Sample]) -> bool:
 
 
 def versioned(spec: str) -> str:
-    """A spec with what tells its reward from that of another version, or from other files."""
+    """Return a spec with the identity of its reward, which depends on its version and files."""
     return f"{spec} [version {rewards.identity(spec)}]"
 
 
 def texts(sample: Sample, references: bool) -> dict[str, str]:
-    """The columns that name a row: all that its scores depend on, with references or without."""
+    """Return the columns that identify a row: everything that its scores depend on."""
     row = {"image": str(sample.image), "prompt": sample.prompt}
     if references:
         row["references"] = json.dumps([str(path) for path in sample.references])
@@ -186,10 +186,10 @@ def score(
     size: int,
     device: torch.device,
 ) -> None:
-    """Add a row for each of these: what names it, total and each component."""
+    """Add a row for each sample: its identity, the total and each component."""
     there = len(table.rows)
     every = there + len(samples)
-    with torch.no_grad(), tqdm(total=every, initial=there, unit="picture") as bar:
+    with torch.no_grad(), tqdm(total=every, initial=there, unit="image") as bar:
         for batch in batches(samples, size):
             images, prompts, references = load_batch(batch, device)
             total, components = reward.evaluate(images, prompts, references=references)
@@ -206,7 +206,7 @@ def score(
 
 
 def report(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Print what the scores are, and draw them."""
+    """Print a summary of the scores, and draw their histogram."""
     print(summary(rows))
     draw(rows, picture)
     print(picture)
@@ -215,7 +215,7 @@ def report(rows: Sequence[dict[str, Any]], picture: Path) -> None:
 def keep_scale(
     reward: rewards.WeightedSum, rows: Sequence[dict[str, Any]], calibration: str | None
 ) -> None:
-    """Keep the scores as a scale if that is asked for."""
+    """Save the scores as a calibration file, if one is given."""
     if calibration:
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         measured = calibrate.by_fingerprint(reward, columns.pop("reward"), columns)
@@ -226,18 +226,15 @@ def keep_scale(
 def score_rollouts(source: Path, spec: str, settings: Score, device: torch.device) -> None:
     """Add the columns "reward" and each component to every shard of `tilt rollout`.
 
-    A column that is there already is replaced. --resume skips shards where all of them are of
-    this very spec, scored by this very version of the reward.
+    Existing columns are replaced. --resume skips shards in which all of them have this spec and
+    this version of the reward.
     """
     from finetune.learnability import little_in_rollouts
     from finetune.shards import Rollouts, add_rewards
 
     for option in ("out", "prompt"):
         if getattr(settings, option) is not None:
-            raise ValueError(
-                "rollouts have prompts and keep their scores in their own shards; "
-                f"leave out --{option}"
-            )
+            raise ValueError(f"rollouts contain their prompts and scores; leave out --{option}")
     run, reward = Rollouts(source), None
     spec = rewards.spelled(spec, imports=True)
     names, version = ["reward", *names_in(spec)], rewards.identity(spec)
@@ -251,7 +248,7 @@ def score_rollouts(source: Path, spec: str, settings: Score, device: torch.devic
     if left or settings.calibrate:
         reward = load(spec, device, run.manifest["plan"]["prompts"])
         if needs_references(reward.parts):
-            raise ValueError(f"{reward} compares with reference pictures, which rollouts lack")
+            raise ValueError(f"{reward} compares with reference images, which rollouts do not have")
         try:
             for shard in tqdm(left, unit="shard"):
                 found = score_shard(reward, shard, settings.batch_size, device)
@@ -263,11 +260,11 @@ def score_rollouts(source: Path, spec: str, settings: Score, device: torch.devic
     if reward:
         keep_scale(reward, rows, settings.calibrate)
     if little := little_in_rollouts(run, "reward"):
-        print(f"before a model is trained on these: {little}")
+        print(f"before training on these rollouts: {little}")
 
 
 def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a shard, with these columns."""
+    """Return the rows of a shard, with these columns."""
     columns = shard.rewards()
     cells = zip(*(columns[name] for name in names), strict=True)
     return [dict(zip(names, row, strict=True)) for row in cells]
@@ -276,7 +273,7 @@ def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
 def score_shard(
     reward: rewards.WeightedSum, shard: Shard, size: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """{column: score of each row} of one shard."""
+    """Return {column: score of each row} of one shard."""
     prompts, pictures = [row["prompt"] for row in shard.table(["prompt"])], shard.images()
     columns: dict[str, list[float]] = {}
     for start in range(0, len(prompts), size):
@@ -291,7 +288,7 @@ def score_shard(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C."""
+    """Return exit status 0, 2 for refused input, or 130 after Ctrl-C."""
     try:
         return of_command(OPTIONS, argv, run)
     except KeyboardInterrupt as stop:

@@ -1,8 +1,8 @@
-"""Steer a diffusion model towards a reward and keep the pictures.
+"""Steer a diffusion model towards a reward and save the images.
 
-The samples come from p(x0 | prompt) exp(λ r(x0, prompt)): a Feynman-Kac particle filter runs inside
-the pipeline's own call, one population of particles a prompt. Under `accelerate launch` the prompts
-are split over the processes.
+The target distribution is p(x0 | prompt) exp(λ r(x0, prompt)), from which a Feynman-Kac particle
+filter samples inside the pipeline's call, with one population of particles per prompt. Under
+`accelerate launch`, the prompts are divided among the processes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 
 def open_folder(args: Steer, prompts: Sequence[Prompt], command: Sequence[str]) -> Path:
-    """Make the folder, with all that it takes to repeat the run; or check the one to resume."""
+    """Create the folder with a manifest that can repeat the run, or check the one to resume."""
     if args.resume and args.out is None:
-        raise ValueError("resume= needs out=, the folder of the run to carry on")
+        raise ValueError("resume= needs out=, the folder of the run to resume")
     every = vars(args) | vars(args.filter)
     options = {name: value for name, value in every.items() if name not in SAID_ELSEWHERE}
     manifest = {
@@ -52,18 +52,18 @@ def open_folder(args: Steer, prompts: Sequence[Prompt], command: Sequence[str]) 
 
 
 def read_prompts(args: Steer) -> list[Prompt]:
-    """Those of the command line, then those of the file, each with its seed."""
+    """Return the prompts of the command line, then those of the file, each with its seed."""
     prompts = [Prompt(text) for text in args.prompts]
     prompts += read(Path(args.prompt_file)) if args.prompt_file else []
     if not prompts:
-        raise ValueError("there is no prompt: write one or more, or name a prompt_file")
+        raise ValueError("there is no prompt: give one or more, or a prompt_file")
     return [p if p.seed is not None else dataclasses.replace(p, seed=args.seed) for p in prompts]
 
 
 def call_keywords(args: Steer) -> dict[str, Any]:
-    """The keywords of the pipeline's own call; an embedded model has defaults of its own."""
+    """Return keywords of the pipeline's call; embedded models have their own defaults."""
     if (args.height is None) != (args.width is None):
-        raise ValueError("height= and width= go together: some pipelines ignore one alone")
+        raise ValueError("height= and width= must both be set: some pipelines ignore only one")
     given = {
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
@@ -76,7 +76,7 @@ def call_keywords(args: Steer) -> dict[str, Any]:
 
 
 def check_window(settings: FeynmanKac, args: Steer, call: dict[str, Any]) -> None:
-    """Refuse a window without steps, or a funnel that does not fit, before a model is loaded."""
+    """Check the window of scored steps and the funnel, before a model is loaded."""
     from steering.particles import needs_scores
 
     if "num_inference_steps" in call and needs_scores(settings, args.particles):
@@ -85,11 +85,11 @@ def check_window(settings: FeynmanKac, args: Steer, call: dict[str, Any]) -> Non
 
 
 def check_spread(settings: FeynmanKac, args: Steer, count: int) -> None:
-    """Refuse a population that `count` processes cannot share, before a model is loaded."""
+    """Check that `count` processes can divide the particles, before a model is loaded."""
     if count == 1:
         raise ValueError(
-            "spread= needs processes to spread the particles over and there is one: start more "
-            "with accelerate launch --num_processes, or leave it out"
+            "spread= divides the particles among processes but there is only one: start more with "
+            "accelerate launch --num_processes, or leave it out"
         )
     spread = Spread(True)
     spread.check("particles=", (args.particles,))
@@ -97,7 +97,7 @@ def check_spread(settings: FeynmanKac, args: Steer, count: int) -> None:
 
 
 def run(args: Steer, command: Sequence[str]) -> int:
-    """Refuse what cannot work, the cheapest check first; then steer what is not finished yet."""
+    """Check everything, the cheapest check first; then steer the unfinished prompts."""
     processes = join(args.device)
     prompts, settings, reward = processes.agree(lambda: prepare(args, processes))
 
@@ -125,7 +125,7 @@ def run(args: Steer, command: Sequence[str]) -> int:
 
 
 def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac, Any]:
-    """What takes no model to check; args.device, dtype and reward become those of the run."""
+    """Check what needs no model; args.device, dtype and reward become those of the run."""
     prompts = read_prompts(args)
     settings = FeynmanKac(**vars(args.filter))
     check_window(settings, args, call_keywords(args))
@@ -134,7 +134,7 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
     loading.check_name(args.model)
     device = processes.device if args.device == "auto" else None
     device = device or loading.pick_device(args.device)
-    # by their names, so that a continuation on another machine cannot mix what auto stands for
+    # resolved, since auto could mean something else when the run is resumed on another machine
     args.device = str(device)
     args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
     if args.reward is None:
@@ -149,7 +149,7 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
 
 
 def is_finished(args: Steer, prompts: Sequence[Prompt]) -> bool:
-    """Whether a run is resumed that has nothing left to draw; what it was is checked later."""
+    """Return whether a run to resume is complete; that it is the same run is checked later."""
     if not (args.resume and args.out and Path(args.out, "manifest.json").is_file()):
         return False
     return not runs.pending(runs.divide(Path(args.out), prompts, args.prompts_per_call))
@@ -158,15 +158,15 @@ def is_finished(args: Steer, prompts: Sequence[Prompt]) -> bool:
 def interrupted(
     cut: KeyboardInterrupt, out: Path, folders: Sequence[Path], processes: Processes
 ) -> int:
-    """Say how to carry on, and give the exit status: 130 after Ctrl-C, 1 where a process died."""
+    """Print how to resume; returns exit status 130 after Ctrl-C, 1 if a process died."""
     died = isinstance(cut, Stopped)
-    # One says it for all; a second one, too, where the first may be the one that died.
+    # One process prints it for all; a second one, too, if the first may have died.
     if processes.index < (2 if died else 1):
         done = sum(folder.exists() for folder in folders)
         what = "stopped by the launcher, as when another process died" if died else "interrupted"
         print(
             f"tilt steer: {what}; {done} of {len(folders)} are finished and kept: "
-            f"repeat the command with --out {out} --resume to carry on",
+            f"repeat the command with --out {out} --resume",
             file=sys.stderr,
         )
     return 1 if died else 130
@@ -183,8 +183,8 @@ def ready(
     mine: Sequence[Path],
     processes: Processes,
 ) -> Work | None:
-    """Load the model, check that it is the one that drew what is there; the rest, to be drawn."""
-    if not mine and args.model not in tiny.NAMES:  # those are there in a second
+    """Load the model, check that finished results are of it, and return the remaining work."""
+    if not mine and args.model not in tiny.NAMES:  # embedded models load in a second
         return None
     started.say(f"loading {args.model}")
     pipe, preview = load(args)
@@ -200,19 +200,19 @@ def ready(
 
 
 def load(args: Steer) -> tuple[Any, Any]:
-    """The pipeline and its preview decoder (or None), on the device."""
+    """Return the pipeline and its preview decoder (or None), on the device."""
     dtype = loading.DTYPES[args.dtype]
     pipe = loading.load_pipeline(args.model, dtype, args.lora).to(args.device)
     preview = loading.load_preview(args.preview, args.model, dtype)
     preview = None if preview is None else preview.to(args.device)
     loading.set_attention(pipe, args.attention)
     loading.tune(pipe, args.compile, preview)
-    pipe.set_progress_bar_config(disable=True)  # steer_each() has a bar over all prompts
+    pipe.set_progress_bar_config(disable=True)  # steer_each() shows a bar over all prompts
     return pipe, preview
 
 
 def kinds_of_call(args: Steer, settings: FeynmanKac, preview: Any) -> dict[str, dict[str, Any]]:
-    """The keywords of steer_each() for "steered", and with --compare for "plain"."""
+    """Return keywords of steer_each() for "steered", and with --compare for "plain"."""
     call = {
         "particles": args.particles,
         "preview": preview,
@@ -225,32 +225,32 @@ def kinds_of_call(args: Steer, settings: FeynmanKac, preview: Any) -> dict[str, 
     }
     kinds = {"steered": call | {"settings": settings}}
     if args.compare:
-        # Without resampling the chain is the plain one: particle 0 is the plain sample, and the
-        # one of highest reward the best of k.
+        # Without resampling, particles are independent plain samples: particle 0 is the baseline
+        # "plain", and the one with the highest reward is the best of k.
         plain = dataclasses.replace(settings, min_ess=0.0, funnel=())
         kinds["plain"] = call | {"settings": plain, "progress": False}
     return kinds
 
 
 def keep_all(work: Work | None, total: int, processes: Processes, spread: bool) -> None:
-    """Save each result when it is there and say how it went and how long the rest will take."""
+    """Save each result when it is finished, and print its rewards and the remaining time."""
     if work is None:
         return
     began = time.monotonic()
     who = f"process {processes.index}: " if processes.count > 1 and not spread else ""
-    # closing: the bar ends before anything is said about what went wrong
+    # closing ends the progress bar before an error is printed
     with contextlib.closing(work), logging_redirect_tqdm():
         for done, (folder, results) in enumerate(work, 1):
-            if spread and not processes.is_main:  # it has the same
+            if spread and not processes.is_main:  # it has the same results
                 continue
             runs.keep(folder, results)
             left = (time.monotonic() - began) / done * (total - done)
             said = f"{who}{done}/{total}, {_duration(left)} left: {_summary(results)}  {folder}"
-            tqdm.write(said + "\n", end="")  # in one piece, or those of two processes mix
+            tqdm.write(said + "\n", end="")  # one write, so that lines of two processes do not mix
 
 
 def _summary(results: dict[str, Steered]) -> str:
-    """Rewards, each a mean over the batch's prompts."""
+    """Return a summary of the rewards, each a mean over the batch's prompts."""
     best = results["steered"].rewards.amax(1).mean().item()
     if "plain" not in results:
         return f"best reward {best:.3g}"
@@ -267,9 +267,9 @@ def _duration(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for what was refused, in one sentence; 130 after Ctrl-C.
+    """Return exit status 0, 2 for refused input, or 130 after Ctrl-C.
 
-    1 where another process of the run died, or memory ran out.
+    1 if another process of the run died, or if memory ran out.
     """
     command = sys.argv[1:] if argv is None else argv
     args = None
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "memory" not in str(error) and not isinstance(error, MemoryError):
             raise
         print(
-            "tilt steer: memory ran out; what is finished is kept: lower --particles, --max-batch, "
+            "tilt steer: out of memory; finished results are kept: lower --particles, --max-batch, "
             "--prompts-per-call or the size, or repeat the command with --out and --resume",
             file=sys.stderr,
         )

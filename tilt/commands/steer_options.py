@@ -27,11 +27,11 @@ from tilt.options import Options
 
 __all__ = ["MACHINE", "OPTIONS", "SAID_ELSEWHERE", "Steer"]
 
-ABOUT = """Steer a diffusion model towards a reward and keep the pictures.
+ABOUT = """Steer a diffusion model towards a reward and save the images.
 
-The samples come from p(x0 | prompt) exp(λ r(x0, prompt)): a Feynman-Kac particle filter runs inside
-the pipeline's own call, one population of particles a prompt. Under `accelerate launch` the prompts
-are split over the processes.
+The target distribution is p(x0 | prompt) exp(λ r(x0, prompt)), from which a Feynman-Kac particle
+filter samples inside the pipeline's call, with one population of particles per prompt. Under
+`accelerate launch`, the prompts are divided among the processes.
 """
 EXAMPLES = """\
 examples:
@@ -41,22 +41,22 @@ examples:
   # several prompts from a file, two rewards
   tilt steer --prompt-file prompts.txt --reward "clip(tiny) + 0.01*jpeg"
 
-  # carry on where an interrupted run stopped
+  # resume an interrupted run
   tilt steer --prompt-file prompts.txt --out out/many --resume
 
-  # the same on every GPU of the machine: each process takes its share of the prompts
+  # use all GPUs of the machine; each process gets a share of the prompts
   accelerate launch --multi_gpu --num_processes 8 -m tilt steer --prompt-file prompts.txt
 
-  # halve the population twice on the way, k = 8, 4, 2
+  # halve the population twice: k = 8, 4, 2
   tilt steer "two red stars" --model tiny-sd --num-scores 2 --funnel 4,2
 
   # a model from the hub or from a folder that pipe.save_pretrained() wrote
   tilt steer "a corgi" --model stabilityai/stable-diffusion-3.5-medium --max-batch 4
 
-a prompt file is text, one prompt a line, or .jsonl, one object a line:
+a prompt file is text with one prompt per line, or .jsonl with one object per line:
   {"prompt": "a red circle", "seed": 3, "references": ["circle.png"]}
 """
-# What may differ between a run and its continuation: it changes speed or memory, not the target.
+# Settings that may change when a run is resumed: they affect speed or memory, not the target.
 MACHINE = {"device", "attention", "compile", "max_batch", "spread"}
 SAID_ELSEWHERE = {
     "out",
@@ -64,11 +64,11 @@ SAID_ELSEWHERE = {
     "prompts",
     "prompt_file",
     "filter",
-}  # in the manifest's other entries
+}  # recorded in other entries of the manifest
 
 if TYPE_CHECKING:
     Filter = FeynmanKac
-else:  # its fields, which it checks itself when it is made of them
+else:  # only its fields, since FeynmanKac checks them when it is created from them
     kinds = typing.get_type_hints(FeynmanKac)
     fields = [
         (f.name, kinds[f.name], dataclasses.field(default=f.default, metadata=f.metadata))
@@ -77,7 +77,7 @@ else:  # its fields, which it checks itself when it is made of them
     Filter = dataclasses.make_dataclass("Filter", fields)
 
 
-MODEL, CALL, ON = "model and reward", "the pipeline's call (by default its own values)", "machine"
+MODEL, CALL, ON = "model and reward", "the pipeline's call (defaults are the pipeline's)", "machine"
 PIXELS = optional(whole(1, MOST_PIXELS))
 KNOWN = ", ".join(rewards.available())
 
@@ -96,15 +96,15 @@ def _are_texts(value: Any) -> bool:
 
 @dataclasses.dataclass
 class Steer:
-    """What to draw, of which model, toward which reward."""
+    """The prompts, the model, the reward and the filter of a run."""
 
-    prompts: list[str] = setting(list, Range("a list of texts", _are_texts), "what to draw")
+    prompts: list[str] = setting(list, Range("a list of texts", _are_texts), "prompts")
     prompt_file: str | None = setting(
         None, optional(NAME), "more prompts: .txt or .jsonl, see below"
     )
-    out: str | None = setting(None, optional(NAME), "folder; by default out/ and the time of day")
-    resume: bool = setting(False, FLAG, "skip what the folder has already finished")
-    compare: bool = setting(False, FLAG, "draw plain pictures and best of k at the same seeds too")
+    out: str | None = setting(None, optional(NAME), "output folder; by default out/ and the time")
+    resume: bool = setting(False, FLAG, "skip prompts that are finished in the folder")
+    compare: bool = setting(False, FLAG, "also generate plain images and best of k, at equal seeds")
     model: str = setting("tiny-sd3", NAME, f"hub id, folder, or {' or '.join(tiny.NAMES)}", MODEL)
     lora: str | None = setting(
         None, optional(NAME), "LoRA weights to load: hub id, folder or file", MODEL
@@ -112,63 +112,63 @@ class Steer:
     reward: str | None = setting(
         None,
         optional(TEXT),
-        f"{KNOWN}, or a sum such as 'clip + 0.5*ocr(mode=strict)' (default: clip, and clip(tiny) "
+        f"{KNOWN}, or a sum such as 'clip + 0.5*ocr(mode=strict)' (default: clip, or clip(tiny) "
         "for an embedded model)",
         MODEL,
     )
     preview: str = setting(
         "auto",
         NAME,
-        "an AutoencoderTiny (folder or hub id) that decodes for the scores on the way; tiny, the "
+        "AutoencoderTiny (folder or hub id) that decodes images for intermediate scores; tiny: the "
         "embedded one; none; auto: the published one for the model's VAE, if there is one",
         MODEL,
     )
     preview_size: float = setting(
-        1.0, number(), "sides of the pictures scored on the way, as a share of the image's", MODEL
+        1.0, number(), "size of images scored at intermediate steps, relative to the final", MODEL
     )
     steps: int | None = setting(
         None, optional(whole(1, MOST_STEPS)), f"denoising steps, at most {MOST_STEPS}", CALL
     )
     guidance_scale: float | None = setting(
-        None, optional(number()), "classifier-free guidance", CALL
+        None, optional(number()), "classifier-free guidance scale", CALL
     )
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0),
         Range("two fractions, as in 0,0.6", _is_interval),
-        "guide only from the first to the second fraction of the run; steps outside cost half and "
-        "make another p",
+        "use guidance only from the first to the second fraction of the run; other steps cost "
+        "half, and p changes",
         CALL,
     )
-    negative_prompt: str | None = setting(None, optional(TEXT), "what to keep away from", CALL)
-    height: int | None = setting(None, PIXELS, "pixels", CALL)
-    width: int | None = setting(None, PIXELS, "pixels", CALL)
-    seed: int = setting(0, SEED, "below 2^63; a line of a .jsonl may set its own", CALL)
-    particles: int = setting(8, whole(1, MOST_PARTICLES), "k, particles a prompt", "filter")
+    negative_prompt: str | None = setting(None, optional(TEXT), "negative prompt of guidance", CALL)
+    height: int | None = setting(None, PIXELS, "image height in pixels", CALL)
+    width: int | None = setting(None, PIXELS, "image width in pixels", CALL)
+    seed: int = setting(0, SEED, "seed below 2^63; a line of a .jsonl file may set its own", CALL)
+    particles: int = setting(8, whole(1, MOST_PARTICLES), "k, particles per prompt", "filter")
     filter: Filter = part(Filter, "filter", flat=True)
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps, ...", ON)
     dtype: str = setting("auto", loading.DTYPE, loading.ABOUT_DTYPE, ON)
     attention: str = setting(
         "auto",
         NAME,
-        "auto or sdpa: PyTorch's own; or xformers, or another backend of diffusers",
+        "auto or sdpa (PyTorch's), xformers, or another attention backend of diffusers",
         ON,
     )
     compile: bool = setting(
-        False, FLAG, "torch.compile the networks: slow at the first step, faster then", ON
+        False, FLAG, "torch.compile the networks: a slow first step, faster later ones", ON
     )
     max_batch: Any = setting(
         "auto",
         Range("auto, or a whole number, 1 or more", _is_batch),
-        "rows that the network evaluates at once; auto: all, and fewer where memory runs out",
+        "maximum rows that the network evaluates at once; auto: all, fewer when out of memory",
         ON,
     )
     spread: bool = setting(
         False,
         FLAG,
-        "under accelerate launch: one prompt's particles over all processes, not the prompts",
+        "under accelerate launch, divide each prompt's particles, not the prompts",
         ON,
     )
-    prompts_per_call: int = setting(1, whole(1), "prompts in one batch", ON)
+    prompts_per_call: int = setting(1, whole(1), "prompts per call of the pipeline", ON)
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,11 +1,11 @@
-"""Fine-tune a model on its own samples by Flow-GRPO or DiffusionNFT, into a LoRA.
+"""Fine-tune a LoRA on the model's own samples with Flow-GRPO or DiffusionNFT.
 
-The reward is fixed, or a critic that learns to tell references from samples (Adv-GRPO), or both.
-References serve the critic, and whatever in --reward compares with some; each prompt has a fixed
-few of them there. With --critic-weight 0 there is no critic.
+The reward is fixed, or a critic that learns to distinguish references from samples (Adv-GRPO), or
+both. References are used by the critic, and by rewards in --reward that compare with references,
+which get a fixed few of them for each prompt. With --critic-weight 0 there is no critic.
 
-A run that was cut off goes on from its last checkpoint when the command is repeated with --resume.
-The folder --out gets what `tilt train gdro` makes.
+To resume an interrupted run from its last checkpoint, repeat the command with --resume. The folder
+--out gets the same files as with `tilt train gdro`.
 """
 
 from __future__ import annotations
@@ -41,41 +41,41 @@ from tilt.wording import counted
 
 @dataclass
 class TrainAdversarial(training.TrainingRun):
-    """A training run."""
+    """The settings of an online training."""
 
-    prompts: str = setting("", TEXT, "a file, one prompt a line, or .jsonl")
-    reward: str = setting("", TEXT, "what samples are scored by, as in 'ocr + 0*clip'")
+    prompts: str = setting("", TEXT, "file of prompts: one per line, or .jsonl")
+    reward: str = setting("", TEXT, "reward that scores the samples, as in 'ocr + 0*clip'")
     references: str = setting(
         "",
         TEXT,
-        "a folder of pictures, a .json {prompt: [files]} or a data set: for a critic, and for "
-        "rewards that compare, as 'ocr + 0.5*dino(mode=hybrid)'",
+        "folder of images, .json {prompt: [files]} or a data set, for the critic and for rewards "
+        "that compare with references, such as 'ocr + 0.5*dino(mode=hybrid)'",
     )
     paired: bool = setting(
         False,
         FLAG,
-        "references belong to prompts, as a preference needs; false: they are of one style",
+        "references belong to prompts, as a preference critic requires; else they share a style",
     )
     critic_weight: float = setting(
-        1.0, number(0), "weight of the critic's score beside the reward; 0: no critic"
+        1.0, number(0), "weight of the critic's score, added to the reward; 0: no critic"
     )
     critic_kind: str = setting(
         "features",
         one_of(*KINDS),
         "features: a head on a frozen DINO; preference: the last layers of a CLIP",
     )
-    tower: str = setting("tiny", NAME, "the critic's DINO or CLIP: tiny, a hub id or a folder")
+    tower: str = setting("tiny", NAME, "DINO or CLIP of the critic: tiny, a hub id or a folder")
     critic_layers: int = setting(
-        2, whole(1), "how many layers of a preference's image tower are trained"
+        2, whole(1), "number of trained layers of a preference critic's image tower"
     )
     critic_from: str = setting(
-        "", TEXT, "a folder of a critic to begin with, whose kind and tower it keeps"
+        "", TEXT, "folder of an initial critic, which determines kind and tower"
     )
     negative_prompt: str = setting("", TEXT, "negative prompt of guidance")
     call: dict[str, Any] = setting(
         dict,
         KEYWORDS,
-        "keywords of the pipeline's call that say what is drawn, as in --call.height 512",
+        "keywords of the pipeline's call for sampling, as in --call.height 512",
     )
     method: str = setting(
         "grpo",
@@ -88,7 +88,7 @@ class TrainAdversarial(training.TrainingRun):
 
     @property
     def tuned(self) -> Any:
-        """The settings of the method that is taken."""
+        """The settings of the chosen method."""
         return getattr(self, self.method)
 
 
@@ -103,7 +103,7 @@ examples:
 OPTIONS = Options("tilt train adversarial", TrainAdversarial, __doc__ or "", EXAMPLES)
 
 
-# what samples take of the pipeline's call; the rest of it is the trainer's own
+# keywords of the pipeline's call that sampling accepts; the trainer sets the others
 CALL = ("height", "width", "max_sequence_length", "clip_skip")
 CALL += ("original_size", "target_size", "crops_coords_top_left")
 METHODS = {"grpo": (grpo.GrpoTrainer, "Flow-GRPO"), "nft": (nft.NftTrainer, "DiffusionNFT")}
@@ -162,7 +162,7 @@ def run(settings: TrainAdversarial) -> None:
 
 
 def dropped(samples: Samples) -> str:
-    """How many images no score could be learned from."""
+    """Return the number of images that were left out, in words."""
     counts = f"{samples.dropped} of {samples.drawn}"
     return f"{counts} images were left out: their reward is not a finite number"
 
@@ -174,23 +174,23 @@ def made_from(
     samples: Samples,
     score: Any,
 ) -> list[str]:
-    """Lines for the model card on what the LoRA was trained on."""
+    """Return the model card's lines about the training data."""
     tuned = settings.tuned
     about = [
-        f"{counted(len(prompts), 'prompt')}, {tuned.k} images of {tuned.groups} of them an "
-        f"epoch, call {json.dumps(call)}",
-        f"rewards: `{settings.reward or 'none but the critic'}`",
+        f"{counted(len(prompts), 'prompt')}; {tuned.k} images for each of {tuned.groups} prompts "
+        f"per epoch; call {json.dumps(call)}",
+        f"rewards: `{settings.reward or 'only the critic'}`",
     ]
     about += [dropped(samples)] if samples.dropped else []
     about += [f"references: {settings.references}"] if settings.references else []
     if isinstance(score, Adversary):
         folder = Path(settings.out) / "critic"
-        about.append(f"a critic of {len(score.references)} pictures, in {folder}")
+        about.append(f"a critic trained on {len(score.references)} references, in {folder}")
     return about
 
 
 def contents(settings: TrainAdversarial, prompts: list[str]) -> dict[str, str]:
-    """Digests of the files that are this command's own, by setting."""
+    """Return digests of this command's input files, by setting."""
     found = {"prompts": digests.of_texts(prompts)}
     if settings.reward:
         found["reward"] = rewards.identity(settings.reward)
@@ -209,16 +209,16 @@ def trainer_of(
     fixed: Any,
     accelerator: Any,
 ) -> tuple[Any, Any]:
-    """The trainer of the method that is taken, and what scores its samples.
+    """Return the trainer of the chosen method, and the function that scores its samples.
 
-    The pipeline loses its text encoders, whose work is done here; of the rest the decoder goes to
-    the device here, the network as the trainer prepares it.
+    The text encoders are used here and then removed from the pipeline. The decoder is moved to the
+    device here, the network when the trainer prepares it.
     """
     family, device = family_of(pipe), accelerator.device
     given, empty, encoded = conditioning_of(settings, pipe, prompts, call, device)
     schedule = schedule_of(pipe, noising_of(pipe), prompts[0], encoded, **call)
     pipe.vae.to(device)
-    with torch.no_grad():  # a picture's size
+    with torch.no_grad():  # to determine the size of images
         height, width = models.decode(
             pipe, torch.zeros(1, *schedule.shape, device=device), call
         ).shape[2:]
@@ -236,9 +236,10 @@ def conditioning_of(
     call: dict[str, Any],
     device: torch.device,
 ) -> tuple[models.Conditioning, models.Conditioning | None, Any]:
-    """That of all prompts, on the CPU, of the negative one, and the encoders' output for one.
+    """Return the conditioning of all prompts (on the CPU) and of the negative one, and one output.
 
-    The encoders are on the device for this alone, before the network is, and then gone.
+    The last is the encoders' output for the first prompt. The encoders are moved to the device, and
+    then removed from the pipeline, before the network is moved there.
     """
     encoders = [name for name in pipe.components if name.startswith("text_encoder")]
     for name in encoders:
@@ -250,8 +251,8 @@ def conditioning_of(
     guided = call.get("guidance_scale", 1.0) > 1 and "guidance" not in given
     if settings.negative_prompt and not guided:
         raise ValueError(
-            f"negative_prompt is {settings.negative_prompt!r} but serves nothing without "
-            f"guidance; set {settings.method}.guidance_scale above 1, or leave it out"
+            f"negative_prompt is {settings.negative_prompt!r} but has no effect without guidance; "
+            f"set {settings.method}.guidance_scale above 1, or leave it out"
         )
     empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
     with torch.no_grad():
@@ -263,18 +264,18 @@ def conditioning_of(
 
 
 def check_call(settings: TrainAdversarial) -> None:
-    """ValueError for keywords of the pipeline's call that samples would not follow."""
+    """Raise ValueError for keywords of the pipeline's call that sampling would ignore."""
     own = {name: f"{settings.method}.{name}" for name in ("guidance_scale", "num_inference_steps")}
     own |= {"negative_prompt": "negative_prompt"}
     for name in settings.call:
         if name in own:
-            raise ValueError(f"call.{name} says nothing to training; set {own[name]}= instead")
+            raise ValueError(f"call.{name} has no effect in training; set {own[name]}= instead")
         if name not in CALL:
-            raise ValueError(f"call.{name} says nothing to training, which takes {list(CALL)}")
+            raise ValueError(f"call.{name} has no effect in training, which takes {list(CALL)}")
 
 
 def guidance_of(settings: TrainAdversarial, pipe: Any) -> dict[str, float]:
-    """What the call is told of guidance: as set, else none, or a distilled network's own."""
+    """Return the call's guidance scale: as set, else 1.0, or a distilled network's default."""
     scale = settings.tuned.guidance_scale
     if scale is None and models.distilled(pipe):
         return {}
@@ -282,23 +283,23 @@ def guidance_of(settings: TrainAdversarial, pipe: Any) -> dict[str, float]:
 
 
 def check_references(settings: TrainAdversarial, fixed: Any, watch: Any) -> None:
-    """ValueError where references are missing, or would serve nothing."""
+    """Raise ValueError if references are missing or would have no effect."""
     compares = fixed is not None and fixed.wants_references
     if compares and not settings.references:
         raise ValueError(
-            f"the reward {settings.reward} compares with references; set references=, or say "
-            "wants_references = False in a reward of your own"
+            f"the reward {settings.reward} compares with references; set references=, or set "
+            "wants_references = False in your own reward"
         )
     learns = bool(settings.references and settings.critic_weight)
     if settings.references and not (compares or learns):
         raise ValueError(
-            f"references={settings.references} serve nothing: critic_weight is 0, and reward= "
-            "compares with none; leave them out"
+            f"references={settings.references} has no effect: critic_weight is 0, and reward= "
+            "does not compare with references; leave it out"
         )
     if watch and any(reward.wants_references for reward in watch.rewards.values()):
         raise ValueError(
             "checks have no references to compare with; set check.reward=, and check.quality= if "
-            "it is wanted, to rewards that need none"
+            "used, to rewards without references"
         )
 
 
@@ -309,7 +310,7 @@ def reward_of(
     size: tuple[int, int],
     accelerator: Any,
 ) -> tuple[Any, dict[str, float]]:
-    """What scores samples, and the weight of each component."""
+    """Return the function that scores samples, and the weight of each component."""
     weights = {part.name: part.weight for part in fixed.parts} if fixed else {}
     if not settings.references:
         return fixed.evaluate, weights
@@ -334,17 +335,17 @@ def reward_of(
     if model is None:
         return judge, weights
     if "critic" in weights:
-        raise ValueError("reward= has a 'critic' beside the one that learns; name it, old=critic()")
+        raise ValueError("reward= has a 'critic' besides the trained one; name it, old=critic(...)")
     critic = Critic(model, settings.critic, accelerator)
     found = Adversary(critic, likes, settings.critic_weight, judge, seed, rank)
     return found, weights | {"critic": settings.critic_weight}
 
 
 def _eight_bits(images: torch.Tensor) -> torch.Tensor:
-    """As they will be saved, and as references are: a critic could learn the difference."""
+    """Round to 8 bits, as references are, since a critic could learn the difference."""
     return (images * 255).round() / 255
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `exit_status.of_run`."""
+    """Return the exit status of `exit_status.of_run`."""
     return exit_status.of_run(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")

@@ -1,12 +1,12 @@
-"""Fit a critic on stored rollouts, against reference pictures: adversarial training, offline.
+"""Train a critic on stored rollouts and reference images: offline adversarial training.
 
-Rounds of these need no stochastic sampler. A share of the prompts is not trained on, and the
-critic's accuracy on their samples is logged. Unpaired references have no prompt and are all
-trained on, so that it does not tell whether a critic knows them by heart.
+Rounds of this training need no stochastic sampler. A share of the prompts is held out, and the
+critic's accuracy on their samples is logged. Unpaired references have no prompt, so none is held
+out, and this accuracy does not show whether the critic has memorized them.
 
-One process. A run that was cut off goes on from its last checkpoint when the command is repeated
-with --resume. The folder --out gets critic.json and critic.safetensors (what `critic(out)` scores
-with), log.csv, settings.yaml and state.pt (for --resume).
+It uses one process. To resume an interrupted run from its last checkpoint, repeat the command with
+--resume. The folder --out gets critic.json and critic.safetensors (loaded by `critic(out)`),
+log.csv, settings.yaml and state.pt (for --resume).
 """
 
 from __future__ import annotations
@@ -60,44 +60,41 @@ Sample = tuple[str, bytes]  # a prompt and a PNG
 
 @dataclass
 class TrainCritic:
-    """A fit of a critic."""
+    """The settings of a critic's training."""
 
     rollouts: list[str] = setting(
         list,
         TEXTS,
-        "a folder of `tilt rollout`, or several, that older samples stay in",
+        "folders of `tilt rollout`; give earlier ones, too, to keep their samples",
     )
-    references: str = setting(
-        "", TEXT, "a folder of pictures, a .json {prompt: [files]} or a data set"
-    )
-    out: str = setting("", TEXT, "the folder to make")
+    references: str = setting("", TEXT, "folder of images, .json {prompt: [files]} or a data set")
+    out: str = setting("", TEXT, "output folder")
     paired: bool = setting(
         False,
         FLAG,
-        "references belong to prompts, as a preference needs; false: they are of one style",
+        "references belong to prompts, as a preference critic requires; else they share a style",
     )
     kind: str = setting(
         "features",
         one_of(*KINDS),
         "features: a head on a frozen DINO; preference: the last layers of a CLIP",
     )
-    tower: str = setting("tiny", NAME, "the critic's DINO or CLIP: tiny, a hub id or a folder")
+    tower: str = setting("tiny", NAME, "DINO or CLIP of the critic: tiny, a hub id or a folder")
     critic_from: str = setting(
-        "", TEXT, "a folder of a critic to begin with, whose kind and tower it keeps"
+        "", TEXT, "folder of an initial critic, which determines kind and tower"
     )
     held_out: float = setting(
-        0.1, number(0, 1, "[)"), "the share of prompts that are not trained on; 0: none"
+        0.1, number(0, 1, "[)"), "fraction of prompts that are not trained on; 0: none"
     )
     steps: int = setting(300, whole(1), "number of updates")
-    batch: int = setting(16, whole(1), "samples of a step, with a reference each")
-    seed: int = setting(0, SEED, "seed of everything")
+    batch: int = setting(16, whole(1), "samples per step, each with a reference")
+    seed: int = setting(0, SEED, "seed of all random numbers")
     save_every: int = setting(50, whole(1), "steps between checkpoints")
     log_every: int = setting(50, whole(1), "steps between lines of the log")
     resume: bool = setting(
         False,
         FLAG,
-        "carry on from the last checkpoint, and further if steps is higher; save_every and "
-        "log_every may differ, too",
+        "resume from the last checkpoint; steps may be higher, save_every and log_every may differ",
     )
     critic: CriticSettings = part(CriticSettings, "critic")
 
@@ -144,21 +141,21 @@ def run(settings: TrainCritic) -> None:
         load_state(critic, out, made_of, s.steps)
     config.write(s, out / "settings.yaml")
     checks.rewind(out / "log.csv", critic.step)
-    (out / FINISHED).unlink(missing_ok=True)  # of fewer steps
+    (out / FINISHED).unlink(missing_ok=True)  # may be of fewer steps
     loop(critic, likes, seen, unseen, s, made_of)
     finish(out, s.steps, made_of)
     show(out, bool(unseen))
 
 
 def show(out: Path, held_out: bool) -> None:
-    """Print how right the critic was in the end."""
+    """Print the critic's final accuracy."""
     for row in checks.read(out / "log.csv")[-1:]:
         told = f"held-out accuracy {row['held_out_accuracy']:.3f}, " if held_out else ""
         print(f"{told}training accuracy {row['accuracy']:.3f}: {out}")
 
 
 def read_samples(folders: Sequence[str]) -> tuple[list[Sample], tuple[int, int]]:
-    """All samples of the runs, and their (h, w); ValueError if they have several."""
+    """Return all samples of the runs, and their (h, w); ValueError if their sizes differ."""
     samples: list[Sample] = []
     sizes: dict[str, tuple[int, int]] = {}
     for folder in folders:
@@ -168,20 +165,20 @@ def read_samples(folders: Sequence[str]) -> tuple[list[Sample], tuple[int, int]]
         with Image.open(io.BytesIO(samples[-1][1])) as picture:
             sizes[folder] = picture.height, picture.width
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"rollouts must be of one size (h, w) but are {sizes}; leave some out")
+        raise ValueError(f"rollouts must have one size (h, w) but have {sizes}; leave some out")
     return samples, sizes[folders[0]]
 
 
 def digest(samples: Sequence[Sample]) -> str:
-    """What tells these samples from others, in any order."""
+    """Return a digest of the samples, which does not depend on their order."""
     every = sorted(hashlib.sha256(f"{p}\n".encode() + png).hexdigest() for p, png in samples)
     return hashlib.sha256("".join(every).encode()).hexdigest()
 
 
 def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Samples of the prompts that are trained on, and of those that are not.
+    """Return samples of the prompts that are trained on, and of held-out prompts.
 
-    A prompt's place depends on the seed and its text, so that it mostly stays in another round.
+    The choice depends on the seed and the prompt's text, so it is mostly the same in later rounds.
     """
     prompts = {prompt for prompt, _ in samples}
     order = sorted(prompts, key=lambda p: draws(seed, 0, f"held out {p}").initial_seed())
@@ -203,7 +200,7 @@ def loop(
     s: TrainCritic,
     made_of: Mapping[str, str],
 ) -> None:
-    """Take the remaining steps, logging and saving on the way."""
+    """Take the remaining steps, with logging and checkpoints."""
     out = Path(s.out)
     recent: list[dict[str, float]] = []
     for step in tqdm(range(critic.step, s.steps), initial=critic.step, total=s.steps):
@@ -223,7 +220,7 @@ def loop(
 
 
 def beside(samples: Sequence[Sample], references: References, generator: torch.Generator) -> Any:
-    """A reference for each sample, the samples, (n, 3, h, w) each, and their prompts."""
+    """Return references and samples, each (n, 3, h, w), and their prompts."""
     prompts = [prompt for prompt, _ in samples]
     fake = to_images([Image.open(io.BytesIO(png)) for _, png in samples])
     return references.draw(prompts, generator), fake, prompts
@@ -233,7 +230,7 @@ def beside(samples: Sequence[Sample], references: References, generator: torch.G
 def look(
     critic: Critic, references: References, samples: list[Sample], s: TrainCritic
 ) -> dict[str, float]:
-    """What the critic thinks of samples that it is not trained on, beside the same references."""
+    """Return the critic's accuracy and margin on held-out samples, with fixed references."""
     generator, reward, scores = draws(s.seed, 0, "held out"), critic.reward, []
     for i in range(0, len(samples), s.batch):
         real, fake, prompts = beside(samples[i : i + s.batch], references, generator)
@@ -244,5 +241,5 @@ def look(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `exit_status.of_run`."""
+    """Return the exit status of `exit_status.of_run`."""
     return exit_status.of_run(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")

@@ -1,10 +1,10 @@
-"""Fine-tune a model on scored rollouts by offline GDRO, into a LoRA that diffusers loads.
+"""Fine-tune a LoRA, which diffusers can load, on scored rollouts with offline GDRO.
 
-The rollouts come from `tilt rollout`, their rewards from `tilt score`. A run that was cut off goes
-on from its last checkpoint when the command is repeated with --resume.
+The rollouts come from `tilt rollout`, their rewards from `tilt score`. To resume an interrupted run
+from its last checkpoint, repeat the command with --resume.
 
-The folder --out gets lora/ (the best checked, else the last, with a model card), log.csv,
-checks.csv, grids/, tensorboard/, settings.yaml and state.pt (for --resume).
+The folder --out gets lora/ (the weights of the best check, else the last, with a model card),
+log.csv, checks.csv, grids/, tensorboard/, settings.yaml and state.pt (for --resume).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tilt.wording import counted
 
 @dataclass
 class TrainGdro(training.TrainingRun):
-    """A training run."""
+    """The settings of an offline training."""
 
     lora: str | None = setting(
-        None, optional(NAME), "a LoRA to go on from, which the rollouts come from: another round"
+        None, optional(NAME), "LoRA to continue, which made the rollouts, for a further round"
     )
     model: str | None = setting(
         None, optional(NAME), "hub id or folder; by default the model of the rollouts"
     )
-    rollouts: str = setting("", TEXT, "a folder that `tilt rollout` made and `tilt score` scored")
+    rollouts: str = setting("", TEXT, "folder of `tilt rollout`, scored by `tilt score`")
     gdro: Gdro = part(Gdro, "GDRO")
 
 
@@ -72,9 +72,9 @@ def run(settings: TrainGdro) -> None:
     accelerator = training.accelerator_of(settings)
     name = settings.model or made.manifest["model"]
     if not name:
-        raise ValueError("the rollouts do not say their model; set model=")
+        raise ValueError("the rollouts do not record their model; set model=")
     load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
-    unscored = f"{counted(data.unscored, 'image')} left out, whose reward is not a finite number"
+    unscored = f"{counted(data.unscored, 'image')} left out: their reward is not a finite number"
     watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
     started.say(f"loading {name}")
     pipe = load()
@@ -88,7 +88,7 @@ def run(settings: TrainGdro) -> None:
     training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
         count = counted(len(data.groups), "prompt")
-        print(f"{count}; {data.dropped} left out, whose rewards are all equal")
+        print(f"{count}; {data.dropped} left out, because their rewards are all equal")
         if data.unscored:
             print(f"{unscored}")
     training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), weighed)
@@ -96,7 +96,7 @@ def run(settings: TrainGdro) -> None:
         f"{counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
         f"{plan['steered']} steered images each, seed {plan['seed']}, "
         f"call {json.dumps(plan['call'])}",
-        f"the network that drew them has the fingerprint {made.manifest['weights']}",
+        f"fingerprint of the network that generated them: {made.manifest['weights']}",
         f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
     ]
     about += [unscored] if data.unscored else []
@@ -108,5 +108,5 @@ def run(settings: TrainGdro) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit status as `exit_status.of_run`."""
+    """Return the exit status of `exit_status.of_run`."""
     return exit_status.of_run(OPTIONS, argv, run, "the last checkpoint is kept", "state.pt")
