@@ -17,7 +17,7 @@ from tilt.prompts import Prompt
 
 __all__ = ["Wish", "default_reward", "parse", "spec_of"]
 
-MOST_STEPS = 1000  # what the schedulers were trained with
+MOST_STEPS = 1000  # number of training timesteps of the schedulers
 EMBEDDED_REWARDS = ("aesthetic", "clip", "dino")  # rewards with an embedded tiny model
 
 

@@ -32,7 +32,7 @@ class Rollout(drawing.Drawing):
     steered: int = setting(
         0, whole(0, 10_000), "images per prompt from the particle filter, steered by --reward"
     )
-    reward: str | None = setting(None, optional(NAME), "reward that steers, as 'clip + 0.5*ocr'")
+    reward: str | None = setting(None, optional(NAME), "reward for --steered, as 'clip + 0.5*ocr'")
     prompts_per_shard: int = setting(4, whole(1), "prompts per file")
 
 

@@ -132,7 +132,7 @@ def score_pictures(source: Path, spec: str, settings: Score, device: torch.devic
         raise ValueError(f"--calibrate needs two images or more but {source} has one")
     beside = source if source.is_dir() else source.parent
     out = Path(settings.out) if settings.out else beside / "scores.csv"
-    picture = out.with_name(out.name + ".histogram.png")  # a name that no image of the user has
+    picture = out.with_name(out.name + ".histogram.png")  # unlike the name of any scored image
     if settings.resume and not settings.calibrate and is_complete(out, spec, samples):
         print(f"{out} is complete")
         report(read_table(out), picture)

@@ -98,11 +98,11 @@ def _are_texts(value: Any) -> bool:
 class Steer:
     """The prompts, the model, the reward and the filter of a run."""
 
-    prompts: list[str] = setting(list, Range("a list of texts", _are_texts), "prompts")
+    prompts: list[str] = setting(list, Range("a list of texts", _are_texts), "text prompts")
     prompt_file: str | None = setting(
         None, optional(NAME), "more prompts: .txt or .jsonl, see below"
     )
-    out: str | None = setting(None, optional(NAME), "output folder; by default out/ and the time")
+    out: str | None = setting(None, optional(NAME), "output folder; by default out/DATE-TIME")
     resume: bool = setting(False, FLAG, "skip prompts that are finished in the folder")
     compare: bool = setting(False, FLAG, "also generate plain images and best of k, at equal seeds")
     model: str = setting("tiny-sd3", NAME, f"hub id, folder, or {' or '.join(tiny.NAMES)}", MODEL)
@@ -124,7 +124,7 @@ class Steer:
         MODEL,
     )
     preview_size: float = setting(
-        1.0, number(), "size of images scored at intermediate steps, relative to the final", MODEL
+        1.0, number(), "size of images in intermediate scores, relative to the final images", MODEL
     )
     steps: int | None = setting(
         None, optional(whole(1, MOST_STEPS)), f"denoising steps, at most {MOST_STEPS}", CALL
@@ -135,8 +135,8 @@ class Steer:
     guidance_interval: tuple[float, float] = setting(
         (0.0, 1.0),
         Range("two fractions, as in 0,0.6", _is_interval),
-        "use guidance only from the first to the second fraction of the run; other steps cost "
-        "half, and p changes",
+        "use guidance only between these fractions of the run; other steps cost half, and the "
+        "model's distribution changes",
         CALL,
     )
     negative_prompt: str | None = setting(None, optional(TEXT), "negative prompt of guidance", CALL)
