@@ -12,6 +12,7 @@ from steering.resampling import RESAMPLERS
 __all__ = ["FeynmanKac", "is_count", "population_sizes", "scored_steps"]
 
 TEMPERINGS = ("none", "linear", "adaptive")
+_MOST_SCORES = 10_000  # as many as there may be steps
 LARGEST_SCALE = 1e30  # largest |λ|: its product with a reward must stay finite in float32
 
 
@@ -57,8 +58,8 @@ class FeynmanKac:
     tempering: str = _setting("adaptive", f"schedule of λ: {_listed(TEMPERINGS)}")
     funnel: tuple[int, ...] = _setting(
         (),
-        "number of particles after each of num_scores scored steps, such as 8,8,8,4,4,4,2,2; empty "
-        "keeps all",
+        "number of particles after each of num_scores scored steps, such as 8,8,8,4,4,4,2,2; by "
+        "default all are kept",
     )
 
     def __post_init__(self) -> None:
@@ -71,9 +72,9 @@ class FeynmanKac:
         _check_name("potential", self.potential, POTENTIALS)
         _check_name("resampler", self.resampler, RESAMPLERS)
         _check_name("tempering", self.tempering, TEMPERINGS)
-        if not is_count(self.num_scores):
+        if not is_count(self.num_scores) or self.num_scores > _MOST_SCORES:
             raise ValueError(
-                f"num_scores is {self.num_scores!r:.80}: pass a whole number, 1 or more "
+                f"num_scores is {self.num_scores!r:.80}: pass a whole number, 1 to {_MOST_SCORES} "
                 "(min_ess=0 never resamples)"
             )
         if self.score_from > self.score_to:

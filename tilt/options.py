@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -74,6 +75,8 @@ class _Option:
 
     def word(self, given: Any) -> str:
         """Return a given value as `path=value` in YAML."""
+        if self.default == "" and not given.strip():
+            raise ValueError(f"{self.flag} is {given!r}; give it a value, or leave it out")
         if self.is_text or self.is_list:  # literal text, without OmegaConf's interpolation
             return f"{self.path}={json.dumps(given, ensure_ascii=False)}".replace("${", "\\\\${")
         if typing.get_origin(self.hint) is tuple:
@@ -81,14 +84,14 @@ class _Option:
         return f"{self.path}={str(given).lower() if isinstance(given, bool) else given}"
 
     def _numbers(self, given: str) -> list[Any]:
-        kind = typing.get_args(self.hint)[0]
-        try:
-            return [kind(part) for part in given.split(",") if part.strip()]
-        except ValueError:
-            what = "whole numbers" if kind is int else "numbers"
-            raise ValueError(
-                f"{self.flag} is {given!r:.80} but must be {what} separated by commas"
-            ) from None
+        kind, *others = typing.get_args(self.hint)
+        found, count = [], None if others == [...] else len(others) + 1
+        with contextlib.suppress(ValueError):
+            found = [kind(part) for part in given.split(",")]
+        if not found or count not in (None, len(found)):
+            what = " ".join([str(count)] * bool(count) + ["whole"] * (kind is int) + ["numbers"])
+            raise ValueError(f"{self.flag} is {given!r:.80} but must be {what} separated by commas")
+        return found
 
 
 def _shown(value: Any) -> str:
