@@ -173,7 +173,7 @@ def test_a_spread_that_cannot_be_is_refused_before_a_folder_is_made(
     process = started(processes, *words)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
-    (said,) = [line for line in err.splitlines() if line.startswith("tilt steer: ")]
+    (said,) = [line for line in err.splitlines() if line.startswith("tilt steer: --")]
     assert why in said
     assert not out.exists()
 
