@@ -147,7 +147,7 @@ def test_a_field_without_a_range_is_noticed():
 
 @pytest.mark.parametrize("field", dataclasses.fields(FeynmanKac), ids=lambda field: field.name)
 def test_the_filters_settings_likewise(field):
-    fine = {"reward_scale": (-1, -0.5, 10**30), "noise": (None,), "num_scores": (10**30,)}
+    fine = {"reward_scale": (-1, -0.5, 10**30), "noise": (None,)}
     kind: Any = FeynmanKac
     for value in WRONG:
         if value in fine.get(field.name, ()) or (field.name == "funnel" and value == ()):

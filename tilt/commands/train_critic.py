@@ -94,7 +94,7 @@ class TrainCritic:
     resume: bool = setting(
         False,
         FLAG,
-        "resume from the last checkpoint; steps may be higher, save_every and log_every may differ",
+        "continue from the last checkpoint; steps may be higher, save_every, log_every may differ",
     )
     critic: CriticSettings = part(CriticSettings, "critic")
 
