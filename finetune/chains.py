@@ -25,7 +25,7 @@ __all__ = ["Move", "Policy", "Schedule", "sample", "schedule_of"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a sampler: t (steps,) as passed to the network, and the levels around each.
+    """The steps of a sampler: t (steps,) in (0, 1], as `models.predict` takes it, and the levels.
 
     shape: the shape of one row of latents.
     """

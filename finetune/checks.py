@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 PER_CALL = 4  # prompts per call of the pipeline
-GRID_ROWS = 8  # prompts in a grid
+GRID_ROWS = 8  # held-out prompts in a grid
 
 
 @dataclass
@@ -114,7 +114,8 @@ class Watch:
     load: Callable[..., Any]
 
     def look(self, part: str, network: Any, accelerator: Any) -> tuple[dict[str, float], Image]:
-        """Return means by name ("held_out/reward", "train/reward", ...) and a grid of images.
+        """Return means by name ("held_out/reward", "train/reward", ...) and a grid of held-out
+        images.
 
         Prompts are split among processes. The other components are loaded and freed again.
         """
@@ -178,8 +179,8 @@ def draw(
     """Draw `check.images` images of each prompt in `only` by the stock sampler, and score them.
 
     rewards: by name, as `rewards.load` makes them; components of "reward" are reported as well. A
-    prompt's noise depends only on the seed and the prompt; other prompts in the call change its
-    images by at most one grey level in at most 1 % of the values (docs/checked.md).
+    prompt's noise depends only on the seed and the prompt; in float32, other prompts in the call
+    change its images by at most one grey level in at most 1 % of the values (docs/checked.md).
     """
     sheet = Sheet()
     drawn = steer_each(

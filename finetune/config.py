@@ -98,11 +98,13 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
     for key in _keys(given):
         if key not in names and not key.startswith(free):
             owner = next((name for name in names if key.startswith(f"{name}.")), "")
-            if allowed := _ranges(kind).get(owner):  # a group instead of a single value
-                allowed.check(owner, OmegaConf.to_container(OmegaConf.select(given, owner)))
+            inside = OmegaConf.select(given, owner) if owner else None
+            if OmegaConf.is_config(inside) and (allowed := _ranges(kind).get(owner)):
+                allowed.check(owner, OmegaConf.to_container(inside))  # a group, not one value
             inner = [name for name in names if name.startswith(f"{key}.")]
             if inner:
-                raise ValueError(f"{where} sets {key!r}, which is a group; set {inner[0]} instead")
+                group = f"{key!r}, which is a group; set one of its settings, such as {inner[0]}"
+                raise ValueError(f"{where} sets {group}")
             close = get_close_matches(key, names, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {names}"
             raise ValueError(f"{where} sets {key!r:.80}, which is unknown; {hint}")

@@ -101,7 +101,7 @@ def accuracy(real: Tensor, fake: Tensor, *, paired: bool = False) -> Tensor:
     """Return the probability that a reference scores above a sample, (n,) and (m,) -> ().
 
     Ties count half. It is taken over all pairs (the area under the ROC curve), or row by row if
-    `paired`. It is ½ for two sets of the same distribution.
+    `paired`. It is ½ for two equal sets.
     """
     difference = real - fake if paired else real[:, None] - fake
     return ((difference.sign() + 1) / 2).mean()
@@ -193,8 +193,8 @@ class Critic:
     def __init__(self, reward: Model, settings: CriticSettings, accelerator: Any = None) -> None:
         if reward.paired and (settings.r1 or settings.spectral):
             raise ValueError(
-                "r1 and spectral apply to a head on frozen features, but this critic trains layers "
-                "of a preference model; set both to 0"
+                "r1= and spectral= apply to a head on frozen features, but this critic trains "
+                "layers of a preference model; set both to 0"
             )
         self.reward, self.settings, self.accelerator = reward, settings, accelerator
         self.loss = LOSSES[settings.loss or ("pairwise" if reward.paired else "hinge")]
@@ -220,7 +220,7 @@ class Critic:
         if not len(real) == len(fake) == n or not n:
             raise ValueError(
                 f"a critic needs a reference and a prompt for each sample but got {len(real)} "
-                f"references, {n} prompts and {len(fake)} samples; pass as many references"
+                f"references, {n} prompts and {len(fake)} samples; pass one of each per sample"
             )
         with torch.no_grad():
             both = self.reward.features(real), self.reward.features(fake)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic", "write"]
+__all__ = ["atomic", "disk_errors", "write"]
 
 
 @contextmanager
@@ -27,6 +27,16 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(scratch, path)
     finally:
         _remove(scratch)
+
+
+@contextmanager
+def disk_errors(place: object, advice: str) -> Iterator[None]:
+    """Turn an OSError of the block, such as a full disk, into a ValueError that ends in advice."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ValueError(f"cannot read or write {place} ({why}); {advice}") from error
 
 
 def write(path: Path, text: str) -> None:

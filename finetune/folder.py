@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["begun", "refuse_changes", "writing"]
+from .files import disk_errors
+
+__all__ = ["ELSEWHERE", "begun", "flat", "refuse_changes"]
+
+ELSEWHERE = "give another out="  # advice for a folder that cannot be used
 
 
 def begun(
@@ -22,21 +25,24 @@ def begun(
     """Return whether the folder holds results to resume from; nothing is written.
 
     record: the file that every folder of this kind has. results: a pattern of the files that a new
-    run would overwrite, by default the record. Raises ValueError if the folder holds files without
-    the record, if it holds results and `resume` is False, or if it cannot be read.
+    run would overwrite, by default the record. Raises ValueError if the folder is a file or cannot
+    be read, if it holds files without the record (those whose names begin with a dot do not
+    count), and if it holds results and `resume` is False.
     """
-    with writing(folder):
-        names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder as out=")
+    with disk_errors(folder, ELSEWHERE):
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        found = any(folder.glob(results or record))
     seen = [name for name in names if not name.startswith(".")]
     if seen and record not in seen:
         raise ValueError(
-            f"{folder} is not empty and holds no {kind} ({seen[-1]}), and its files would be "
-            "overwritten; give another out="
+            f"{folder} is not empty: it holds other files, such as {seen[-1]}, and no {kind}; "
+            f"{ELSEWHERE}"
         )
-    found = any(folder.glob(results or record))
     if found and not resume:
         article = "an" if kind[0] in "aeiou" else "a"
-        raise ValueError(f"{folder} holds {article} {kind}; add resume=true, or give another out=")
+        raise ValueError(f"{folder} holds {article} {kind}; add resume=true, or {ELSEWHERE}")
     return found
 
 
@@ -46,25 +52,28 @@ def refuse_changes(
     now: Mapping[str, Any],
     alike: Callable[[Any, Any], bool] = operator.eq,
 ) -> None:
-    """Raise ValueError for the first entry that differs from when the run began."""
-    for name in sorted(before.keys() | now.keys()):
-        was, given = before.get(name), now.get(name)
+    """Raise ValueError for the first entry that differs from when the run began.
+
+    Nested entries are compared one by one. Those below "weights" are fingerprints, which are not
+    shown.
+    """
+    old, new = dict(flat(before)), dict(flat(now))
+    for name in sorted(old.keys() | new.keys()):
+        was, given = old.get(name), new.get(name)
         if alike(was, given):
             continue
         said = f"{name}={was!r}, not {given!r}"
-        if len(said) > 200:
-            said = f"another value of {name}"
-        raise ValueError(
-            f"{folder} was begun with {said}; continue it as it was, or give another out="
-        )
+        if name.partition(".")[0] == "weights":
+            said = "other weights of the model"
+        elif len(said) > 200:
+            said = f"another {name}="
+        raise ValueError(f"{folder} was begun with {said}; continue it as it was, or {ELSEWHERE}")
 
 
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn an OSError of the block, such as a full disk, into a ValueError in one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot write in {folder} ({error.strerror}); give another out="
-        ) from None
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the entries of nested mappings with dotted names, such as ("check.every", 50)."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, Mapping):
+            yield prefix + name, value

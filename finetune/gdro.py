@@ -46,13 +46,15 @@ class Gdro(Tuning):
         one_of("constant", "velocity", "elbo"),
         "weight of the errors by timestep: constant, velocity (as if v was predicted) or elbo",
     )
-    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform times")
+    times: str = setting("logit_normal", one_of(*TIMES), "distribution of the training times")
     shift: float = setting(
         1.0,
         number(0, ends="(]"),
         "shift of the times; above 1 favours high noise levels, where the content is decided",
     )
-    shared_noise: bool = setting(True, FLAG, "share noise in a group; false shrinks the optimum")
+    shared_noise: bool = setting(
+        True, FLAG, "one noise for all images of a group; false learns less"
+    )
     reward: str = setting("reward", NAME, "column of the rewards")
     reward_norm: str = setting(
         "none", one_of(*NORMS), "normalisation: none, minmax, rank, group_std or global_std"

@@ -120,7 +120,7 @@ def draw_groups(
 
 
 def target_entropy(rewards: Tensor, temperature: float) -> Tensor:
-    """Return the entropy of softmax(r/τ) / log k, (g,): 1 for a uniform target, 0 for one image."""
+    """Return the entropy of softmax(r/τ), divided by log k, (g,): 1 if uniform, 0 for one image."""
     if rewards.ndim != 2 or rewards.shape[1] < 2 or not 0 < temperature < math.inf:
         raise ValueError(
             "rewards (g, k) with k of 2 or more and a positive temperature are needed, but got "

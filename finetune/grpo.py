@@ -65,11 +65,11 @@ class Grpo(Tuning):
     clip: float = setting(
         1e-4, number(0, ends="(]"), "PPO clip range of the per-element probability ratio"
     )
-    advantage_clip: float = setting(5.0, number(0, ends="(]"), "clipping range of advantages")
+    advantage_clip: float = setting(5.0, number(0, ends="(]"), "largest absolute advantage")
     spread: str = setting(
         "group",
         one_of(*SPREADS),
-        "standard deviation that divides advantages: group, global or none",
+        "whose standard deviation divides advantages: group, global (all images) or none",
     )
     each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
     kl: float = setting(0.0, number(0), "weight of the divergence from the reference")

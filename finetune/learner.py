@@ -48,7 +48,9 @@ class Tuning:
         "min((1 + s)/(10 + s), ema)",
     )
     refresh: int = setting(
-        0, whole(0), "steps between updates of the reference to the present weights; 0: never"
+        0,
+        whole(0),
+        "optimiser steps between updates of the reference to the present weights; 0: never",
     )
     eight_bit: bool = setting(False, FLAG, "use the 8-bit AdamW of bitsandbytes")
     gradient_checkpointing: bool = setting(False, FLAG, "saves memory, takes a third more time")
@@ -272,7 +274,7 @@ def _scale_gradients(accelerator: Any, zero: bool) -> None:
     if zero or accelerator.is_fsdp2:
         raise ValueError(
             "float16 needs gradient scaling, which is not supported with DeepSpeed and FSDP; "
-            "use bfloat16"
+            "set dtype=bfloat16"
         )
     if accelerator.scaler is None:  # accelerate has one with mixed_precision fp16
         accelerator.scaler = torch.amp.GradScaler(accelerator.device.type)

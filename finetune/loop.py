@@ -38,7 +38,8 @@ def begin(
 ) -> None:
     """Load the LoRA `adapter` as the starting point, if given, and the checkpoint if `resume`.
 
-    resume: whether to load the folder's checkpoint, which is refused otherwise. made_of: digests of
+    resume: whether to continue from the folder's checkpoint; without it, a folder that has one is
+    refused. made_of: digests of
     the model and the data, by name, which must match the checkpoint's; `finetune.state.check_out`
     compares the settings. Raises ValueError as `load_state` does.
     """

@@ -1,7 +1,8 @@
 """The model families: prompts to conditioning, noising of latents, and network predictions.
 
 Latents are those that the pipeline returns with `output_type="latent"` (packed for Flux), which are
-also the network's inputs. Legend: n rows, t in (0, 1) is the noise level, 0 for clean latents.
+also the network's inputs. Legend: n rows; t in (0, 1) is the time, 0 for clean latents and 1 for
+pure noise: the noise level of a flow, or with betas the timestep over T.
 """
 
 from __future__ import annotations
@@ -263,7 +264,7 @@ def encode(pipe: Any, prompts: Sequence[str], **call: Any) -> Conditioning:
 
 
 def encode_negative(pipe: Any, prompt: str, **call: Any) -> Conditioning:
-    """Return the conditioning of the negative prompt, one row; SDXL uses zeros for none."""
+    """Return the conditioning of the negative prompt, one row; zeros for an empty one in SDXL."""
     found = encode(pipe, [prompt], **call)
     if prompt or not pipe.config.get("force_zeros_for_empty_prompt"):
         return found

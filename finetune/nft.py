@@ -56,21 +56,21 @@ class Nft(Tuning):
     beta: float = setting(
         1.0,
         number(0, ends="(]"),
-        "distance of the implicit good and bad policies from the old policy",
+        "how many times as far from the old policy as the trained one the implicit policies are",
     )
-    advantage_clip: float = setting(5.0, number(0, ends="(]"), "clipping range of advantages")
+    advantage_clip: float = setting(5.0, number(0, ends="(]"), "largest absolute advantage")
     spread: str = setting(
         "global",
         one_of(*SPREADS),
-        "standard deviation that divides advantages: group, global or none",
+        "whose standard deviation divides advantages: group, global (all images) or none",
     )
     each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
     old_decay: float = setting(
         0.5,
         number(0, 1, "[)"),
-        "highest decay of the old policy, the average of the weights that samples",
+        "highest decay of the averaged weights that draw the samples (the old policy)",
     )
-    times: str = setting("logit_normal", one_of(*TIMES), "logit_normal or uniform times")
+    times: str = setting("logit_normal", one_of(*TIMES), "distribution of the training times")
     shift: float = setting(
         1.0,
         number(0, ends="(]"),

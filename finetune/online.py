@@ -60,7 +60,7 @@ def advantages_of(
     s: Settings,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Return clipped advantages (g, k) of the total, or with `each_reward` summed by component.
+    """Return clipped advantages (g, k): of the total, or a sum over the rewards (`each_reward`).
 
     With `each_reward` each component is normalised, weighted and added, so that no component
     dominates by its range. kept: as in `group_advantages`. Components of weight 0 are ignored.

@@ -34,12 +34,12 @@ __all__ = [
 ]
 
 MOST = 10**9  # largest count; larger ones are mistakes
-MOST_FLOAT = 3e38  # the largest number that float32 holds
+MOST_FLOAT = 3e38  # just below the largest float32
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may have; said: their description in "lr must be ...".
+    """The values that a setting may have; said: what they are, such as "a number above 0".
 
     choices: all allowed values, if they are a few names.
     """
@@ -91,7 +91,7 @@ def refuse_idle(settings: Any, names: Sequence[str], why: str) -> None:
         for full, value in _set(name, *values):
             raise ValueError(
                 f"{full} is {value!r:.80} but has no effect, because {why}; change that, or leave "
-                f"{full} out"
+                "this setting out"
             )
 
 
@@ -160,7 +160,7 @@ def _is_name(value: Any) -> bool:
 FLAG = Range("true or false", lambda value: isinstance(value, bool))
 TEXT = Range("text", _is_text)
 NAME = Range("text, and not empty", _is_name)
-GIVEN = Range("given", _is_name)  # by the user: its default is "", which it may not be
+GIVEN = Range("given", _is_name)  # required: the default "" is refused
 TEXTS = Range(
     "a list of names", lambda value: isinstance(value, list) and all(map(_is_name, value))
 )

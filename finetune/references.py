@@ -71,7 +71,7 @@ class References:
             )
 
     def draw(self, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
-        """Draw an image per prompt, (n, 3, h, w) in [0, 1]; repeats start after all were drawn."""
+        """Draw an image per prompt, (n, 3, h, w) in [0, 1]; none twice until all were drawn."""
         self.check(prompts)
         left: dict[str, list[int]] = {}
         drawn = []
@@ -88,7 +88,7 @@ def load_references(source: str | Path, size: tuple[int, int], *, paired: bool) 
 
     A table is a .parquet file, a folder of such files, or a folder that `datasets` wrote with
     save_to_disk; its columns are `image` and, if paired, `prompt`. Paths in a file are relative to
-    it. Raises ValueError for anything else.
+    its folder. Raises ValueError for anything else.
     """
     pictures = _pictures(Path(os.path.expanduser(source)), paired)
     try:
@@ -123,7 +123,7 @@ def _pictures(source: Path, paired: bool) -> dict[str, list[Source]]:
         f"the references {str(source)!r:.80} are neither a folder, a .json nor a .parquet file "
         "that exists; give one"
     )
-    if not os.path.exists(source):  # or its name is not valid
+    if not os.path.exists(source):  # not Path.exists, which raises for names that are not valid
         raise ValueError(unknown)
     if source.suffix == ".json" and source.is_file():
         return _of_json(source)

@@ -37,8 +37,8 @@ from steering.manifest import fingerprint, versions
 from steering.pipeline import steer_each
 
 from . import ranges
-from .files import atomic, write
-from .folder import begun, refuse_changes, writing
+from .files import atomic, disk_errors, write
+from .folder import ELSEWHERE, begun, refuse_changes
 from .models import encode, family_of
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
 from .shards import is_whole, read_manifest, sha256
@@ -136,16 +136,29 @@ def open_run(
         "weights": fingerprint(network),
         "reward": reward,
     }
-    if begun(folder, MANIFEST, resume=resume):
-        was = {"dtype": about["dtype"]} | read_manifest(
-            folder / MANIFEST
-        )  # older runs lack the dtype
-        before = {name: was.get(name) for name in about}
-        refuse_changes(folder, before | was["plan"], about | _plain(plan))
+    was = _manifest_of(folder)
+    if begun(folder, MANIFEST, kind="run of rollouts", resume=resume):
+        old = {"dtype": about["dtype"]} | was  # older runs do not record it
+        before = {name: old.get(name) for name in about}
+        refuse_changes(folder, before | _named(was["plan"]), about | _named(_plain(plan)))
         return
     about |= {"plan": _plain(plan), "lora": lora, "versions": versions()}
-    with writing(folder):
+    with disk_errors(folder, ELSEWHERE):
         write(folder / MANIFEST, json.dumps(about, indent=1, ensure_ascii=False))
+
+
+def _manifest_of(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a run's folder, {} without one; ValueError for that of another."""
+    file = folder / MANIFEST
+    try:
+        return read_manifest(file) if file.is_file() else {}
+    except ValueError:
+        raise ValueError(f"{file} is damaged, or is not of rollouts; {ELSEWHERE}") from None
+
+
+def _named(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return a plan's entries under the names of the command's settings."""
+    return {"filter" if name == "settings" else name: value for name, value in plan.items()}
 
 
 def is_complete(
@@ -186,9 +199,8 @@ def generate(
 ) -> Iterator[tuple[int, int]]:
     """Make this process's missing or damaged shards; yields (shards done, shards in total).
 
-    preview: an AutoencoderTiny for the scores during steering. drawn: called after every step of
-    the sampler with the number of images drawn so far, which counts each step as a fraction of its
-    images, and their total.
+    preview: an AutoencoderTiny for the scores during steering. drawn(done, total): called
+    after every step of the sampler; a call that is halfway counts as half of its images.
     """
     each, sizes = plan.images + plan.steered, [len(prompts) for prompts in plan.shards()]
     mine = [i for i in range(len(sizes)) if i % world == rank]

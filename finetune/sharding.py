@@ -17,7 +17,8 @@ __all__ = ["shard"]
 
 
 def shard(accelerator: Accelerator) -> None:
-    """Enable FSDP or DeepSpeed if the launcher asked for it; ValueError if it cannot be trained.
+    """Enable FSDP or DeepSpeed if the launcher asked for it; ValueError if its settings are not
+    supported.
 
     accelerate itself silently ignores both on CPUs.
     """
@@ -44,14 +45,17 @@ def _fsdp(accelerator: Accelerator) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError(
-            "FSDP 1 cannot hold frozen and trained weights together; set fsdp_version: 2"
+            "FSDP 1 cannot hold frozen and trained weights together; set "
+            "fsdp_version: 2, as in scripts/configs/fsdp.yaml"
         )
     plugin = state.fsdp_plugin
     if plugin is None:
         return
     if accelerator.is_fsdp2 and plugin.auto_wrap_policy is None:
         # weights outside of blocks stay gathered, so a swapped adapter would have no effect
-        raise ValueError("FSDP needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP; set it")
+        raise ValueError(
+            "FSDP needs fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, as in fsdp.yaml"
+        )
     # the policy would round inputs, including timesteps, and the adapter's gradients
     plugin.mixed_precision_policy = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import config
 from .files import atomic
-from .folder import begun, refuse_changes
+from .folder import ELSEWHERE, begun, flat, refuse_changes
 
 __all__ = ["FILE", "FINISHED", "check_out", "finish", "is_finished", "load_state", "save_state"]
 
@@ -36,33 +36,26 @@ def check_out(settings: Any, ignore: Collection[str] = ()) -> None:
     if not begun(out, RECORD, FILE, kind="training run", resume=settings.resume):
         return
     try:
-        before = dict(_flat(asdict(config.read(type(settings), out / RECORD))))
+        before = dict(flat(asdict(config.read(type(settings), out / RECORD))))
     except ValueError as error:
-        raise ValueError(f"{out} cannot be continued ({error}); give another out=") from None
-    free = MAY_CHANGE | set(ignore)
+        raise ValueError(f"{out} cannot be continued ({error}); {ELSEWHERE}") from None
+    unused = set(ignore)
     if before.get("check.every") == 0:  # nothing was checked yet
-        free |= {"check"}
+        unused |= {"check"}
+    may_change = MAY_CHANGE
     if before.get("dtype") == "auto":  # a run that did not record which type it was
-        free |= {"dtype"}
+        may_change = MAY_CHANGE | {"dtype"}
 
     def bound(settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the settings that must not change."""
         parts = {name: name.partition(".") for name in settings}
         return {
             name: settings[name]
-            for name, (head, _, tail) in parts.items()
-            if not free & {name, head, tail}
+            for name, (group, _, own) in parts.items()
+            if not (name in may_change or own in MAY_CHANGE or group in unused)
         }
 
-    refuse_changes(out, bound(before), bound(dict(_flat(asdict(settings)))), _alike)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    refuse_changes(out, bound(before), bound(dict(flat(asdict(settings)))), _alike)
 
 
 def _alike(before: Any, now: Any) -> bool:
@@ -121,8 +114,8 @@ def load_state(
     for name, digest in (made_of or {}).items():
         if was.get(name, digest) != digest:
             raise ValueError(
-                f"{folder} was begun when {name}= held other data under the same name; restore "
-                "them, or give another out="
+                f"{folder} was begun when {name}= stood for other contents under the same name; "
+                "restore those, or give another out="
             )
     try:
         trainer.load_state_dict(state)

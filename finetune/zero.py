@@ -26,7 +26,7 @@ def configure(accelerator: Any, max_grad_norm: float, count: int, eight_bit: boo
     """Set the DeepSpeed options that it would otherwise infer wrongly, before the engine is made.
 
     count: number of trained values. Raises ValueError for an 8-bit optimiser, whose state cannot be
-    distributed again.
+    divided among another number of processes.
     """
     if eight_bit:
         raise ValueError("eight_bit=true does not work with DeepSpeed; leave one of them out")

@@ -147,7 +147,8 @@ def _check_only(only: Any, num_prompts: int) -> None:
 def _check_share(size: object) -> None:
     if not _is_number(size) or not 0 < size <= 1:
         raise ValueError(
-            f"preview_size={size!r:.80}: pass a fraction of the image's sides, above 0 up to 1."
+            f"preview_size={size!r:.80}: pass a fraction of the image's sides, above 0 and at "
+            "most 1."
         )
 
 

@@ -34,8 +34,9 @@ _SAME = {
     "FluxControlNetModel": "FluxAttnProcessor",
 }
 _XFORMERS_DEVICES = ("cuda",)  # also the device type of ROCm
-# (queries, keys, head width): SD 1.5's self-attention and cross-attention (77 tokens), SDXL's
-# cross-attention, and the joint attention of SD3 (77 + 256 tokens) and Flux
+# (queries, keys, head width): SD 1.5's self-attention and cross-attention (77 tokens) at its
+# smallest and largest head width, SDXL's cross-attention, and the joint attention of SD3 (77 + 256
+# tokens) and Flux
 _TRIED = ((64, 64, 40), (64, 77, 160), (64, 77, 64), (589, 589, 64), (768, 768, 128))
 _TOLERANCE = 0.03  # for averages of normal numbers in bfloat16; a wrong kernel is off by 0.3
 
@@ -72,7 +73,7 @@ def set_attention(pipe: Any, name: str) -> None:
 
 
 def shield() -> None:
-    """Prevent a broken xformers from failing, or warning during, the import of diffusers.
+    """Keep a broken xformers from breaking the import of diffusers, or printing warnings in it.
 
     diffusers imports xformers unguarded whenever it is installed. Call this before the models of
     diffusers are imported; later it has no effect. Without CUDA, xformers is not imported at all.

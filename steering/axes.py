@@ -37,7 +37,7 @@ Path = tuple[str | int, ...]  # starts with the class name of the network
 Axes = dict[Path, int | str | None]  # a tensor's batch axis, _ENTRIES, or None if all rows share it
 
 _ENTRIES = "entries"  # a list or tuple with one entry per row
-MOST_COPIES = 8  # guidance makes fewer; more are the tokens of all rows in sequence
+MOST_COPIES = 8  # guidance makes no more; more are the tokens of all rows in sequence
 _PLAIN = (int, float, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 
 

@@ -43,7 +43,7 @@ class Rows:
     source: Tensor | None = None
     guidance: tuple[float, float] = (0.0, 1.0)
     progress: float = 0.0  # fraction of the steps that are done
-    device: torch.device | None = None  # device of the networks' batch
+    device: torch.device | None = None  # device of the networks' batch, for indices into it
     whole: bool = False  # nothing is cut, so batch axes need not be known
     following: Following | None = None  # set if arguments of the networks follow the lineage
 

@@ -47,7 +47,7 @@ __all__ = [
 
 
 class FilterState(NamedTuple):
-    """The state that the next score needs, per prompt (b,) or per particle (b, k)."""
+    """The state of the next score, per prompt (b,) or particle (b, k), in float32 or float64."""
 
     log_weights: Tensor  # (b, k), not normalised; 0 after resampling
     log_z: Tensor  # (b,) the part that resampling has folded in

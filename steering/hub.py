@@ -60,7 +60,7 @@ def one_sentence(
         other = f", or {instead}" if instead else ""
         if offline and isinstance(error, OSError | ValueError) and not os.path.exists(path):
             raise ValueError(
-                f"cannot load {what}; without a network, give a folder that holds it{other}"
+                f"cannot load {what}; the hub cannot be reached; give a folder that holds it{other}"
             ) from error
         reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         # an unknown class in model_index.json, or a class that lacks what is used

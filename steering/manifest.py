@@ -1,4 +1,4 @@
-"""The manifest of a run, which suffices to repeat it: settings, seed, versions, weights, reward.
+"""The manifest of a run, with what repeats it: settings, seed, versions, model, reward.
 
 The noise of a particle depends only on the seed, its prompt's text, how often that text came before
 and its index (`steering.generators`). So one prompt can be repeated without the others of its run:
@@ -107,7 +107,7 @@ def join(manifests: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Return 16 hex digits that identify the weights of a module, its LoRAs included.
+    """Return 16 hex digits that differ if the weights of a module do, its LoRAs included.
 
     They are a sha256 of the name, shape, dtype and a sample of the values of every entry of the
     state dict. Tensors on the meta device, as under sequential offload, have no values to read.

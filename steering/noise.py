@@ -62,6 +62,6 @@ def refuse_global_noise(
     if watched.drawn:
         raise ValueError(
             f"{type(pipe).__name__} draws noise from PyTorch's global generator, which seed= does "
-            "not set, so a run could not be repeated; use a pipeline that draws only from "
-            "generator=."
+            "not set: a run could not be repeated, and particles could not be given noise of "
+            "their own; use a pipeline that draws only from generator=."
         )

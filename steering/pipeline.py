@@ -80,14 +80,14 @@ def steer(
 
     Other batch sizes (max_batch, prompts_per_call, spread, a halving) use the same noise. In
     float32 they give the same images to one grey level in at most 1 % of the values, unless a
-    resampling decision is within such a difference of its threshold (docs/checked.md).
+    draw of resampling lies that close to the boundary between two particles (docs/checked.md).
 
     Raises ValueError before any step for arguments that cannot work, and during the run for a
     reward that is not finite. If anything ends the run early, including Ctrl-C, the exception's
     `finished` is the Steered of the finished prompts, or None. It includes prompts whose steps were
     finished but whose decoding or final scores failed: latents, no images, NaN for every number.
     """
-    given = dict(locals())  # every argument as steer_each() takes it
+    given = dict(locals())  # must come first: the arguments, as steer_each() takes them
     given |= given.pop("pipe_kwargs")
     if "only" in pipe_kwargs:
         raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")

@@ -16,7 +16,7 @@ _DRAW = ("unet", "transformer", "decoder", "image_unet")
 
 
 def refuse_unsteerable(pipe: DiffusionPipeline) -> None:
-    """Raise ValueError for a kind of pipeline that steer() cannot steer."""
+    """Raise ValueError if steering the scheduler's latents would not steer the image."""
     from diffusers import DiffusionPipeline
 
     kind = type(pipe).__name__

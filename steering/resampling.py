@@ -62,7 +62,7 @@ def residual(weights: Tensor, num: int, generator: Generator | Sequence[Generato
 
 
 def ssp(weights: Tensor, num: int, generator: Generator | Sequence[Generator]) -> Tensor:
-    """Srinivasan sampling process: N_i is num W_i rounded down or up, and convergence is proven.
+    """Srinivasan sampling process: N_i is num W_i rounded down or up (Gerber et al. 2019).
 
     The remainders are rounded in pairs. Two remainders p and q with p+q <= 1 become (p+q, 0) or
     (0, p+q), otherwise (1, p+q-1) or (p+q-1, 1), with probabilities that keep both means. One of

@@ -59,7 +59,7 @@ class Steered:
         The manifest suffices to repeat the run, and lists the files. Each PNG holds its parameters
         as text, including all that its noise depends on: the seed, the prompt's text, how often
         that came before (its occurrence), and the particle's index. previews-0000.webp, ... hold
-        small images of a prompt's particles, one column per score. `tilt.report.write` shows all.
+        small images of a prompt's particles, one column per score. `tilt.report.write` shows them.
 
         For prompts without images, whose decoding or final scores failed, only the latents are
         written: "latents" (k, *shape) in undecoded-0000.safetensors, ..., listed in the manifest.

@@ -117,7 +117,7 @@ class Run:
         return perturbed(self.pipe, self.call.value("pag_scale"))
 
     def attempt(self, indices: Sequence[int], on_step: Callable[[Moment], None]) -> Steered | None:
-        """As `steered`, but return None, keeping no traceback, if a smaller batch may fit."""
+        """As `steered`, but return None if memory runs out and a smaller batch may fit."""
         try:
             return self.steered(indices, on_step)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -134,7 +134,7 @@ class Run:
         """Steer the prompts `indices` through one call of the pipeline.
 
         If the call fails before its first step, the other ways to request rows are tried. If none
-        works, the first error is raised.
+        works, `no_rows` says so, or the first error is raised.
         """
         met: Exception | None = None
         while True:
@@ -208,24 +208,31 @@ class Run:
         if self._follows():
             rows.following = Following(scheduler.chain, self.learned.batch, len(noise))
         view = self._view(scheduler, indices, rows)
-        guiders = [part for part in vars(view).values() if isinstance(part, BaseGuidance)]
-
-        def observer(look: Look) -> Tensor | None:
-            self._begin(look, decoder, indices)
-            if look.step == 0 and rows.following is not None:
-                rows.following.settle(scheduler.chain.sample)
-            survivors = particles(look)
-            if survivors is not None:
-                follow_momentum(guiders, survivors, self.spread.whole)
-            return survivors
-
-        scheduler.chain.observer = observer
+        scheduler.chain.observer = self._observer(view, decoder, particles, indices)
         tape.record(view)
         with undisturbed(self.pipe):
             returned = view(**call, output_type="latent")[0]
             if rows.following is not None:
                 returned = rows.following.returned(returned)
             return self._kept(indices, returned, decoder, particles, scheduler.chain.last)
+
+    def _observer(
+        self, view: Any, decoder: Decoder, particles: Particles, indices: Sequence[int]
+    ) -> Callable[[Look], Tensor | None]:
+        """Return what the scheduler of `view` calls at each step, before it moves."""
+        guiders = [part for part in vars(view).values() if isinstance(part, BaseGuidance)]
+        following, chain = particles.rows.following, view.scheduler.chain
+
+        def observer(look: Look) -> Tensor | None:
+            self._begin(look, decoder, indices)
+            if look.step == 0 and following is not None:
+                following.settle(chain.sample)
+            survivors = particles(look)
+            if survivors is not None:
+                follow_momentum(guiders, survivors, self.spread.whole)
+            return survivors
+
+        return observer
 
     def _view(self, scheduler: Any, indices: Sequence[int], rows: Rows) -> Any:
         replaced = {

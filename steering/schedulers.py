@@ -365,7 +365,9 @@ def _flow_from(scheduler: Any) -> StochasticFlow:
     if not name.startswith("FlowMatch"):
         made.schedule = copy.deepcopy(scheduler)
         made.register_to_config(use_flow_sigmas=True)  # Flux reads this key
-    _log_once(f"{name} is replaced by Euler for rectified flow: steering needs a Markov chain.")
+    _log_once(
+        f"{name} is replaced by Euler for rectified flow, whose steps depend only on the present latents."
+    )
     return made
 
 
@@ -378,7 +380,9 @@ def _ddim_from(scheduler: Any) -> StochasticDDIM:
         made.alphas_cumprod = theirs.clone()
         if not made.config.set_alpha_to_one:
             made.final_alpha_cumprod = made.alphas_cumprod[0]
-    _log_once(f"{type(scheduler).__name__} is replaced by DDIM: steering needs a Markov chain.")
+    _log_once(
+        f"{type(scheduler).__name__} is replaced by DDIM, whose steps depend only on the present latents."
+    )
     return made
 
 

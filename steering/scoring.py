@@ -58,7 +58,7 @@ class PromptScorer:
     def score(self, images: Tensor, indices: Sequence[int]) -> Tensor:
         """Return the scores (b, k) of images (b*k, 3, h, w), prompt-major, of `indices`' prompts.
 
-        The dtype is float64 if the reward's is, else float32.
+        The dtype is float64 if the reward's is and the device supports it, else float32.
         """
         scores = self._call(self._reward, images, indices)
         return self._shaped(scores, images, len(indices))

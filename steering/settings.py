@@ -12,7 +12,7 @@ from steering.resampling import RESAMPLERS
 __all__ = ["FeynmanKac", "is_count", "population_sizes", "scored_steps"]
 
 TEMPERINGS = ("none", "linear", "adaptive")
-_MOST_SCORES = 10_000  # as many as there may be steps
+_MOST_SCORES = 10_000  # as many as steer() allows steps
 LARGEST_SCALE = 1e30  # largest |λ|: its product with a reward must stay finite in float32
 
 
@@ -40,14 +40,18 @@ class FeynmanKac:
         "λ, from -1e30 to 1e30: a reward higher by 1/λ makes an image e times as likely; 0 samples "
         "from the model itself",
     )
-    potential: str = _setting("difference", f"potential of a score: {_listed(POTENTIALS)}")
+    potential: str = _setting(
+        "difference", f"how a path's scores become its weight: {_listed(POTENTIALS)}"
+    )
     resampler: str = _setting("ssp", f"resampling scheme: {_listed(RESAMPLERS)}")
     min_ess: float = _setting(
         1.0,
-        "resample if the effective sample size is below this fraction of the particles; 0 never "
-        "resamples, which is best-of-k, and 1 resamples at every score",
+        "resample if the effective sample size is below this fraction of the particles; 0 only "
+        "resamples where a funnel shrinks (without one it is best-of-k), 1 at every score",
     )
-    num_scores: int = _setting(8, "maximum number of scored steps, besides the final image")
+    num_scores: int = _setting(
+        8, "maximum number of scored steps, 1 to 10000, besides the final image"
+    )
     score_from: float = _setting(0.05, "first scored step, as a fraction of the executed steps")
     score_to: float = _setting(0.7, "last scored step, as a fraction of the executed steps")
     noise: float | None = _setting(

@@ -75,8 +75,8 @@ def flow_transition(
     x' = x + (s'-s) v - (s' - √(s'²-η²)) ε̂ + η z, with x̂0 = x - s v and ε̂ = x + (1-s) v; the mean
     is (1-s') x̂0 + √(s'²-η²) ε̂. η = 0 is the Euler step, bit for bit as in diffusers; η = s'
     replaces all noise. Finite at s = 1. Computed in the dtype of x, at least float32, except that
-    (s'-s) v is rounded as in the stock scheduler. Raises ValueError if η > s', which is checked
-    only for tensors on the CPU.
+    (s'-s) v is rounded as in the stock scheduler. Raises ValueError if η > s', which is not
+    checked for tensors on another device than the CPU.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.to(dtype)

@@ -26,9 +26,9 @@ def test_what_is_begun_is_continued_only_where_that_is_asked_for(tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_folder_of_something_else_is_refused(tmp_path, resume):
     (tmp_path / "state.pt").touch()
-    with pytest.raises(ValueError, match=r"not empty and holds no run \(state.pt\)"):
+    with pytest.raises(ValueError, match=r"other files, such as state.pt, and no run"):
         begun(tmp_path, "settings.yaml", "*.pt", resume=resume)
-    with pytest.raises(ValueError, match="Not a directory"):
+    with pytest.raises(ValueError, match="is a file; give a folder"):
         begun(tmp_path / "state.pt", "settings.yaml", resume=resume)
 
 
@@ -37,7 +37,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path, resume):
     [
         ({"seed": 1}, {"seed": 2}, "begun with seed=1, not 2;"),
         ({}, {"seed": 2}, "begun with seed=None, not 2;"),
-        ({"prompts": ["a"] * 99}, {"prompts": ["b"]}, "begun with another value of prompts;"),
+        ({"call": {"height": 64}}, {"call": {"height": 8}}, r"begun with call\.height=64, not 8;"),
+        ({"weights": {"unet": "a"}}, {"weights": {"unet": "b"}}, "other weights of the model;"),
+        ({"prompts": ["a"] * 99}, {"prompts": ["b"]}, "begun with another prompts=;"),
     ],
 )
 def test_a_change_is_refused_by_its_name(tmp_path, before, now, said):

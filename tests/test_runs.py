@@ -59,7 +59,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
 
 def test_default_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "out").write_text("not a folder")
-    with pytest.raises(ValueError, match=r"cannot write in .*another out="):
+    with pytest.raises(ValueError, match=r"cannot read or write .*another out="):
         runs.new_folder(tmp_path / "out")
 
 
@@ -84,7 +84,9 @@ def test_manifest_of_something_else_is_refused_and_stays(tmp_path, content, resu
 def test_a_folder_that_holds_something_else_is_not_written_over(tmp_path, name):
     (tmp_path / name).write_text("of a training run")
     (tmp_path / ".hidden").touch()
-    with pytest.raises(ValueError, match=rf"not empty and holds no run \({name}\).*another out="):
+    with pytest.raises(
+        ValueError, match=rf"other files, such as {name}, and no run; .*another out="
+    ):
         runs.open_run(tmp_path, ASKED, resume=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", name]
     (tmp_path / name).unlink()
@@ -94,7 +96,7 @@ def test_a_folder_that_holds_something_else_is_not_written_over(tmp_path, name):
 @pytest.mark.parametrize("resume", [False, True])
 def test_results_without_the_manifest_of_their_run_are_not_taken_for_ours(tmp_path, resume):
     (tmp_path / "0000-holidays").mkdir()
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="and no run"):
         runs.open_run(tmp_path, ASKED, resume=resume)
 
 
@@ -110,7 +112,7 @@ def test_folder_that_takes_no_files_is_refused(tmp_path, resume):
     if resume:
         runs.open_run(tmp_path, ASKED, resume=False)
         runs.keep(tmp_path / "0000-a", RESULTS)
-    with full_disk(), pytest.raises(ValueError, match=r"cannot write in .*another out="):
+    with full_disk(), pytest.raises(ValueError, match=r"cannot read or write .*another out="):
         runs.open_run(tmp_path, ASKED, resume=resume)
 
 

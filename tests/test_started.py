@@ -54,7 +54,7 @@ def ran(file: Path) -> subprocess.CompletedProcess[str]:
 def test_it_speaks_before_anything_heavy_is_imported_and_takes_an_interrupt_there(file, name):
     done = ran(ROOT / "scripts" / f"{file}.py")
     first, last = done.stderr.splitlines()
-    assert first == f"{name}: loading PyTorch and what else is needed"
+    assert first == f"{name}: loading PyTorch and other packages"
     assert last == f"{name}: interrupted before it began"
     assert done.returncode == 130
 

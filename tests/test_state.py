@@ -156,7 +156,7 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "steered").mkdir()
     (tmp_path / "steered" / "report.html").touch()
-    for name, said in (("file", "Not a directory"), ("steered", "holds no training run")):
+    for name, said in (("file", "is a file"), ("steered", "and no training run")):
         with pytest.raises(ValueError, match=said):
             check_out(train_gdro.TrainGdro(out=str(tmp_path / name)))
     begun(train_gdro.TrainGdro(out=str(tmp_path / "run")))
@@ -170,7 +170,7 @@ def test_an_out_that_holds_something_else_is_refused(tmp_path):
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     save_state(Trainer(), tmp_path, made_of={"rollouts": "abc"})
     assert load_state(Trainer(), tmp_path, {"rollouts": "abc"})
-    with pytest.raises(ValueError, match="begun when rollouts= held other data"):
+    with pytest.raises(ValueError, match="begun when rollouts= stood for other contents"):
         load_state(Trainer(), tmp_path, {"rollouts": "abd"})
 
 

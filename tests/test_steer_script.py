@@ -106,7 +106,7 @@ def test_folder_that_is_no_pipeline_is_refused(capsys, tmp_path):
 def test_folder_that_cannot_be_written_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     arguments = ["a cat", *SMALL, "--out", str(tmp_path / "file" / "out")]
-    assert "cannot write" in refused(capsys, *arguments)
+    assert "cannot read or write" in refused(capsys, *arguments)
 
 
 def test_broken_model_folder_is_refused(capsys, tmp_path):

@@ -261,7 +261,7 @@ def test_full_disk_keeps_what_is_finished(finished, tmp_path, capsys, monkeypatc
     assert script.main([*arguments, "--out", str(out)]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("tilt steer: ")
-    assert "No space left on device): finished results are kept" in err
+    assert "No space left on device); finished results are kept" in err
     assert f"--out {out} --resume" in err
     assert folders(out) == [first]
 

@@ -140,7 +140,7 @@ def test_a_run_is_not_carried_on_with_other_files_under_the_same_names(prompts, 
     for name, change in changes.items():  # each is told before those that changed already
         change()
         assert train_adversarial.main([*words, "--grpo.steps=2", "--resume"]) == 2
-        assert f"was begun when --{name} held other data" in capsys.readouterr().err
+        assert f"was begun when --{name} stood for other contents" in capsys.readouterr().err
 
 
 def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures):

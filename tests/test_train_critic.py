@@ -158,7 +158,7 @@ def test_references_that_changed_under_the_same_name_are_refused(words, style, t
     Image.new("RGB", (64, 64)).save(tmp_path / "style" / "03.png")
     again = [*copied, f"--out={tmp_path / 'out'}", "--steps=2", "--resume"]
     assert train_critic.main(again) == 2
-    assert "was begun when --references held other data" in capsys.readouterr().err
+    assert "was begun when --references stood for other contents" in capsys.readouterr().err
 
 
 def test_a_critic_goes_on_from_another_with_older_samples(words, samples, tmp_path):
@@ -213,7 +213,7 @@ def test_a_prompt_is_on_one_side_and_stays_there():
         (["--batch=0"], "batch is 0 but must be a whole number"),
         (["--held-out=1"], "held_out is 1.0 but must be a number in [0, 1)"),
         (["--held-out=0.95"], "leaves none of 6 prompts to train on"),
-        (["--out={tmp}/done"], "is not empty and holds no training run"),
+        (["--out={tmp}/done"], "is not empty: it holds other files"),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(words, style, tmp_path, given, message, capsys):

@@ -14,6 +14,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from finetune.files import atomic, write
-from finetune.folder import begun, refuse_changes, writing
+from finetune.files import atomic, disk_errors, write
+from finetune.folder import ELSEWHERE, begun, refuse_changes
 from steering.manifest import fingerprint
 from tilt.prompts import Prompt
 from tilt.report import pictures, steered
@@ -59,7 +60,7 @@ def new_folder(parent: Path) -> Path:
     name, number = datetime.now().strftime("%Y-%m-%d-%H%M%S"), 1
     while True:
         folder = parent / (name if number == 1 else f"{name}-{number}")
-        with writing(parent), contextlib.suppress(FileExistsError):
+        with disk_errors(parent, ELSEWHERE), contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)  # fails if another run has just created it
             return folder
         number += 1
@@ -74,15 +75,16 @@ def open_run(out: Path, manifest: Mapping[str, Any], *, resume: bool) -> None:
     """
     path = out / "manifest.json"
     text = json.dumps(manifest, indent=1, ensure_ascii=False)
-    goes_on = begun(out, path.name, "[0-9]*-*/", resume=resume)
     old = _read_manifest(path) if path.exists() else {}
+    goes_on = begun(out, path.name, "[0-9]*-*/", resume=resume)
     if goes_on:
-        refuse_changes(out, old["settings"], json.loads(text)["settings"])
-        if old["prompts"] != json.loads(text)["prompts"]:
+        asked = json.loads(text)
+        refuse_changes(out, old["settings"], asked["settings"])
+        if old["prompts"] != asked["prompts"]:
             raise ValueError(
-                f"{out} was begun with other prompts; give the same, or give another out="
+                f"{out} was begun with other prompts; continue it with those, or {ELSEWHERE}"
             )
-    with writing(out):
+    with disk_errors(out, ELSEWHERE):
         if goes_on:  # find out now whether the folder is writable
             (out / ".writable.part").write_text(text, encoding="utf-8")
             (out / ".writable.part").unlink()
@@ -171,7 +173,7 @@ def check_weights(folders: Sequence[Path], pipe: Any, preview: Any = None) -> No
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     now = {name: fingerprint(module) for name, module in modules.items()}
     for folder in folders:
-        with _carrying_on(folder.parent):
+        with _resumable(folder.parent):
             if not (folder / "steered" / "manifest.json").is_file():
                 raise ValueError(
                     f"{folder} is incomplete (it has no steered/manifest.json): delete it, then "
@@ -252,7 +254,7 @@ def keep(folder: Path, results: Mapping[str, Steered]) -> None:
 
     Raises ValueError if that fails, and then leaves nothing behind.
     """
-    with _carrying_on(folder.parent), atomic(folder) as scratch:
+    with _resumable(folder.parent), atomic(folder) as scratch:
         for name, result in results.items():
             result.save(scratch / name)
 
@@ -273,7 +275,7 @@ def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
     Each folder contains a result "steered", and with a comparison "plain" (min_ess=0). Raises
     ValueError if that fails.
     """
-    with _carrying_on(out):
+    with _resumable(out):
         traces = [trace for folder in folders for trace in pictures.traces(folder / "steered")]
         paths = [_write(pictures.history(traces), out / "history.png")]
         # one grid's images at a time, since those of a run may not fit in memory
@@ -287,16 +289,10 @@ def draw(out: Path, folders: Sequence[Path]) -> list[Path]:
     return sorted(paths)
 
 
-@contextlib.contextmanager
-def _carrying_on(out: Path) -> Iterator[None]:
-    """Turn an OSError, such as a full disk, into a ValueError that says how to resume."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot read or write the files of the run ({error}): finished results are kept; fix "
-            f"the cause, then repeat the command with --out {out} --resume"
-        ) from error
+def _resumable(out: Path) -> AbstractContextManager[None]:
+    """Return a context in which a failing disk becomes a ValueError that says how to resume."""
+    advice = f"finished results are kept: fix the cause, then repeat with --out {out} --resume"
+    return disk_errors(f"the files of the run {out}", advice)
 
 
 def _write(picture: Image.Image, path: Path) -> Path:

@@ -7,17 +7,17 @@ the spec in `NAME.spec` beside it.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from finetune.files import atomic
+from finetune.files import atomic, disk_errors
 
 __all__ = [
     "TEXTS",
@@ -108,16 +108,10 @@ class Table:
         return True
 
 
-@contextlib.contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing, such as a full disk, into a ValueError of one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path} ({error.strerror or error}); the scores written before are kept: "
-            "fix the cause, then repeat the command with --resume"
-        ) from error
+def writable(path: Path) -> AbstractContextManager[None]:
+    """Return a context in which a failing disk becomes a ValueError that says how to resume."""
+    advice = "the scores written before are kept: fix the cause, then repeat with --resume"
+    return disk_errors(path, advice)
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ def begin(name: str) -> None:
     global _name
     _name = name
     _listen(_leave)
-    say("loading PyTorch and what else is needed")
+    say("loading PyTorch and other packages")
 
 
 def say(what: str) -> None:

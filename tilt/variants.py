@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from finetune.files import atomic, write
-from finetune.folder import begun, refuse_changes
+from finetune.folder import ELSEWHERE, begun, refuse_changes
 from finetune.ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
 from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
@@ -173,17 +173,25 @@ def draw(
 def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resume: bool) -> None:
     """Create the folder, or check that it is of this request; deletes scores of other rewards."""
     file, about = out / "manifest.json", json.loads(json.dumps(about))
+    was = _manifest_of(file)
     if begun(out, file.name, kind="evaluation", resume=resume):
-        try:
-            was = json.loads(file.read_text(encoding="utf-8"))
-            old, scored_by = dict(was["pictures"]), was["scorers"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} is not of an evaluation; give another out=") from None
+        old, scored_by = was["pictures"], was["scorers"]
         refuse_changes(out, {name: old.get(name) for name in about}, about)
         if scored_by != scorers:
             for table in out.glob("*/*.csv*"):
                 table.unlink()
     write(file, json.dumps({"pictures": about, "scorers": scorers}, indent=1, ensure_ascii=False))
+
+
+def _manifest_of(file: Path) -> dict[str, Any]:
+    """Return the manifest of an evaluation, {} without one; ValueError for that of another run."""
+    try:
+        was = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if was and not (isinstance(was["pictures"], dict) and isinstance(was["scorers"], dict)):
+            raise TypeError
+        return was
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{file} is damaged, or is not of an evaluation; {ELSEWHERE}") from None
 
 
 def is_finished(

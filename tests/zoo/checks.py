@@ -94,7 +94,7 @@ def parity(it: Subject) -> None:
     for form in ("count", "texts", "pictures"):
         try:
             theirs = own(it, noise, "latent", form)
-        except Exception:  # a pipeline may take the one form alone, or one row alone
+        except Exception:  # not every pipeline takes every form; `alone` is compared if none fits
             continue
         if torch.equal(out.latents[0], theirs.reshape(out.latents[0].shape)):
             if "decode" in it.more:
