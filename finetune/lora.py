@@ -219,8 +219,8 @@ def read(folder: Path, part: str, weights: Mapping[str, Tensor], alpha: int) -> 
         what = f"{len(fits)} of its {len(tensors)} tensors fit the {len(names)} of this adapter"
         raise ValueError(
             f"the LoRA {folder} has other layers, another rank or another alpha ({what}"
-            f"{f', and {rest[0]} does not' if rest else ''}; its alpha is {found}, not {alpha}); set "
-            "targets=, rank= and alpha= to those it was trained with, or give one of this model"
+            f"{f', and {rest[0]} does not' if rest else ''}; its alpha is {found}, not {alpha}); "
+            "set targets=, rank= and alpha= to those it was trained with, or give one of this model"
         )
     bad = [key for key in names if not tensors[key].isfinite().all()]
     if bad:

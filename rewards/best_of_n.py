@@ -80,7 +80,7 @@ def read_choices(path: str | Path) -> list[Choice]:
     """Read a .jsonl file with lines {"prompt": ..., "chosen": ..., "rejected": [...]}.
 
     The keys are RewardBench 2's: chosen is one path or a list; `subset` and `id` (`ref:7` and
-    `tied:7` in the subset Ties) are optional; others are ignored. ValueError for an invalid line.
+    `tied:7` in the subset Ties) are optional; others are ignored. ValueError names an invalid line.
     """
     choices = []
     try:

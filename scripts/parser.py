@@ -5,7 +5,12 @@ import argparse
 __all__ = ["parser_of"]
 
 
-def parser_of(about: str | None) -> argparse.ArgumentParser:
-    """A parser without options, whose help shows `about`, a module's docstring, as it is."""
-    kind = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=about, formatter_class=kind)
+def parser_of(about: str | None, module: str = "") -> argparse.ArgumentParser:
+    """A parser without options, whose help shows `about`, a module's docstring, as it is.
+
+    module: the name of a benchmark's module, which `python -m scripts.bench` runs.
+    """
+    kind, prog = argparse.RawDescriptionHelpFormatter, None
+    if module.startswith("scripts.benchmarks."):
+        prog = f"python -m scripts.bench {module.rpartition('.')[2].replace('_', '-')}"
+    return argparse.ArgumentParser(prog=prog, description=about, formatter_class=kind)

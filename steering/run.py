@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DiffusionPipeline, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from torch import Generator, Tensor
 
@@ -143,9 +143,10 @@ class Run:
                 return self._steered(indices, on_step)
             except Exception as error:
                 if isinstance(error, AttributeError) and isinstance(error.obj, SchedulerMixin):
+                    kind = "DDIM" if isinstance(error.obj, DDIMScheduler) else "Euler"
                     raise ValueError(
-                        f"{type(self.pipe).__name__} reads scheduler.{error.name}, which DDIM and "
-                        "Euler do not have; use a pipeline that works with other schedulers."
+                        f"{type(self.pipe).__name__} reads scheduler.{error.name}, which {kind} "
+                        "does not have; use a pipeline that works with other schedulers."
                     ) from error
                 if isinstance(error, Unclear) and not self._cuts():
                     raise error.of_following() from None

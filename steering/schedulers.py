@@ -34,6 +34,7 @@ from steering.transitions import flow_transition
 __all__ = ["Chain", "Look", "StochasticDDIM", "StochasticFlow", "stochastic"]
 
 logger = logging.getLogger(__name__)
+_MARKOV = "whose steps depend only on the present latents"
 
 DIFFUSION_NOISE = 1.0  # DDIM's default eta here: ancestral sampling, as DDPM
 FLOW_NOISE = 0.5  # stock flow samplers use 0; more costs sharpness, less makes children alike
@@ -365,9 +366,7 @@ def _flow_from(scheduler: Any) -> StochasticFlow:
     if not name.startswith("FlowMatch"):
         made.schedule = copy.deepcopy(scheduler)
         made.register_to_config(use_flow_sigmas=True)  # Flux reads this key
-    _log_once(
-        f"{name} is replaced by Euler for rectified flow, whose steps depend only on the present latents."
-    )
+    _log_once(f"{name} is replaced by Euler for rectified flow, {_MARKOV}.")
     return made
 
 
@@ -380,9 +379,7 @@ def _ddim_from(scheduler: Any) -> StochasticDDIM:
         made.alphas_cumprod = theirs.clone()
         if not made.config.set_alpha_to_one:
             made.final_alpha_cumprod = made.alphas_cumprod[0]
-    _log_once(
-        f"{type(scheduler).__name__} is replaced by DDIM, whose steps depend only on the present latents."
-    )
+    _log_once(f"{type(scheduler).__name__} is replaced by DDIM, {_MARKOV}.")
     return made
 
 

@@ -74,7 +74,9 @@ def of_settings(kind: type, free: set[str], prefix: str = "") -> list[tuple[str,
 def _of_hint(hint: Any) -> list[str]:
     kinds = set(typing.get_args(hint)) or {typing.get_origin(hint) or hint}
     if kinds <= {int, types.NoneType}:
-        return ["x", "1.5", "nan", "[1]", "{a: 1}", "-1", "9" * 30, "true"]
+        odd = ["1,5", "0x1f", "010", "1:30", "1_0", "١.٥.١"]  # YAML reads some of these as numbers
+        large = ["9" * 30, "9" * 5000, "-" + "9" * 5000]  # int() refuses more than 4300 digits
+        return ["x", "1.5", "nan", "[1]", "{a: 1}", "-1", "true", *odd, *large]
     if kinds <= {float, types.NoneType}:
         return ["x", "nan", ".inf", "-.inf", "[1]", "{a: 1}", "1e400"]
     if hint is bool:

@@ -267,9 +267,8 @@ def test_a_machine_without_cuda_is_spared_the_import(tmp_path, monkeypatch):
     assert "xformers" not in sys.modules
 
 
-@pytest.mark.parametrize(
-    "ops", [pytest.param("raise OSError('libcudart.so.99')", marks=pytest.mark.slow), NOISY]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("ops", ["raise OSError('libcudart.so.99')", NOISY])
 def test_steering_imports_without_a_word(ops, tmp_path):
     """In a process of its own, with diffusers' own import of xformers."""
     install(tmp_path, ops)

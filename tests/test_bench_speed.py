@@ -91,7 +91,9 @@ def small(name):
     return dataclasses.replace(model, config=config)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35m"])
+@pytest.mark.parametrize(
+    "name", ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd35m"))]
+)
 def test_a_pipeline_of_published_size_is_steered_by_embeddings(name, monkeypatch):
     monkeypatch.setitem(sized.MODELS, name, small(name))
     pipe, call, preview = sized.sized(name, torch.device("cpu"), torch.float32, side=64)

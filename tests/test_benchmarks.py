@@ -76,6 +76,7 @@ def test_networks_of_published_size_are_trained_without_their_encoders(name, met
     assert (decoder is None) == (method == "gdro")
 
 
+@pytest.mark.slow
 def test_the_gpus_file_is_written_section_by_section(tmp_path, monkeypatch, capsys):
     def fails(device):
         sys.stdout.write("| one |\n")

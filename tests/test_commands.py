@@ -82,7 +82,7 @@ BENCHES = {
     "speed": "--pairs 3 --only clip",
     "soak": "--prompts 2 --particles 1 --steps 3",
     "attention": "--networks tiny-sd --rows 1 --rounds 1",
-    "gpu": "--device cpu --only parity cost memory",
+    "gpu": "--device cpu --only parity cost attention memory training",
     "processes": "--pairs 1 --prompts 2",
     "rewards": "--pairs 1 --clip tiny",
     "training": "--model tiny-sd3 --device cpu --pairs 2",

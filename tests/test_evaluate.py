@@ -272,6 +272,7 @@ def test_the_report_of_the_training_around_it_gets_the_table(done, capsys, monke
     ("changed", "message"),
     [
         ({"prompts": "nowhere.txt"}, "nowhere.txt"),
+        ({"reward": None}, "set --prompts FILE, --out FOLDER and --reward SPEC"),
         ({"reward": ""}, "--reward is ''; give it a value, or leave it out"),
         ({"reward": "clop(tiny)"}, "did you mean 'clip'"),
         ({"reward": "ocr"}, "cannot score the prompt 'three stars'"),

@@ -91,8 +91,8 @@ def files(folder: Path) -> None:
 def check(status: int, said: str, name: str, may_end: bool) -> None:
     if status == -signal.SIGINT and "tilt" not in said:
         return  # Python itself had not started yet, or had begun to end
-    if "init_import_site" in said:  # nor had it here
-        return
+    if status == 1 and said.startswith("Fatal Python error: init_import_site"):
+        return  # nor had it here
     assert "Traceback" not in said, said
     if status == 130:
         lines = [line for line in said.splitlines() if "interrupted" in line]

@@ -205,8 +205,14 @@ def test_a_folder_holds_one_run(tmp_path):
         made(tmp_path / "run")
     with pytest.raises(ValueError, match="begun with seed=0, not 1"):
         made(tmp_path / "run", resume=True, seed=1)
-    with pytest.raises(ValueError, match=r"begun with (model|pipeline|dtype|weights)="):
-        made(tmp_path / "run", "sd3", resume=True)
+    call = family("sd")[1]  # of an SD3 all but the pipeline and its weights is alike
+    with pytest.raises(ValueError, match=r"begun with pipeline='StableDiffusionPipeline', not 'St"):
+        made(tmp_path / "run", "sd3", resume=True, call=call)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"command": ["tilt", "steer"]}')
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged, or is not of rollouts;"):
+            made(tmp_path / "other", resume=resume)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty"):

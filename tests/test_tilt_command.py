@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from saved_runs import save
 
 from finetune.ranges import GIVEN
 from tilt import main as tilt
-from tilt.commands import compare, report, rollout, score
+from tilt.commands import app, compare, report, rollout, score
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,8 +85,13 @@ def test_a_file_of_settings_serves_every_command(tmp_path):
         (compare.OPTIONS["wins"], ["--table", "a"], "--baseline is '' but must be given"),
         (score.OPTIONS, [" "], "SOURCE is ' ' but must be text, and not empty, or null"),
         (score.OPTIONS, ["--batch-size", "0"], "--batch-size is 0 but must be a whole number, "),
+        (score.OPTIONS, ["--batch-size", "010"], "--batch-size is '010'; write a number in dec"),
+        (rollout.OPTIONS, ["--call.height", "1:30"], "--call.height is '1:30'; write a number "),
+        (score.OPTIONS, ["--config", ""], "--config is ''; name a YAML file"),
+        (app.OPTIONS, ["--port", "65536"], "--port is 65536 but must be a whole number, 1 to 655"),
+        (app.OPTIONS, ["--max-particles", "10001"], "--max-particles is 10001 but must be a who"),
         (score.OPTIONS, ["--batch-size={a: 1}"], "--batch-size is {'a': 1} but must be a whole "),
-        (score.OPTIONS, ["--out"], "argument --out: expected one argument (--help lists "),
+        (score.OPTIONS, ["--out"], "argument --out: expected one argument (write a value that "),
     ],
 )
 def test_what_is_missing_or_out_of_range_is_refused_by_its_option(options, words, said):
@@ -97,8 +103,9 @@ def test_what_is_missing_or_out_of_range_is_refused_by_its_option(options, words
 def test_the_help_says_what_each_option_may_be(name):
     options = OPTIONS[name]
     said = " ".join(options.parser().format_help().split())
+    hints = typing.get_type_hints(options.kind)
     for field in dataclasses.fields(options.kind):
-        if "help" in field.metadata:
+        if not dataclasses.is_dataclass(hints[field.name]):
             allowed = field.metadata["range"]
             assert field.metadata["help"]
             default = field.default_factory
@@ -109,5 +116,8 @@ def test_the_help_says_what_each_option_may_be(name):
 
 
 def test_an_option_is_not_taken_for_the_value_of_a_keyword():
-    with pytest.raises(ValueError, match=r"^--call\.height has no value; write one after it$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^--call\.height has no value; write one after it, or --call\.height=VALUE",
+    ):
         rollout.OPTIONS.read(["--call.height", "--resume"])

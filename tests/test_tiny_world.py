@@ -116,13 +116,12 @@ def test_words_are_spelled_and_known_words_are_tokens():
 
 
 @pytest.mark.parametrize("name", tiny.NAMES)
-def test_what_is_trained_has_the_embedded_shapes_and_weights_of_its_own(name):
+def test_what_is_trained_has_weights_of_its_own(name):
     embedded, new = tiny.load(name), models.pipeline(name, models.vae())
     for part in (*models.TRAINED, "vae", "text_encoder_3"):
         if (old := getattr(embedded, part, None)) is None:
             continue
         weights, others = old.state_dict(), getattr(new, part).state_dict()
-        assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in others.items()}
         same = all(torch.equal(weight, others[n]) for n, weight in weights.items())
         assert same == (part == "text_encoder_3")
     ids = models.token_ids(new.tokenizer, ["a red star", ""])

@@ -78,8 +78,11 @@ def test_an_installed_wheel_has_the_app(installed, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [installed / "tilt", "app", "--port", str(port)]
-    with subprocess.Popen(line, cwd=tmp_path, env=outside(), stderr=subprocess.PIPE) as app:
+    line, log = [installed / "tilt", "app", "--port", str(port)], tmp_path / "log"
+    with (
+        log.open("w") as said,
+        subprocess.Popen(line, cwd=tmp_path, env=outside(), stderr=said) as app,
+    ):
         try:
             assert '"title":"Tilt"' in _page(f"http://127.0.0.1:{port}/", app)
         finally:

@@ -29,9 +29,7 @@ class Drawing:
         dict, KEYWORDS, "keywords of the pipeline's call, as in --call.guidance-scale 4.5"
     )
     seed: int = setting(0, SEED, "seed of the whole run")
-    max_batch: int | None = setting(
-        None, optional(whole(1)), "maximum rows that the network evaluates at once"
-    )
+    max_batch: int | None = setting(None, optional(whole(1)), "maximum batch of one network call")
     dtype: str = setting("auto", DTYPE, ABOUT_DTYPE)
     resume: bool = setting(False, FLAG, "make only missing or damaged parts")
 

@@ -18,7 +18,7 @@ __all__ = ["check_folder", "of_command", "of_run"]
 
 
 def of_command(options: Options, argv: Sequence[str], work: Callable[[Any], None]) -> int:
-    """Read a command's settings and run it; return exit status 0, or 2 for refused input."""
+    """Read a command's settings and run it; return exit status 0, 2 if refused or an OSError."""
     try:
         work(options.read(argv))
     except (ValueError, OSError) as error:

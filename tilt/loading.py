@@ -62,7 +62,8 @@ def check_name(name: str) -> None:
 
 
 def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **components: Any) -> Any:
-    """Load the pipeline `name`, embedded, a folder or a hub id (in this order), on the CPU.
+    """Load the pipeline `name`, embedded, a folder or a hub id (in this order), on the CPU
+    in `dtype`.
 
     components: modules that replace the stored ones. Raises ValueError if the name does not exist
     or is not a pipeline, and if the LoRA does not fit completely (`load_lora`).

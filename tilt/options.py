@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import config
+from finetune.ranges import GIVEN
 from tilt.wording import in_words
 
 __all__ = ["Options"]
@@ -27,7 +28,10 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises ValueError for invalid words, so that the command can print it."""
 
     def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (--help lists the options)")
+        hint = "--help lists the options"
+        if "expected one argument" in message:
+            hint = "write a value that begins with a dash as --option=VALUE"
+        raise ValueError(f"{message} ({hint})")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,13 @@ class _Option:
     default: Any
     help: str
     choices: Sequence[str] = ()
+    is_required: bool = False
+
+    @property
+    def usage(self) -> str:
+        """How a positional option is shown: required ones without brackets."""
+        name = f"{self.flag}{' ...' * self.is_list}"
+        return name if self.is_required else f"[{name}]"
 
     @property
     def is_text(self) -> bool:
@@ -75,12 +86,17 @@ class _Option:
 
     def word(self, given: Any) -> str:
         """Return a given value as `path=value` in YAML."""
-        if self.default == "" and not given.strip():
-            raise ValueError(f"{self.flag} is {given!r}; give it a value, or leave it out")
+        if self.default == "" and self.flag[0] == "-" and not given.strip():
+            raise ValueError(
+                f"{self.flag} is {given!r}; give it a value, or leave it out (a value in the file "
+                "of --config can be deleted there)"
+            )
         if self.is_text or self.is_list:  # literal text, without OmegaConf's interpolation
             return f"{self.path}={json.dumps(given, ensure_ascii=False)}".replace("${", "\\\\${")
         if typing.get_origin(self.hint) is tuple:
             return f"{self.path}={self._numbers(given)}"
+        if not isinstance(given, bool):
+            _check_digits(self.flag, given)
         return f"{self.path}={str(given).lower() if isinstance(given, bool) else given}"
 
     def _numbers(self, given: str) -> list[Any]:
@@ -149,7 +165,7 @@ class Options:
         rest = next((o for o in every if o.path == self.positional), None)
         parser = _Parser(
             prog=self.name,
-            usage="%(prog)s [OPTIONS]" + (f" {rest.flag}{' ...' * rest.is_list}" if rest else ""),
+            usage=f"%(prog)s [OPTIONS] {rest.usage if rest else ''}".rstrip(),
             description=self.about,
             epilog=self.examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -157,7 +173,7 @@ class Options:
             argument_default=argparse.SUPPRESS,
         )
         said = "YAML file of settings; options take precedence over it"
-        parser.add_argument("--config", type=Path, metavar="FILE", help=said)
+        parser.add_argument("--config", metavar="FILE", help=said)
         groups: dict[str, Any] = {"": parser}
         for option in every:
             if option.group not in groups:
@@ -181,10 +197,12 @@ class Options:
             raise ValueError(_no_option(word, parser))
         given = vars(args)
         file = given.pop("config", None)
+        if file is not None and not file.strip():
+            raise ValueError(f"--config is {file!r}; name a YAML file")
         for name, value in given.items():
             if value != [] and not options[name].is_free:
                 words.append(options[name].word(value))
-        return file, words
+        return file and Path(file), words
 
 
 def _dashed(name: str) -> str:
@@ -207,9 +225,10 @@ def _options(kind: type, prefix: str = "", flat: bool = True, group: str = "") -
         said = field.metadata.get("help", "")
         allowed = field.metadata.get("range")
         if allowed and "number" in allowed.said:
-            said += f"; {allowed.said}"
+            said += f"; {allowed.said.removesuffix(', or null')}"
         choices = allowed.choices if allowed else ()
-        yield _Option(name, flag, heading, hints[field.name], default, said, choices)
+        required = allowed is GIVEN
+        yield _Option(name, flag, heading, hints[field.name], default, said, choices, required)
 
 
 def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], list[str]]:
@@ -224,11 +243,28 @@ def _keywords(argv: Sequence[str], free: Sequence[_Option]) -> tuple[list[str], 
         flag, equals, value = word.partition("=")
         if not equals:
             if not left or left[0].startswith("--"):
-                raise ValueError(f"{flag:.80} has no value; write one after it")
+                raise ValueError(
+                    f"{flag:.80} has no value; write one after it, or {flag:.80}=VALUE if it "
+                    "begins with --"
+                )
             value = left.pop(0)
+        _check_digits(flag, value)
         key = flag.removeprefix(f"{option.flag}.").replace("-", "_")
         words.append(f"{option.path}.{key}={value}")
     return rest, words
+
+
+# Numbers that YAML 1.1 reads otherwise than they look: 010 is 8, 0x10 is 16, 1:30 is 90.
+_NOT_DECIMAL = re.compile(r"[-+]?(0[0-9xXbBoO]|[0-9]+[_:])[0-9a-fA-F_:.]*")
+
+
+def _check_digits(flag: str, given: str) -> None:
+    """Raise ValueError for a number that is not written in plain decimal digits."""
+    if _NOT_DECIMAL.fullmatch(given.strip()):
+        raise ValueError(
+            f"{flag:.80} is {given!r:.80}; write a number in decimal digits, without leading zeros"
+            + ", or a text in double quotes" * ("." in flag)
+        )
 
 
 def _no_option(word: str, parser: argparse.ArgumentParser) -> str:

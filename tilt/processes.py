@@ -132,7 +132,8 @@ class Processes:
 def join(device: str) -> Processes:
     """Initialise the communication with other processes if a launcher started this one.
 
-    device: as the user named it. Raises ValueError if the device does not support several.
+    device: as the user named it. Raises ValueError if the device does not support several
+    processes.
     """
     if not any(name in os.environ for name in _STARTED):
         return Processes()

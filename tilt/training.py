@@ -52,7 +52,7 @@ class TrainingRun:
     out: str = setting("", TEXT, "output folder")
     model: str | None = setting(None, optional(NAME), "hub id, folder, tiny-sd3 or tiny-sd")
     lora: str | None = setting(None, optional(NAME), "LoRA to start from, for a further round")
-    dtype: str = setting("auto", DTYPE, ABOUT_DTYPE)
+    dtype: str = setting("auto", DTYPE, f"{ABOUT_DTYPE} (the LoRA is float32)")
     save_every: int = setting(50, whole(1), "steps between checkpoints")
     log_every: int = setting(10, whole(1), "steps between lines of the log")
     wandb: bool = setting(False, FLAG, "also log to Weights & Biases")

@@ -109,7 +109,7 @@ def _class_and_count(item: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def grammar(names: Sequence[str], colours: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern of GenEval's prompts without "a photo of": one or two noun phrases."""
+    """Return a pattern of GenEval's prompts without "a photo of": one noun, or two and a link."""
     counts, shades = "|".join(("an?", *NUMBERS)), "|".join(colours)
     kinds = "|".join(sorted(names, key=len, reverse=True))
     noun = rf"(?P<count{{0}}>{counts})( (?P<colour{{0}}>{shades}))? (?P<name{{0}}>{kinds})(es|s)?"

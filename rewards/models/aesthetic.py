@@ -124,7 +124,7 @@ class AestheticReward(NetworkReward):
 def _tower(
     head: nn.Module, source: str, clip: str | None, device: torch.device | str | None
 ) -> Towers:
-    """Return the CLIP whose embeddings the head takes; raises ValueError if it does not match."""
+    """Return the CLIP whose embeddings the head takes; ValueError if unknown or it does not fit."""
     width = _width(head)
     if clip is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""PickScore, the preferences of Pick-a-Pic's users, differentiable."""
+"""PickScore, which predicts what Pick-a-Pic's users prefer, differentiable."""
 
 from __future__ import annotations
 

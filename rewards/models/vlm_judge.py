@@ -264,7 +264,7 @@ def _task(
     low: float | None,
     high: float | None,
 ) -> Preset:
-    """Return the preset with the given replacements; a new pattern needs its own low and high."""
+    """Return the preset with the given replacements; a new pattern drops its low and high."""
     if question is None:
         question = preset.question
     if pattern is None and low is None and high is None:

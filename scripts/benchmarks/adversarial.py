@@ -90,7 +90,11 @@ def drawn_for(prompts: Sequence[str], folder: Path) -> dict[str, list[str]]:
 
 def drawn_by(folder: Path) -> Tensor:
     """All pictures of a variant, (n, 3, h, w)."""
-    return to_images([Image.open(file) for file in sorted(folder.glob("*.png"))])
+    pictures = []
+    for file in sorted(folder.glob("*.png")):
+        with Image.open(file) as picture:
+            pictures.append(picture.convert("RGB"))
+    return to_images(pictures)
 
 
 def in_style(images: Tensor, style: str) -> float:
@@ -164,7 +168,7 @@ def grid(out: Path, case: str, file: Path, prompts: Sequence[int] = range(0, 60,
 
 def main(argv: list[str] | None = None) -> None:
     """Run a case, or print the existing results."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--case", choices=sorted(CASES))
     parser.add_argument("--out", type=Path, default=Path("runs/adversarial"))
     parser.add_argument("--images", type=int, default=8, help="pictures of a prompt in tests")

@@ -54,7 +54,8 @@ SMALL_FLUX = {
     "pooled_projection_dim": 64,
 }
 SMALL_INPUTS = {"embeds": (512, 128), "pooled": (64,)}
-# the embedded pipelines have SD3's and SD's networks; 16 latents a side stand for 128 pixels
+# The embedded pipelines have networks of the classes of SD3 and SD. `inputs` takes 8 pixels for a
+# latent, so side=128 gives their 16 x 16 latents.
 TINY = {
     "tiny-sd3": replace(
         MODELS["sd35m"], latents=8, given={"embeds": (333, 192), "pooled": (192,)}, side=128
@@ -170,7 +171,7 @@ def row(entry: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table network by network."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--networks", nargs="+", choices=(*PUBLISHED, *SMALL))
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS))
     parser.add_argument("--device", default="auto")

@@ -110,10 +110,12 @@ def estimate(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, a row for each case, resampler and threshold."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     add = parser.add_argument
-    add("--runs", type=int, default=16384, help="runs a cell; fewer at k > 4")
-    add("--seed", type=int, default=0, help="of the first cell")
+    add(
+        "--runs", type=int, default=16384, help="runs a cell (default: %(default)s); fewer at k > 4"
+    )
+    add("--seed", type=int, default=0, help="seed of the first cell (default: 0)")
     args = parser.parse_args(argv)
     began, seed, deviations = time.perf_counter(), args.seed, []
     sizes = [f"k={k}" for k in SIZES]

@@ -103,7 +103,7 @@ def plain(pipe: Any, call: dict[str, Any], k: int) -> Callable[..., Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one Markdown row for each case."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     add = parser.add_argument
     add("--model", nargs="+", choices=(*tiny.NAMES, *MODELS), default=list(tiny.NAMES))
     add("--particles", type=int, default=8)
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     print(about(device, dtype) + f", {args.reward}, {args.pairs} pairs\n")
     figures = ("steered / plain: median [min, max]", "decoding and scoring alone", "peak GB")
     print(head("model", "k", "steps", "scores", "decoder", *figures))
-    reward = rewards.load(args.reward, device)
+    reward = rewards.load(args.reward, device, imports=True)
     for model in args.model:
         pipe, call, decoder = subject(model, device, dtype)
         counts = args.steps or [call["num_inference_steps"]]

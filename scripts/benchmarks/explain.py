@@ -73,13 +73,13 @@ def row(name: str, out: Steered) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run every setting from the same noise, save the picture, print the table."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--prompt", default='the word "CRAB"')
     parser.add_argument("--reward", default="ocr", help="a spec (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("explain.png"))
     args = parser.parse_args(argv)
-    pipe, reward = tiny.load(args.model), rewards.load(args.reward)
+    pipe, reward = tiny.load(args.model), rewards.load(args.reward, imports=True)
     pipe.set_progress_bar_config(disable=True)
     call: dict[str, Any] = tiny.call_defaults(args.model) | {"preview": tiny.preview()}
     call |= {"num_inference_steps": STEPS, "guidance_scale": 1.0, "progress": False}

@@ -108,7 +108,8 @@ def of_reward(name: str) -> Cost:
 
 def _of_imagereward() -> Cost:
     """Both of its towers, as the text tower attends to the picture."""
-    # transformers reads the values of the mask, unless tensors are fake; MATH is what is counted
+    # transformers reads the values of the mask unless tensors are fake, and only the MATH kernel of
+    # attention is counted
     with torch.device("meta"):
         network = imagereward.Network(imagereward.PUBLISHED).eval()
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):

@@ -47,7 +47,7 @@ def interval(a: np.ndarray, b: np.ndarray, seed: int = 0) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print one Markdown row for each step."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--task", choices=sorted(TASKS), default="ocr")
     parser.add_argument("--particles", type=int, default=4)

@@ -180,7 +180,7 @@ def _draw(axis: Any, found: dict[str, dict[str, Any]], across: str, which: int) 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the missing points, print the table, draw the figure."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--task", choices=sorted(TASKS), default="ocr")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
@@ -207,6 +207,7 @@ def complete(rows: Rows, args: argparse.Namespace) -> None:
             row = group | {"seed": seed, "point": name}
             if rows.has(row):
                 continue
+            print(row, flush=True)
             out, evaluations, seconds = measured(
                 args.model, args.task, prompts, seed, guidance, point
             )

@@ -3,16 +3,18 @@
     python -m scripts.bench gpu --out gpu.md
     python -m scripts.bench gpu --only parity cost
 
-It takes under eight minutes on one card of the H100's class, with random weights of the published
-sizes in bfloat16. `--device cpu` runs the same with the embedded models, to try the command. The
-file is written section by section, so that results are kept if a later section fails; then the
-error stands in the file, and the exit status is 1.
+It is meant to take under eight minutes on one card of the H100's class; no card has run it yet. The
+sections cost, attention, memory and training use networks of published sizes with random weights in
+bfloat16; parity and commands use the embedded models, as all do with `--device cpu`, which tries
+the command. The file is written section by section, so that results are kept if a later section
+fails; then the error stands in the file, and the exit status is 1.
 """
 
 import contextlib
 import gc
 import importlib.util
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -79,10 +81,10 @@ def parity(device: torch.device) -> None:
 
 
 def steered(device: torch.device) -> None:
-    """Steered over plain: k = 8, four scores, preview decoder, CLIP ViT-B/32's size."""
+    """Steered over plain: k = 8, four scores, preview decoder, on a GPU CLIP ViT-B/32's size."""
     small = ["--model", *tiny.NAMES, "--steps", "4", "--pairs", "1"]
     words = [["--model", name, "--steps", str(n), "--pairs", "5"] for name, n in STEPS.items()]
-    large = ["--reward", "clip(source=random:0)", "--device", "cuda", "--dtype", "bfloat16"]
+    large = ["--reward", "clip(source=random:0)", "--device", str(device), "--dtype", "bfloat16"]
     cuda = device.type == "cuda"
     for chosen in words if cuda else [small]:
         scored = ["--num-scores", "4", "--decoder", "preview"]
@@ -91,13 +93,14 @@ def steered(device: torch.device) -> None:
 
 
 def backends(device: torch.device) -> None:
-    """Each attention backend over PyTorch's own, 16 rows, of Flux 4."""
+    """Each attention backend over PyTorch's own: 16 rows, 4 for Flux, and 1 on a CPU."""
     if device.type == "cpu":
         attention.main(["--device", "cpu", "--rows", "1", "--rounds", "1"])
         return
     for name in attention.PUBLISHED:
         rows = "4" if name == "flux" else "16"
-        attention.main(["--networks", name, "--rows", rows, "--rounds", "5", "--dtype", "bfloat16"])
+        words = ["--networks", name, "--rows", rows, "--rounds", "5", "--dtype", "bfloat16"]
+        attention.main([*words, "--device", str(device)])
         release()
 
 
@@ -140,9 +143,9 @@ def held(name: str, less: bool, images: int, device: torch.device) -> float:
 def trained(device: torch.device) -> None:
     """A step of each trainer over the calls of its network alone."""
     cuda = device.type == "cuda"
-    words = ["--device", device.type, "--pairs", "4" if cuda else "2", "--method"]
-    for model in STEPS if cuda else ("tiny-sd",):
-        training.main(["--model", model, *words, *training.METHODS])
+    words = ["--device", str(device), "--pairs", "4" if cuda else "2"]
+    for model, method in itertools.product(STEPS if cuda else ("tiny-sd",), training.METHODS):
+        training.main(["--model", model, *words, "--method", method])
         release()
 
 
@@ -198,7 +201,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-class Both(io.TextIOBase):
+class Tee(io.TextIOBase):
     """Writes to the terminal and to the end of a file."""
 
     def __init__(self, file: Path) -> None:
@@ -228,7 +231,7 @@ def section(name: str, device: torch.device) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the sections and write the file."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--out", type=Path, default=Path("gpu.md"), help="gpu.md by default")
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--device", default="cuda")
@@ -239,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     args.out.write_text("", encoding="utf-8")
-    with contextlib.redirect_stdout(Both(args.out)):
+    with contextlib.redirect_stdout(Tee(args.out)):
         print(f"# Results on a GPU\n\n{about(device, dtype)}")
         well = [section(name, device) for name in args.only]
     sys.exit(0 if all(well) else 1)

@@ -166,7 +166,7 @@ def compared(k: int, fk: list[dict], base: list[dict], stock: list[dict]) -> lis
 
 def main(argv: list[str] | None = None) -> None:
     """Run the missing cells and print the table."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     add = parser.add_argument
     add("--model", choices=tiny.NAMES, default="tiny-sd3")
     add("--task", choices=sorted(TASKS), default="ocr")
@@ -198,5 +198,6 @@ def complete(rows: Rows, model: str, task: str, args: argparse.Namespace) -> Non
         fields = json.loads(json.dumps(asdict(settings)))
         cell = shared | {"method": method, "k": k, "seed": seed, "settings": fields}
         if not rows.has(cell):
+            print(cell, flush=True)
             call = {"guidance_scale": args.guidance_scale}
             rows.keep(cell | judged(steered(model, task, k, seed, settings, prompts, **call), task))

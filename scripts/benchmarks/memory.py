@@ -211,7 +211,7 @@ def steered_row(name: str, side: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table line by line."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--inference", action="store_true", help="print the table of steering")
     args = parser.parse_args(argv)

@@ -177,10 +177,11 @@ def parts_of(model: Published, online: bool) -> list[Any]:
 def inputs(
     model: Published, rows: int, side: int, make: Callable[..., Tensor] = torch.empty
 ) -> dict[str, Any]:
-    """Keywords of one call of the network, of tensors that make(*shape) gives: without values."""
-    x = make(rows, model.latents, side // 8, side // 8)
+    """Keywords of one call of the network, of tensors from make(*shape), by default empty ones."""
+    shape = (model.latents, side // 8, side // 8)
     if model.family == "FluxPipeline":  # four numbers of each channel are a token
-        x = make(rows, (side // 16) ** 2, 4 * model.latents)
+        shape = ((side // 16) ** 2, 4 * model.latents)
+    x = make(rows, *shape)
     given = {name: make(rows, *shape) for name, shape in model.given.items()}
     if model.family == "FluxPipeline":
         grid = torch.tensor([[side // 16, side // 16]], device="cpu")

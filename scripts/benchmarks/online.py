@@ -7,6 +7,7 @@ docs/adversarial.md describes the measurement. Compare only runs that were made 
 machine.
 """
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -63,11 +64,11 @@ def run(method: str, folder: Path, every: int) -> None:
 
 
 def curve(folder: Path, method: str) -> Curve:
-    """The checks of a run, each with the seconds that had been spent."""
+    """The checks of a run, each with the wall-clock seconds that had been spent."""
     before = 0.0
     if method in ROLLOUTS:
-        files = (folder / f"{method}-{name}.seconds" for name in ("rollouts", "scores"))
-        before = sum(float(file.read_text()) for file in files)
+        files = (folder / f"{method}-{name}.time.json" for name in ("rollouts", "scores"))
+        before = sum(json.loads(file.read_text())["wall"] for file in files)
     spent, at, last = before, {0.0: before}, 0.0
     for row in checks.read(folder / method / "log.csv"):
         spent += row["seconds"] * (row["step"] - last)
@@ -122,7 +123,7 @@ def plot(curves: dict[str, Curve], file: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a method, or print the existing curves."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--method", choices=sorted(CONFIGS))
     parser.add_argument("--out", type=Path, default=Path("runs/online"))
     parser.add_argument("--every", type=int, default=30, help="steps between checks")

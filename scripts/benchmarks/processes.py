@@ -143,7 +143,7 @@ def _command(count: int, cores: Sequence[int], prompts: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and print a table."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--commands", type=int, default=0, help="pairs of commands")

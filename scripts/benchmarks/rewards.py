@@ -151,7 +151,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> None:
     """Print one Markdown row for each reward and its rival."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     sources = ["tiny", "random:0", "ViT-B-32"]
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--side", type=int, default=512, help="pixels of the pictures")

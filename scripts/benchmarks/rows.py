@@ -16,12 +16,9 @@ class Rows(list[dict[str, Any]]):
         lines = file.read_text().splitlines() if file.exists() else []
         super().__init__(json.loads(line) for line in lines)
 
-    def has(self, head: Mapping[str, Any]) -> bool:
-        """Whether a row has these values. If not, they are printed, as the row is measured next."""
-        found = any(all(row[name] == value for name, value in head.items()) for row in self)
-        if not found:
-            print(head, flush=True)
-        return found
+    def has(self, values: Mapping[str, Any]) -> bool:
+        """Whether a row has these values."""
+        return any(all(row[name] == value for name, value in values.items()) for row in self)
 
     def keep(self, row: dict[str, Any]) -> None:
         """Append a row, also to the file."""

@@ -305,7 +305,7 @@ def measured_ocr() -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the tables."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--particles", type=int, default=8)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--scores", type=int, default=4)

@@ -92,7 +92,7 @@ def table(found: list[Example]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw every candidate and print the ones that show the gain."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--lora", help="LoRA weights to load")
     parser.add_argument("--task", choices=sorted(TASKS), default="words")

@@ -36,13 +36,13 @@ def sized(
     network, vae, preview = (filled(partial(part, model), device, dtype) for part in parts)
     factor, shift = SCALES[name]
     vae.register_to_config(scaling_factor=factor, shift_factor=shift or None)
-    # Stable Diffusion's own betas, and SDXL's
+    # tiny-sd has the betas of Stable Diffusion and SDXL
     scheduler: Any = diffusers.DDIMScheduler.from_pretrained(FOLDERS["tiny-sd"] / "scheduler")
     if name == "sd35m":
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     kind = getattr(diffusers, model.family)
-    required = inspect.signature(kind).parameters.values()
-    missing = {part.name: None for part in required if part.default is part.empty}
+    parameters = inspect.signature(kind).parameters.values()
+    missing = {part.name: None for part in parameters if part.default is part.empty}  # no encoders
     own = {FAMILIES[model.family].network: network, "vae": vae, "scheduler": scheduler}
     pipe = kind(**missing | own | WITHOUT.get(name, {}))
     pipe.set_progress_bar_config(disable=True)

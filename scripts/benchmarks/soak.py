@@ -14,7 +14,7 @@ from .machine import resident
 
 def main(argv: list[str] | None = None) -> None:
     """Print resident memory on the way; each result is dropped when the next one comes."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--model", choices=tiny.NAMES, default="tiny-sd3")
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--particles", type=int, default=4)

@@ -139,7 +139,7 @@ def run(only: str, pairs: int) -> dict[str, Timed]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, print a table, write JSON, compare; the exit status is 1 if a case got slower."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--out", type=Path, help="write the result here, as JSON")

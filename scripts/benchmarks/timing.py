@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["ratios", "seconds", "wait"]
+__all__ = ["ratios", "seconds"]
 
 
-def wait() -> None:
+def _wait() -> None:
     """Wait until the GPU, if there is one, has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -16,10 +16,10 @@ def wait() -> None:
 
 def seconds(call: Callable[[], object]) -> float:
     """Wall-clock time of one call, until the device has finished."""
-    wait()
+    _wait()
     start = time.perf_counter()
     call()
-    wait()
+    _wait()
     return time.perf_counter() - start
 
 

@@ -103,7 +103,7 @@ def accelerator_on(device: torch.device) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu")
 
 
-class StandInDecoder:
+class TimedDecoder:
     """A pipeline's decoder that adds up its seconds."""
 
     def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
@@ -123,12 +123,12 @@ def redness(images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tenso
 
 def grpo_of(
     model: str, settings: grpo.Grpo, device: torch.device = CPU
-) -> tuple[grpo.GrpoTrainer, StandInDecoder]:
+) -> tuple[grpo.GrpoTrainer, TimedDecoder]:
     """A trainer with a reward that costs nothing, and its decoder."""
     subject = subject_of(model, device)
     steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
     pipe, call = subject.pipe, subject.call | steps
-    noising, decoder = noising_of(pipe), StandInDecoder(pipe, call)
+    noising, decoder = noising_of(pipe), TimedDecoder(pipe, call)
     schedule = schedule_of(pipe, noising, PROMPTS[0], subject.encoded, **call)
     task = Task(schedule, PROMPTS, subject.given, decoder, redness)
     accelerator = accelerator_on(device)
@@ -190,7 +190,7 @@ def _forget(learner: Any) -> None:
 
 def trainer_of(
     model: str, method: str, device: torch.device = CPU
-) -> tuple[Any, Callable[[], None], StandInDecoder | None]:
+) -> tuple[Any, Callable[[], None], TimedDecoder | None]:
     """A trainer of the method, its bare step, and its decoder if it has one."""
     embedded = model in tiny.NAMES
     less: dict[str, Any] = {} if embedded else {"gradient_checkpointing": True, "rank": 32}
@@ -245,7 +245,7 @@ def row(found: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the table line by line."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     models = (*tiny.NAMES, *MODELS)
     parser.add_argument("--model", nargs="+", default=["tiny-sd3"], choices=models)
     parser.add_argument("--method", nargs="+", default=["gdro"], choices=METHODS)

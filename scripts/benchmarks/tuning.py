@@ -14,6 +14,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,24 +115,25 @@ def command(script: str, words: Sequence[str], processes: int) -> list[str]:
 
 
 def timed(folder: Path, name: str, script: str, words: Sequence[str], processes: int = 1) -> float:
-    """Run a script once, with its output in a log, and return the CPU seconds of its processes.
+    """Run a script once, with its output in a log; the CPU seconds of its processes together.
 
-    CPU time, because it does not depend on what else the machine does.
+    The file NAME.time.json also holds the wall-clock seconds. Of a script that failed and is run
+    again, only the last time counts.
     """
-    seconds = folder / f"{name}.seconds"
-    if not seconds.exists():
+    taken = folder / f"{name}.time.json"
+    if not taken.exists():
         line = command(script, words, processes)
         print(f"{name}: {' '.join(line[-6:])}", file=sys.stderr)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
         with (folder / f"{name}.log").open("w") as log:
             alone = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
             code = subprocess.run(line, cwd=ROOT, env=alone, stdout=log, stderr=log).returncode
         if code:
             raise SystemExit(f"{name} failed, see {log.name}")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        seconds.write_text(str(spent))
-    return float(seconds.read_text())
+        after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - start
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        taken.write_text(json.dumps({"cpu": cpu, "wall": wall}))
+    return json.loads(taken.read_text())["cpu"]
 
 
 def one(args: argparse.Namespace, name: str, changes: Sequence[str]) -> dict[str, Any]:
@@ -215,7 +217,7 @@ def signed(gain: dict[str, float]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is not there yet and print the table of all results."""
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, __name__)
     add = parser.add_argument
     add("--model", default="tiny-sd3", choices=["tiny-sd3", "tiny-sd"])
     add("--task", default="words", choices=sorted(REWARDS))

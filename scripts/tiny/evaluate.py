@@ -28,12 +28,7 @@ from ..parser import parser_of
 from . import cards, train_aesthetic, train_dino
 from .world import TASKS, render, scene
 
-HELD_OUT = (
-    "colors",
-    "position",
-    "color_attr",
-    "text",
-)  # tasks with unseen prompts
+HELD_OUT = ("colors", "position", "color_attr", "text")  # tasks that have unseen prompts
 
 
 def prompts_of(task: str, unseen: bool, count: int) -> list[str]:

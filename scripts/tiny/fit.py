@@ -23,8 +23,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def parser(about: str | None, minutes: float, batch: int) -> argparse.ArgumentParser:
-    """The options of every script that trains, with its own defaults."""
+def training_parser(about: str | None, minutes: float, batch: int) -> argparse.ArgumentParser:
+    """The options of the scripts that train for a number of minutes, with their own defaults."""
     made = parser_of(about)
     made.add_argument("--run", type=Path, default=RUN, help="the folder of checkpoints and weights")
     made.add_argument("--minutes", type=float, default=minutes)

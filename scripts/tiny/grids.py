@@ -42,7 +42,7 @@ def sheet(rows: Sequence[Row], heads: Sequence[str]) -> Image.Image:
 
 
 def row_of(label: str, images: Sequence[Image.Image], captions: Sequence[str] | None = None) -> Row:
-    """A line of text, pictures under it, and of each what stands under that (or nothing)."""
+    """A row of a grid: a label above, pictures, and a caption below each (by default none)."""
     captions = captions or [""] * len(images)
     return Row(label, [[Cell(*pair) for pair in zip(images, captions, strict=True)]])
 

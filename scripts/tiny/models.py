@@ -1,6 +1,6 @@
-"""The embedded models before training: their tokenizer, and networks with new weights.
+"""The tokenizer of tiny-clip, and the embedded networks with new weights.
 
-The configurations of the networks are those in the folders of the embedded models.
+Configurations come from the folders of the embedded models, as do the pipelines' tokenizers.
 """
 
 from typing import Any
@@ -81,9 +81,9 @@ def pipeline(name: str, autoencoder: Any) -> Any:
     stock pipeline puts in the place of a missing T5. `from_pretrained` requires the component.
     """
     pipe = tiny.load(name)
-    for name in TRAINED:
-        if (part := getattr(pipe, name, None)) is not None:
+    for attribute in TRAINED:
+        if (part := getattr(pipe, attribute, None)) is not None:
             build = getattr(part, "from_config", type(part))  # diffusers' and transformers' way
-            pipe.register_modules(**{name: build(part.config)})
+            pipe.register_modules(**{attribute: build(part.config)})
     pipe.register_modules(vae=autoencoder)
     return pipe

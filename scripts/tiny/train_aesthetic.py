@@ -174,13 +174,14 @@ def tables(rate: Callable[[Tensor], Tensor], scenes: int = 500) -> list[str]:
         f" {ratings.shape[1]} pictures of one scene (less their mean): Pearson"
         f" {pearson(*inner):.2f}.",
         "",
-        head("spoiled by", "Spearman", "clean rates higher", "than one spoiled by half and more"),
     ]
+    heads = ("spoiled by", "Spearman", "clean rates higher", "than one spoiled by half and more")
+    rows += head(*heads).splitlines()
     for i, kind in enumerate(KINDS, start=1):
         wins = (found[:, 0] > found[:, i]).float()
         shares = (f"{100 * won.mean():.0f} %" for won in (wins, wins[ratings[:, i] < 5.5]))
         rows.append(line(kind, f"{spearman(found[:, i], ratings[:, i]):.2f}", *shares))
-    return "\n".join(rows).splitlines()
+    return rows
 
 
 def main(argv: list[str] | None = None) -> None:

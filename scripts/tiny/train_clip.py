@@ -17,7 +17,7 @@ from rewards.towers import openclip
 
 from . import models
 from .cards import FOLDERS
-from .fit import device, fit, parser
+from .fit import device, fit, training_parser
 from .train_vae import pictures
 
 
@@ -44,7 +44,7 @@ def contrastive_loss(model: Any, images: Tensor, ids: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     """Train, and save in open_clip's layout."""
-    args = parser(__doc__, minutes=20, batch=256).parse_args(argv)
+    args = training_parser(__doc__, minutes=20, batch=256).parse_args(argv)
     torch.manual_seed(0)  # of the initial weights
     images, prompts = pictures(60_000, seed=4)
     tok = models.tokenizer()

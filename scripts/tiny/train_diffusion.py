@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import models
-from .fit import device, fit, parser
+from .fit import device, fit, training_parser
 from .train_vae import encode, pictures
 
 DROP = 0.1  # share of prompts replaced by "" for classifier-free guidance
@@ -123,7 +123,7 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and train."""
-    options = parser(__doc__, minutes=120, batch=64)
+    options = training_parser(__doc__, minutes=120, batch=64)
     options.add_argument("model", choices=("tiny-sd3", "tiny-sd"))
     options.add_argument("--lr", type=float, default=1e-3)
     options.add_argument("--pictures", type=int, default=50_000, help="size of the training set")

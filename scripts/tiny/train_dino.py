@@ -31,7 +31,7 @@ from rewards.images import normalize, to_images
 
 from ..tables import table
 from .cards import FOLDERS
-from .fit import device, fit, parser
+from .fit import device, fit, training_parser
 from .train_clip import degrade
 from .train_vae import pictures
 from .world import (
@@ -308,7 +308,7 @@ def _percent(first: str, named: dict[str, Embed], rows: list[list[Any]]) -> list
 
 def main(argv: list[str] | None = None) -> None:
     """Train, and save the teacher."""
-    options = parser(__doc__, minutes=20, batch=64)
+    options = training_parser(__doc__, minutes=20, batch=64)
     options.add_argument("--lr", type=float, default=2e-3)
     args = options.parse_args(argv)
     torch.manual_seed(0)  # of the initial weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .fit import device, fit, parser
+from .fit import device, fit, training_parser
 from .world import TASKS, render, scene
 
 # Text is the hardest to learn, so it is drawn most often.
@@ -120,7 +120,7 @@ def train_preview(run: Path, sizes: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the command line and train."""
-    options = parser(__doc__, minutes=10, batch=32)
+    options = training_parser(__doc__, minutes=10, batch=32)
     options.add_argument("--preview", action="store_true", help="train the preview decoder")
     args = options.parse_args(argv)
     torch.manual_seed(0)  # of the initial weights

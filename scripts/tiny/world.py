@@ -85,7 +85,7 @@ def _pick(rng: np.random.Generator, items):
 
 
 def _nonsense(rng: np.random.Generator) -> str:
-    """A pronounceable string, no unseen word; such strings teach to combine letters freely."""
+    """A pronounceable string that is no unseen word: such strings teach to combine letters."""
     vowels, consonants = "AEIOU", "BCDFGHJKLMNPQRSTVWXYZ"
     while True:
         pattern = _pick(rng, ("CVC", "CVC", "VCV", "CVCV", "CVCC", "CCVC", "VCCV", "CVVC"))

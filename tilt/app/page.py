@@ -25,8 +25,8 @@ THEME = gr.themes.Default(  # with fonts of Gradio or the system, so no network 
     primary_hue="teal", neutral_hue="slate", font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
 )  # fmt: skip
-HEAD = """<h1>Tilt</h1><p>Several images are generated together. At each score, images with low
-rewards are replaced by copies of better ones.</p>"""
+HEAD = """<h1>Tilt</h1><p>Several images are generated together. At a score, images with low
+rewards may be replaced by copies of better ones.</p>"""
 FIRST_PROMPT = "a red circle above a blue square"
 
 
@@ -177,7 +177,10 @@ def _filter(most: int) -> dict[str, Any]:
             "λ", default.reward_scale, "a reward higher by 1/λ makes an image e times as likely"
         ),
         "potential": gr.Dropdown(
-            [*POTENTIALS], value=default.potential, label="Potential", info="weights of a score"
+            [*POTENTIALS],
+            value=default.potential,
+            label="Potential",
+            info="how scores become weights",
         ),
         "num_scores": _number(
             "Scores", default.num_scores, "scored steps, besides the final score", "num_scores"

@@ -97,5 +97,8 @@ def run(settings: App) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return exit status 0 after Ctrl-C, or 2 for refused input."""
+    """Return exit status 0 after Ctrl-C, or 2 for refused input or an OSError.
+
+    Before the page is open, Ctrl-C is left to `started.run`, which gives 130.
+    """
     return of_command(OPTIONS, argv, run)

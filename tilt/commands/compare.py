@@ -46,7 +46,10 @@ class Agreement:
 
 @dataclass
 class Wins:
-    """Measure how often one table's images beat another's for the same prompts."""
+    """Measure how often one table's images beat another's: the i-th images of each prompt.
+
+    Both tables should list the images of the same seeds in the same order.
+    """
 
     table: str = setting("", GIVEN, "table of scores")
     baseline: str = setting("", GIVEN, "table to compare it with")
@@ -78,7 +81,7 @@ class Tournament:
     images: str = setting("", GIVEN, "folder of images, or .jsonl file")
     prompt: str | None = setting(None, optional(NAME), "prompt of images without a recorded prompt")
     judge: str = setting("", GIVEN, "spec of the judge, judge(url=..., model=...)")
-    device: str = setting("auto", NAME, "auto, cpu, cuda or mps")
+    device: str = setting("auto", NAME, "of a local judge: auto, cpu, cuda or mps")
 
     def report(self) -> str:
         samples = read_samples(Path(self.images), self.prompt, exclude=FIGURES)

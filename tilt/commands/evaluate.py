@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import rewards
 from finetune import ranges
-from finetune.ranges import NAME, SEED, TEXT, optional, setting, whole
+from finetune.ranges import FLAG, NAME, SEED, TEXT, optional, setting, whole
 from rewards.combine import component_names
 from rewards.geneval.rules import TASKS
 from rewards.images import to_images
@@ -72,6 +72,7 @@ class Evaluate(drawing.Drawing):
         "", TEXT, "file of prompts that were not trained on: one per line, or .jsonl"
     )
     lora: str | None = setting(None, optional(NAME), "LoRA weights of the tuned model, if any")
+    resume: bool = setting(False, FLAG, "generate and score only what is missing")
     images: int = setting(4, whole(1, 10_000), "images per prompt in every variant")
     reward: str = setting("", TEXT, "reward that scores the images, as in 'ocr + 0*clip'")
     steer: str | None = setting(

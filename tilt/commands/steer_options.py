@@ -124,11 +124,9 @@ class Steer:
         MODEL,
     )
     preview_size: float = setting(
-        1.0, number(), "size of images in intermediate scores, relative to the final images", MODEL
+        1.0, number(), "sides of images in intermediate scores, relative to the final ones", MODEL
     )
-    steps: int | None = setting(
-        None, optional(whole(1, MOST_STEPS)), f"denoising steps, at most {MOST_STEPS}", CALL
-    )
+    steps: int | None = setting(None, optional(whole(1, MOST_STEPS)), "denoising steps", CALL)
     guidance_scale: float | None = setting(
         None, optional(number()), "classifier-free guidance scale", CALL
     )
@@ -142,7 +140,7 @@ class Steer:
     negative_prompt: str | None = setting(None, optional(TEXT), "negative prompt of guidance", CALL)
     height: int | None = setting(None, PIXELS, "image height in pixels", CALL)
     width: int | None = setting(None, PIXELS, "image width in pixels", CALL)
-    seed: int = setting(0, SEED, "seed below 2^63; a line of a .jsonl file may set its own", CALL)
+    seed: int = setting(0, SEED, "seed; a line of a .jsonl file may set its own", CALL)
     particles: int = setting(8, whole(1, MOST_PARTICLES), "k, particles per prompt", "filter")
     filter: Filter = part(Filter, "filter", flat=True)
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps, ...", ON)
@@ -159,7 +157,8 @@ class Steer:
     max_batch: Any = setting(
         "auto",
         Range("auto, or a whole number, 1 or more", _is_batch),
-        "maximum rows that the network evaluates at once; auto: all, fewer when out of memory",
+        "maximum batch of one network call (guidance takes two rows per image); auto: all, fewer "
+        "when out of memory",
         ON,
     )
     spread: bool = setting(

@@ -74,10 +74,12 @@ def read_settings(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _damaged(path: Path, why: str) -> ValueError:
-    part = "its folder" if path.name in ("manifest.json", "lineage.json") else "it"
-    return ValueError(
-        f"{path} is damaged ({why:.200}): restore it, or delete {part} and create it again"
-    )
+    remedy = "delete it and create it again"
+    if path.name in ("manifest.json", "lineage.json"):
+        remedy = "delete its folder and create it again"
+    if path.name in ("settings.yaml", "checks.json"):  # nothing else makes these
+        remedy = "delete it: the report is then written without it"
+    return ValueError(f"{path} is damaged ({why:.200}): restore it, or {remedy}")
 
 
 def _is_measure(measure: dict[str, Any]) -> bool:
@@ -122,6 +124,8 @@ def _wrong_manifest(manifest: dict[str, Any]) -> str:
         return "components"
     if any(map(_differ, files, results["rewards"])):
         return "rewards"
+    if any(any(map(_differ, files, rows)) for rows in components.values()):
+        return "components"
     return "" if _are_numbers(results.get("log_z"), b) else "log_z"
 
 

@@ -34,12 +34,15 @@ _TRAINED = "train/reward"
 _WATCHED = ("held_out/reward", "held_out/quality", "held_out/corrected")
 _MEANS = {  # column of log.csv -> its meaning
     "loss": "Training loss.",
-    "accuracy": "Fraction of image pairs that the model orders as the reward does; 0.5 is chance.",
-    "spread": "Standard deviation in a group, of implicit scores (GDRO) or rewards (online).",
-    "entropy": "Entropy of the target over log k: 1 if it is uniform, 0 if it is one image.",
+    "accuracy": "GDRO: fraction of pairs of different rewards that the model orders as the reward "
+    "does. A critic: how often a reference scores above a sample. 0.5 is chance.",
+    "spread": "Standard deviation within a group: of how much the LoRA lowers the error on each "
+    "image, times -β (GDRO), or of the rewards (online).",
+    "entropy": "Entropy of the target distribution over a group's k images, divided by log k: 1 if "
+    "it is uniform, 0 if it is one image.",
     "best_image": "Error on the best image of a group.",
-    "drift": "Increase of the error on the best image. It should stay near 0.",
-    "ratio": "Probability ratio of a step, current over sampling policy: 1 if they are equal.",
+    "drift": "Error on the best image minus that of the reference. It should stay near 0.",
+    "ratio": "Ratio of a step's density per element, current over sampling policy: 1 if equal.",
     "clipped": "Fraction of steps whose ratio is outside the clip range.",
     "kl": "KL divergence from the reference (NFT: squared distance of the predictions).",
     "moved": "Squared distance of the prediction from that of the sampling policy.",
