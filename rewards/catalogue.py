@@ -33,7 +33,7 @@ __all__ = ["CHOICES", "REWARDS", "WEIGHTS", "OutsideError", "factory_of", "ident
 
 # name -> (module and class in rewards.models, description); a module is imported when it is used
 REWARDS = {
-    "aesthetic": ("aesthetic.AestheticReward", "aesthetic rating by LAION's predictors"),
+    "aesthetic": ("aesthetic.AestheticReward", "aesthetic rating by LAION's predictors or v2.5"),
     "clip": ("clip.ClipReward", "cosine of image and prompt in CLIP's space"),
     "critic": ("critic.CriticReward", "trained to tell references from a model's samples"),
     "dino": ("dino.DinoReward", "similarity to reference images in DINO's features"),

@@ -1,6 +1,7 @@
-"""LAION's aesthetic heads: the published files' numbers, their algebra, and the tower's."""
+"""Aesthetic heads: the published files' numbers, their algebra, and the tower's."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 
 import rewards
 from rewards.evaluation_cache import sharing
-from rewards.images import to_images
+from rewards.images import resize, to_images
 from rewards.models import aesthetic
 from rewards.models.aesthetic import AestheticHead, AestheticReward, collapse, head_of
+from rewards.towers import dual_encoder
 from rewards.towers.checkpoints import read_state
 from rewards.towers.sources import open_source, randomise
 
@@ -85,8 +87,9 @@ def seeded(seed: int) -> torch.Generator:
 
 def test_a_head_without_activations_is_affine():
     made = randomise(AestheticHead(96), 4)
-    for layer in made.layers[::2]:
-        layer.bias.copy_(torch.randn(layer.bias.shape, generator=seeded(len(layer.bias))))
+    for layer in made.get_submodule("layers").children():
+        if isinstance(layer, torch.nn.Linear):
+            layer.bias.copy_(torch.randn(layer.bias.shape, generator=seeded(len(layer.bias))))
     x = torch.randn(8, 96, generator=seeded(1))
     plane = collapse(made)
     assert plane is not None
@@ -182,19 +185,108 @@ def test_a_head_of_another_width_than_the_tower_is_refused(tmp_path):
     [
         (
             {"fc.weight": (1, 4), "fc.bias": (1,)},
-            r"not a LAION aesthetic head: it holds fc.weight, fc",
+            r"not an aesthetic head: it holds fc.weight, fc",
         ),
         ({"visual.transformer.resblocks.0.x": (1,)}, "looks like an open_clip model"),
         (
             {"layers.0.weight": (1024, 8)},
             r"lacks layers.0.bias, layers.2.weight, layers.2.bias and",
         ),
+        (
+            {"scoring_head.0.weight": (1024, 8), "scoring_head.7.bias": (1,)},
+            r"lacks scoring_head.0.bias, scoring_head.2.weight, scoring_head.2.bias and",
+        ),
+        ({"scoring_head.0.bias": (1024,)}, "looks like an aesthetic head, version 2.5"),
         ({"weight": (2, 8), "bias": (2,)}, r"misshapen weight \(2, 8\) for \(1, 8\)"),
     ],
 )
 def test_other_checkpoints_are_refused_by_name(state, message):
     with pytest.raises(ValueError, match=message):
         head_of({key: torch.zeros(shape) for key, shape in state.items()}, "that file")
+
+
+V25 = DATA / "aesthetic_predictor_v2_5.pth"
+
+
+@pytest.mark.skipif(not V25.is_file(), reason="the published file is not here")
+def test_version_25_is_affine_with_these_numbers():
+    plane = collapse(head(V25.name))
+    assert plane is not None
+    assert plane[0].norm().item() == pytest.approx(25.452311294055384, rel=1e-9)
+    assert plane[1].item() == pytest.approx(1.9390382943099373, rel=1e-9)
+
+
+def mlp(state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """discus0434's head, without its dropouts."""
+    for key in (0, 2, 4, 6, 8):
+        x = F.linear(x, state[f"scoring_head.{key}.weight"], state[f"scoring_head.{key}.bias"])
+    return x.squeeze(-1)
+
+
+@pytest.fixture(scope="module")
+def version_25(tmp_path_factory) -> tuple[Path, Path, Any, Any, dict[str, torch.Tensor]]:
+    """A SigLIP and a head of random weights: their files, model, processor, the head's weights.
+
+    The published tower has an image of 384 pixels, which is no multiple of its patch of 14 either.
+    """
+    from test_rewards_siglip import tokenizer
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+    folder = tmp_path_factory.mktemp("siglip25")
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    shared |= {"num_attention_heads": 2}
+    text = shared | {"vocab_size": 10, "max_position_embeddings": 8}
+    vision = shared | {"image_size": 37, "patch_size": 7}
+    tower: Any = randomise(SiglipModel(SiglipConfig(text_config=text, vision_config=vision)), 9)
+    tower.logit_bias.fill_(-1.0)
+    tower.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    processor = SiglipImageProcessorPil(size={"height": 37, "width": 37}, resample=3)
+    processor.save_pretrained(folder)
+    made = randomise(AestheticHead(32, kind="scoring_head"), 4)
+    state = {
+        k: torch.randn(v.shape, generator=seeded(i))
+        for i, (k, v) in enumerate(made.state_dict().items())
+    }
+    state = {k: (v * v[0].numel() ** -0.5).bfloat16() for k, v in state.items()}
+    torch.save(state, folder / "aesthetic_predictor_v2_5.pth")
+    return folder, folder / "aesthetic_predictor_v2_5.pth", tower, processor, state
+
+
+@pytest.mark.parametrize("size", [(37, 37), (61, 84), (20, 150), (5, 3), (1, 1), (500, 333)])
+@pytest.mark.filterwarnings("ignore:.*not the file that was published")
+def test_version_25_is_its_formula_on_the_tower_of_transformers(version_25, size, monkeypatch):
+    folder, file, tower, processor, state = version_25
+    shown = pictures(4, *size)
+    with torch.no_grad():
+        seen = tower.vision_model(processor(shown, return_tensors="pt").pixel_values).pooler_output
+        wanted = mlp(
+            {k: v.float() for k, v in state.items()}, seen / seen.norm(dim=-1, keepdim=True)
+        )
+    reward = AestheticReward(str(file), str(folder))
+    assert wanted.std() > 1e-3  # else closeness would say little
+    monkeypatch.setattr(dual_encoder, "resize", partial(resize, exact=True))
+    torch.testing.assert_close(reward(to_images(shown), PROMPTS), wanted, atol=1e-5, rtol=1e-5)
+    plane = collapse(reward.head)
+    assert plane is not None
+    low, high = (plane[1] - plane[0].norm(), plane[1] + plane[0].norm())
+    assert reward.range == (pytest.approx(low.item()), pytest.approx(high.item()))
+
+
+def test_version_25_knows_its_keys_and_its_tower(version_25, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        aesthetic, "towers", lambda *given: asked.append(given[0]) or SimpleNamespace(width=1152)
+    )
+    keys = list(AestheticHead(8, kind="scoring_head").state_dict())
+    assert keys[::2] == [f"scoring_head.{i}.weight" for i in (0, 2, 4, 6, 8)]
+    assert count(AestheticHead(1152, kind="scoring_head")) == 1_321_185
+    monkeypatch.setattr(
+        aesthetic, "read_state", lambda path: AestheticHead(1152, kind=aesthetic.V25).state_dict()
+    )
+    with pytest.warns(UserWarning, match="not the file that was published"):
+        AestheticReward(str(version_25[1]))
+    assert asked == ["google/siglip-so400m-patch14-384"]
 
 
 def test_the_embedded_head_sits_on_the_embedded_clip(monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
-"""LAION's aesthetic predictors: ratings of images from CLIP's image embedding only.
+"""Aesthetic predictors: ratings of images from the image embedding of a CLIP or SigLIP only.
 
-Three kinds of heads were published, which differ in their keys: version 1, one linear layer
-(`weight`, `bias`); version 2, five linear layers without activations, which is linear as well
-(`layers.{0,2,4,6,7}`); and a variant with ReLU (`layers.{0,3,6,9,11}`).
+Four kinds of heads were published, which differ in their keys: LAION's version 1, one linear layer
+(`weight`, `bias`); LAION's version 2, five linear layers without activations, which is linear as
+well (`layers.{0,2,4,6,7}`), and a variant with ReLU (`layers.{0,3,6,9,11}`); and version 2.5 of
+discus0434, on a SigLIP, five linear layers without activations (`scoring_head.{0,2,4,6,8}`).
 
 Legend: n images, d the width of the embedding.
 """
@@ -26,13 +27,14 @@ from .base import Card, NetworkReward
 __all__ = ["AestheticHead", "AestheticReward", "collapse", "head_of"]
 
 TINY = Path(__file__).parents[1] / "tiny" / "aesthetic" / "aesthetic.safetensors"
-# names of the files on GitHub, where LAION publishes them, and on the hub
+# names of the files on GitHub, where they are published, and on the hub
 FILES = (
     "aesthetic.safetensors",
     "sac+logos+ava1-l14-linearMSE.pth",
     "aesthetic-model.pth",
     "ava+logos-l14-linearMSE.pth",
     "ava+logos-l14-reluMSE.pth",
+    "aesthetic_predictor_v2_5.pth",
     "sa_0_4_vit_l_14_linear.pth",
     "sa_0_4_vit_b_32_linear.pth",
     "sa_0_4_vit_b_16_linear.pth",
@@ -63,14 +65,24 @@ PUBLISHED = {
         "sa_0_4_vit_b_16_linear.pth",
         "ViT-B-16/openai",
     ),
+    "a6caf256b3dc434273c98dcb12f6bf17c5d4fc647d8df11f038386923dd06220": (
+        "aesthetic_predictor_v2_5.pth",
+        "google/siglip-so400m-patch14-384",
+    ),
 }
+V25 = "scoring_head"  # its name for the layers
+# name of the layers and width of the embedding -> the tower of a head that is no published file
+TOWERS = {("layers", 768): "ViT-L-14/openai", (V25, 1152): "google/siglip-so400m-patch14-384"}
 
 
 class AestheticReward(NetworkReward):
-    """A LAION head on the unit image embedding of a CLIP; the prompt is ignored.
+    """A head on the unit image embedding of a CLIP or SigLIP; the prompt is ignored.
 
-    The tower is shared with `clip`, so the two together cost one. The reward favours a painterly
-    style for any prompt, and versions 1 and 2, which are linear, are easy to hack.
+    The tower is shared with `clip` or `siglip`, so the two together cost one. The reward favours a
+    painterly style for any prompt, and versions 1, 2 and 2.5, which are linear, are easy to hack.
+    Version 2.5 is published only as a file, models/aesthetic_predictor_v2_5.pth in the repository
+    discus0434/aesthetic-predictor-v2-5 on GitHub; its authors compute it in bfloat16, this reward
+    in float32.
 
     Args:
         source: A file, a folder or a hub id that holds a head (the first of `FILES` that exists),
@@ -87,9 +99,11 @@ class AestheticReward(NetworkReward):
     card = Card(
         weights="trl-lib/ddpo-aesthetic-predictor on ViT-L-14/openai",
         size="1.7 GB (the head 4 MB)",
-        licence="Apache-2.0 (version 2), MIT (version 1), on CLIP's MIT",
-        range="5 to 6 is usual; version 2 lies in [-12.8, 23.2]",
-        citation="Schuhmann et al. 2022, LAION-5B, arXiv:2210.08402 (LAION-Aesthetics)",
+        licence="Apache-2.0 (version 2), MIT (version 1), on CLIP's MIT; AGPL-3.0 (version 2.5), "
+        "on SigLIP's Apache-2.0",
+        range="5 to 6 is usual; version 2 lies in [-12.8, 23.2], version 2.5 in [-23.5, 27.4]",
+        citation="Schuhmann et al. 2022, LAION-5B, arXiv:2210.08402 (LAION-Aesthetics); version "
+        "2.5: github.com/discus0434/aesthetic-predictor-v2-5",
     )
 
     def __init__(
@@ -142,37 +156,50 @@ def _tower(
 
 
 class AestheticHead(nn.Module):
-    """Version 2, with the published names of its layers, (n, d) -> (n, 1)."""
+    """Version 2 or 2.5, with the published names of its layers, (n, d) -> (n, 1).
 
-    def __init__(self, width: int, relu: bool = False) -> None:
+    `kind` is layers or scoring_head, the published name of the layers of version 2 and 2.5.
+    """
+
+    def __init__(self, width: int, relu: bool = False, kind: str = "layers") -> None:
         super().__init__()
         layers: list[nn.Module] = []
         sizes = (width, 1024, 128, 64, 16, 1)
+        dropouts = 4 if kind == V25 else 3
         for i in range(5):
             layers.append(nn.Linear(sizes[i], sizes[i + 1]))
             # Identity replaces dropout, which keeps the published numbers of the layers
-            layers += [nn.ReLU()] * (relu and i < 4) + [nn.Identity()] * (i < 3)
-        self.layers = nn.Sequential(*layers)
+            layers += [nn.ReLU()] * (relu and i < 4) + [nn.Identity()] * (i < dropouts)
+        self.kind = kind
+        self.add_module(kind, nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        return self.get_submodule(self.kind)(x)
 
 
 def head_of(state: Mapping[str, Tensor], where: str | Path) -> nn.Module:
     """Return the frozen head of a state dict, recognised by its keys; ValueError if unknown."""
     if set(state) == {"weight", "bias"} and state["weight"].ndim == 2:
         head: nn.Module = nn.Linear(state["weight"].shape[1], 1)
-    elif "layers.0.weight" in state and state["layers.0.weight"].ndim == 2:
-        head = AestheticHead(state["layers.0.weight"].shape[1], relu="layers.11.weight" in state)
+    elif (first := _matrix(state, "layers")) is not None:
+        head = AestheticHead(first.shape[1], relu="layers.11.weight" in state)
+    elif (first := _matrix(state, V25)) is not None:
+        head = AestheticHead(first.shape[1], kind=V25)
     else:
         keys, kind = list(state), looks_like(state)
         raise ValueError(
-            f"{where} is not a LAION aesthetic head: it holds {', '.join(keys[:3])}"
+            f"{where} is not an aesthetic head: it holds {', '.join(keys[:3])}"
             + (f" and {len(keys) - 3} more" if keys[3:] else "")
             + (f"; it looks like {kind}" if kind else "")
         )
     fit(head, state, where)
     return head.requires_grad_(False).eval()
+
+
+def _matrix(state: Mapping[str, Tensor], kind: str) -> Tensor | None:
+    """Return the weights of the first layer under the name `kind`, if there are any."""
+    found = state.get(f"{kind}.0.weight")
+    return found if found is not None and found.ndim == 2 else None
 
 
 def collapse(head: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -210,7 +237,7 @@ def _open(source: str) -> tuple[nn.Module, str | None]:
     name, tower = PUBLISHED.get(hashlib.sha256(path.read_bytes()).hexdigest(), (None, None))
     if name is None and path.name in {published for published, _ in PUBLISHED.values()}:
         warnings.warn(
-            f"{path} is not the file that LAION published under that name (its SHA-256 differs)",
+            f"{path} is not the file that was published under that name (its SHA-256 differs)",
             stacklevel=3,
         )
-    return head, tower or ("ViT-L-14/openai" if _width(head) == 768 else None)
+    return head, tower or TOWERS.get((getattr(head, "kind", "layers"), _width(head)))

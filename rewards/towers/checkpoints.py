@@ -44,6 +44,7 @@ LAYOUTS = {
     r"embeddings\.(patch_embeddings|cls_token)": "a transformers DINO model",
     r"blocks\.\d+\.attn\.qkv\.": "a timm (or original DINO) vision transformer",
     r"layers\.0\.weight": "a LAION aesthetic head, version 2",
+    r"scoring_head\.": "an aesthetic head, version 2.5",
     r"bert\.|text_encoder\.": "a text encoder",
 }
 # parts of the messages by which torch's restricted unpickler refuses Python objects, which differ
