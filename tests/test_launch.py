@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from two_processes import run_pair
 
@@ -86,6 +88,57 @@ def test_two_processes_make_the_rollouts_of_one(runs):
     for a, b in zip(one.shards, two.shards, strict=True):
         assert a.table() == b.table()
         torch.testing.assert_close(a.tensors(), b.tensors())
+
+
+def test_two_processes_score_shards_as_one_does_and_resume(runs, tmp_path):
+    folder = shutil.copytree(runs / "run1", tmp_path / "run")
+    scored = [shard.rewards() for shard in Rollouts(folder).shards]
+    for file in folder.glob("0*/rewards.parquet"):
+        file.unlink()
+    line = [str(folder), "--reward", "jpeg", "--resume"]
+    ran(command("score.py", *line, processes=2))
+    assert [shard.rewards() for shard in Rollouts(folder).shards] == scored
+    kept = folder / "00000" / "rewards.parquet"
+    before = kept.stat().st_mtime_ns
+    (folder / "00001" / "rewards.parquet").unlink()
+    ran(command("score.py", *line, processes=2))
+    assert [shard.rewards() for shard in Rollouts(folder).shards] == scored
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_two_processes_write_the_table_of_one_which_goes_on_after_a_failure(tmp_path):
+    """The reward of one of two processes fails in mid-run, and one process goes on from there."""
+    for i in range(7):
+        Image.new("RGB", (48, 32 + 8 * (i > 4)), (30 * i, 90, 40)).save(tmp_path / f"{i}.png")
+    line = [str(tmp_path), "--prompt=x", "--reward=jpeg", "--batch-size=2"]
+    for processes in (1, 2):
+        out = f"--out={tmp_path / f'{processes}.csv'}"
+        ran(command("score.py", *line, out, processes=processes))
+    whole = (tmp_path / "1.csv").read_text()
+    assert (tmp_path / "2.csv").read_text() == whole
+    assert not list(tmp_path.glob("*.part*"))
+
+    program = (
+        "import os, sys\n"
+        "from rewards import WeightedSum\n"
+        "from tilt.commands import score\n"
+        "evaluate, calls = WeightedSum.evaluate, []\n"
+        "def failing(self, *given, **more):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
+        "        raise ValueError('the second call fails')\n"
+        "    return evaluate(self, *given, **more)\n"
+        "WeightedSum.evaluate = failing\n"
+        "sys.exit(score.main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "failing.py").write_text(program)
+    out = f"--out={tmp_path / 'cut.csv'}"
+    with pytest.raises(AssertionError, match=r"exitcode  : 2 .*pid"):
+        ran(command(str(tmp_path / "failing.py"), *line, out, processes=2))
+    assert (tmp_path / "cut.csv.part-1").exists()
+    assert not (tmp_path / "cut.csv").exists()
+    ran(command("score.py", *line, out, "--resume"))
+    assert (tmp_path / "cut.csv").read_text() == whole
 
 
 def test_two_processes_train_what_one_trains(runs, tmp_path):

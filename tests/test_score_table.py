@@ -41,6 +41,26 @@ def test_an_interrupted_table_goes_on_after_its_last_whole_line(tmp_path):
     assert len(read_table(path)) == 4
 
 
+def test_processes_write_one_table_which_any_number_of_them_goes_on_with(tmp_path):
+    path = tmp_path / "scores.csv"
+    first, second = (Table(path, "x", index=i) for i in range(2))
+    second.add(ROWS[1:2])  # the run ends here, before the first process has written anything
+    with pytest.raises(ValueError, match="add --resume"):
+        Table(path, "x")
+    with pytest.raises(ValueError, match="was scored by 'x', not 'y'"):
+        Table(path, "y", resume=True)
+    first, second, third = (Table(path, "x", resume=True, index=i) for i in range(3))
+    assert third.missing(ROWS) == [0, 2, 3]
+    for i, table in ((3, second), (0, first), (2, third)):
+        table.add(ROWS[i : i + 1])
+    alone = Table(path, "x", resume=True)
+    assert alone.missing(ROWS) == []
+    first.collect()
+    assert first.finish(ROWS)
+    assert [row["image"] for row in read_table(path)] == [row["image"] for row in ROWS]
+    assert {file.name for file in tmp_path.iterdir()} == {"scores.csv", "scores.csv.spec"}
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_finished_table_takes_more_rows_and_keeps_its_own(tmp_path, suffix):
     path = tmp_path / f"scores{suffix}"

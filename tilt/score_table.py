@@ -1,13 +1,15 @@
 """Scores of many images as a table on disk, which is written batch by batch and can be resumed.
 
-During a run, `NAME.part` contains a JSON line that names the reward, and then one per row. The
-complete table is NAME: a .parquet file with the reward's spec in its metadata, or a .csv file with
-the spec in `NAME.spec` beside it.
+During a run, `NAME.part` contains a JSON line that names the reward, and then one per row; each
+further process of the run has its own file, `NAME.part-1` and so on. The complete table is NAME: a
+.parquet file with the reward's spec in its metadata, or a .csv file with the spec in `NAME.spec`
+beside it.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import math
@@ -25,6 +27,7 @@ __all__ = [
     "ensure_writable",
     "read_table",
     "spec_of",
+    "working_files",
     "writable",
     "write_table",
 ]
@@ -40,25 +43,36 @@ class Table:
         path: The .csv or .parquet file to write.
         spec: The full text form of the reward; existing rows must have the same.
         resume: Whether existing rows are kept; without it they are an error.
+        index: This process's index among those that write the table together. All of them must
+            have made theirs before one adds rows, and the first one calls `collect` at the end.
     """
 
-    def __init__(self, path: Path, spec: str, resume: bool = False) -> None:
+    def __init__(self, path: Path, spec: str, resume: bool = False, index: int = 0) -> None:
         if path.suffix not in SUFFIXES:
             raise ValueError(f"the table {path} must end in one of {list(SUFFIXES)}")
         if path.suffix == ".parquet":
             _arrow()
-        self.path, self.part, self.spec = path, path.with_name(path.name + ".part"), spec
-        if not resume and (path.exists() or self.part.exists()):
+        self.path, self.spec = path, spec
+        self.part = path.with_name(f"{path.name}.part{f'-{index}' if index else ''}")
+        if not resume and (path.exists() or working_files(self.path)):
             raise ValueError(f"{path} exists; add --resume, or give another --out")
         ensure_writable(path)
         self.rows: list[dict[str, Any]] = []
         self._begun = False
-        if self.part.exists():
-            was, self.rows = _read_part(self.part)
-            self._check(spec if was is None else was)
+        if working_files(self.path):
+            self.collect()
         elif path.exists():
             self._check(spec_of(path))
             self.rows = read_table(path)
+
+    def collect(self) -> None:
+        """Read the rows of all processes' working files, in which a row may be more than once."""
+        rows = {_key(row): row for row in self.rows}
+        for part in working_files(self.path):
+            was, found = _read_part(part)
+            self._check(self.spec if was is None else was)
+            rows |= {_key(row): row for row in found}
+        self.rows = list(rows.values())
 
     def _check(self, was: str) -> None:
         if was != self.spec:
@@ -96,16 +110,23 @@ class Table:
         self.rows.extend(rows)
 
     def finish(self, wanted: Sequence[Mapping[str, str]]) -> bool:
-        """Write the table in this order and delete the working file; False if it was complete."""
+        """Write the table in this order and delete the working files; False if it was complete."""
         order, rows = [_key(row) for row in wanted], {_key(row): row for row in self.rows}
-        whole = self.path.exists() and not self.part.exists()
+        whole = self.path.exists() and not working_files(self.path)
         if whole and order == [_key(row) for row in self.rows]:
             return False
         self.rows = [rows[key] for key in order]
         with writable(self.path):
             write_table(self.path, self.rows, self.spec)
-            self.part.unlink(missing_ok=True)
+            for part in working_files(self.path):
+                part.unlink()
         return True
+
+
+def working_files(path: Path) -> list[Path]:
+    """Return the existing working files of all processes that write the table `path`."""
+    first = path.with_name(path.name + ".part")
+    return [first] * first.exists() + sorted(path.parent.glob(f"{glob.escape(first.name)}-*"))
 
 
 def writable(path: Path) -> AbstractContextManager[None]:

@@ -1,7 +1,7 @@
 """Score existing images with any rewards, and write a table and a histogram.
 
 The images are those of a folder, of a .jsonl file, of a run of `tilt steer`, or of rollouts, whose
-shards get a column for each reward.
+shards get a column for each reward. Under `accelerate launch`, the processes divide the images.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from tilt.commands.rewards import listing
 from tilt.exit_status import of_command
 from tilt.loading import pick_device
 from tilt.options import Options
+from tilt.processes import Processes, Stopped, join
 from tilt.score_summary import FIGURES, draw, summary
-from tilt.score_table import TEXTS, Table, ensure_writable, read_table
+from tilt.score_table import TEXTS, Table, ensure_writable, read_table, working_files
 
 if TYPE_CHECKING:
-    from finetune.shards import Shard
+    from finetune.shards import Rollouts, Shard
 
 EXAMPLES = """\
 examples:
@@ -93,10 +94,12 @@ def run(settings: Score) -> None:
         raise ValueError("give a folder or a .jsonl file, and --reward (--list shows them)")
     if settings.calibrate:
         ensure_writable(Path(os.path.expanduser(settings.calibrate)))
-    source, device = Path(settings.source), pick_device(settings.device)
+    source, processes = Path(settings.source), join(settings.device)
+    device = processes.device if settings.device == "auto" else None
+    device = device or processes.agree(lambda: pick_device(settings.device))
     of_rollouts = (source / "00000" / "tensors.safetensors").is_file()
     work = score_rollouts if of_rollouts else score_pictures
-    work(source, settings.reward, settings, device)
+    work(source, settings.reward, settings, device, processes)
 
 
 def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.WeightedSum:
@@ -125,18 +128,47 @@ def needs_references(parts: Sequence[Part]) -> bool:
     return False
 
 
-def score_pictures(source: Path, spec: str, settings: Score, device: torch.device) -> None:
+def score_pictures(
+    source: Path, spec: str, settings: Score, device: torch.device, processes: Processes
+) -> None:
     """Check everything, the cheapest check first; then fill the table and report."""
-    samples = read_samples(source, settings.prompt, exclude=FIGURES)
-    if settings.calibrate and len(samples) < 2:
-        raise ValueError(f"--calibrate needs two images or more but {source} has one")
+    samples = processes.agree(lambda: read_samples(source, settings.prompt, exclude=FIGURES))
     beside = source if source.is_dir() else source.parent
     out = Path(settings.out) if settings.out else beside / "scores.csv"
     picture = out.with_name(out.name + ".histogram.png")  # unlike the name of any scored image
-    if settings.resume and not settings.calibrate and is_complete(out, spec, samples):
-        print(f"{out} is complete")
-        report(read_table(out), picture)
+    again = settings.resume and not settings.calibrate
+    if processes.told(lambda: again and is_complete(out, spec, samples)):
+        processes.finish()
+        if processes.is_main:
+            print(f"{out} is complete")
+            report(read_table(out), picture)
         return
+
+    def ready() -> tuple[rewards.WeightedSum, Table]:
+        if settings.calibrate and len(samples) < 2:
+            raise ValueError(f"--calibrate needs two images or more but {source} has one")
+        reward = load_for(samples, spec, device)
+        return reward, Table(out, versioned(reward.spec), settings.resume, processes.index)
+
+    reward, table = processes.agree(ready)
+    rows = [texts(sample, reward.wants_references) for sample in samples]
+    left = processes.agree(lambda: table.missing(rows))
+    share = (processes.index, processes.count)
+    try:
+        score(reward, [samples[i] for i in left], table, settings.batch_size, device, share)
+        processes.finish()
+    except KeyboardInterrupt as cut:
+        kept = f"{len(table.rows)} of {len(samples)} are kept"
+        raise type(cut)(kept if processes.count == 1 else "finished batches are kept") from None
+    if processes.is_main:
+        table.collect()
+        print(out if table.finish(rows) else f"{out} is complete")
+        report(table.rows, picture)
+        keep_scale(reward, table.rows, settings.calibrate)
+
+
+def load_for(samples: Sequence[Sample], spec: str, device: torch.device) -> rewards.WeightedSum:
+    """Load the reward for these samples; ValueError if one lacks references that it needs."""
     reward = load(spec, device, [sample.prompt for sample in samples])
     without = [sample.image for sample in samples if not sample.references]
     if without and needs_references(reward.parts):
@@ -144,21 +176,12 @@ def score_pictures(source: Path, spec: str, settings: Score, device: torch.devic
             f"{reward} compares with reference images but {without[0]} has none; write "
             '"references": [...] in its line of a .jsonl file'
         )
-    table = Table(out, versioned(reward.spec), settings.resume)
-    rows = [texts(sample, reward.wants_references) for sample in samples]
-    left = table.missing(rows)
-    try:
-        score(reward, [samples[i] for i in left], table, settings.batch_size, device)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{len(table.rows)} of {len(samples)} are kept") from None
-    print(out if table.finish(rows) else f"{out} is complete")
-    report(table.rows, picture)
-    keep_scale(reward, table.rows, settings.calibrate)
+    return reward
 
 
 def is_complete(out: Path, spec: str, samples: Sequence[Sample]) -> bool:
     """Return whether the table has all these rows, of the same reward, without loading it."""
-    if not out.is_file() or out.with_name(out.name + ".part").exists():
+    if not out.is_file() or working_files(out):
         return False
     table = Table(out, versioned(rewards.spelled(spec, imports=True)), resume=True)
     references = bool(table.rows) and "references" in table.rows[0]
@@ -185,12 +208,19 @@ def score(
     table: Table,
     size: int,
     device: torch.device,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Add a row for each sample: its identity, the total and each component."""
+    """Add a row for each sample: its identity, the total and each component.
+
+    share: this process's index and the number of processes, which divide the batches, so that every
+    image is scored in the batch of one process.
+    """
+    index, count = share
+    mine = list(batches(samples, size))[index::count]
     there = len(table.rows)
-    every = there + len(samples)
-    with torch.no_grad(), tqdm(total=every, initial=there, unit="image") as bar:
-        for batch in batches(samples, size):
+    every, hidden = there + sum(map(len, mine)), index > 0
+    with torch.no_grad(), tqdm(total=every, initial=there, unit="image", disable=hidden) as bar:
+        for batch in mine:
             images, prompts, references = load_batch(batch, device)
             total, components = reward.evaluate(images, prompts, references=references)
             columns = {"reward": total} | components
@@ -223,44 +253,61 @@ def keep_scale(
         print(calibration)
 
 
-def score_rollouts(source: Path, spec: str, settings: Score, device: torch.device) -> None:
+def score_rollouts(
+    source: Path, spec: str, settings: Score, device: torch.device, processes: Processes
+) -> None:
     """Add the columns "reward" and each component to every shard of `tilt rollout`.
 
     Existing columns are replaced. --resume skips shards in which all of them have this spec and
     this version of the reward.
     """
     from finetune.learnability import little_in_rollouts
-    from finetune.shards import Rollouts, add_rewards
+    from finetune.shards import add_rewards
 
     for option in ("out", "prompt"):
         if getattr(settings, option) is not None:
             raise ValueError(f"rollouts contain their prompts and scores; leave out --{option}")
-    run, reward = Rollouts(source), None
-    spec = rewards.spelled(spec, imports=True)
+    spec, reward = rewards.spelled(spec, imports=True), None
     names, version = ["reward", *names_in(spec)], rewards.identity(spec)
-    left = [
-        shard
-        for shard in run.shards
-        if not settings.resume
-        or {(shard.scored_by(name), shard.versions().get(name)) for name in names}
-        != {(spec, version)}
-    ]
+    made_by = {(spec, version)} if settings.resume else set()
+    run, left = processes.told(lambda: unscored(source, names, made_by))
     if left or settings.calibrate:
-        reward = load(spec, device, run.manifest["plan"]["prompts"])
-        if needs_references(reward.parts):
-            raise ValueError(f"{reward} compares with reference images, which rollouts do not have")
+        reward = processes.agree(lambda: load_without_references(run, spec, device))
+        mine = left[processes.index :: processes.count]
         try:
-            for shard in tqdm(left, unit="shard"):
+            for shard in tqdm(mine, unit="shard", disable=not processes.is_main):
                 found = score_shard(reward, shard, settings.batch_size, device)
                 add_rewards(shard, found, spec, {"reward": reward.range}, version)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("finished shards are kept") from None
+            processes.finish()
+        except KeyboardInterrupt as cut:
+            raise type(cut)("finished shards are kept") from None
+    if not processes.is_main:
+        return
     rows = [row for shard in run.shards for row in scored(shard, names)]
     report(rows, source / "scores.histogram.png")
     if reward:
         keep_scale(reward, rows, settings.calibrate)
     if little := little_in_rollouts(run, "reward"):
         print(f"before training on these rollouts: {little}")
+
+
+def unscored(
+    source: Path, names: Sequence[str], made_by: set[tuple[str, str]]
+) -> tuple[Rollouts, list[Shard]]:
+    """Return the rollouts, and the shards whose columns are not all by the specs in `made_by`."""
+    from finetune.shards import Rollouts
+
+    run = Rollouts(source)
+    by = [{(s.scored_by(n), s.versions().get(n, "")) for n in names} for s in run.shards]
+    return run, [shard for shard, of in zip(run.shards, by, strict=True) if of != made_by]
+
+
+def load_without_references(run: Rollouts, spec: str, device: torch.device) -> rewards.WeightedSum:
+    """Load the reward for the prompts of rollouts; ValueError if it needs references."""
+    reward = load(spec, device, run.manifest["plan"]["prompts"])
+    if needs_references(reward.parts):
+        raise ValueError(f"{reward} compares with reference images, which rollouts do not have")
+    return reward
 
 
 def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -288,10 +335,11 @@ def score_shard(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Return exit status 0, 2 for refused input, or 130 after Ctrl-C."""
+    """Return exit status 0, 2 for refused input, 130 after Ctrl-C, 1 if another process ended."""
     try:
         return of_command(OPTIONS, argv, run)
     except KeyboardInterrupt as stop:
-        kept = str(stop) or "nothing is lost"
-        print(f"tilt score: interrupted; {kept}: repeat the command with --resume", file=sys.stderr)
-        return 130
+        died, kept = isinstance(stop, Stopped), str(stop) or "nothing is lost"
+        why = "another process ended" if died else "interrupted"
+        print(f"tilt score: {why}; {kept}: repeat the command with --resume", file=sys.stderr)
+        return 1 if died else 130
