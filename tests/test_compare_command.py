@@ -40,8 +40,8 @@ def halves(picture):
 def bright(monkeypatch):
     """A judge that prefers bright images, and a little the left one."""
 
-    def answer(self, picture, question):
-        left, right = halves(picture)
+    def answer(self, pictures, question):
+        left, right = halves(*pictures)
         return f"The left is {left:.0f}.\n**Scores: {left / 26 + 0.1:.3f}, {right / 26:.3f}**"
 
     monkeypatch.setattr("rewards.backends.chat_endpoint.Endpoint.answer", answer)
@@ -97,7 +97,7 @@ class Says:
     def __init__(self, text):
         self.text = text
 
-    def answer(self, picture, question):
+    def answer(self, pictures, question):
         assert "a star" in question
         return self.text
 

@@ -71,8 +71,8 @@ ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def answers(monkeypatch):
     """The judge's model: it likes bright pictures. (tests/test_rewards_judge.py has a server.)"""
 
-    def answer(self: Any, picture: Any, question: str) -> str:
-        return f"Score: {picture.mean() / 25.5:.4f}"
+    def answer(self: Any, pictures: Any, question: str) -> str:
+        return f"Score: {pictures[-1].mean() / 25.5:.4f}"
 
     monkeypatch.setattr("rewards.backends.chat_endpoint.Endpoint.answer", answer)
 

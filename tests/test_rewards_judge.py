@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from judge_server import Reply, Server, first_tokens, grey, pictures, question, says
 from PIL import Image
 
 import rewards
@@ -22,73 +18,6 @@ from rewards.backends import chat_endpoint
 from rewards.models.vlm_judge import PRESETS, JudgeReward
 
 KEY = "sk-very-secret"
-Reply = tuple[int, dict[str, str], bytes]
-
-
-class Server:
-    """Answers by `reply(number of the request, its JSON)` and records what came."""
-
-    def __init__(self) -> None:
-        self.bodies: list[Any] = []
-        self.headers: list[Any] = []
-        self.paths: list[str] = []
-        self.reply: Callable[[int, Any], Reply] = lambda _, body: says("Score: 5")
-        self.busy = self.most_busy = 0
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.headers.append(self.headers)
-                self.send_error(404)
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    number = len(outer.bodies)
-                    outer.bodies.append(body)
-                    outer.headers.append(self.headers)
-                    outer.paths.append(self.path)
-                    outer.busy += 1
-                    outer.most_busy = max(outer.busy, outer.most_busy)
-                status, headers, content = outer.reply(number, body)
-                with outer.lock:
-                    outer.busy -= 1
-                try:
-                    self.send_response(status)
-                    for name, value in ({"Content-Length": str(len(content))} | headers).items():
-                        self.send_header(name, value)
-                    self.end_headers()
-                    for part in outer.parts(content):
-                        self.wfile.write(part)
-                        self.wfile.flush()
-                except OSError:  # the judge has gone away
-                    pass
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        self.parts: Callable[[bytes], Iterator[bytes]] = lambda content: iter([content])
-        self.core = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.core.server_address[1]}/v1"
-        self.thread = threading.Thread(target=self.core.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def close(self) -> None:
-        if not self.thread.is_alive():
-            return
-        self.core.shutdown()
-        self.core.server_close()
-        self.thread.join()
-
-    def judge(self, **options: Any) -> JudgeReward:
-        judge = JudgeReward(url=self.url, model="tiny-judge", **options)
-        judge.model.backoff = 0.01  # type: ignore[attr-defined]
-        return judge
-
-
-def says(text: Any) -> Reply:
-    return 200, {}, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
 
 
 @pytest.fixture
@@ -98,25 +27,14 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-def grey(*levels: int, size: tuple[int, int] = (4, 6)) -> torch.Tensor:
-    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, *size).float() / 255
-
-
 def level(body: Any) -> int:
     """The grey of the picture that was sent."""
     return int(picture(body)[0, 0, 0])
 
 
 def picture(body: Any) -> np.ndarray:
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
-    head, _, data = url.partition(",")
-    assert head == "data:image/png;base64"
-    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
-        return np.array(image)
-
-
-def question(body: Any) -> str:
-    return body["messages"][0]["content"][1]["text"]
+    (found,) = pictures(body)
+    return found
 
 
 def test_a_request_holds_the_picture_as_it_is_the_question_and_the_key_and_is_greedy(
@@ -296,14 +214,7 @@ def test_scores_are_remembered_by_picture_and_prompt_but_failures_are_not(server
 
 def test_yes_no_compares_the_chances_of_the_first_token(server):
     likely = [("Yes", 0.3), (" yes", 0.1), ("No", 0.1), ("NO ", 0.02), ("Maybe", 0.4)]
-    tokens = [{"token": token, "logprob": float(np.log(p))} for token, p in likely]
-
-    def reply(number: int, body: Any) -> Reply:
-        top = tokens if level(body) == 1 else tokens[4:]
-        first = {"logprobs": {"content": [{"top_logprobs": top}]}}
-        return 200, {}, json.dumps({"choices": [first]}).encode()
-
-    server.reply = reply
+    server.reply = lambda _, body: first_tokens(*(likely if level(body) == 1 else likely[4:]))
     judge = server.judge(preset="yes_no", invalid="nan")
     scores = judge(grey(1, 2), ["a", "a"])
     assert scores[0].item() == pytest.approx(0.4 / 0.52)
@@ -562,8 +473,8 @@ def test_a_local_model_says_yes_as_its_own_logits_do(llava):
 def test_a_local_model_answers_the_same_twice_and_its_answer_is_read(llava):
     judge = JudgeReward(llava, max_tokens=6, invalid="nan")
     shown = np.full((20, 30, 3), 128, np.uint8)
-    answer = judge.model.answer(shown, "What?")
-    assert answer == judge.model.answer(shown, "What?")
+    answer = judge.model.answer([shown], "What?")
+    assert answer == judge.model.answer([shown], "What?")
     assert "USER" not in answer
     images = grey(100, size=(20, 20))
     assert judge(images, ["a"]).isnan().all()  # an untrained model says nothing

@@ -50,7 +50,7 @@ class SideBySideJudge:
     def _ask(self, pair: tuple[int, int]) -> tuple[float, float]:
         picture = np.array(side_by_side(*(self.images[i] for i in pair)))
         try:
-            answer = self.model.answer(picture, self.question)
+            answer = self.model.answer([picture], self.question)
         except EndpointError as error:
             raise ValueError(f"the tournament cannot continue: {error}") from error
         found = SCORES.findall(answer)

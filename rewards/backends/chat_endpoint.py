@@ -1,4 +1,4 @@
-"""Questions about an image to an OpenAI-compatible HTTP endpoint, by the standard library only.
+"""Questions about images to an OpenAI-compatible HTTP endpoint, by the standard library only.
 
 Requests and responses are JSON. Error messages contain neither the address nor the key.
 """
@@ -14,6 +14,7 @@ import os
 import re
 import time
 import urllib.request
+from collections.abc import Sequence
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -80,31 +81,44 @@ class Endpoint:
         proxies = [urllib.request.ProxyHandler({})] if here else []
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
 
-    def answer(self, picture: np.ndarray, question: str) -> str:
+    def answer(self, pictures: Sequence[np.ndarray], question: str) -> str:
         """Return the text of the model's answer; EndpointError where the request fails."""
-        choice = self._ask(picture, question, max_tokens=self.max_tokens)
+        choice = self._ask(pictures, question, max_tokens=self.max_tokens)
         message = choice.get("message")
         text = message.get("content") if isinstance(message, dict) else None
         if not isinstance(text, str):
             raise EndpointError("the judge's endpoint sent a message without text")
         return text
 
-    def yes(self, picture: np.ndarray, question: str) -> tuple[float, float]:
-        """Probabilities that the answer starts with yes and no, among the 20 likeliest tokens."""
-        choice = self._ask(picture, question, max_tokens=1, logprobs=True, top_logprobs=20)
+    def first(
+        self, pictures: Sequence[np.ndarray], question: str, words: Sequence[Sequence[str]]
+    ) -> tuple[list[float], float]:
+        """Return the probability that the answer starts with each word, given by its spellings.
+
+        Only the 20 likeliest tokens are known: the second value is the largest probability that
+        any other can have. Spaces around a token do not matter.
+        """
+        choice = self._ask(pictures, question, max_tokens=1, logprobs=True, top_logprobs=20)
         try:
             tokens = choice["logprobs"]["content"][0]["top_logprobs"]
-            pairs = [(str(t["token"]).strip().lower(), min(float(t["logprob"]), 0)) for t in tokens]
+            found = [
+                (str(t["token"]).strip(), math.exp(min(float(t["logprob"]), 0))) for t in tokens
+            ]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise EndpointError("the judge's endpoint gave no log-probabilities") from None
-        yes, no = (math.fsum(math.exp(p) for t, p in pairs if t == w) for w in ("yes", "no"))
-        return yes, no
+            pairs = []
+        found = [(token, math.exp(min(logprob, 0))) for token, logprob in pairs]
+        every = [p for _, p in found]
+        if not every or not all(map(math.isfinite, every)):
+            raise EndpointError("the judge's endpoint gave no log-probabilities")
+        spelled = [{text.strip() for text in spellings} for spellings in words]
+        chances = [math.fsum(p for token, p in found if token in one) for one in spelled]
+        return chances, max(min([*every, 1 - math.fsum(every)]), 0.0)
 
-    def _ask(self, picture: np.ndarray, question: str, **options: Any) -> dict[str, Any]:
-        content = [
-            {"type": "image_url", "image_url": {"url": data_url(picture)}},
-            {"type": "text", "text": question},
+    def _ask(self, pictures: Sequence[np.ndarray], question: str, **options: Any) -> dict[str, Any]:
+        content: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in pictures
         ]
+        content.append({"type": "text", "text": question})
         body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         sent = json.dumps(body | {"temperature": 0, "seed": 0, "stream": False} | options)
         received = self._send(sent.encode())

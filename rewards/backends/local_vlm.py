@@ -1,4 +1,4 @@
-"""A vision-language model of transformers that answers a question about an image.
+"""A vision-language model of transformers that answers a question about images.
 
 The preprocessing is that of the checkpoint, from its preprocessor_config.json.
 """
@@ -6,7 +6,7 @@ The preprocessing is that of the checkpoint, from its preprocessor_config.json.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,8 @@ __all__ = ["LocalVlm"]
 class LocalVlm:
     """An image-text-to-text model of transformers with its processor and chat template.
 
-    It takes one image at a time, so that an answer depends only on its image and question; if this
-    is too slow, serve the model and use its url. Weights have the checkpoint's dtype.
+    It takes one question at a time, so that an answer depends only on its images and question; if
+    this is too slow, serve the model and use its url. Weights have the checkpoint's dtype.
     """
 
     concurrency = 1
@@ -51,16 +51,15 @@ class LocalVlm:
         self.max_tokens = max_tokens
         picture_token = getattr(processor, "image_token", "<image>")
         self.reserved = tuple(sorted({*processor.tokenizer.all_special_tokens, picture_token}))
-        self._words = {word: _first_tokens(processor.tokenizer, word) for word in ("yes", "no")}
 
     def to(self, device: torch.device) -> None:
         """Move the model."""
         if self.model.device != device:
             moved(self.model, device)
 
-    def answer(self, picture: np.ndarray, question: str) -> str:
+    def answer(self, pictures: Sequence[np.ndarray], question: str) -> str:
         """Return the text of the model's answer, by greedy decoding."""
-        inputs = self._inputs(picture, question)
+        inputs = self._inputs(pictures, question)
         with torch.no_grad():
             tokens = self.model.generate(
                 **inputs,
@@ -74,18 +73,37 @@ class LocalVlm:
         new = tokens[0, inputs["input_ids"].shape[1] :]
         return str(self.processor.decode(new, skip_special_tokens=True))
 
-    def yes(self, picture: np.ndarray, question: str) -> tuple[float, float]:
-        """Probabilities that the answer starts with yes and no."""
-        with torch.no_grad():
-            logits = self.model(**self._inputs(picture, question)).logits[0, -1]
-        chances = logits.float().softmax(-1)
-        return float(chances[self._words["yes"]].sum()), float(chances[self._words["no"]].sum())
+    def first(
+        self, pictures: Sequence[np.ndarray], question: str, words: Sequence[Sequence[str]]
+    ) -> tuple[list[float], float]:
+        """Return the probability that the answer starts with each word, and 0.0.
 
-    def _inputs(self, picture: np.ndarray, question: str) -> Any:
-        content = [
-            {"type": "image", "image": Image.fromarray(picture)},
-            {"type": "text", "text": question},
+        A word is given by its spellings, of which those that are one token count.
+        """
+        ids = [self.tokens(spellings) for spellings in words]
+        with torch.no_grad():
+            logits = self.model(**self._inputs(pictures, question)).logits[0, -1]
+        chances = logits.float().softmax(-1)
+        return [float(chances[one].sum()) for one in ids], 0.0
+
+    def tokens(self, spellings: Sequence[str]) -> list[int]:
+        """Return the tokens of the spellings that are one; raises ValueError if none is."""
+        encode = self.processor.tokenizer.encode
+        coded = [encode(text, add_special_tokens=False) for text in spellings]
+        found = sorted({ids[0] for ids in coded if len(ids) == 1})
+        if not found:
+            raise ValueError(
+                f"the judge's tokenizer divides the word {spellings[0]!r} into several tokens, so "
+                "the probability of this answer cannot be read from the first one; choose another "
+                "model"
+            )
+        return found
+
+    def _inputs(self, pictures: Sequence[np.ndarray], question: str) -> Any:
+        content: list[dict[str, Any]] = [
+            {"type": "image", "image": Image.fromarray(picture)} for picture in pictures
         ]
+        content.append({"type": "text", "text": question})
         return self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -104,10 +122,3 @@ def _explained(source: str) -> Iterator[None]:
             f"{source} is not an image-text-to-text model with its processor: "
             f"{str(error).strip().splitlines()[0][:200]}"
         ) from error
-
-
-def _first_tokens(tokenizer: Any, word: str) -> list[int]:
-    """Return the tokens of a word in any capitalisation, with and without a leading space."""
-    spellings = [space + form for space in ("", " ") for form in (word, word.title(), word.upper())]
-    coded = [tokenizer.encode(text, add_special_tokens=False) for text in spellings]
-    return sorted({ids[0] for ids in coded if len(ids) == 1})

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_choice, check_number
-from ..images import check_inputs, to_images
+from ..images import check_inputs
+from ..references import entries_of, pictures_of
 from ..towers.dino_backbone import Tokens, view
 from .base import Card, NetworkReward
 
@@ -98,13 +99,13 @@ class DinoReward(NetworkReward):
     def _score(
         self, images: Tensor, prompts: Sequence[str], references: Any, device: torch.device
     ) -> Tensor:
-        entries = _entries(references, len(images))
+        entries = entries_of("the DINO reward", references, len(images))
         tokens = self._tokens(images)
         known: dict[int, Tokens] = {}  # particles of one prompt have the same list of references
         scores = []
         for i, entry in enumerate(entries):
             if id(entry) not in known:
-                found = [self.view.reference(picture) for picture in _pictures(entry, i)]
+                found = [self.view.reference(picture) for picture in pictures_of(entry, i)]
                 known[id(entry)] = Tokens(*(torch.stack(part) for part in zip(*found, strict=True)))
             image = Tokens(tokens.cls[i], tokens.patches[i])
             scores.append(self._likeness(image, known[id(entry)]))
@@ -124,24 +125,3 @@ class DinoReward(NetworkReward):
     def _likeness(self, image: Tokens, references: Tokens) -> Tensor:
         with torch.autocast(image.cls.device.type, enabled=False):
             return POOLS[self.pool](MODES[self.mode](image, references, self.cls_weight))
-
-
-def _entries(references: Any, count: int) -> Sequence[Any]:
-    """Return one entry for each image; raises ValueError if there are others."""
-    wanted = "one entry for each image, an image or a list of images"
-    if references is None:
-        raise ValueError(f"the DINO reward compares with references= but got none; pass {wanted}")
-    if not hasattr(references, "__len__") or len(references) != count:
-        got = len(references) if hasattr(references, "__len__") else type(references).__name__
-        raise ValueError(
-            f"{count} images need references of {count} entries but got {got}; pass {wanted}"
-        )
-    return list(references)
-
-
-def _pictures(entry: Any, index: int) -> list[Tensor]:
-    """Return the images (1, 3, h, w) of an entry: one image, a tensor of several, or a list."""
-    if entry is not None and not (hasattr(entry, "__len__") and not len(entry)):
-        parts = entry if isinstance(entry, list | tuple) else [entry]
-        return [row for part in parts for row in to_images(part).split(1)]
-    raise ValueError(f"references has no image for image {index}; give at least one")
