@@ -101,9 +101,7 @@ class Endpoint:
         choice = self._ask(pictures, question, max_tokens=1, logprobs=True, top_logprobs=20)
         try:
             tokens = choice["logprobs"]["content"][0]["top_logprobs"]
-            found = [
-                (str(t["token"]).strip(), math.exp(min(float(t["logprob"]), 0))) for t in tokens
-            ]
+            pairs = [(str(t["token"]).strip(), float(t["logprob"])) for t in tokens]
         except (KeyError, IndexError, TypeError, ValueError):
             pairs = []
         found = [(token, math.exp(min(logprob, 0))) for token, logprob in pairs]
