@@ -36,6 +36,8 @@ def disk_errors(place: object, advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         why = error.strerror or str(error)
+        if error.filename and str(error.filename) != str(place):
+            why += f": {error.filename}"
         raise ValueError(f"cannot read or write {place} ({why}); {advice}") from error
 
 

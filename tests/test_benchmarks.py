@@ -1,6 +1,7 @@
 """The benchmarks run, train and resume: small sizes of what the README's commands call."""
 
 import dataclasses
+import json
 import sys
 
 import numpy as np
@@ -244,7 +245,8 @@ def test_the_table_compares_runs_prompt_by_prompt():
 def test_a_curve_counts_the_seconds_of_images_and_steps_but_not_of_checks(tmp_path):
     (tmp_path / "gdro").mkdir()
     for name, seconds in (("rollouts", 50), ("scores", 10)):
-        (tmp_path / f"gdro-{name}.seconds").write_text(str(seconds))
+        took = {"cpu": 1.0, "wall": float(seconds)}
+        (tmp_path / f"gdro-{name}.time.json").write_text(json.dumps(took))
     for step, seconds in ((5, 1.0), (10, 3.0)):
         checks.append(tmp_path / "gdro" / "log.csv", {"step": step, "seconds": seconds})
     for step, reward in ((0, 0.5), (10, 0.7)):

@@ -257,7 +257,7 @@ def test_wrong_input_is_refused_with_a_sentence():
         critic.train_step(pictures(0), pictures(0)[:5], PROMPTS, generator())
     with pytest.raises(ValueError, match=r"takes images in \[0, 1\]"):
         critic.train_step(pictures(0) * 255, pictures(0), PROMPTS, generator())
-    with pytest.raises(ValueError, match="r1 and spectral apply to a head"):
+    with pytest.raises(ValueError, match="r1= and spectral= apply to a head"):
         Critic(preference(), CriticSettings(r1=1.0))
 
 

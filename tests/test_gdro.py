@@ -138,7 +138,7 @@ def test_a_second_round_goes_on_from_its_lora(tmp_path):
     with pytest.raises(ValueError, match="another alpha"):
         lora.read(tmp_path, second.learner.family.network, second.learner.weights, 4)
     with pytest.raises(
-        ValueError, match=r"another rank .* \(0 of its .*; transformer\..* does not"
+        ValueError, match=r"another rank .* \(0 of its .* and transformer\..* does not"
     ):
         lora.read(tmp_path, second.learner.family.network, trainer_of(rank=3).learner.weights, 2)
     with pytest.raises(ValueError, match="no readable LoRA"):

@@ -121,7 +121,7 @@ def test_gradients_that_overflow_in_float16_are_taken_again_at_another_scale(tra
 
 def test_float16_is_refused_where_its_gradients_cannot_be_scaled():
     for zero, fsdp in ((True, False), (False, True)):
-        with pytest.raises(ValueError, match="use bfloat16"):
+        with pytest.raises(ValueError, match="set dtype=bfloat16"):
             learner._scale_gradients(SimpleNamespace(is_fsdp2=fsdp), zero)
 
 

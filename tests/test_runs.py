@@ -126,7 +126,7 @@ def test_carrying_on_leaves_the_manifest_as_it_was(tmp_path):
 
 def test_disk_that_is_full_says_how_to_carry_on(tmp_path):
     runs.keep(tmp_path / "0000-a", RESULTS)
-    sentence = rf"too large.*are kept; fix the cause.*--out {tmp_path} --resume"
+    sentence = rf"too large.*are kept: fix the cause.*--out {tmp_path} --resume"
     with full_disk(), pytest.raises(ValueError, match=sentence):
         runs.keep(tmp_path / "0001-b", RESULTS)
     assert [path.name for path in tmp_path.iterdir()] == ["0000-a"]

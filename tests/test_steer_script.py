@@ -127,7 +127,9 @@ def test_hub_id_without_network_names_the_folder_option(capsys, tmp_path, model,
     )
     arguments = ["a cat", *SMALL, "--model", model, "--out", str(tmp_path / "out")]
     message = refused(capsys, *arguments, flag, "nobody/has-this")
-    assert message.endswith("nobody/has-this; without a network, give a folder that holds it\n")
+    assert message.endswith(
+        "nobody/has-this; the hub cannot be reached; give a folder that holds it\n"
+    )
 
 
 @pytest.mark.usefixtures("no_model")
