@@ -30,6 +30,7 @@ def configure(accelerator: Any, max_grad_norm: float, count: int, eight_bit: boo
     """
     if eight_bit:
         raise ValueError("eight_bit=true does not work with DeepSpeed; leave one of them out")
+    accelerator.wait_for_everyone()  # the engine's own process group waits for minutes only
     config = accelerator.deepspeed_plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = 1  # required without a data loader, but unused
     config["gradient_accumulation_steps"] = 1  # else it divides losses that are means already

@@ -220,6 +220,50 @@ def test_training_that_was_killed_loses_the_steps_since_its_checkpoint(runs, tmp
     assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
 
 
+SHORT = """
+import os, sys, time
+from datetime import timedelta
+from torch.distributed import distributed_c10d
+distributed_c10d.default_pg_timeout = timedelta(seconds=2)
+
+def slowed(work):
+    def slowly(*given, **more):
+        time.sleep(8 * (os.environ["RANK"] == "0"))
+        return work(*given, **more)
+    return slowly
+"""
+
+
+def test_training_waits_for_a_slow_check_longer_than_a_collectives_patience(runs, tmp_path):
+    """The default group's patience, ten minutes with NCCL, is two seconds here unless set."""
+    (tmp_path / "unseen.txt").write_text('the word "HAT"\nthe word "BOX"\n')
+    words = [f"--rollouts={runs / 'run1'}", f"--out={tmp_path / 'out'}", "--gdro.steps=1", *TRAIN]
+    words += [f"--check.prompts={tmp_path / 'unseen.txt'}", "--check.every=1", "--check.images=1"]
+    program = (
+        f"{SHORT}\n"
+        "from finetune import checks\n"
+        "from tilt.commands import train_gdro\n"
+        "checks.draw = slowed(checks.draw)\n"
+        "sys.exit(train_gdro.main(sys.argv[1:]))\n"
+    )
+    run_pair(program, *words, "--check.train-prompts=0", port=53)
+    assert (tmp_path / "out/lora/finished.json").exists()
+
+
+def test_a_population_that_is_spread_waits_for_a_slow_reward():
+    program = (
+        f"{SHORT}\n"
+        "import torch\n"
+        "from steering.spread import Spread\n"
+        "from tilt.processes import join\n"
+        "processes = join('cpu')\n"
+        "reward = slowed(lambda: torch.ones(1))\n"
+        "assert Spread(True).whole(reward()).tolist() == [1, 1]\n"
+        "processes.finish()\n"
+    )
+    run_pair(program, port=54)
+
+
 @pytest.mark.parametrize("script", ["rollout", "evaluate"])
 def test_a_process_that_has_done_waits_longer_than_a_collectives_patience(script, runs, tmp_path):
     """The default group's, ten minutes with NCCL, here two seconds."""

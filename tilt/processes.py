@@ -1,7 +1,8 @@
 """The processes of a run that `accelerate launch` started, and their communication.
 
 They communicate over gloo, which takes no GPU memory and notices the death of a process at once.
-Without a launcher there is one process, and all of this does nothing.
+Computations of all processes, such as a training step, use the default group (NCCL on GPUs), which
+waits as long. Without a launcher there is one process, and all of this does nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import distributed
 
-__all__ = ["Processes", "Stopped", "is_main", "join"]
+__all__ = ["PATIENCE", "Processes", "Stopped", "is_main", "join"]
 
 T = TypeVar("T")
 
@@ -31,9 +32,10 @@ _STARTED = (
     "OMPI_COMM_WORLD_SIZE",
     "MV2_COMM_WORLD_SIZE",
 )
-# One process may have hours of work left when another has finished; the default timeout of 30
-# minutes would end the run.
-_PATIENCE = timedelta(days=7)
+# One process may have hours of work left when another has finished, or a slow reward in a step; the
+# default timeouts, 10 minutes with NCCL and 30 with gloo, would end the run. A launcher ends the
+# other processes when one has died, long before.
+PATIENCE = timedelta(days=7)
 _NOTICED = 5.0  # seconds within which a launcher, which polls ten times a second, notices a death
 
 
@@ -142,7 +144,7 @@ def join(device: str) -> Processes:
 
     none = torch.accelerator.current_accelerator(check_available=True) is None
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or device == "cpu" or none
-    state = PartialState(cpu=cpu)
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
     if state.num_processes < int(os.environ.get("WORLD_SIZE", "1")):
         raise ValueError(
             f"device {state.device} does not support communication of "
@@ -151,7 +153,7 @@ def join(device: str) -> Processes:
     device_here = state.device or torch.device("cpu")
     if state.num_processes == 1:
         return Processes(device=device_here)
-    group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    group = distributed.new_group(backend="gloo", timeout=PATIENCE)
     signal.signal(signal.SIGTERM, lambda *_: _stop())
     return Processes(state.process_index, state.num_processes, device_here, group)
 

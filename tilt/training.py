@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 import rewards
 from finetune import config, ranges
@@ -25,7 +25,7 @@ from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
 from steering.call import PipelineCall
 from tilt import drawing, model_card
 from tilt.loading import ABOUT_DTYPE, DTYPE
-from tilt.processes import is_main
+from tilt.processes import PATIENCE, is_main
 from tilt.prompts import read_texts
 from tilt.report import training as page
 
@@ -75,7 +75,8 @@ def accelerator_of(settings: TrainingRun) -> Accelerator:
         if importlib.util.find_spec("wandb") is None:
             raise ValueError("wandb=true needs the package: pip install wandb")
         loggers.append("wandb")
-    accelerator = Accelerator(log_with=loggers, project_dir=settings.out)
+    patience: Any = [InitProcessGroupKwargs(timeout=PATIENCE)]
+    accelerator = Accelerator(log_with=loggers, project_dir=settings.out, kwargs_handlers=patience)
     shard(accelerator)
     return accelerator
 
