@@ -45,6 +45,7 @@ REWARDS = {
     "ocr": ("ocr.OcrReward", "the prompt's quoted text, as an OCR engine reads it"),
     "pickscore": ("pickscore.PickScoreReward", "preference of Pick-a-Pic's users"),
     "siglip": ("siglip.SiglipReward", "SigLIP's similarity of image and prompt"),
+    "soft_tifa": ("soft_tifa.SoftTifaReward", "a model's answers to the prompt's questions"),
 }
 # arguments whose texts are names that the reward defines, so that they open nothing
 CHOICES = {
@@ -60,6 +61,8 @@ ELSEWHERE = {
     "vqascore": "write judge(preset=yes_no, url=..., model=...), or source=FOLDER",
     "clipscore": "write clip(ViT-B-32/openai, scale=hessel)",
     "geneval": "write objects(detector=owlv2)",
+    "geneval2": "write soft_tifa(FILE OF QUESTIONS, url=..., model=...), or source=FOLDER",
+    "tifa": "write soft_tifa(FILE OF QUESTIONS, url=..., model=...), or source=FOLDER",
 }
 
 
@@ -201,7 +204,8 @@ def _built_in(call: Call) -> Call:
         given[key] = value
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in given:
-            raise ValueError(f"the reward {call.name} needs its {name}, as in {call.name}(FOLDER)")
+            what = "FOLDER" if name == "source" else "FILE"
+            raise ValueError(f"the reward {call.name} needs its {name}, as in {call.name}({what})")
     return Call(call.name, (), tuple((name, given[name]) for name in names if name in given))
 
 

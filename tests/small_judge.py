@@ -38,7 +38,7 @@ def save_qwen(folder: Path, words: list[str] = WORDS, seed: int = 0) -> str:
         merges += [(word[:i], word[i]) for i in range(1, len(word))] + [("Ġ", word)]
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), *SPECIAL]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Qwen2Tokenizer(
+    tokenizer: Any = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=list(dict.fromkeys(merges)),
         eos_token="<|im_end|>",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,11 +42,19 @@ class Case:
         return images, list(self.prompts), list(pictures)
 
 
+QUESTIONS = Path(__file__).with_name("shapes_questions.jsonl")
 WORDS = tuple(f'the word "{word}"' for word in ("CAT", "SUN", "CRAB", "OX", "TEA", "HIVE", "DOG"))
 CASES = {
     case.spec: case
     for case in (
         Case("clip(tiny)"),
+        Case(f"soft_tifa('{QUESTIONS}', url=http://127.0.0.1:1/v1, model=stub)", network=False),
+        Case(
+            "judge(preset=unifiedreward_edit_quality, url=http://127.0.0.1:1/v1, model=stub, "
+            "compares=true, pattern='Score: ([0-9.]+)', low=0, high=10)",
+            references=True,
+            network=False,
+        ),
         Case("clip(random:0)"),
         Case("siglip(random:0)"),
         Case("aesthetic(random:0)"),
@@ -69,12 +78,16 @@ ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 @pytest.fixture(autouse=True)
 def answers(monkeypatch):
-    """The judge's model: it likes bright pictures. (tests/test_rewards_judge.py has a server.)"""
+    """A judge's model: it likes bright pictures. (tests/judge_server.py has a server.)"""
 
     def answer(self: Any, pictures: Any, question: str) -> str:
         return f"Score: {pictures[-1].mean() / 25.5:.4f}"
 
+    def first(self: Any, pictures: Any, question: str, words: Any) -> tuple[list[float], float]:
+        return [pictures[-1].mean() / 255 for _ in words], 0.0
+
     monkeypatch.setattr("rewards.backends.chat_endpoint.Endpoint.answer", answer)
+    monkeypatch.setattr("rewards.backends.chat_endpoint.Endpoint.first", first)
 
 
 _LOADED: dict[str, Any] = {}

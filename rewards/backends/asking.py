@@ -98,13 +98,13 @@ class Asker:
         self._scores: OrderedDict[bytes, float] = OrderedDict()
         self._lock = threading.Lock()
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Raise ValueError for prompts with special tokens of the local model."""
-        for prompt in prompts:
+    def check(self, texts: Sequence[str], kind: str = "prompt") -> None:
+        """Raise ValueError for texts with special tokens of the local model."""
+        for text in texts:
             for token in self.model.reserved:
-                if token in prompt:
+                if token in text:
                     raise ValueError(
-                        f"the prompt {prompt!r} holds {token!r}, a special token of the judge's "
+                        f"the {kind} {text!r} holds {token!r}, a special token of the judge's "
                         "model; leave it out"
                     )
 
@@ -116,7 +116,6 @@ class Asker:
         device: torch.device,
     ) -> Tensor:
         """Return float32 (n,) on the device: the score by `ask` of the pictures and each prompt."""
-        self.check(prompts)
         if isinstance(self.model, LocalVlm):
             self.model.to(self.device or device)
         pairs = list(zip(shown, prompts, strict=True))

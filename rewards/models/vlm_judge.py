@@ -138,6 +138,7 @@ class JudgeReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *, references: Any = None) -> Tensor:
         check_inputs(images, prompts)
+        self.check(prompts)
         shown: list[Pictures] = [(picture,) for picture in to_uint8(images)]
         if self.wants_references and shown:
             entries = entries_of("the judge", references, len(images))
