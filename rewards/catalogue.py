@@ -38,6 +38,7 @@ REWARDS = {
     "critic": ("critic.CriticReward", "trained to tell references from a model's samples"),
     "dino": ("dino.DinoReward", "similarity to reference images in DINO's features"),
     "hps": ("hps.HpsReward", "human preference score, v2 or v2.1"),
+    "hpsv3": ("hpsv3.Hpsv3Reward", "human preference score, v3, by a Qwen2-VL-7B"),
     "imagereward": ("imagereward.ImageRewardReward", "human preference, learned on BLIP"),
     "jpeg": ("jpeg.JpegReward", "size as JPEG: small (default) or large files score high"),
     "judge": ("vlm_judge.JudgeReward", "a vision-language model's answer to a question"),
@@ -49,14 +50,15 @@ REWARDS = {
 }
 # arguments whose texts are names that the reward defines, so that they open nothing
 CHOICES = {
-    "detector", "engine", "invalid", "method", "mode", "pool", "preset", "scale", "version",
+    "detector", "dtype", "engine", "invalid", "method", "mode", "pool", "preset", "scale",
+    "version",
 }  # fmt: skip
 MEGABYTE = 2**20
 WEIGHTS = {"clip", "colours", "source"}  # arguments that may name weights
 # hints for names of other software, whose most similar name here is a different reward
 ELSEWHERE = {
     "hpsv2": "write hps(version=v2) or hps(version=v2.1)",
-    "hpsv3": "HPSv3 is not among them (hps has v2 and v2.1); a function of yours can be one",
+    "hpsv3": "write hpsv3",
     "unifiedreward": "write judge(preset=unifiedreward, url=..., model=...), or source=FOLDER",
     "vqascore": "write judge(preset=yes_no, url=..., model=...), or source=FOLDER",
     "clipscore": "write clip(ViT-B-32/openai, scale=hessel)",

@@ -60,6 +60,7 @@ CASES = {
         Case("aesthetic(random:0)"),
         Case("pickscore(random:0)", size=(64, 80)),
         Case("hps(random:0)", size=(48, 64)),
+        Case("hpsv3(random:0, dtype=float32)"),
         Case("imagereward(random:0)"),
         Case("dino(random:0)", references=True),
         Case("critic(random:0)"),

@@ -27,6 +27,7 @@ MODELS = [
     "aesthetic({})",
     "pickscore({})",
     "hps({})",
+    "hpsv3({})",
     "imagereward({})",
     "dino({})",
 ]

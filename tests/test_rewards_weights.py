@@ -13,6 +13,7 @@ from torch import nn
 from rewards.backends.local_vlm import LocalVlm
 from rewards.models.aesthetic import AestheticReward
 from rewards.models.critic import CriticReward, FeatureModel
+from rewards.models.hpsv3 import Hpsv3Reward
 from rewards.models.imagereward import ImageRewardReward
 from rewards.towers.checkpoints import fetch, find, fit, hub, looks_like, read_state
 
@@ -224,6 +225,10 @@ def test_fit_ignores_only_what_it_was_told_to():
         ("blocks.0.attn.qkv.weight", "a timm (or original DINO) vision transformer"),
         ("down_blocks.0.resnets.0.conv1.weight", "a diffusers UNet or autoencoder"),
         ("layers.0.weight", "a LAION aesthetic head, version 2"),
+        ("scoring_head.0.weight", "an aesthetic head, version 2.5"),
+        ("rm_head.0.weight", "HPSv3 or another ranking head"),
+        ("visual.blocks.0.attn.qkv.weight", "a Qwen2-VL"),
+        ("model.visual.blocks.0.attn.qkv.weight", "a Qwen2-VL"),
         ("something.else", ""),
     ],
 )
@@ -237,7 +242,9 @@ def test_a_lone_linear_layer_is_known():
 
 
 @pytest.mark.parametrize("name", ["~no-such-user/x", "x" * 5000])
-@pytest.mark.parametrize("make", [fetch, CriticReward, FeatureModel, ImageRewardReward, LocalVlm])
+@pytest.mark.parametrize(
+    "make", [fetch, CriticReward, FeatureModel, ImageRewardReward, LocalVlm, Hpsv3Reward]
+)
 def test_what_no_file_can_be_called_is_refused(make, name):
     with pytest.raises(ValueError, match=r"cannot be looked up|neither a f"):
         make(name)

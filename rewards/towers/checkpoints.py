@@ -45,6 +45,8 @@ LAYOUTS = {
     r"blocks\.\d+\.attn\.qkv\.": "a timm (or original DINO) vision transformer",
     r"layers\.0\.weight": "a LAION aesthetic head, version 2",
     r"scoring_head\.": "an aesthetic head, version 2.5",
+    r"rm_head\.": "HPSv3 or another ranking head",
+    r"(model\.)?visual\.blocks\.": "a Qwen2-VL",
     r"bert\.|text_encoder\.": "a text encoder",
 }
 # parts of the messages by which torch's restricted unpickler refuses Python objects, which differ
@@ -201,6 +203,7 @@ def fit(
     where: str | Path,
     *,
     ignore: Iterable[str] = (),
+    assign: bool = False,
 ) -> None:
     """Load a state dict; raises ValueError for missing or unknown keys and for wrong shapes.
 
@@ -209,6 +212,7 @@ def fit(
         state: The tensors by key.
         where: Name of the checkpoint in the error message.
         ignore: Patterns of keys that are not needed.
+        assign: Whether the tensors themselves, with their dtype, become the parameters.
     """
     skip = [re.compile(pattern) for pattern in ignore]
     kept = {key: value for key, value in state.items() if not any(p.match(key) for p in skip)}
@@ -221,7 +225,7 @@ def fit(
         if key in wanted and kept[key].shape != wanted[key].shape
     ]
     _refuse(type(module).__name__, state, where, missing, extra, wrong)
-    module.load_state_dict(kept, strict=False)
+    module.load_state_dict(kept, strict=False, assign=assign)
 
 
 def built(
