@@ -1,13 +1,14 @@
 """Sampling with a stochastic window, for policy gradients: moves with known densities.
 
-The moves are those of steering (DDIM, rectified flow with noise). The loop is written out here,
-because the same network calls are differentiated later.
+The moves are those of steering (DDIM, rectified flow with noise) or of the SDEs of Flow-GRPO and
+DanceGRPO. The loop is written out here, because the same network calls are differentiated later.
 Legend: n rows, w steps of the window, `now` and `after` the noise levels around a step: ᾱ for
 schedulers with betas, σ for flows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +17,23 @@ from torch import Tensor
 
 from steering.schedulers import stochastic
 from steering.tape import view_of
-from steering.transitions import Transition, ddim_transition, flow_transition
+from steering.transitions import Transition, ddim_transition, flow_transition, sde_transition
 
 from .models import Conditioning, Family, Noising, predict
 
-__all__ = ["Move", "Policy", "Schedule", "sample", "schedule_of"]
+__all__ = ["SDES", "Move", "Policy", "Schedule", "sample", "schedule_of"]
+
+SDES = ("cps", "flow", "dance")  # stochastic steps of a flow
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The steps of a sampler: t (steps,) in (0, 1], as `models.predict` takes it, and the levels.
 
-    shape: the shape of one row of latents.
+    shape: the shape of one row of latents. sde: the stochastic steps of a flow. "cps" replaces a
+    fraction `noise` of the noise (Flow-CPS, Wang & Yu 2025, with noise = sin(η π/2)); "flow" and
+    "dance" are Euler-Maruyama steps with the rates noise √(t/(1-t)) of Flow-GRPO and noise of
+    DanceGRPO. With betas, the steps are DDIM's. Raises ValueError for another sde with betas.
     """
 
     noising: Noising
@@ -35,6 +41,12 @@ class Schedule:
     t: Tensor
     now: Tensor
     after: Tensor
+    sde: str = "cps"
+
+    def __post_init__(self) -> None:
+        allowed = SDES if self.noising.flow else SDES[:1]
+        if self.sde not in allowed:
+            raise ValueError(f"sde is {self.sde!r} but must be one of {list(allowed)} here")
 
     def __len__(self) -> int:
         return len(self.t)
@@ -42,17 +54,25 @@ class Schedule:
     def transition(self, step: int, output: Tensor, x: Tensor, noise: float) -> Transition:
         """Return the Gaussian move of a step for the network's output; noise 0 is deterministic."""
         now, after = self.now[step], self.after[step]
-        if self.noising.flow:
+        if not self.noising.flow:
+            return ddim_transition(output, x, now, after, noise, self.noising.prediction)
+        if self.sde == "cps" or not noise:
             return flow_transition(output, x, now, after, noise * after)
-        return ddim_transition(output, x, now, after, noise, self.noising.prediction)
+        if self.sde == "dance":
+            return sde_transition(output, x, now, after, noise)
+        # at pure noise the rate is infinite; as published, it is then that of the next step's 1 - t
+        rest = 1 - (self.after[0] if now == 1 else now)
+        return sde_transition(output, x, now, after, noise * (now / rest).sqrt())
 
     def check_window(self, window: range, noise: float) -> None:
         """Raise ValueError for a window that is empty, outside the schedule or without noise."""
         last = len(self) - 1  # this step gives the image and draws no noise
-        if not window or window.start < 0 or window.stop > last or not 0 < noise <= 1:
+        most = 1 if self.sde == "cps" else math.inf
+        if not window or window.start < 0 or window.stop > last or not 0 < noise <= most:
             raise ValueError(
                 f"the window of steps {window.start} to {window.stop - 1} at noise {noise} has no "
-                f"moves to learn from; of {len(self)} steps 0 to {last - 1} draw noise in (0, 1]"
+                f"moves to learn from; of {len(self)} steps 0 to {last - 1} draw noise in (0, "
+                f"{most}{']' if most == 1 else ')'}"
             )
 
 

@@ -8,23 +8,26 @@ Legend: g groups, k images per group, n = g·k rows, w steps of the window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steering.transitions import Transition, log_prob
 
-from .chains import Move, Policy
+from .chains import SDES, Move, Policy
 from .learner import Learner, Tuning, check_shares
-from .losses import SPREADS, clipped, policy_loss
-from .models import Family
-from .online import Batch, Compared, Samples, Score, Task, advantages_of, only
+from .models import Family, Noising
+from .online import POPULATION, Batch, Compared, Samples, Score, Task, advantages_of, only
+from .policy_losses import SPREADS, clipped, guarded_log_ratio, policy_loss
 from .ranges import FLAG, number, one_of, optional, setting, whole
 
-__all__ = ["Grpo", "GrpoTrainer", "Score", "advantages_of", "mean_log_prob"]
+__all__ = ["Grpo", "GrpoTrainer", "Score", "advantages_of", "check_flow", "mean_log_prob"]
+
+RATIOS = ("density", "error", "guard")
+KL_SPACES = ("moves", "outputs")
 
 
 @dataclass
@@ -36,6 +39,13 @@ class Grpo(Tuning):
     Its code normalises by a running mean and deviation of each prompt's last 16 rewards, for
     batches without groups; here rewards are normalised within their group. The last step, which
     draws no noise here, is not trained on.
+
+    sde, ratio: the stochastic steps of a flow (`chains.Schedule`), and what the ratio of policies
+    is made of: the densities of the moves; their squared errors alone (Flow-CPS's code leaves out
+    1/(2σ²), which for SD3 in ten steps of noise 0.95 grows from 0.60 to 6934); or the densities as
+    in GRPO-Guard (`policy_losses.guarded_log_ratio`), with the loss divided by the step in t.
+    kl_space: the divergence is that of the moves, or mean|v - v_ref|² of the outputs. The code of
+    Flow-GRPO multiplies the divergence of its moves by the step in t.
     """
 
     steps: int = setting(200, whole(1), "number of epochs (sample, score, update)")
@@ -49,9 +59,16 @@ class Grpo(Tuning):
     window_moves: bool = setting(False, FLAG, "move the window by one step per epoch (MixGRPO)")
     noise: float = setting(
         0.8,
-        number(0, 1, "(]"),
+        number(0, ends="(]"),
         "noise of the stochastic steps: DDIM's eta, or the fraction of a flow's noise that is "
-        "replaced",
+        "replaced, both at most 1; with sde=flow or dance the level of the noise, such as 0.7 or "
+        "0.3",
+    )
+    sde: str = setting(
+        "cps",
+        one_of(*SDES),
+        "stochastic steps of a flow: cps (Flow-CPS, as in steering), flow (Flow-GRPO: noise level "
+        "noise*sqrt(t/(1-t))) or dance (DanceGRPO: noise level noise)",
     )
     share_start: bool = setting(
         True, FLAG, "images of a group share the initial noise and branch at the window"
@@ -65,14 +82,31 @@ class Grpo(Tuning):
     clip: float = setting(
         1e-4, number(0, ends="(]"), "PPO clip range of the per-element probability ratio"
     )
+    ratio: str = setting(
+        "density",
+        one_of(*RATIOS),
+        "what the ratio of policies is made of: density (of the moves), error (their squared "
+        "errors, without 1/(2 sigma^2), as Flow-CPS) or guard (normalised, as GRPO-Guard; flows)",
+    )
     advantage_clip: float = setting(5.0, number(0, ends="(]"), "largest absolute advantage")
     spread: str = setting(
         "group",
         one_of(*SPREADS),
         "whose standard deviation divides advantages: group, global (all images) or none",
     )
+    population: bool = setting(False, FLAG, POPULATION)
     each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
     kl: float = setting(0.0, number(0), "weight of the divergence from the reference")
+    kl_space: str = setting(
+        "moves",
+        one_of(*KL_SPACES),
+        "divergence of the moves (between Gaussians) or of the outputs (mean squared difference)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sde == "cps" and self.noise > 1:
+            raise ValueError(f"noise is {self.noise} but must be in (0, 1] where sde is 'cps'")
 
     def window(self, epoch: int) -> range:
         """Return the stochastic steps of an epoch; a moving window moves by one step per epoch."""
@@ -91,12 +125,42 @@ def mean_log_prob(transition: Transition, x: Tensor) -> Tensor:
     return log_prob(raised, x[:, None])[:, 0] / x[0].numel()
 
 
+class Proposal(NamedTuple):
+    """What a network proposes for a sampled move, and the log-density of the latter, or its error.
+
+    output: of the network, with guidance.
+    """
+
+    transition: Transition
+    score: Tensor
+    output: Tensor
+
+
+class Held(NamedTuple):
+    """What the sampling policy proposed: the score of each row, and for "guard" the means."""
+
+    score: Tensor
+    mean: Tensor | None
+
+
+def check_flow(settings: Grpo, noising: Noising) -> None:
+    """Raise ValueError for a setting that is only for flows, if the network is none."""
+    for name, value in {"sde": settings.sde, "ratio": settings.ratio}.items():
+        if not noising.flow and value in ("flow", "dance", "guard"):
+            raise ValueError(
+                f"{name} is {value!r}, which is for flows, but this network is trained with betas; "
+                f"leave {name} out"
+            )
+
+
 class GrpoTrainer:
     """Trains a network on its own samples, one epoch at a time."""
 
     def __init__(
         self, network: Any, family: Family, task: Task, settings: Grpo, accelerator: Any
     ) -> None:
+        check_flow(settings, task.schedule.noising)
+        task = replace(task, schedule=replace(task.schedule, sde=settings.sde))
         task.schedule.check_window(settings.window(0), settings.noise)
         check_shares(settings.groups, accelerator.num_processes, equal=True)
         self.settings, self.schedule, self.empty = settings, task.schedule, task.empty
@@ -121,10 +185,10 @@ class GrpoTrainer:
         s, epoch = self.settings, self.step
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
         compared = self.samples.compared(batches)
-        old: list[list[Tensor]] = []
+        old: list[list[Held]] = []
         if s.updates > 1:
             with torch.no_grad():
-                old = [[self._density(b, m)[1] for m in b.moves] for b in batches]
+                old = [[self._held(self._density(b, m)) for m in b.moves] for b in batches]
         seen: dict[str, float] = {}
         for _ in range(s.updates):
             seen = self._update(batches, compared, old)
@@ -142,20 +206,28 @@ class GrpoTrainer:
         policy = self._policy(self.learner.bare)
         return self.samples.batch(policy, epoch, groups, window, s.noise, s.share_start)
 
-    def _density(self, batch: Batch, move: Move) -> tuple[Transition, Tensor]:
-        """Return the move that the network now proposes, and the log-density of the sampled one."""
+    def _density(self, batch: Batch, move: Move) -> Proposal:
+        """Return what the network now proposes, with the log-density of the sampled move."""
+        return self._proposal(self.learner.network, batch, move)
+
+    def _proposal(self, network: Any, batch: Batch, move: Move) -> Proposal:
         step = move.step
-        output = self._policy(self.learner.network)(
-            move.x, self.schedule.t[step].to(move.x.device), batch.given
-        )
+        output = self._policy(network)(move.x, self.schedule.t[step].to(move.x.device), batch.given)
         transition = self.schedule.transition(step, output, move.x, self.settings.noise)
-        return transition, mean_log_prob(transition, move.y)
+        if self.settings.ratio == "error":
+            return Proposal(transition, -_distance(transition.mean, move.y), output)
+        return Proposal(transition, mean_log_prob(transition, move.y), output)
+
+    def _held(self, proposal: Proposal) -> Held:
+        guard = self.settings.ratio == "guard"
+        mean = proposal.transition.mean.detach() if guard else None
+        return Held(proposal.score.detach(), mean)
 
     def _update(
         self,
         batches: Sequence[Batch],
         compared: Compared,
-        old: Sequence[Sequence[Tensor]],
+        old: Sequence[Sequence[Held]],
     ) -> dict[str, float]:
         """Make one optimiser step over all groups and all steps of the window."""
         parts = [
@@ -170,27 +242,45 @@ class GrpoTrainer:
         return only(kept, *self._loss(*given))
 
     def _loss(
-        self, batch: Batch, move: Move, advantages: Tensor, before: Tensor | None
+        self, batch: Batch, move: Move, advantages: Tensor, before: Held | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each row (n,), and statistics to log."""
         s = self.settings
         # the reference first, since it may swap the weights that the autograd graph needs unchanged
         ref = self._reference(batch, move) if s.kl else None
-        transition, now = self._density(batch, move)
+        proposal = self._density(batch, move)
         # the first update is on-policy, so its ratio is exactly 1 despite rounding
-        before = now.detach() if before is None else before
-        loss = policy_loss(now, before, advantages.flatten(), clip=s.clip)
-        seen = {"clipped": clipped(now, before, clip=s.clip), "ratio": (now - before).exp()}
+        now, old = self._scores(proposal, self._held(proposal) if before is None else before)
+        loss = policy_loss(now, old, advantages.flatten(), clip=s.clip)
+        if s.ratio == "guard":
+            loss = loss / float(self.schedule.now[move.step] - self.schedule.after[move.step])
+        seen = {"clipped": clipped(now, old, clip=s.clip), "ratio": (now - old).exp()}
         if ref is not None:
-            apart = (transition.mean - ref.mean).square().flatten(1).mean(1)
-            seen["kl"] = divergence = apart / (2 * transition.std.square())  # between Gaussians
+            seen["kl"] = divergence = self._divergence(proposal, ref)
             loss = loss + s.kl * divergence
         return loss, seen
 
-    def _reference(self, batch: Batch, move: Move) -> Transition:
-        """Return the move that the reference proposes."""
+    def _scores(self, proposal: Proposal, before: Held) -> tuple[Tensor, Tensor]:
+        """Return the two terms (n,) whose difference is the logarithm of the ratio."""
+        if before.mean is None:
+            return proposal.score, before.score
+        transition = proposal.transition
+        ratio = guarded_log_ratio(
+            proposal.score, before.score, transition.mean, before.mean, transition.std
+        )
+        return ratio, torch.zeros_like(ratio)
+
+    def _reference(self, batch: Batch, move: Move) -> Proposal:
+        """Return what the reference proposes."""
         with torch.no_grad(), self.learner.reference():
-            output = self._policy(self.learner.bare)(
-                move.x, self.schedule.t[move.step].to(move.x.device), batch.given
-            )
-        return self.schedule.transition(move.step, output, move.x, self.settings.noise)
+            return self._proposal(self.learner.bare, batch, move)
+
+    def _divergence(self, proposal: Proposal, ref: Proposal) -> Tensor:
+        if self.settings.kl_space == "outputs":
+            return _distance(proposal.output, ref.output)
+        apart = _distance(proposal.transition.mean, ref.transition.mean)
+        return apart / (2 * proposal.transition.std.square())  # between Gaussians
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).square().flatten(1).mean(1)

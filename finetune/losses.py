@@ -1,13 +1,8 @@
-"""Losses for preference and policy training, as functions of tensors.
+"""Losses for preference training, as functions of tensors.
 
 Legend: g groups (one prompt each), k images per group, `scores` implicit rewards, `rewards`
 explicit ones, r1 >= ... >= rk once sorted. Losses are returned per group; the caller averages.
-
-Shapes are always checked, with a ValueError. Values are checked only on the CPU, since on a GPU
-each check would synchronise: rewards, advantages and probabilities that are not finite or out of
-range raise a ValueError, network outputs that are not finite a FloatingPointError (except in
-distributed training, where they must reach the gradient that all processes see). On a GPU a wrong
-value makes the loss NaN, and `learner.Learner` refuses a gradient that is not finite.
+Arguments are checked as `tensor_checks` says.
 """
 
 from __future__ import annotations
@@ -16,26 +11,23 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
+from torch import Tensor
+
+from .tensor_checks import broadcasts, check_alike, known, predicted
 
 __all__ = [
     "best_image_loss",
-    "clipped",
     "dpo_loss",
     "elbo_weight",
     "gdro_loss",
-    "group_advantages",
     "implicit_scores",
     "kto_loss",
-    "nft_loss",
-    "policy_loss",
     "shuffled_order",
     "soft_preference_loss",
     "target_distribution",
 ]
 
 FORMS = ("full", "top1", "rank")
-SPREADS = ("group", "global", "none")
 
 
 def implicit_scores(
@@ -56,13 +48,13 @@ def implicit_scores(
         )
     if not 0 < beta < math.inf:
         raise ValueError(f"beta is {beta} but must be positive and finite")
-    if weight is not None and not _broadcasts(weight, pred.shape[:2]):
+    if weight is not None and not broadcasts(weight, pred.shape[:2]):
         raise ValueError(
             f"weight of shape {tuple(weight.shape)} does not broadcast to {tuple(pred.shape[:2])}"
         )
     target = target.float()
     better = _squared(pred.float() - target) - _squared(ref_pred.float() - target)
-    return _predicted(-beta * better * (1.0 if weight is None else weight), "implicit scores")
+    return predicted(-beta * better * (1.0 if weight is None else weight), "implicit scores")
 
 
 def _squared(error: Tensor) -> Tensor:
@@ -77,7 +69,7 @@ def elbo_weight(t: Tensor, prediction: str = "velocity") -> Tensor:
     velocity is that of ε divided by (1 - t). This gives (1 - t)/t for velocity and 1/(t (1 - t))
     for epsilon. It applies to the **sum** over an image's elements: multiply β by their number.
     """
-    t = _known(t, "t", inside=True)
+    t = known(t, "t", inside=True)
     if prediction == "velocity":
         return (1 - t) / t
     if prediction == "epsilon":
@@ -88,7 +80,7 @@ def elbo_weight(t: Tensor, prediction: str = "velocity") -> Tensor:
 def target_distribution(rewards: Tensor, temperature: float) -> Tensor:
     """Return softmax(r/τ) over each group, (g, k): the target of the implicit scores."""
     _check_temperature(temperature)
-    return (_known(rewards.float(), "rewards") / temperature).softmax(-1)
+    return (known(rewards.float(), "rewards") / temperature).softmax(-1)
 
 
 def shuffled_order(rewards: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -97,7 +89,7 @@ def shuffled_order(rewards: Tensor, generator: torch.Generator | None = None) ->
     Rewards such as OCR's are discrete, and the full and rank forms depend on the order of ties, so
     a stable sort would train on the order of the file. Without a generator the sort is stable.
     """
-    rewards = _known(rewards, "rewards")
+    rewards = known(rewards, "rewards")
     if generator is None:
         return rewards.argsort(dim=-1, descending=True, stable=True)
     draws = torch.rand(rewards.shape, generator=generator, device=generator.device)
@@ -126,7 +118,7 @@ def gdro_loss(
     of the entropies of all q_i. `generator` breaks ties of the rewards; see `shuffled_order`.
     """
     _check_groups(scores, rewards)
-    scores, rewards = _predicted(scores, "scores"), _known(rewards, "rewards")
+    scores, rewards = predicted(scores, "scores"), known(rewards, "rewards")
     if form not in FORMS:
         raise ValueError(f"form is {form!r} but must be one of {list(FORMS)}")
     if form == "top1":
@@ -159,11 +151,11 @@ def best_image_loss(
             "predictions and targets (g, k, ...) and rewards (g, k) are needed, but got "
             f"{tuple(pred.shape)}, {tuple(target.shape)} and {tuple(rewards.shape)}"
         )
-    rewards = _known(rewards.float(), "rewards")
+    rewards = known(rewards.float(), "rewards")
     best = shuffled_order(rewards, generator)[:, 0]
     rows = torch.arange(len(best), device=best.device)
     error = (pred[rows, best].float() - target[rows, best].float()).square().flatten(1).mean(1)
-    return _predicted(error + 0 * rewards.sum(-1), "errors")  # propagates NaN
+    return predicted(error + 0 * rewards.sum(-1), "errors")  # propagates NaN
 
 
 def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -171,8 +163,8 @@ def dpo_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     The β of `implicit_scores` corresponds to half the β of Diffusion-DPO's published code.
     """
-    _check_alike("chosen and rejected scores", chosen, rejected)
-    return -F.logsigmoid(_predicted(chosen - rejected, "scores"))
+    check_alike("chosen and rejected scores", chosen, rejected)
+    return -F.logsigmoid(predicted(chosen - rejected, "scores"))
 
 
 def soft_preference_loss(first: Tensor, second: Tensor, probability: Tensor) -> Tensor:
@@ -180,9 +172,9 @@ def soft_preference_loss(first: Tensor, second: Tensor, probability: Tensor) -> 
 
     With probability σ(r_1 - r_2) this is RPO (Gu et al. 2024), with σ((r_1 - r_2)/τ) GDRO, k = 2.
     """
-    _check_alike("two scores and a probability", first, second, probability)
-    margin = _predicted(first - second, "scores")
-    probability = _known(probability.to(margin.dtype), "probability", inside=True)
+    check_alike("two scores and a probability", first, second, probability)
+    margin = predicted(first - second, "scores")
+    probability = known(probability.to(margin.dtype), "probability", inside=True)
     return F.binary_cross_entropy_with_logits(margin, probability, reduction="none")
 
 
@@ -195,103 +187,17 @@ def kto_loss(
     gradient (Ethayarajh et al. 2024, eq. 8; Li et al. 2024 for diffusion). weights: w of desirable
     and of undesirable images.
     """
-    _check_alike("scores and desirable", scores, desirable)
+    check_alike("scores and desirable", scores, desirable)
     if desirable.dtype != torch.bool or not all(0 <= w < math.inf for w in weights):
         raise ValueError(
             f"desirable must be bool, and weights finite and not negative, but they are "
             f"{desirable.dtype} and {weights}"
         )
-    scores = _predicted(scores, "scores")
+    scores = predicted(scores, "scores")
     reference = scores.detach().mean().clamp(min=0)
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, *(scores.new_tensor(w) for w in weights))
     return weight * (1 - torch.sigmoid(sign * (scores - reference)))
-
-
-def group_advantages(
-    rewards: Tensor, *, spread: str = "group", eps: float = 1e-4, kept: Tensor | None = None
-) -> Tensor:
-    """Return (r - group mean) / (std + eps), (g, k), with the group's or global std, or 1 ("none").
-
-    GRPO (Shao et al. 2024); "global" as in Flow-GRPO. A group of equal rewards gives zeros. kept:
-    bool (g, k), the images that count; the advantage of the others is 0, and they do not affect the
-    rest.
-    """
-    if spread not in SPREADS:
-        raise ValueError(f"spread is {spread!r} but must be one of {list(SPREADS)}")
-    if rewards.ndim != 2 or rewards.shape[1] < 2 or not 0 <= eps < math.inf:
-        raise ValueError(
-            "rewards (g, k) with k of 2 or more and an eps of 0 or more are needed, but got "
-            f"{tuple(rewards.shape)} and {eps}"
-        )
-    if kept is not None:
-        return _advantages_of_kept(rewards.float(), kept, spread, eps)
-    rewards = _known(rewards.float(), "rewards")
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    if spread == "none":
-        return centred
-    if spread == "group":
-        return centred / (centred.std(-1, keepdim=True) + eps)
-    return centred / (rewards.std() + eps)
-
-
-def _advantages_of_kept(rewards: Tensor, kept: Tensor, spread: str, eps: float) -> Tensor:
-    if kept.shape != rewards.shape or kept.dtype != torch.bool:
-        raise ValueError(
-            f"kept must be bool {tuple(rewards.shape)} but is {kept.dtype} {tuple(kept.shape)}"
-        )
-    r, count = _known(rewards.masked_fill(~kept, 0.0), "rewards"), kept.sum(-1, keepdim=True)
-    centred = (r - r.sum(-1, keepdim=True) / count.clamp(min=1)) * kept
-    if spread == "none":
-        return centred
-    if spread == "group":
-        variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-        return centred / (variance.sqrt() + eps)
-    every = ((r - r.sum() / kept.sum().clamp(min=1)) * kept).square().sum()
-    return centred / ((every / (kept.sum() - 1).clamp(min=1)).sqrt() + eps)
-
-
-def policy_loss(
-    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, *, clip: float = 1e-4
-) -> Tensor:
-    """Return -min(ρ A, clip(ρ, 1 - c, 1 + c) A) with ρ = π / π_old (Schulman et al. 2017, eq. 7).
-
-    Shapes broadcast. On-policy, ρ is 1 and the gradient is -A ∇ log π.
-    """
-    _check_clip(clip, log_prob, old_log_prob, advantages)
-    ratio = _predicted(log_prob - old_log_prob, "log-densities").exp()
-    advantages = _known(advantages, "advantages")
-    bounded = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, bounded * advantages)
-
-
-def nft_loss(
-    pred: Tensor, old_pred: Tensor, target: Tensor, good: Tensor, *, beta: float = 1.0
-) -> Tensor:
-    """Return the DiffusionNFT loss (Zheng et al. 2025), (n,) from predictions (n, *shape).
-
-    r |v+ - v|² + (1 - r) |v- - v|², means over elements, with v± = v_old ± β (v_θ - v_old) and
-    r = good (n,) in [0, 1]. On images of the old policy its minimum is
-    v_θ = v_old + (2/β) E[r (v - v_old)]. It needs no log-probabilities and no stochastic sampler.
-    """
-    _check_alike("predictions, old predictions and targets", pred, old_pred, target)
-    if pred.ndim < 2 or good.shape != pred.shape[:1] or not 0 < beta < math.inf:
-        raise ValueError(
-            f"predictions (n, ...), good (n,) and a positive beta are needed, but got "
-            f"{tuple(pred.shape)}, {tuple(good.shape)} and {beta}"
-        )
-    good = _known(good, "good", inside=True)
-    move = beta * (pred.float() - old_pred.float())
-    plus, minus = ((old_pred + m - target).float().square() for m in (move, -move))
-    loss = good * plus.flatten(1).mean(1) + (1 - good) * minus.flatten(1).mean(1)
-    return _predicted(loss, "errors")
-
-
-def clipped(log_prob: Tensor, old_log_prob: Tensor, *, clip: float = 1e-4) -> Tensor:
-    """Return 1.0 for each ratio outside [1 - c, 1 + c] and 0.0 for others, to log their mean."""
-    _check_clip(clip, log_prob, old_log_prob)
-    ratio = (log_prob.detach() - old_log_prob).exp()
-    return ((ratio - 1).abs() > clip).float()
 
 
 def _check_groups(scores: Tensor, rewards: Tensor) -> None:
@@ -307,53 +213,3 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(
             f"temperature is {temperature} but must be positive and finite; form='rank' is τ = 0"
         )
-
-
-def _check_alike(what: str, *tensors: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"{what} must have one shape but have {shapes}")
-
-
-def _check_clip(clip: float, *tensors: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    try:
-        torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        raise ValueError(f"log-densities and advantages do not broadcast: {shapes}") from None
-    if not 0 < clip < math.inf:
-        raise ValueError(f"clip is {clip} but must be positive and finite")
-
-
-def _broadcasts(tensor: Tensor, shape: torch.Size) -> bool:
-    try:
-        return torch.broadcast_shapes(tensor.shape, shape) == shape
-    except RuntimeError:
-        return False
-
-
-def _is_free_to_look(values: Tensor) -> bool:
-    return values.device.type == "cpu"
-
-
-def _known(values: Tensor, name: str, inside: bool = False) -> Tensor:
-    """Check inputs to be finite, and with `inside` in [0, 1]; see the module for GPUs."""
-    if not values.is_floating_point():
-        return values
-    bad = ~values.detach().isfinite()
-    if inside:
-        bad = bad | (values.detach() < 0) | (values.detach() > 1)
-    if not _is_free_to_look(values):
-        return values.masked_fill(bad, math.nan)
-    if bad.any():
-        wanted = "finite and in [0, 1]" if inside else "finite"
-        raise ValueError(f"{name} must be {wanted} but {int(bad.sum())} of {bad.numel()} are not")
-    return values
-
-
-def _predicted(values: Tensor, name: str) -> Tensor:
-    """Check values computed from a network's outputs to be finite; see the module for GPUs."""
-    together = distributed.is_available() and distributed.is_initialized()
-    if _is_free_to_look(values) and not together and not values.detach().isfinite().all():
-        raise FloatingPointError(f"{name} are not finite: lower the learning rate")
-    return values

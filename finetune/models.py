@@ -224,6 +224,15 @@ class Noising:
         factor = {"epsilon": 1 / kept, "v_prediction": one, "sample": 1 / (1 - kept)}
         return factor[self.prediction]
 
+    def x0_error(self, t: Tensor) -> Tensor:
+        """Return the factor from the prediction's error to that of x0, without its sign, (n,)."""
+        if self.alphas_cumprod is None:
+            return t
+        kept = self.alphas_cumprod.to(t)[self.timesteps(t)]
+        one, spread = torch.ones_like(kept), (1 - kept).sqrt()
+        factor = {"epsilon": spread / kept.sqrt(), "v_prediction": spread, "sample": one}
+        return factor[self.prediction]
+
 
 def noising_of(pipe: Any) -> Noising:
     """Return the pipeline's noising, from its scheduler's configuration."""

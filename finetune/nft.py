@@ -3,15 +3,17 @@
 Images are sampled deterministically from the old policy, a slow average of the trained one. A
 regression on their noised latents then moves the prediction towards good images and away from bad
 ones. No probability ratio is used, so the loss is not sensitive to rounding or batch splits.
+The trainer takes the loss from its settings, and so trains `awm.Awm` as well.
 Legend: g groups, k images per group, n = g·k rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,23 +21,38 @@ from torch import Tensor
 from . import lora
 from .chains import Policy
 from .learner import TIMES, Learner, Tuning, check_shares, draws
-from .losses import SPREADS, nft_loss
-from .models import Conditioning, Family, predict
-from .online import Batch, Samples, Task, only
+from .models import Conditioning, Family, Noising, predict
+from .online import POPULATION, Batch, Samples, Task, only
+from .policy_losses import SPREADS, nft_loss
 from .ranges import FLAG, number, one_of, optional, setting, whole
 
-__all__ = ["Nft", "NftTrainer", "draw_times"]
+__all__ = ["Nft", "NftTrainer", "Regression", "Rows", "draw_times"]
+
+DECAY = number(0, 1, "[)")
+OLD_DECAY = "highest decay of the averaged weights that draw the samples (the old policy)"
+
+
+class Rows(NamedTuple):
+    """Noised images at t (n,), and the predictions, in float32, of the trained and the old policy.
+
+    pred, old, target: (n, *shape); advantages: (n,), clipped.
+    """
+
+    t: Tensor
+    pred: Tensor
+    old: Tensor
+    target: Tensor
+    advantages: Tensor
 
 
 @dataclass
-class Nft(Tuning):
-    """The settings of a run.
+class Regression(Tuning):
+    """The settings of a run that all methods of regression have; each has a `loss`.
 
-    beta: distance of the implicit policies from the old one; noisings: noised copies of each image
-    per update, each at its own time; old_decay: highest decay of the old policy, whose decay is
-    min(epoch / 1000, old_decay) as in the paper; guidance_scale: applies only to sampling, since
-    the conditional prediction is trained; kl: weight of mean|v - v_ref|², 1e-4 in the paper's code.
-    The loss is the paper's eq. 5; the paper's code uses x0 and divides each half by its mean error.
+    noisings: noised copies of each image per update, each at its own time; old_decay: highest decay
+    of the old policy, whose decay is min(epoch / 1000, old_decay) as in the papers; guidance_scale:
+    applies only to sampling, since the conditional prediction is trained; kl: weight of
+    mean|v - v_ref|², 1e-4 in DiffusionNFT's code.
     """
 
     steps: int = setting(200, whole(1), "number of epochs (sample, score, update)")
@@ -53,23 +70,15 @@ class Nft(Tuning):
         "guidance scale in sampling; the conditional prediction is trained; by default none, or "
         "the pipeline's default for a guidance-distilled network",
     )
-    beta: float = setting(
-        1.0,
-        number(0, ends="(]"),
-        "how many times as far from the old policy as the trained one the implicit policies are",
-    )
     advantage_clip: float = setting(5.0, number(0, ends="(]"), "largest absolute advantage")
     spread: str = setting(
         "global",
         one_of(*SPREADS),
         "whose standard deviation divides advantages: group, global (all images) or none",
     )
+    population: bool = setting(False, FLAG, POPULATION)
     each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
-    old_decay: float = setting(
-        0.5,
-        number(0, 1, "[)"),
-        "highest decay of the averaged weights that draw the samples (the old policy)",
-    )
+    old_decay: float = setting(0.5, DECAY, OLD_DECAY)
     times: str = setting("logit_normal", one_of(*TIMES), "distribution of the training times")
     shift: float = setting(
         1.0,
@@ -77,6 +86,39 @@ class Nft(Tuning):
         "shift of the times; above 1 favours high noise levels, where the content is decided",
     )
     kl: float = setting(0.0, number(0), "weight of the divergence from the reference")
+
+    # not settings of all methods: see `awm.Awm`
+    on_policy = False
+    old_kl = 0.0
+
+    def loss(self, noising: Noising, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each row (n,) without the divergence, and statistics to log."""
+        raise NotImplementedError
+
+
+@dataclass
+class Nft(Regression):
+    """The settings of a run of DiffusionNFT.
+
+    beta: distance of the implicit policies from the old one. The loss is the paper's eq. 5; with
+    `adaptive` it is that of the paper's code, of x0, each half divided by its mean absolute error
+    and by β, times advantage_clip.
+    """
+
+    beta: float = setting(
+        1.0,
+        number(0, ends="(]"),
+        "how many times as far from the old policy as the trained one the implicit policies are",
+    )
+    adaptive: bool = setting(
+        False, FLAG, "divide each half of the loss by its own mean error in x0, as the code does"
+    )
+
+    def loss(self, noising: Noising, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        good = rows.advantages / self.advantage_clip / 2 + 0.5
+        scale = noising.x0_error(rows.t) if self.adaptive else None
+        loss = nft_loss(rows.pred, rows.old, rows.target, good, beta=self.beta, x0_error=scale)
+        return loss * self.advantage_clip if self.adaptive else loss, {}
 
 
 def draw_times(count: int, kind: str, shift: float, generator: torch.Generator) -> Tensor:
@@ -96,15 +138,16 @@ def slowly(step: int) -> float:
 
 
 class NftTrainer:
-    """Trains a network on samples of its slow average, one epoch at a time."""
+    """Trains a network by regression on samples of its slow average, one epoch at a time."""
 
     def __init__(
-        self, network: Any, family: Family, task: Task, settings: Nft, accelerator: Any
+        self, network: Any, family: Family, task: Task, settings: Regression, accelerator: Any
     ) -> None:
         check_shares(settings.groups, accelerator.num_processes, equal=True)
         self.settings, self.noising, self.empty = settings, task.schedule.noising, task.empty
         self.learner = Learner(network, family, settings, accelerator)
         self.old = lora.Average(self.learner.weights, settings.old_decay, slowly)
+        self.sampler = self.old.weights  # those that draw the epoch's samples
         self.samples = Samples(self.learner, task, settings)
 
     @property
@@ -122,17 +165,19 @@ class NftTrainer:
         self.samples.load_score(state)
 
     def train_step(self) -> dict[str, float]:
-        """Run one epoch: sample from the old policy, score, and make `updates` optimiser steps."""
+        """Run one epoch: sample, score, and make `updates` optimiser steps."""
         s, epoch = self.settings, self.step
         if epoch == 0:  # a LoRA may have been loaded after __init__
             lora.fill(self.old.weights, self.learner.weights)
+        if s.on_policy:
+            self.sampler = lora.copy(self.learner.weights)
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
         compared = self.samples.compared(batches)
-        good = [a.flatten() / s.advantage_clip / 2 + 0.5 for a in compared.advantages]
+        given = [a.flatten() for a in compared.advantages]
         seen: dict[str, float] = {}
         for turn in range(s.updates):
             parts = [
-                partial(self._kept, compared.kept[i], batch, good[i], epoch, f"noise {turn} {j}")
+                partial(self._kept, compared.kept[i], batch, given[i], epoch, f"noise {turn} {j}")
                 for i, batch in enumerate(batches)
                 for j in range(s.noisings)
             ]
@@ -141,36 +186,45 @@ class NftTrainer:
         return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
-        """Sample images of some of the epoch's groups from the old policy, deterministically."""
+        """Sample images of some of the epoch's groups, deterministically."""
         learner, scale = self.learner, self.settings.guidance_scale
         scale = 1.0 if scale is None else scale
         policy = Policy(learner.bare, learner.family, self.noising, scale, self.empty)
-        with lora.swapped(learner.weights, self.old.weights):
+        with lora.swapped(learner.weights, self.sampler):
             return self.samples.batch(policy, epoch, groups, range(0), 0.0, share_start=False)
 
     def _kept(self, kept: Tensor, *given: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return only(kept, *self._loss(*given))
 
     def _loss(
-        self, batch: Batch, good: Tensor, epoch: int, purpose: str
+        self, batch: Batch, advantages: Tensor, epoch: int, purpose: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each row (n,), and statistics to log."""
         s, learner = self.settings, self.learner
         x, t, target = self._noised(batch, epoch, purpose)
         # these first, since they swap the weights that the autograd graph needs unchanged
-        with torch.no_grad(), lora.swapped(learner.weights, self.old.weights):
-            old = self._predicted(learner.bare, x, t, batch.given)
-        ref = None
-        if s.kl:
-            with torch.no_grad(), learner.reference():
-                ref = self._predicted(learner.bare, x, t, batch.given)
+        fixed = partial(self._fixed, x, t, batch.given)
+        old = fixed(lora.swapped(learner.weights, self.sampler))
+        ref = fixed(learner.reference()) if s.kl else None
+        slow = None
+        if s.old_kl:
+            averaged = lora.swapped(learner.weights, self.old.weights)
+            slow = fixed(averaged) if s.on_policy else old
         pred = self._predicted(learner.network, x, t, batch.given)
-        loss = nft_loss(pred, old, target, good, beta=s.beta)
-        seen = {"moved": _distance(pred, old)}
-        if ref is not None:
-            seen["kl"] = divergence = _distance(pred, ref)
-            loss = loss + s.kl * divergence
+        loss, seen = s.loss(self.noising, Rows(t, pred, old, target, advantages))
+        seen["moved"] = _distance(pred, old)
+        for name, weight, other in (("kl", s.kl, ref), ("old_kl", s.old_kl, slow)):
+            if other is not None:
+                seen[name] = divergence = _distance(pred, other)
+                loss = loss + weight * divergence
         return loss, seen
+
+    def _fixed(
+        self, x: Tensor, t: Tensor, given: Conditioning, weights: AbstractContextManager[None]
+    ) -> Tensor:
+        """Return the prediction with other weights, without gradients."""
+        with torch.no_grad(), weights:
+            return self._predicted(self.learner.bare, x, t, given)
 
     def _noised(self, batch: Batch, epoch: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x_t, t, target) of a batch's rows; noise and times depend on their groups."""

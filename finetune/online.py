@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor
 from .chains import Move, Policy, Schedule, sample
 from .groups import MOST_DROPPED
 from .learner import Learner, draws
-from .losses import group_advantages
 from .models import Conditioning
+from .policy_losses import group_advantages
 
 __all__ = [
     "Batch",
@@ -34,6 +35,10 @@ __all__ = [
 ]
 
 DECODED = 8  # latents that are decoded at once
+POPULATION = (  # the help of a setting of all methods
+    "divide advantages by the population's standard deviation, as the code of Flow-GRPO, "
+    "DiffusionNFT and AWM does, instead of the sample's"
+)
 
 # images (n, 3, h, w) and prompts -> the total (n,) and its components by name
 Score = Callable[[Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
@@ -48,6 +53,7 @@ class Settings(Protocol):
     micro_groups: int
     advantage_clip: float
     spread: str
+    population: bool
     each_reward: bool
     kl: float
     guidance_scale: float | None
@@ -65,15 +71,11 @@ def advantages_of(
     With `each_reward` each component is normalised, weighted and added, so that no component
     dominates by its range. kept: as in `group_advantages`. Components of weight 0 are ignored.
     """
+    of = partial(group_advantages, spread=s.spread, kept=kept, population=s.population)
     if not s.each_reward:
-        found = group_advantages(total, spread=s.spread, kept=kept)
+        found = of(total)
     else:
-        parts = [
-            w * group_advantages(components[name], spread=s.spread, kept=kept)
-            for name, w in weights.items()
-            if w
-        ]
-        found = torch.stack(parts).sum(0)
+        found = torch.stack([w * of(components[name]) for name, w in weights.items() if w]).sum(0)
     return found.clamp(-s.advantage_clip, s.advantage_clip)
 
 

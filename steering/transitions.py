@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Transition", "ddim_transition", "flow_transition", "log_prob"]
+__all__ = ["Transition", "ddim_transition", "flow_transition", "log_prob", "sde_transition"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,32 @@ def flow_transition(
     # √(s'²) is exactly s' in binary floating point, so for η = 0 nothing is removed.
     mean = x + (sigma_next - sigma) * velocity - removed * noise
     return Transition(mean, eta, x0)
+
+
+def sde_transition(
+    velocity: Tensor,
+    x: Tensor,
+    sigma: Tensor | float,
+    sigma_next: Tensor | float,
+    rate: Tensor | float,
+) -> Transition:
+    """Return the Euler-Maruyama step of a flow's SDE, from s = sigma > 0 to s' = sigma_next < s.
+
+    dx = (v + g²/(2s) ε̂) ds + g dw backwards in s, with g = rate and ε̂ = x + (1-s) v, has the flow's
+    marginals for every g(s) (Albergo et al. 2023; the score is -ε̂/s). Flow-GRPO (Liu et al. 2025,
+    eq. 9) takes g = a √(s/(1-s)), DanceGRPO (Xue et al. 2025) a constant g. Unlike that of
+    `flow_transition`, one step does not keep the marginal: with h = s - s', for a known x0 its
+    variance is s'² + g²h²/s + g⁴h²/(4s²) instead of s'². Computed in the dtype of x, at least
+    float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, velocity = x.to(dtype), velocity.to(dtype)
+    sigma = torch.as_tensor(sigma, dtype=dtype)
+    step = torch.as_tensor(sigma_next, dtype=dtype) - sigma
+    rate = torch.as_tensor(rate, dtype=dtype)
+    noise = x + (1 - sigma) * velocity
+    mean = x + (velocity + rate**2 / (2 * sigma) * noise) * step
+    return Transition(mean, rate * (-step).sqrt(), x - sigma * velocity)
 
 
 def log_prob(transition: Transition, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -130,6 +131,81 @@ def test_on_its_own_samples_the_ratio_is_exactly_1(name, micro):
     assert seen["clipped"] == 0.0
     assert seen["loss"] == pytest.approx(0, abs=1e-4)  # advantages sum to 0
     assert (weights_of(trainer) != before).any()
+
+
+PEERS = [
+    {"sde": "flow"},
+    {"sde": "dance", "noise": 0.3},
+    {"ratio": "error"},
+    {"sde": "flow", "ratio": "guard", "noise": 1.2},
+    {"kl": 0.1, "kl_space": "outputs"},
+]
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=str)
+def test_the_peers_forms_begin_at_a_ratio_of_1_and_train(peer):
+    trainer = trainer_of(updates=2, lr=2e-2, **peer)
+    before = weights_of(trainer)
+    batch = trainer._sampled(0, [0])
+    for move in batch.moves:
+        held = trainer._held(trainer._density(batch, move))
+        _, seen = trainer._loss(batch, move, torch.ones(4), held)
+        assert seen["ratio"].tolist() == pytest.approx([1.0] * 4, abs=1e-6)
+        if "kl" in peer:
+            assert seen["kl"].abs().max() < 1e-12
+    seen = trainer.train_step()
+    assert seen["ratio"] != 1.0
+    assert math.isfinite(seen["grad_norm"])
+    assert (weights_of(trainer) != before).any()
+    if "kl" in peer:  # of the outputs, and not of the moves
+        loss, told = trainer._loss(batch, batch.moves[0], torch.zeros(4), None)
+        own = trainer._density(batch, batch.moves[0])
+        ref = trainer._reference(batch, batch.moves[0])
+        apart = (own.output - ref.output).square().flatten(1).mean(1)
+        torch.testing.assert_close(told["kl"], apart)
+        torch.testing.assert_close(loss, 0.1 * apart)
+
+
+def test_moves_of_the_sdes_have_the_noise_of_their_papers():
+    """From pure noise, where g is infinite, Flow-GRPO's code takes 1 - t of the next step."""
+    for sde, level in (("flow", 0.7), ("dance", 0.3)):
+        schedule = trainer_of(sde=sde, noise=level).schedule
+        assert schedule.now[0] == 1
+        for step in range(3):
+            now, after = float(schedule.now[step]), float(schedule.after[step])
+            rest = 1 - after if step == 0 else 1 - now
+            rate = level * math.sqrt(now / rest) if sde == "flow" else level
+            x = torch.zeros(1, *schedule.shape)
+            move = schedule.transition(step, x, x, level)
+            assert float(move.std) == pytest.approx(rate * math.sqrt(now - after), rel=1e-5)
+
+
+def test_gradients_without_the_factor_and_with_the_guard_are_those_of_densities_times_it():
+    """On the sampling policy: 2σ² times for the error alone, σ/Δt times for the guard."""
+    found = {}
+    for ratio in ("density", "error", "guard"):
+        trainer = trainer_of(sde="flow", noise=0.7, ratio=ratio)
+        batch = trainer._sampled(0, [0])
+        move = batch.moves[1]
+        loss, _ = trainer._loss(batch, move, torch.tensor([1.0, -2.0, 0.5, 0.5]), None)
+        weights = list(trainer.learner.weights.values())
+        gradients = torch.autograd.grad(loss.sum(), weights)
+        found[ratio] = torch.cat([g.flatten() for g in gradients])
+    schedule, step = trainer.schedule, move.step
+    std = trainer._density(batch, move).transition.std.item()
+    step_size = float(schedule.now[step] - schedule.after[step])
+    torch.testing.assert_close(found["error"], 2 * std**2 * found["density"], atol=1e-7, rtol=1e-3)
+    expected = std / step_size * found["density"]
+    torch.testing.assert_close(found["guard"], expected, atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"sde": "flow"}, {"sde": "dance"}, {"ratio": "guard"}])
+def test_what_is_for_flows_is_refused_for_a_network_with_betas(change):
+    (name,) = change
+    with pytest.raises(ValueError, match=f"^{name} is '.*', which is for flows, but this network"):
+        trainer_of("sd", **change)
+    with pytest.raises(ValueError, match="sde is 'flow' but must be one of"):
+        replace(trainer_of("sd").schedule, sde="flow")
 
 
 def test_how_groups_are_split_does_not_matter():
@@ -270,9 +346,9 @@ def test_the_divergence_pulls_towards_a_reference_that_was_moved(moved):
     loss, seen = trainer._loss(batch, move, zeros, None)
     assert (seen["kl"] > 0).all()
     found = torch.autograd.grad(loss.sum(), weights)
-    own = trainer._density(batch, move)[0]
+    own = trainer._density(batch, move).transition
     with torch.no_grad():
-        reference = other._density(batch, move)[0].mean
+        reference = other._density(batch, move).transition.mean
     pull = 0.5 * (own.mean.detach() - reference) / own.std**2 / reference[0].numel()
     expected = torch.autograd.grad(own.mean, weights, pull)
     for a, b in zip(found, expected, strict=True):
@@ -335,7 +411,8 @@ def test_each_reward_is_normalised_before_they_are_added():
         ({"clip": 0.0}, "clip is 0.0 but must be a number above 0"),
         ({"window_start": 3}, "no moves to learn from"),
         ({"window_size": 0}, "window_size is 0 but must be a whole number, 1"),
-        ({"noise": 0.0}, r"noise is 0\.0 but must be a number in \(0, 1\]"),
+        ({"noise": 0.0}, r"noise is 0\.0 but must be a number above 0"),
+        ({"noise": 1.5}, r"noise is 1\.5 but must be in \(0, 1\] where sde is 'cps'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):
@@ -372,7 +449,7 @@ def test_a_window_over_all_steps_but_the_last_is_ddpo(name):
 
     with torch.no_grad():
         old = [log_density(move) for move in batch.moves]
-        before = [trainer._density(batch, move)[1] for move in batch.moves]
+        before = [trainer._held(trainer._density(batch, move)) for move in batch.moves]
     trainer.train_step()
     outside = 0
     for move, own, held in zip(batch.moves, old, before, strict=True):

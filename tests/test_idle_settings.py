@@ -36,6 +36,22 @@ IDLE = [
     ("adversarial", ["--nft.lr=1"], "nft.lr", "method is 'grpo'"),
     ("adversarial", ["--method=nft", "--grpo.steps=3"], "grpo.steps", "method is 'nft'"),
     ("adversarial", ["--grpo.clip=1"], "grpo.clip", "grpo.updates is 1"),
+    ("adversarial", ["--awm.lr=1"], "awm.lr", "method is 'grpo'"),
+    ("adversarial", ["--method=awm", "--nft.steps=3"], "nft.steps", "method is 'awm'"),
+    ("adversarial", ["--method=awm", "--awm.clip=2"], "awm.clip", "awm.updates is 1"),
+    (
+        "adversarial",
+        ["--method=awm", "--awm.old-kl=0", "--awm.old-decay=0.9"],
+        "awm.old_decay",
+        "awm.on_policy is true and awm.old_kl is 0",
+    ),
+    ("adversarial", ["--grpo.kl-space=outputs"], "grpo.kl_space", "grpo.kl is 0"),
+    (
+        "adversarial",
+        ["--grpo.spread=none", "--grpo.population"],
+        "grpo.population",
+        "grpo.spread is 'none'",
+    ),
     ("adversarial", ["--paired"], "paired", "references= is not set"),
     ("adversarial", ["--critic-weight=2"], "critic_weight", "references= is not set"),
     ("adversarial", ["--tower=a/b"], "tower", "a critic needs references="),
@@ -104,7 +120,12 @@ def test_a_setting_that_does_nothing_is_refused_by_name(
         (
             check_adversarial,
             train_adversarial.OPTIONS,
-            ["--grpo.updates=2", "--grpo.clip=1"],
+            ["--grpo.updates=2", "--grpo.clip=1", "--grpo.population", "--grpo.ratio=guard"],
+        ),
+        (
+            check_adversarial,
+            train_adversarial.OPTIONS,
+            ["--method=awm", "--awm.clip=2", "--no-awm.on-policy", "--awm.old-kl=0"],
         ),
         (
             check_adversarial,

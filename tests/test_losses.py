@@ -10,22 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune import losses
+from finetune import tensor_checks
 from finetune.losses import (
     best_image_loss,
-    clipped,
     dpo_loss,
     elbo_weight,
     gdro_loss,
-    group_advantages,
     implicit_scores,
     kto_loss,
-    nft_loss,
-    policy_loss,
     shuffled_order,
     soft_preference_loss,
     target_distribution,
 )
+from finetune.policy_losses import clipped, group_advantages, nft_loss, policy_loss
 
 TAU = 0.3
 
@@ -424,7 +421,7 @@ def test_predictions_that_are_not_finite_are_no_loss():
 def test_on_a_device_a_wrong_value_makes_the_loss_nan(monkeypatch):
     """No look at the device is taken: the values say so themselves, an order of them too."""
 
-    monkeypatch.setattr(losses, "_is_free_to_look", lambda values: False)
+    monkeypatch.setattr(tensor_checks, "_is_free_to_look", lambda values: False)
     rewards = spoiled(torch.rand(2, 3), INF)
     for name in ("gdro", "gdro rank", "best", "targets", "policy"):
         if name == "best":

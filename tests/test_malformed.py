@@ -131,6 +131,7 @@ BESIDE = {
         "--check.images=1",
     ],
     "train_adversarial nft.": ["--method=nft", *USUAL, *(w.replace("grpo", "nft") for w in SHORT)],
+    "train_adversarial awm.": ["--method=awm", *USUAL, *(w.replace("grpo", "awm") for w in SHORT)],
     "train_adversarial references": ["--references=pictures", "--no-paired"],
     "train_adversarial tower": ["--references=pictures", "--no-paired"],
     "train_adversarial critic": ["--references=pictures", "--no-paired"],

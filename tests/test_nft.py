@@ -9,6 +9,7 @@ from test_grpo import PROMPTS, brightness, weights_of
 from tiny_pipelines import family
 
 from finetune import lora
+from finetune.awm import Awm
 from finetune.chains import schedule_of
 from finetune.models import decode, encode, encode_negative, family_of, noising_of
 from finetune.nft import Nft, NftTrainer, draw_times
@@ -16,11 +17,11 @@ from finetune.online import Task
 from finetune.state import load_state, save_state
 
 
-def trainer_of(name="sd3", score=brightness, **changed):
+def trainer_of(name="sd3", score=brightness, kind=Nft, **changed):
     pipe, call = family(name)
     call |= {"num_inference_steps": 3, "guidance_scale": changed.get("guidance_scale", 1.0)}
     own, noising = family_of(pipe), noising_of(pipe)
-    settings = Nft(
+    settings = kind(
         **{"groups": 2, "k": 4, "rank": 2, "alpha": 2, "lr": 1e-3, "num_inference_steps": 3}
         | changed
     )
@@ -50,7 +51,8 @@ def test_the_first_gradient_is_that_of_regression_weighted_by_advantages():
     (good,) = (a.flatten() / 4 + 0.5 for a in trainer.samples.compared([batch]).advantages)
     assert 0 <= good.min() < 0.5 < good.max() <= 1
     weights = list(trainer.learner.weights.values())
-    loss, _ = trainer._loss(batch, good, 0, "noise 0 0")
+    (advantages,) = (a.flatten() for a in trainer.samples.compared([batch]).advantages)
+    loss, _ = trainer._loss(batch, advantages, 0, "noise 0 0")
     found = torch.autograd.grad(loss.sum(), weights)
     x, t, target = trainer._noised(batch, 0, "noise 0 0")
     pred = trainer._predicted(trainer.learner.bare, x, t, batch.given)
@@ -60,8 +62,9 @@ def test_the_first_gradient_is_that_of_regression_weighted_by_advantages():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_four_epochs_are_two_and_a_resumed_two_bit_for_bit(tmp_path):
-    more = {"updates": 2, "noisings": 1, "kl": 0.1}
+@pytest.mark.parametrize("kind", [Nft, Awm])
+def test_four_epochs_are_two_and_a_resumed_two_bit_for_bit(tmp_path, kind):
+    more = {"updates": 2, "noisings": 1, "kl": 0.1, "kind": kind}
     whole, first, second = (trainer_of(**more) for _ in range(3))
     seen = [whole.train_step() for _ in range(4)]
     for _ in range(2):
@@ -160,6 +163,76 @@ def test_settings_that_cannot_work_are_refused(change, message):
         Nft(**change)
 
 
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_with_the_adaptive_weight_the_error_is_that_of_x0(name):
+    trainer = trainer_of(name, noisings=1, adaptive=True, kl=0.1)
+    for _ in range(2):
+        seen = trainer.train_step()
+    assert seen["grad_norm"] > 0
+    noising, x0 = trainer.noising, torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
+    x, target = noising.noised(x0, torch.randn_like(x0), t)
+    wrong = target + 0.1  # of epsilon or of the velocity
+    shape = (3, 1, 1, 1)
+    if noising.flow:
+        found = x - t.view(shape) * wrong
+    else:
+        kept = noising.alphas_cumprod[noising.timesteps(t)].view(shape)
+        found = (x - (1 - kept).sqrt() * wrong) / kept.sqrt()
+    error = (found - x0).abs().flatten(1).mean(1)
+    torch.testing.assert_close(error, 0.1 * noising.x0_error(t))
+
+
+def test_the_first_gradient_of_awm_is_that_of_its_score_by_the_advantage():
+    """On-policy the ratio is 1, and ∇ is -a ∇ score with a = A / advantage_clip."""
+    trainer = trainer_of(kind=Awm, groups=1, noisings=1, advantage_clip=2.0, power=1.0)
+    batch = trainer._sampled(0, [0])
+    advantages = torch.tensor([2.0, -1.0, 0.5, -1.5])
+    weights = list(trainer.learner.weights.values())
+    loss, seen = trainer._loss(batch, advantages, 0, "noise 0 0")
+    assert seen["ratio"].tolist() == pytest.approx([1.0] * 4, abs=1e-5)
+    found = torch.autograd.grad(loss.sum(), weights)
+    x, t, target = trainer._noised(batch, 0, "noise 0 0")
+    pred = trainer._predicted(trainer.learner.bare, x, t, batch.given)
+    error = t * (pred - target).square().flatten(1).mean(1)
+    expected = torch.autograd.grad((advantages / 2 * error).sum(), weights)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_awm_samples_from_the_present_weights_or_from_the_old_policy(on_policy):
+    trainer = trainer_of(
+        kind=Awm, noisings=1, on_policy=on_policy, old_decay=0.9, groups=1, updates=2
+    )
+    trainer.old.step = 899  # the bound is 0.9 from now on
+    drawn, own = [], trainer._sampled
+
+    def sampled(*arguments):
+        present = weights_of(trainer)
+        drawn.append((flat(trainer.sampler), present, flat(trainer.old.weights)))
+        return own(*arguments)
+
+    trainer._sampled = sampled
+    seen = [trainer.train_step() for _ in range(2)]
+    sampler, present, old = drawn[1]
+    assert torch.equal(sampler, present if on_policy else old)
+    assert not torch.equal(present, old)
+    assert seen[1]["old_kl"] > 0
+    assert torch.equal(flat(trainer.sampler), present if on_policy else flat(trainer.old.weights))
+
+
+def flat(weights):
+    return torch.cat([w.flatten() for w in weights.values()])
+
+
+@pytest.mark.slow
+def test_awm_raises_its_reward():
+    trainer = trainer_of(kind=Awm, lr=2e-2, groups=3, k=6, micro_groups=3, old_kl=0.0)
+    rewards = [trainer.train_step()["reward"] for _ in range(25)]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.01
+
+
 def test_an_image_without_a_score_moves_nothing():
     """With it left out the gradient is that of the others, whatever its rewards would have been."""
 
@@ -177,8 +250,8 @@ def test_an_image_without_a_score_moves_nothing():
     own = batch.rewards[0, [0, 2, 3]]
     wanted = (own - own.mean()) / (own.std() + 1e-4)
     torch.testing.assert_close(compared.advantages[0][0, [0, 2, 3]], wanted)
-    good = compared.advantages[0].flatten() / 10 + 0.5
-    loss, seen = trainer._kept(compared.kept[0], batch, good, 0, "noise 0 0")
+    advantages = compared.advantages[0].flatten()
+    loss, seen = trainer._kept(compared.kept[0], batch, advantages, 0, "noise 0 0")
     assert loss[1] == 0
     assert seen["moved"][1] == 0
     assert (loss[[0, 2, 3]] > 0).all()

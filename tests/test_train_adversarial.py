@@ -50,17 +50,18 @@ def test_a_run_resumes_and_its_lora_loads(prompts, tmp_path):
     assert "rewards: `jpeg`" in (whole / "lora" / "README.md").read_text()
 
 
-def test_a_run_of_nft_resumes_and_its_lora_loads(prompts, tmp_path):
+@pytest.mark.parametrize(("method", "title"), [("nft", "DiffusionNFT"), ("awm", "AWM")])
+def test_a_run_of_regression_resumes_and_its_lora_loads(method, title, prompts, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    small = [word.replace("grpo.", "nft.") for word in SMALL if "window" not in word]
-    words = [*prompts, *small, "--method=nft"]
-    assert train_adversarial.main([*words, f"--out={whole}", "--nft.steps=2"]) == 0
-    assert train_adversarial.main([*words, f"--out={parts}", "--nft.steps=1"]) == 0
-    assert train_adversarial.main([*words, f"--out={parts}", "--nft.steps=2", "--resume"]) == 0
+    small = [word.replace("grpo.", f"{method}.") for word in SMALL if "window" not in word]
+    words, steps = [*prompts, *small, f"--method={method}"], f"--{method}.steps"
+    assert train_adversarial.main([*words, f"--out={whole}", f"{steps}=2"]) == 0
+    assert train_adversarial.main([*words, f"--out={parts}", f"{steps}=1"]) == 0
+    assert train_adversarial.main([*words, f"--out={parts}", f"{steps}=2", "--resume"]) == 0
     one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
     tiny.load("tiny-sd3").load_lora_weights(whole / "lora")
-    assert "DiffusionNFT" in (whole / "lora" / "README.md").read_text()
+    assert title in (whole / "lora" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("words", "told"), [([], 3.5), (["--grpo.guidance-scale=2"], 2.0)])
@@ -198,6 +199,10 @@ def test_a_run_with_a_critic_resumes_critic_included(prompts, tmp_path, pictures
         (
             ["--grpo.guidance-scale=0.5"],
             "guidance_scale is 0.5, but pipelines treat values below 1",
+        ),
+        (
+            ["--grpo.sde=flow", "--model=tiny-sd"],
+            "sde is 'flow', which is for flows, but this network is trained with betas",
         ),
         (
             ["--method=nft", "--nft.guidance-scale=0"],

@@ -23,12 +23,9 @@ def check_gdro(settings: Any) -> None:
 def check_adversarial(settings: Any) -> None:
     """Check the settings of `tilt train adversarial`."""
     _check_checks(settings)
-    refuse_idle(
-        settings, [{"grpo": "nft", "nft": "grpo"}[settings.method]], _is("method", settings)
-    )
-    if settings.method == "grpo" and settings.grpo.updates == 1:
-        why = "grpo.updates is 1, with which every ratio is 1"
-        refuse_idle(settings, ["grpo.clip"], why)
+    others = [name for name in ("grpo", "nft", "awm") if name != settings.method]
+    refuse_idle(settings, others, _is("method", settings))
+    _check_method(settings)
     if not settings.references:
         refuse_idle(settings, ["paired", "critic_weight"], "references= is not set")
     if not (settings.references and settings.critic_weight):
@@ -37,6 +34,20 @@ def check_adversarial(settings: Any) -> None:
     elif settings.critic_kind == "features" and not settings.critic_from:
         refuse_idle(settings, ["critic_layers"], _is("critic_kind", settings))
     check_critic(settings, "critic_kind")
+
+
+def _check_method(settings: Any) -> None:
+    """Check the settings of the chosen method."""
+    method, tuned = settings.method, settings.tuned
+    if tuned.spread == "none":
+        refuse_idle(settings, [f"{method}.population"], f"{method}.spread is 'none'")
+    if tuned.updates == 1 and (method == "grpo" or (method == "awm" and tuned.on_policy)):
+        why = f"{method}.updates is 1, with which every ratio is 1"
+        refuse_idle(settings, [f"{method}.clip"], why)
+    if method == "grpo" and not tuned.kl:
+        refuse_idle(settings, ["grpo.kl_space"], "grpo.kl is 0")
+    if method == "awm" and tuned.on_policy and not tuned.old_kl:
+        refuse_idle(settings, ["awm.old_decay"], "awm.on_policy is true and awm.old_kl is 0")
 
 
 def check_critic(settings: Any, kind: str) -> None:

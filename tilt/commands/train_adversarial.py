@@ -1,4 +1,4 @@
-"""Fine-tune a LoRA on the model's own samples with Flow-GRPO or DiffusionNFT.
+"""Fine-tune a LoRA on the model's own samples with Flow-GRPO, DiffusionNFT or AWM.
 
 The reward is fixed, or a critic that learns to distinguish references from samples (Adv-GRPO), or
 both. References are used by the critic, and by rewards in --reward that compare with references,
@@ -22,6 +22,7 @@ import torch
 import rewards
 from finetune import grpo, models, nft, references
 from finetune.adversarial import Adversary, likened
+from finetune.awm import Awm
 from finetune.chains import schedule_of
 from finetune.critics import Critic, CriticSettings
 from finetune.grpo import Grpo
@@ -79,11 +80,13 @@ class TrainAdversarial(training.TrainingRun):
     )
     method: str = setting(
         "grpo",
-        one_of("grpo", "nft"),
-        "grpo (policy gradients, Flow-GRPO) or nft (regression, DiffusionNFT)",
+        one_of("grpo", "nft", "awm"),
+        "grpo (policy gradients, Flow-GRPO), nft (regression, DiffusionNFT) or awm (advantage "
+        "weighted matching)",
     )
     grpo: Grpo = part(Grpo, "Flow-GRPO")
     nft: Nft = part(Nft, "DiffusionNFT")
+    awm: Awm = part(Awm, "advantage weighted matching")
     critic: CriticSettings = part(CriticSettings, "critic")
 
     @property
@@ -106,7 +109,11 @@ OPTIONS = Options("tilt train adversarial", TrainAdversarial, __doc__ or "", EXA
 # keywords of the pipeline's call that sampling accepts; the trainer sets the others
 CALL = ("height", "width", "max_sequence_length", "clip_skip")
 CALL += ("original_size", "target_size", "crops_coords_top_left")
-METHODS = {"grpo": (grpo.GrpoTrainer, "Flow-GRPO"), "nft": (nft.NftTrainer, "DiffusionNFT")}
+METHODS = {
+    "grpo": (grpo.GrpoTrainer, "Flow-GRPO"),
+    "nft": (nft.NftTrainer, "DiffusionNFT"),
+    "awm": (nft.NftTrainer, "AWM"),
+}
 
 
 def run(settings: TrainAdversarial) -> None:
@@ -138,6 +145,8 @@ def run(settings: TrainAdversarial) -> None:
     check_references(settings, fixed, watch)
     started.say(f"loading {name}")
     pipe = load()
+    if settings.method == "grpo":
+        grpo.check_flow(settings.grpo, noising_of(pipe))
     guided = guidance_of(settings, pipe)
     if watch and not settings.check.call:
         negative = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
