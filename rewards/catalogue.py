@@ -29,7 +29,16 @@ from typing import Any
 
 from .spec import AGGREGATORS, Call, Term, Value, aggregator, parse
 
-__all__ = ["CHOICES", "REWARDS", "WEIGHTS", "OutsideError", "factory_of", "identity", "read"]
+__all__ = [
+    "CHOICES",
+    "REWARDS",
+    "WEIGHTS",
+    "OutsideError",
+    "factory_of",
+    "identity",
+    "read",
+    "served",
+]
 
 # name -> (module and class in rewards.models, description); a module is imported when it is used
 REWARDS = {
@@ -45,6 +54,7 @@ REWARDS = {
     "objects": ("objects.ObjectsReward", "objects, counts, colours and positions, by a detector"),
     "ocr": ("ocr.OcrReward", "the prompt's quoted text, as an OCR engine reads it"),
     "pickscore": ("pickscore.PickScoreReward", "preference of Pick-a-Pic's users"),
+    "remote": ("remote.RemoteReward", "what `tilt serve` evaluates at another address"),
     "siglip": ("siglip.SiglipReward", "SigLIP's similarity of image and prompt"),
     "soft_tifa": ("soft_tifa.SoftTifaReward", "a model's answers to the prompt's questions"),
 }
@@ -93,17 +103,26 @@ def identity(text: str) -> str:
 
     They depend on the code and the embedded weights of this package, and on the files, folders
     (without subfolders) and modules (MODULE:NAME) that the spec names; for files above two
-    megabytes, only on the size and the first and last megabyte. They do not depend on weights from
-    a hub or on the imports of a module.
+    megabytes, only on the size and the first and last megabyte. The server of a `remote` is asked,
+    and what it serves counts. They do not depend on weights from a hub or on the imports of a
+    module.
     """
     found = hashlib.sha256(_own())
-    for value in _texts(read(text, imports=True)):
-        path = os.path.expanduser(value)
-        if os.path.isdir(path):
-            found.update(_content(Path(path), Path(path).iterdir()))
-        elif os.path.isfile(path):
-            found.update(_content(Path(path), [Path(path)]))
+    for call in _calls(read(text, imports=True)):
+        if call.name == "remote":
+            found.update(served(call).identity.encode())
+        for value in _texts(call):
+            path = os.path.expanduser(value)
+            if os.path.isdir(path):
+                found.update(_content(Path(path), Path(path).iterdir()))
+            elif os.path.isfile(path):
+                found.update(_content(Path(path), [Path(path)]))
     return found.hexdigest()[:12]
+
+
+def served(call: Call) -> Any:
+    """Ask the server of a call of `remote` what it serves, a `reward_messages.Served`."""
+    return factory_of("remote")(**dict(_built_in(call).kwargs)).served
 
 
 def _module(name: str) -> str:
@@ -136,13 +155,18 @@ def _content(top: Path, paths: Iterable[Path]) -> bytes:
     return found.digest()
 
 
-def _texts(terms: Sequence[Term]) -> Iterator[str]:
-    """Yield all text arguments, also of nested rewards, and the files of named modules."""
+def _calls(terms: Sequence[Term]) -> Iterator[Call]:
+    """Yield all calls, also those inside aggregators."""
     for call in (term.call for term in terms):
-        yield from [_module(call.name)] if ":" in call.name else []
-        yield from (v for v in (*call.args, *dict(call.kwargs).values()) if isinstance(v, str))
+        yield call
         for inner in call.sums:
-            yield from _texts(inner)
+            yield from _calls(inner)
+
+
+def _texts(call: Call) -> Iterator[str]:
+    """Yield the text arguments of a call, and the file of a named module."""
+    yield from [_module(call.name)] if ":" in call.name else []
+    yield from (v for v in (*call.args, *dict(call.kwargs).values()) if isinstance(v, str))
 
 
 def factory_of(name: str) -> Callable[..., Any]:

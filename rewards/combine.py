@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .catalogue import served
 from .evaluation_cache import sharing
 from .images import check_inputs, check_prompts
 from .spec import Call, Term, format_terms, parse
@@ -218,7 +219,12 @@ class Aggregate:
     references: bool = False
 
     def __post_init__(self) -> None:
-        _refuse_twins([name for member in self.members for name in component_names(member.parts)])
+        _refuse_twins(self.reports)
+
+    @property
+    def reports(self) -> list[str]:
+        """The names of all components of the members, in order."""
+        return [name for member in self.members for name in component_names(member.parts)]
 
     @property
     def differentiable(self) -> bool:
@@ -253,8 +259,9 @@ class Aggregate:
 def _scored(part: Part, images: Tensor, prompts: Sequence[str], references: Any) -> dict[str, Any]:
     """Return the scores of one component, followed by those of its own components."""
     inner = {}
-    if isinstance(part.reward, Aggregate):
-        scores, inner = part.reward.evaluate(images, prompts, references=references)
+    if reports := reported_by(part.reward):
+        scores, found = part.reward.evaluate(images, prompts, references=references)
+        inner = {name: found[name] for name in reports}
     else:
         scores = _numbers(part.name, part.reward(images, prompts, references=references), images)
     if scores.shape != (len(images),):
@@ -290,15 +297,20 @@ def component_names(parts: Sequence[Part]) -> list[str]:
     """Return the names that `evaluate` reports, in order."""
     names = []
     for part in parts:
-        names.append(part.name)
-        if isinstance(part.reward, Aggregate):
-            for member in part.reward.members:
-                names += component_names(member.parts)
+        names += [part.name, *reported_by(part.reward)]
     return names
 
 
+def reported_by(reward: Any) -> Sequence[str]:
+    """Return the names of the scores that a reward reports beside its own, such as its parts'."""
+    return getattr(reward, "reports", ())
+
+
 def names_in(spec: str) -> list[str]:
-    """Return the names that the reward of a spec would report, without loading it."""
+    """Return the names that the reward of a spec would report, without loading it.
+
+    Only the servers of `remote` are asked for their components.
+    """
     return _names_in(parse(spec))
 
 
@@ -308,6 +320,7 @@ def _names_in(terms: Sequence[Term]) -> list[str]:
         names.append(term.alias or default_name(term.call))
         for inner in term.call.sums:
             names += _names_in(inner)
+        names += served(term.call).reported if term.call.name == "remote" else ()
     return names
 
 

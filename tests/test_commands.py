@@ -58,6 +58,8 @@ ELSEWHERE = {
     r"^make app|^tilt app": ("tests/test_app_browser.py", r"\"scripts/app\.py\""),
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
+    r"^tilt serve ": ("tests/test_serve.py", r"\"tilt\", \"serve\", spec"),
+    r"^tilt .*remote\(http": ("tests/test_serve.py", r"\"--reward\", f\"remote\("),
     r"^pip install deepspeed$": ("tests/test_launch_deepspeed.py", r"reason=\"needs deepspeed\""),
     r"^\.venv/bin/python -m pytest ": ("Makefile", r"-m pytest -q$"),
     r"^PYTHONPATH=tests python -m zoo$": ("tests/test_zoo.py", r"assert row\(name\) == TABLE"),

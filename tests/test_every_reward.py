@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
 import rewards
+from rewards.backends.reward_messages import Served, restored, write_answer
 from rewards.models.base import Card
+from rewards.models.jpeg import JpegReward
 
 N = 7
 SHAPES = ["a red circle", "two stars", "three triangles", "a cross", "four squares", "a star"]
@@ -70,6 +74,7 @@ CASES = {
             "objects(mode=share, detector=owlv2, source=random:0, colours=random:0, "
             "threshold=0.6, counting_threshold=0.7)"
         ),
+        Case("remote(http://127.0.0.1:1)", network=False),
         Case("jpeg", network=False),
         Case("judge(url=http://127.0.0.1:1/v1, model=stub)", network=False),
     )
@@ -79,7 +84,10 @@ ALL = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 @pytest.fixture(autouse=True)
 def answers(monkeypatch):
-    """A judge's model: it likes bright pictures. (tests/judge_server.py has a server.)"""
+    """A judge's model, which likes bright pictures, and a server of jpeg, without connections.
+
+    tests/judge_server.py and tests/reward_server.py have servers.
+    """
 
     def answer(self: Any, pictures: Any, question: str) -> str:
         return f"Score: {pictures[-1].mean() / 25.5:.4f}"
@@ -87,8 +95,18 @@ def answers(monkeypatch):
     def first(self: Any, pictures: Any, question: str, words: Any) -> tuple[list[float], float]:
         return [pictures[-1].mean() / 255 for _ in words], 0.0
 
+    served, reward = Served("jpeg", "", ("jpeg",), (None, 0.0), False, 2**26, 2**24), JpegReward()
+
+    def score(self: Any, request: bytes, stop: Any) -> bytes:
+        sent = safetensors.torch.load(request)
+        images, text = sent["images"], json.loads(bytes(sent["text"].tolist()))
+        scores = reward(restored(images, text["reciprocal"]), text["prompts"])
+        return write_answer(scores, {"jpeg": scores}, "")
+
     monkeypatch.setattr("rewards.backends.chat_endpoint.Endpoint.answer", answer)
     monkeypatch.setattr("rewards.backends.chat_endpoint.Endpoint.first", first)
+    monkeypatch.setattr("rewards.backends.reward_client.RewardClient.describe", lambda _: served)
+    monkeypatch.setattr("rewards.backends.reward_client.RewardClient.score", score)
 
 
 _LOADED: dict[str, Any] = {}

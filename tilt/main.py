@@ -24,6 +24,7 @@ COMMANDS = {
     "rewards": "list the rewards",
     "compare": "compare rewards, and images in a tournament",
     "app": "start the web app",
+    "serve": "evaluate a reward for other processes, over HTTP",
 }
 
 USAGE = """usage: {program} COMMAND [OPTIONS]

@@ -1,0 +1,1 @@
+"""The server of rewards: reading of requests, the queue before the device, and the HTTP routes."""
