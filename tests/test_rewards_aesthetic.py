@@ -273,6 +273,25 @@ def test_version_25_is_its_formula_on_the_tower_of_transformers(version_25, size
     assert reward.range == (pytest.approx(low.item()), pytest.approx(high.item()))
 
 
+@pytest.mark.filterwarnings("ignore:.*not the file that was published")
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_gradients_of_version_25_are_those_of_its_formula(version_25, autocast):
+    folder, file, tower, _, state = version_25
+    images = to_images(pictures(2, 37, 37)).requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = AestheticReward(str(file), str(folder))(images, PROMPTS[:2])
+        (ours,) = torch.autograd.grad(scores.sum(), images)
+        seen = tower.vision_model((images - 0.5) / 0.5).pooler_output.float()
+    unit = seen / seen.norm(dim=-1, keepdim=True)
+    wanted = mlp({k: v.float() for k, v in state.items()}, unit)
+    (theirs,) = torch.autograd.grad(wanted.sum(), images)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=1e-5)
+    assert theirs.abs().amax((1, 2, 3)).min() > 1e-5
+    far = 0.05 if autocast else 1e-4  # roundings to 2^-9 in two layers, forward and backward
+    torch.testing.assert_close(ours, theirs, atol=far * theirs.abs().max().item(), rtol=far)
+
+
 def test_version_25_knows_its_keys_and_its_tower(version_25, monkeypatch):
     asked = []
     monkeypatch.setattr(

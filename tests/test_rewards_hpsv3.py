@@ -367,6 +367,18 @@ def test_a_tokenizer_of_another_size_is_refused(folder, monkeypatch):
         Hpsv3Reward(str(folder))
 
 
+def test_weights_without_a_tokenizer_say_what_is_missing(folder, tmp_path, monkeypatch):
+    def unreachable(place: str) -> None:
+        raise ValueError(f"{place!r} could not be loaded from the hub")
+
+    monkeypatch.setattr(hpsv3, "load_tokenizer", unreachable)
+    (tmp_path / "HPSv3.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"could not be loaded from Qwen/Qwen2-VL-7B-Instruct; put"
+    ):
+        Hpsv3Reward(str(tmp_path))
+
+
 @pytest.mark.parametrize("token", ["<|Reward|>", "<|im_end|>", "<|image_pad|>"])
 def test_control_tokens_in_a_prompt_are_refused_before_a_run(folder, token):
     reward = rewards.load(f"hpsv3({folder})", imports=True)

@@ -216,12 +216,13 @@ class Scorer:
 class Hpsv3Reward(NetworkReward):
     """Human preference for an image, given its prompt (Ma et al. 2025, "HPSv3").
 
-    A Qwen2-VL-7B reads the image and then a question with the prompt; a head on the last token
-    gives the mean and the standard deviation of the preference, and the score is the mean, as in
-    the authors' code. Scores are comparable between images of one prompt; their difference z
-    between two images is preferred with the probability sigmoid(z), averaged over both
-    distributions. As in the authors' code, an image is resized to about 448 x 448 pixels, with its
-    ratio kept, and all tokens are numbered in a row, not the image's in two dimensions.
+    A Qwen2-VL-7B reads the image and then a question with the prompt, and a head on the last token
+    gives the mean and the standard deviation of a normal distribution. The score is the mean, as
+    in the authors' code. The probability that one image of a prompt is preferred to another is the
+    mean of sigmoid(z) over the difference z of their distributions. As in the authors' code, an
+    image is resized to about 448 x 448 pixels, with its ratio kept, and all tokens are numbered in
+    a row, not the image's in two dimensions. Pixels are rounded to bytes, and gradients pass as if
+    they were not.
 
     Args:
         source: The weights, see the module docstring.
@@ -315,7 +316,13 @@ def _tokens(source: str, folder: Path) -> Tokens:
     """Return the tokens by the tokenizer beside local weights, or else by that of the hub."""
     beside = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     place = str(folder) if local(source).exists() and beside else TOKENIZER
-    tokenizer = load_tokenizer(place)
+    try:
+        tokenizer = load_tokenizer(place)
+    except ValueError as error:
+        raise ValueError(
+            f"HPSv3 needs Qwen2-VL's tokenizer, which could not be loaded from {place}; put "
+            f"tokenizer.json and tokenizer_config.json of {TOKENIZER} beside its weights"
+        ) from error
     tokenizer.add_tokens([REWARD], special_tokens=True)
     wanted = CONFIG["text_config"]["vocab_size"]
     if len(tokenizer) != wanted:
