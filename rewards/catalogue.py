@@ -44,6 +44,7 @@ __all__ = [
 REWARDS = {
     "aesthetic": ("aesthetic.AestheticReward", "aesthetic rating by LAION's predictors or v2.5"),
     "clip": ("clip.ClipReward", "cosine of image and prompt in CLIP's space"),
+    "clip_image": ("clip_image.ClipImageReward", "similarity to reference images in CLIP's space"),
     "critic": ("critic.CriticReward", "trained to tell references from a model's samples"),
     "dino": ("dino.DinoReward", "similarity to reference images in DINO's features"),
     "hps": ("hps.HpsReward", "human preference score, v2 or v2.1"),
@@ -71,6 +72,7 @@ ELSEWHERE = {
     "hpsv3": "write hpsv3",
     "unifiedreward": "write judge(preset=unifiedreward, url=..., model=...), or source=FOLDER",
     "vqascore": "write judge(preset=yes_no, url=..., model=...), or source=FOLDER",
+    "clipi": "write clip_image, which compares with reference images",
     "clipscore": "write clip(ViT-B-32/openai, scale=hessel)",
     "geneval": "write objects(detector=owlv2)",
     "geneval2": "write soft_tifa(FILE OF QUESTIONS, url=..., model=...), or source=FOLDER",

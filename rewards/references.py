@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .images import to_images
 
-__all__ = ["entries_of", "pictures_of"]
+__all__ = ["POOLS", "entries_of", "pictures_of"]
 
+# scores (m,) of one image and its references -> the score ()
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {"max": Tensor.amax, "mean": Tensor.mean}
 WANTED = "one entry for each image, an image or a list of images"
 
 

@@ -61,6 +61,7 @@ CASES = {
         ),
         Case("clip(random:0)"),
         Case("siglip(random:0)"),
+        Case("clip_image(random:0)", references=True),
         Case("aesthetic(random:0)"),
         Case("pickscore(random:0)", size=(64, 80)),
         Case("hps(random:0)", size=(48, 64)),

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clip_folders import pictures as smooth
 from judge_server import Server, grey, pictures, question, says
 from PIL import Image
 from small_judge import save_qwen
 
 import rewards
+from rewards.images import to_images
+from rewards.models.clip_image import ClipImageReward
 from rewards.models.vlm_judge import PRESETS, JudgeReward
 
 ANSWER = '{"reasoning" : "the hat is \\"red\\" [1, 2]", "score" : [20, 12.5]}'
@@ -188,3 +191,75 @@ def test_a_local_qwen_gets_what_its_published_route_gives(qwen, preset):
     if len(shown) == 2:
         (swapped,), _ = judge.model.first(shown[::-1], asked, [["four"]])
         assert swapped != pytest.approx(chance, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """A folder with a small untrained CLIPModel of transformers."""
+    from clip_folders import twin_folders
+
+    return str(twin_folders(tmp_path_factory.mktemp("clip"), quick_gelu=True)[1])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (47, 80), (100, 33)])
+def test_likeness_in_clip_s_space_is_what_transformers_gives(clip, size, monkeypatch):
+    from functools import partial
+
+    from transformers import CLIPImageProcessorPil, CLIPModel
+
+    from rewards.images import resize
+    from rewards.towers import dual_encoder
+
+    model: Any = CLIPModel.from_pretrained(clip).eval()
+    processor: Any = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    shown, sources = smooth(3, *size), smooth(5, 61, 40)[2:]
+
+    def features(images: list[Image.Image]) -> torch.Tensor:
+        with torch.no_grad():
+            found = model.get_image_features(**processor(images, return_tensors="pt"))
+        return torch.nn.functional.normalize(found.pooler_output, dim=-1)
+
+    cosines = features(shown) @ features(sources).T
+    monkeypatch.setattr(dual_encoder, "resize", partial(resize, exact=True))  # PIL's bytes
+    images = to_images(shown)
+    one = ClipImageReward(clip)(images, [""] * 3, references=sources)
+    torch.testing.assert_close(one, cosines.diagonal(), atol=1e-5, rtol=0)
+    for pool, expected in (("max", cosines.amax(1)), ("mean", cosines.mean(1))):
+        found = ClipImageReward(clip, pool)(images, ["x"] * 3, references=[sources] * 3)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert cosines.std() > 1e-3  # or the tolerance would say nothing
+
+
+def test_an_image_is_most_like_itself_and_shares_its_tower(monkeypatch):
+    images = to_images(smooth(3, 61, 40))
+    reward = ClipImageReward("random:0")
+    itself = reward(images, [""] * 3, references=list(images))
+    torch.testing.assert_close(itself, torch.ones(3), atol=1e-5, rtol=0)
+    other = reward(images, [""] * 3, references=list(images.roll(1, 0)))
+    assert (other < itself).all()
+    assert rewards.load("clip(random:0)").parts[0].reward.towers is reward.towers
+    looks: list[int] = []
+    look = reward.towers.encode_image
+    monkeypatch.setattr(reward.towers, "encode_image", lambda x: looks.append(len(x)) or look(x))
+    entry = [images[0]]
+    both = rewards.load("clip(random:0) + clip_image(random:0)")
+    both(images, [""] * 3, references=[entry] * 3)
+    assert looks == [3, 1]  # the images once for both, and their one source
+
+
+def test_a_gradient_reaches_the_image_and_not_its_source():
+    images = to_images(smooth(2, 40, 50)).requires_grad_(True)
+    source = to_images(smooth(3, 40, 50))[2:].requires_grad_(True)
+    ClipImageReward("random:0")(images, ["", ""], references=[source, source]).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().amax((1, 2, 3)).min() > 0
+    assert source.grad is None
+
+
+def test_clip_image_says_what_it_needs():
+    with pytest.raises(ValueError, match="the CLIP image reward compares with references= but got"):
+        ClipImageReward("random:0")(grey(1), [""])
+    with pytest.raises(ValueError, match="the CLIP pool 'min' is unknown"):
+        ClipImageReward("random:0", "min")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import check_choice, check_number
 from ..images import check_inputs
-from ..references import entries_of, pictures_of
+from ..references import POOLS, entries_of, pictures_of
 from ..towers.dino_backbone import Tokens, view
 from .base import Card, NetworkReward
 
@@ -42,7 +42,6 @@ MODES: dict[str, Callable[[Tokens, Tokens, float], Tensor]] = {
     "aligned": lambda x, y, w: aligned(x, y),
     "hybrid": lambda x, y, w: w * cls_cosine(x, y) + (1 - w) * patch_max(x, y),
 }
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {"max": Tensor.amax, "mean": Tensor.mean}
 
 
 class DinoReward(NetworkReward):
