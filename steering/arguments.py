@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from steering.settings import FeynmanKac, is_count
 
 __all__ = [
+    "MOST_FRAMES",
     "MOST_PARTICLES",
     "MOST_PIXELS",
     "MOST_STEPS",
@@ -30,6 +31,7 @@ __all__ = [
 # particle has its own latents and a generator of 5 kB.
 MOST_PARTICLES = 10_000
 MOST_STEPS = 10_000
+MOST_FRAMES = 10_000  # per video
 MOST_PIXELS = 16_384  # per side of the image
 
 

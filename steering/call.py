@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
-from steering.arguments import MOST_PIXELS, MOST_STEPS, check_count
+from steering.arguments import MOST_FRAMES, MOST_PIXELS, MOST_STEPS, check_count
 from steering.keywords import check_keywords
 from steering.networks import networks
 from steering.refusals import refuse_unsteerable
@@ -124,9 +124,10 @@ class PipelineCall:
     def _check_sizes(self) -> None:
         if self.value("num_inference_steps") is not None:
             check_count("num_inference_steps", self.value("num_inference_steps"), MOST_STEPS)
-        for name in ("height", "width"):
+        sizes = {"height": MOST_PIXELS, "width": MOST_PIXELS, "num_frames": MOST_FRAMES}
+        for name, most in sizes.items():
             if self.keywords.get(name) is not None:
-                check_count(name, self.keywords[name], MOST_PIXELS)
+                check_count(name, self.keywords[name], most)
 
     def pictures(self) -> list[str]:
         """Return the keywords that hold images, which a pipeline may encode with per-row noise."""
@@ -150,14 +151,6 @@ class PipelineCall:
             raise ValueError(
                 f"spread= with {images[0]}=: pipelines encode it with the noise of the first "
                 "particle, which only one of the processes holds; leave spread= out."
-            )
-
-    def check_frames(self) -> None:
-        frames = self.value("num_frames")
-        if frames not in (None, 1):
-            raise ValueError(
-                f"num_frames={frames}: a reward scores images; pass num_frames=1, or decode=, a "
-                "function from latents to one image (3, h, w) in [0, 1] per video."
             )
 
     def for_prompts(

@@ -1,4 +1,4 @@
-"""Decode latents to images by the pipeline's own code.
+"""Decode latents to images or videos by the pipeline's own code, or to anything by `decode=`.
 
 `Decoder` calls the same pipeline again with no steps left, its head replayed from a `Tape` and the
 latents replaced. So the code after the loop (the tail) is the stock one, and nothing is encoded
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Generator, Tensor
 
 from steering.axes import joined, picked
 from steering.denoiser import Rows
+from steering.frames import Frames
 from steering.networks import StandIn, out_of_memory
+from steering.outputs import from_levels, levels, to_levels
 from steering.schedulers import Chain
+from steering.settings import is_count
 from steering.tape import SHARED, Tape, view_of
 
 if TYPE_CHECKING:
@@ -32,15 +34,13 @@ __all__ = [
     "Undecodable",
     "do_nothing",
     "in_float32",
-    "to_pil",
-    "to_tensor",
 ]
 
 CHUNK_AREA = 64 * 64  # latent positions of an image of 512 x 512 pixels
 
 
 class Undecodable(ValueError):
-    """The pipeline's own code cannot decode latents to images."""
+    """The latents cannot be decoded to what a reward could score."""
 
 
 class Decoder:
@@ -50,6 +50,9 @@ class Decoder:
     pipeline's own decoder, without safety checker and watermark, with sides `preview_size` times
     the image's. `finals(latents)` returns the PIL images that the pipeline would return. precise:
     the result of `in_float32` for the pipeline's decoder.
+
+    For videos, `images` returns (n, m, 3, h, w), the m frames that `frames` chooses, and `finals`
+    lists of all frames; for sounds, waveforms (n, channels, samples) and `Sound`s.
 
     The tail always gets as many rows as the head prepared, because some tails combine the two. If
     fewer are live (`rows` after a funnel), only those are decoded, and copied to the other rows.
@@ -65,11 +68,13 @@ class Decoder:
         *,
         preview: Any = None,
         preview_size: float = 1.0,
-        decode: Callable[[Tensor], Tensor] | None = None,
+        decode: Callable[[Tensor], Any] | None = None,
         precise: Any = None,
         chunk: int = 8,
+        frames: Frames = Frames(),  # noqa: B008 (frozen)
     ):
         self._pipe, self._tape, self._call, self._num = pipe, tape, call, num
+        self._frames = frames
         self._decode, self._chunk, self._size = decode, chunk, preview_size
         self._precise = precise
         ended = copy.deepcopy(scheduler)
@@ -95,7 +100,7 @@ class Decoder:
         Raises ValueError if decoding fails.
         """
         if self._decode is not None:
-            _decoded(self._decode, x0[:1])
+            self.chosen(_decoded(self._decode, x0[:1])[0])
             if funnel and self._mixes(x0):
                 raise ValueError(
                     f"{type(self._pipe).__name__} mixes the rows of a call after its last step, so "
@@ -109,9 +114,10 @@ class Decoder:
             raise self._refused("it mixes the rows of a call after its last step")
         first = Rows(num=self._num)
         first.keep(torch.zeros(1, dtype=torch.int64, device=x0.device), self._num)
-        ways = [self.finals, self.images] if scored else [self.finals]
+        final = lambda x0, rows: self.chosen(levels(self.finals(x0, rows)))  # noqa: E731
+        ways = [final, self.images] if scored else [final]
         for way in ways:
-            if x0.ndim == 4 and min(x0.shape[2:]) >= 8:
+            if x0.ndim in (4, 5) and min(x0.shape[-2:]) >= 8:
                 with contextlib.suppress(Exception):
                     way(_smaller(x0[:1], 0.25), first)
                     continue
@@ -151,42 +157,46 @@ class Decoder:
 
     def images(self, latents: Tensor, rows: Rows | None = None) -> Tensor:
         if self._decode is not None:
-            parts = latents.split(self._at_once(latents))
-            return torch.cat([_decoded(self._decode, part) for part in parts])
+            return self.chosen(self._decoded(latents)[0])
         images = self._tail(_smaller(latents, self._size), self._preview, "pt", rows)
         if isinstance(images, np.ndarray) and images.ndim == 4:  # T2I-Adapter: (n, h, w, 3)
             images = torch.from_numpy(images).permute(0, 3, 1, 2).to(latents.device)
         if not isinstance(images, Tensor) or len(images) != self._num:
             raise self._refused('its output_type="pt" returns no tensor with one image per row')
-        if images.ndim == 5:  # (n, frames, 3, h, w)
-            self._check_frames(images.shape[1])
+        if images.ndim == 5 and images.shape[1] == 1:  # (n, frames, 3, h, w)
             images = images.squeeze(1)
-        return (images if rows is None or rows.live is None else images[rows.live]).float()
+        images = images if rows is None or rows.live is None else images[rows.live]
+        return self.chosen(images).float()
 
-    def finals(self, latents: Tensor, rows: Rows | None = None) -> list[Image.Image]:
+    def finals(self, latents: Tensor, rows: Rows | None = None) -> list[Any]:
         if self._decode is not None:
-            return to_pil(self.images(latents))
+            values, rate = self._decoded(latents)
+            return from_levels(to_levels(values), rate)
         images = self._tail(latents, self._ended, "pil", rows)
         if len(images) != self._num:
             raise self._refused(f"it returns {len(images)} images for {self._num} rows")
-        for image in images:
-            self._check_frames(len(image) if isinstance(image, list) else 1)
         alive = range(self._num) if rows is None or rows.live is None else rows.live.tolist()
         images = [images[i] for i in alive]
-        return [image[0] if isinstance(image, list) else image for image in images]
+        return [one[0] if isinstance(one, list) and len(one) == 1 else one for one in images]
 
-    def _check_frames(self, frames: int) -> None:
-        if frames != 1:
-            raise self._refused(
-                f"it returns {frames} frames per row, and a reward scores images",
-                "Ask the pipeline for one frame, or pass decode=, a function from latents to one "
-                "image (3, h, w) in [0, 1] per video.",
-            )
+    def chosen(self, outputs: Tensor) -> Tensor:
+        """Return what the reward sees: images and sounds as they are, of videos some frames."""
+        try:
+            self._frames.check(outputs.shape[1] if outputs.ndim == 5 else None)
+        except ValueError as error:
+            raise Undecodable(str(error)) from None
+        return self._frames.chosen(outputs) if outputs.ndim == 5 else outputs
 
-    def _refused(self, why: str, instead: str = "") -> Undecodable:
-        instead = instead or "Pass decode=, a function from latents to images in [0, 1]."
+    def _decoded(self, latents: Tensor) -> tuple[Tensor, int]:
+        """Return the result of decode= for all latents, and the sampling rate of sounds, else 0."""
+        decode: Any = self._decode
+        parts = [_decoded(decode, part) for part in latents.split(self._at_once(latents))]
+        return torch.cat([values for values, _ in parts]), parts[0][1]
+
+    def _refused(self, why: str) -> Undecodable:
         return Undecodable(
-            f"{type(self._pipe).__name__} cannot decode latents here: {why}. {instead}"
+            f"{type(self._pipe).__name__} cannot decode latents here: {why}. Pass decode=, a "
+            "function from latents to images in [0, 1]."
         )
 
     def _at_once(self, latents: Tensor) -> int:
@@ -282,38 +292,44 @@ def _same(a: Any, b: Any) -> bool:
 def _smaller(latents: Tensor, size: float) -> Tensor:
     if size == 1:
         return latents
-    if latents.ndim != 4:
+    if latents.ndim not in (4, 5):
         raise ValueError(
-            f"preview_size={size}: this pipeline's latents, {tuple(latents.shape)}, are not 4-D, "
-            "so they cannot be made smaller; leave preview_size= out."
+            f"preview_size={size}: this pipeline's latents, {tuple(latents.shape)}, are not 4-D "
+            "or 5-D, so they cannot be made smaller; leave preview_size= out."
         )
-    sides = [max(1, round(side * size)) for side in latents.shape[2:]]
-    smaller = torch.nn.functional.interpolate(latents.float(), sides, mode="area")
-    return smaller.to(latents.dtype)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Convert float (n, 3, h, w) in [0, 1] to 8-bit images, rounded as in diffusers."""
-    arrays = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return [Image.fromarray(array) for array in arrays.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-def to_tensor(images: list[Image.Image], device: torch.device | str) -> Tensor:
-    """Convert 8-bit images of one size, as saved PNGs hold, to float32 (n, 3, h, w) in [0, 1]."""
-    arrays = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(arrays).to(device).permute(0, 3, 1, 2).float().div(255)
+    sides = [max(1, round(side * size)) for side in latents.shape[-2:]]
+    planes = latents.float() if latents.ndim == 4 else latents.float().flatten(0, 1)
+    smaller = torch.nn.functional.interpolate(planes, sides, mode="area").to(latents.dtype)
+    return smaller if latents.ndim == 4 else smaller.unflatten(0, latents.shape[:2])
 
 
 def do_nothing(*args: Any, **kwargs: Any) -> None:
     """Replaces the call that frees the networks, which the run frees itself at its end."""
 
 
-def _decoded(decode: Callable[[Tensor], Tensor], latents: Tensor) -> Tensor:
-    images, n = decode(latents), len(latents)
-    shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-    if not isinstance(images, Tensor) or images.ndim != 4 or shape[:2] != (n, 3):
+def _decoded(decode: Callable[[Tensor], Any], latents: Tensor) -> tuple[Tensor, int]:
+    """Return what decode= makes of the latents, and the sampling rate of sounds, 0 for others."""
+    made, n = decode(latents), len(latents)
+    pair = isinstance(made, tuple) and len(made) == 2
+    values: Any = made[0] if pair else made
+    rate: Any = made[1] if pair else 0
+    fits = isinstance(values, Tensor) and len(values) == n
+    if pair:
+        fits = fits and values.ndim == 3 and is_count(rate)
+    else:
+        fits = fits and values.ndim in (4, 5) and values.shape[-3] == 3
+    if not fits:
         raise ValueError(
-            f"decode= returned {shape} for {n} latents; return one image for each, ({n}, 3, h, w) "
-            "in [0, 1]."
+            f"decode= returned {_form(made)} for {n} latents; return one image for each, "
+            f"({n}, 3, h, w) in [0, 1], or one video, ({n}, frames, 3, h, w), or a pair of "
+            f"waveforms in [-1, 1], ({n}, channels, samples), and their sampling rate."
         )
-    return images
+    return values.squeeze(1) if values.ndim == 5 and values.shape[1] == 1 else values, rate
+
+
+def _form(made: Any) -> str:
+    if isinstance(made, tuple):
+        return f"({', '.join(map(_form, made))})"
+    if isinstance(made, Tensor):
+        return str(tuple(made.shape))
+    return repr(made) if isinstance(made, int | float | None) else type(made).__name__

@@ -23,8 +23,8 @@ class Particles:
     """Steers b prompts of k particles through one pipeline call (`Chain.observer`).
 
     `judge(x0) -> (b, num), (b*num, 3, h, w)` decodes and scores the rows x0 (b*num, *shape) of the
-    living particles, with several processes only those of this one. `on_step(moment)` is called at
-    every step, after its score and before its move.
+    living particles, with several processes only those of this one; sounds have None as images.
+    `on_step(moment)` is called at every step, after its score and before its move.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Particles:
         b: int,
         k: int,
         settings: FeynmanKac,
-        judge: Callable[[Tensor], tuple[Tensor, Tensor]],
+        judge: Callable[[Tensor], tuple[Tensor, Tensor | None]],
         generators: Sequence[Generator],
         rows: Rows,
         describe: Callable[[int, int], str],
@@ -111,8 +111,10 @@ class Particles:
         state = FilterState(log_weights, log_z, History(*history), scale, anchor)
         return Resampled(state, ancestors.long(), ess, chosen.bool())
 
-    def _previews(self, images: Tensor) -> Tensor:
+    def _previews(self, images: Tensor | None) -> Tensor | None:
         """Return small images of all particles, (b, num, 3, h, w) uint8, copied asynchronously."""
+        if images is None:
+            return None
         side = max(images.shape[2:])
         if side > PREVIEW:
             sides = [max(1, round(edge * PREVIEW / side)) for edge in images.shape[2:]]
@@ -126,7 +128,7 @@ class Particles:
         rewards: Tensor,
         log_weights: Tensor,
         found: Resampled,
-        previews: Tensor,
+        previews: Tensor | None,
     ) -> None:
         """Copy this score to the host and record it; ValueError if a reward is not finite."""
         one_each = torch.stack([found.ess, found.chosen.to(rewards.dtype)], 1)

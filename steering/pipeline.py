@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from steering.arguments import check_prompts, check_steer
 from steering.call import PipelineCall, check_pipeline
 from steering.denoiser import Rows
+from steering.frames import Frames
 from steering.lineage import Moment, Score, why_nothing_moved
 from steering.result import Steered
 from steering.run import Run
@@ -45,7 +46,7 @@ def steer(
     settings: FeynmanKac = FeynmanKac(),  # noqa: B008 (frozen)
     seed: int = 0,
     preview: Any = None,
-    decode: Callable[[Tensor], Tensor] | None = None,
+    decode: Callable[[Tensor], Any] | None = None,
     max_batch: int | str | None = "auto",
     prompts_per_call: int = 1,
     progress: bool = True,
@@ -54,6 +55,8 @@ def steer(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     spread: Any = None,
     watch: Callable[[Moment], None] | None = None,
+    score_frames: int | str = "all",
+    video_score: str = "mean",
     **pipe_kwargs: Any,
 ) -> Steered:
     """Draw `particles` weighted images per prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
@@ -66,7 +69,8 @@ def steer(
         preview: An AutoencoderTiny that decodes the images scored during the run. The final images
             come from the pipeline's own decoder, and the final reward is that of the 8-bit image.
         decode: Latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be
-            called.
+            called; or videos (n, frames, 3, h, w), or a pair of waveforms in [-1, 1], (n, channels,
+            samples), and their sampling rate. The reward gets waveforms as they are.
         max_batch: Maximum number of rows that the network evaluates at once. If memory runs out,
             it is halved as often as necessary, also for "auto" (or None), but not with spread.
         preview_size: The sides of the images scored during the run, as a share of the final ones.
@@ -76,6 +80,9 @@ def steer(
             Every process makes the same call and gets the same result.
         watch: Called after every step with its `Moment`, which holds previews and weights if the
             step was scored. An exception that it raises ends the run.
+        score_frames: The frames of a video that the reward scores, each as an image: "all",
+            "first", or a number of evenly spaced ones. The whole video is decoded all the same.
+        video_score: The score of a video: the "mean" or the "min" of its frames' scores.
         pipe_kwargs: Keywords of the pipeline's own call.
 
     Other batch sizes (max_batch, prompts_per_call, spread, a halving) use the same noise. In
@@ -112,7 +119,7 @@ def steer_each(
     *,
     seed: int = 0,
     preview: Any = None,
-    decode: Callable[[Tensor], Tensor] | None = None,
+    decode: Callable[[Tensor], Any] | None = None,
     max_batch: int | str | None = "auto",
     prompts_per_call: int = 1,
     progress: bool = True,
@@ -121,6 +128,8 @@ def steer_each(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     spread: Any = None,
     watch: Callable[[Moment], None] | None = None,
+    score_frames: int | str = "all",
+    video_score: str = "mean",
     only: Sequence[int] | None = None,
     **pipe_kwargs: Any,
 ) -> Iterator[Steered]:
@@ -149,16 +158,18 @@ def steer_each(
     ours = tuple(inspect.signature(steer).parameters)
     call = PipelineCall.check(pipe, prompts, pipe_kwargs, ours[:-1])
     noise = stochastic(pipe.scheduler, settings.noise).chain.noise
+    frames = Frames(score_frames, video_score)
     run = Run(
         pipe=pipe,
         call=call,
-        judge=PromptScorer(reward, prompts, references),
+        judge=PromptScorer(reward, prompts, references, frames),
         prompts=prompts,
         k=particles,
         settings=replace(settings, noise=noise),
         seed=seed,
         preview=preview,
         decode=decode,
+        frames=frames,
         prompts_per_call=prompts_per_call,
         preview_size=preview_size,
         spread=Spread(spread),

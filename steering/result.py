@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from steering.lineage import Lineage
 from steering.manifest import PER_PROMPT, join, select
+from steering.outputs import save
 from steering.resampling import multinomial
 from steering.weights import normalize
 
@@ -29,7 +29,8 @@ class Steered:
     """
 
     prompts: tuple[str, ...]
-    images: list[list[Image.Image]]  # [prompt][particle]
+    # [prompt][particle]: a PIL image, of a video the list of its frames, or a Sound
+    images: list[list[Any]]
     rewards: Tensor  # (b, k_final), of exactly these images; weights and rewards share a dtype
     components: dict[str, Tensor]  # name -> (b, k_final), if the reward has parts
     log_weights: Tensor  # (b, k_final)
@@ -39,12 +40,12 @@ class Steered:
     manifest: dict[str, Any]  # settings, seed and versions that repeat the run
 
     @property
-    def best(self) -> list[Image.Image]:
+    def best(self) -> list[Any]:
         """The image of highest reward of each prompt; ValueError if a prompt has no images."""
         self._check_images()
         return [row[i] for row, i in zip(self.images, self.rewards.argmax(1).tolist(), strict=True)]
 
-    def sample(self, generator: Generator) -> list[Image.Image]:
+    def sample(self, generator: Generator) -> list[Any]:
         """Draw one image per prompt by weight: a sample of the (approximate) tilted law.
 
         Raises ValueError if a prompt has no images.
@@ -60,6 +61,9 @@ class Steered:
         as text, including all that its noise depends on: the seed, the prompt's text, how often
         that came before (its occurrence), and the particle's index. previews-0000.webp, ... hold
         small images of a prompt's particles, one column per score. `tilt.report.write` shows them.
+
+        A video is saved as a folder of PNG frames, whose score is the recorded one, and beside it
+        as an animated WebP to look at; a sound as WAV, without parameters.
 
         For prompts without images, whose decoding or final scores failed, only the latents are
         written: "latents" (k, *shape) in undecoded-0000.safetensors, ..., listed in the manifest.
@@ -104,15 +108,18 @@ class Steered:
         )
 
     def _save(self, folder: Path, beside: dict[str, Any]) -> Path:
-        files = []
-        for i, row in enumerate(self.images):
-            names = [f"{i:04d}-{j:02d}.png" for j in range(len(row))]
-            for j, (name, image) in enumerate(zip(names, row, strict=True)):
-                image.save(folder / name, pnginfo=_png_text(self._about(i, j)))
-            files.append(names)
+        files = [
+            [
+                save(folder, f"{i:04d}-{j:02d}", image, self._about(i, j))
+                for j, image in enumerate(row)
+            ]
+            for i, row in enumerate(self.images)
+        ]
+        first = self.images[0][0]
         results = {
             "prompts": list(self.prompts),
             "files": files,
+            "frames": len(first) if isinstance(first, list) else None,  # per video
             "rewards": self.rewards.tolist(),
             "components": {name: part.tolist() for name, part in self.components.items()},
             "log_weights": self.log_weights.tolist(),
@@ -132,10 +139,11 @@ class Steered:
             sheet.save(folder / name, quality=75, method=4)
         return {"previews": {"files": names, "tile": list(sheets[0][1])}}
 
-    def _about(self, prompt: int, particle: int) -> dict[str, Any]:
+    def _about(self, prompt: int, particle: int) -> str:
+        """Return what repeats a particle and tells its reward, as JSON."""
         parts = {name: part[prompt, particle].item() for name, part in self.components.items()}
         own = select(self.manifest, [prompt])
-        return {
+        about = {
             "prompt": self.prompts[prompt],
             "occurrence": own["occurrences"][0],
             "references": own["references"][0] if own["references"] else None,
@@ -145,6 +153,7 @@ class Steered:
             "log_weight": self.log_weights[prompt, particle].item(),
             "run": {name: value for name, value in own.items() if name not in PER_PROMPT},
         }
+        return json.dumps(about, ensure_ascii=False)
 
     @staticmethod
     def join(parts: Sequence["Steered"]) -> "Steered":
@@ -180,12 +189,6 @@ def _sheet(lineage: Lineage, prompt: int) -> tuple[Image.Image, tuple[int, int]]
         column = tiles.permute(0, 2, 3, 1).flatten(0, 1)
         sheet[: len(column), i * width : (i + 1) * width] = column
     return Image.fromarray(sheet.numpy()), (width, height)
-
-
-def _png_text(about: dict[str, Any]) -> PngInfo:
-    text = PngInfo()
-    text.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
-    return text
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,15 +17,17 @@ from torch import Generator, Tensor
 
 from steering.axes import Unclear
 from steering.call import PipelineCall, check_preview
-from steering.decoding import Decoder, Undecodable, do_nothing, in_float32, to_pil, to_tensor
+from steering.decoding import Decoder, Undecodable, do_nothing, in_float32
 from steering.denoiser import Rows, denoisers, distinct
 from steering.filter import final_log_z
 from steering.following import Following, follow_momentum
+from steering.frames import Frames
 from steering.learned import Learned
 from steering.lineage import Moment
 from steering.manifest import describe, select
 from steering.networks import out_of_memory, perturbed, refuse_step_caches, undisturbed
 from steering.noise import global_states, refuse_global_noise
+from steering.outputs import Sound, from_levels, levels, shown
 from steering.packing import check_alone, first_step, no_rows
 from steering.particles import Particles, needs_scores, refuse_not_finite, way_out
 from steering.probe import Again, Batch
@@ -54,7 +56,8 @@ class Run:
     settings: FeynmanKac
     seed: int
     preview: Any
-    decode: Callable[[Tensor], Tensor] | None
+    decode: Callable[[Tensor], Any] | None
+    frames: Frames
     prompts_per_call: int
     preview_size: float
     spread: Spread
@@ -68,8 +71,6 @@ class Run:
         if self.spread.size > 1:
             self.call.check_spread()
         self.call.check_packing(self.prompts_per_call)
-        if self.decode is None:
-            self.call.check_frames()
         refuse_step_caches(self.pipe)
         if self._cuts() and self.perturbed():
             raise ValueError(
@@ -185,11 +186,12 @@ class Run:
             decode=self.decode,
             precise=self._precise,
             chunk=-(-min(DECODE_CHUNK, len(noise)) // 2**rows.halvings),
+            frames=self.frames,
         )
 
-        def judge(x0: Tensor) -> tuple[Tensor, Tensor]:
-            images = decoder.images(x0, rows)
-            return self.judge.score(images, indices), images
+        def judge(x0: Tensor) -> tuple[Tensor, Tensor | None]:
+            outputs = decoder.images(x0, rows)
+            return self.judge.score(outputs, indices), shown(outputs)
 
         particles = Particles(
             len(indices),
@@ -337,12 +339,14 @@ class Run:
     ) -> Steered:
         images = decoder.finals(latents, particles.rows)
         self.pipe.maybe_free_model_hooks()
-        pixels = to_tensor(images, latents.device)
-        scores, parts = self.judge.evaluate(pixels, indices)
+        outputs = levels(images)
+        scored = decoder.chosen(outputs).to(latents.device)
+        scores, parts = self.judge.evaluate(scored, indices)
         if self.spread.size > 1:
             scores = particles.whole(scores)
             parts = {name: particles.whole(part.to(scores.device)) for name, part in parts.items()}
-            images = to_pil(self.spread.whole((pixels * 255).round().to(torch.uint8)) / 255)
+            rate = images[0].rate if isinstance(images[0], Sound) else 0
+            images = from_levels(self.spread.whole(outputs.to(latents.device)), rate)
         state = particles.close(scores)
         rewards, num = scores.cpu(), particles.num
         refuse_not_finite(rewards, particles.describe, "the final image")
@@ -374,6 +378,8 @@ class Run:
             seed=self.seed,
             max_batch=self.rows.max_batch or "auto",
             preview_size=self.preview_size,
+            score_frames=self.frames.which,
+            video_score=self.frames.score,
             guidance_interval=self.rows.guidance,
             halvings=self.rows.halvings,
             prompts_per_call=self.prompts_per_call,

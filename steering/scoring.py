@@ -7,11 +7,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from steering.frames import Frames
+from steering.outputs import scaled
+
 __all__ = ["PromptScorer", "RewardFunction"]
 
 
 class RewardFunction(Protocol):
     """Maps images (n, 3, h, w) in [0, 1] and n prompts to n scores; may take `references=` as well.
+
+    It gets the frames of videos as images, and of sounds the waveforms (n, channels, samples).
 
     Optional attributes: `spec` or `name` is its name in the manifest; `check(prompts)` raises
     ValueError for prompts that it cannot score; `evaluate(images, prompts, ...)` returns the total
@@ -21,10 +26,23 @@ class RewardFunction(Protocol):
     def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor: ...
 
 
-class PromptScorer:
-    """Scores k images per prompt of a run; raises ValueError if `reward` cannot score them."""
+FRAMES_AT_ONCE = 64  # frames of videos per call of a reward, to bound its memory
 
-    def __init__(self, reward: Any, prompts: Sequence[str], references: Sequence[Any] | None):
+
+class PromptScorer:
+    """Scores k outputs per prompt of a run; raises ValueError if `reward` cannot score them.
+
+    They are images (b*k, 3, h, w), videos (b*k, f, 3, h, w) or waveforms (b*k, channels, samples),
+    prompt-major, quantised or float; frames: how the frames' scores make that of a video.
+    """
+
+    def __init__(
+        self,
+        reward: Any,
+        prompts: Sequence[str],
+        references: Sequence[Any] | None,
+        frames: Frames = Frames(),  # noqa: B008 (frozen)
+    ):
         if not callable(reward):
             raise ValueError(
                 f"reward is a {type(reward).__name__}; pass a function of (images, prompts), such "
@@ -53,42 +71,64 @@ class PromptScorer:
         named = (getattr(reward, attribute, None) for attribute in ("spec", "name", "__name__"))
         self.name = next((str(name) for name in named if name), type(reward).__name__)
         self._reward, self._prompts, self.references = reward, prompts, references
+        self._frames = frames
 
     @torch.no_grad()
-    def score(self, images: Tensor, indices: Sequence[int]) -> Tensor:
-        """Return the scores (b, k) of images (b*k, 3, h, w), prompt-major, of `indices`' prompts.
+    def score(self, outputs: Tensor, indices: Sequence[int]) -> Tensor:
+        """Return the scores (b, k) of the outputs of `indices`' prompts.
 
         The dtype is float64 if the reward's is and the device supports it, else float32.
         """
-        scores = self._call(self._reward, images, indices)
-        return self._shaped(scores, images, len(indices))
+        return self._scored(self._reward, outputs, indices)[0]
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluate(self, outputs: Tensor, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """As `score`, and also return the parts of the reward, if it has any."""
         evaluate = getattr(self._reward, "evaluate", None)
-        if evaluate is None:
-            return self.score(images, indices), {}
-        total, parts = self._call(evaluate, images, indices)
-        b = len(indices)
-        shaped = {name: self._shaped(part, images, b).cpu() for name, part in parts.items()}
-        return self._shaped(total, images, b), shaped
+        return self._scored(evaluate or self._reward, outputs, indices)
 
-    def _call(self, function: Any, images: Tensor, indices: Sequence[int]) -> Any:
-        k = len(images) // len(indices)
-        rows = [i for i in indices for _ in range(k)]
-        prompts = [self._prompts[i] for i in rows]
-        if self.references is None:
-            return function(images, prompts)
-        return function(images, prompts, references=[self.references[i] for i in rows])
+    def _scored(
+        self, function: Any, outputs: Tensor, indices: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the totals (b, k) and the parts that `function` returns."""
+        is_video, b = outputs.ndim == 5, len(indices)
+        single = outputs.flatten(0, 1) if is_video else outputs
+        rows = [i for i in indices for _ in range(len(single) // b)]
+        size = FRAMES_AT_ONCE if is_video else len(single)
+        starts = range(0, len(rows), size)
+        found = [
+            self._call(function, scaled(single[i : i + size]), rows[i : i + size]) for i in starts
+        ]
+        total = torch.cat([total for total, _ in found])
+        parts = {name: torch.cat([part[name] for _, part in found]) for name in found[0][1]}
+        if is_video:
+            each = outputs.shape[:2]
+            parts = {name: part.reshape(each) for name, part in parts.items()}
+            total, parts = self._frames.combined(total.reshape(each), parts)
+        return total.reshape(b, -1), {name: part.reshape(b, -1) for name, part in parts.items()}
 
-    def _shaped(self, scores: Any, images: Tensor, b: int) -> Tensor:
+    def _call(
+        self, function: Any, outputs: Tensor, rows: Sequence[int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the total (n,) and the parts of n images or waveforms of the prompts `rows`."""
+        given: dict[str, Any] = {}
+        if self.references is not None:
+            given["references"] = [self.references[i] for i in rows]
+        found = function(outputs, [self._prompts[i] for i in rows], **given)
+        if function is self._reward:
+            return self._shaped(found, outputs), {}
+        total, parts = found
+        parts = {name: self._shaped(part, outputs).cpu() for name, part in parts.items()}
+        return self._shaped(total, outputs), parts
+
+    def _shaped(self, scores: Any, images: Tensor) -> Tensor:
+        what = "image" if images.ndim == 4 else "waveform"
         try:
             scores = torch.as_tensor(scores)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
                 f"reward {self.name} returned {scores!r:.80}; return {len(images)} numbers, one "
-                "per image."
+                f"per {what}."
             ) from None
         best = torch.float32 if images.device.type == "mps" else torch.float64  # MPS lacks float64
         wanted = best if scores.dtype == torch.float64 else torch.float32
@@ -96,9 +136,9 @@ class PromptScorer:
         if scores.shape != (len(images),):
             raise ValueError(
                 f"reward {self.name} returned shape {tuple(scores.shape)} for {len(images)} "
-                f"images; return one number per image, ({len(images)},)."
+                f"{what}s; return one number per {what}, ({len(images)},)."
             )
-        return scores.reshape(b, -1)
+        return scores
 
 
 def _wants_references(reward: Any) -> bool:

@@ -11,7 +11,7 @@ from tiny_pipelines import picture
 from steering import FeynmanKac, generators, steer
 from steering.axes import rows_of
 from steering.copies import as_many_as_copies, of_copies
-from steering.decoding import to_tensor
+from steering.outputs import to_tensor
 from steering.schedulers import stochastic
 
 PROMPT = "a red cube"
@@ -376,15 +376,6 @@ def test_a_tail_that_fails_is_refused_at_the_first_step(settings):
         latents(pipe, settings)
     assert len(pipe.unet.rows) == 1
     assert latents(pipe, settings, decode=lambda x: x[:, :3].sigmoid()).isfinite().all()
-
-
-def test_videos_are_not_scored_by_their_first_frame():
-    pipe = odd_pipeline("frames")
-    with pytest.raises(
-        ValueError, match=r"5 frames per row, and a reward scores images. .*decode="
-    ):
-        latents(pipe)
-    assert len(pipe.unet.rows) == 1
 
 
 def test_a_decode_that_fails_is_refused_at_the_first_step():

@@ -14,7 +14,8 @@ from pictures import assert_same_pictures
 from tiny_pipelines import FAMILIES, family, sd
 
 from steering import FeynmanKac, steer
-from steering.decoding import Decoder, to_pil, to_tensor
+from steering.decoding import Decoder
+from steering.outputs import to_pil, to_tensor
 from steering.schedulers import stochastic
 from steering.tape import Tape, view_of
 

@@ -121,7 +121,7 @@ def round_differently(rank):
 
 
 def pixels(out):
-    from steering.decoding import to_tensor
+    from steering.outputs import to_tensor
 
     images = [image for row in out.images for image in row]
     return (to_tensor(images, "cpu") * 255).round().to(torch.uint8)

@@ -4,11 +4,14 @@ import re
 
 import diffusers
 import pytest
+import torch
 from diffusers import MultiAdapter
 from zoo.accounts import ANIMALS, exported, reason, refusal
-from zoo.building import call_of, picture, pipeline_of
-from zoo.checks import CHECKS, Subject
+from zoo.building import Animal, call_of, picture, pipeline_of
+from zoo.checks import CHECKS, Subject, run
 from zoo.table import PAGE, read, row
+
+from steering.outputs import to_tensor
 
 # of diffusers and PyTorch, about the modules and the layers of diffusers
 pytestmark = pytest.mark.filterwarnings(
@@ -53,3 +56,59 @@ def test_several_adapters_have_a_picture_each(name):
 @pytest.mark.parametrize("name", exported())
 def test_a_pipeline_is_as_the_table_says(name):
     assert row(name) == TABLE[name]
+
+
+# --- videos of several frames
+
+
+FRAMES = 9
+_COUNTS = ("num_frames", "video_length", "frames")
+_LISTS = ("video", "conditioning_frames", "control_video")
+_ONE_ROW = "cannot make 3 rows in one call"
+_OTHERWISE = {
+    "AllegroPipeline": "cannot decode latents here: .* without tiling",
+    "AnimateDiffControlNetPipeline": _ONE_ROW,
+    "AnimateDiffVideoToVideoControlNetPipeline": _ONE_ROW,
+    "AnimateDiffVideoToVideoPipeline": "cannot follow the rows that are resampled",
+    "AnimateDiffSparseControlNetPipeline": "cannot follow the rows that are resampled",
+    "ConsisIDPipeline": _ONE_ROW,
+    "HeliosPipeline": _ONE_ROW,
+    "HeliosPyramidPipeline": _ONE_ROW,
+    "HunyuanVideoFramepackPipeline": _ONE_ROW,
+    "Kandinsky5I2VPipeline": "it mixes the rows of a call after its last step",
+    "LTXConditionPipeline": "gives every token its own timestep",
+    "LTXI2VLongMultiPromptPipeline": _ONE_ROW,
+    "LTXImageToVideoPipeline": "cannot decode latents here",
+    "WanVACEPipeline": "Generating multiple videos per prompt is not yet supported",
+}
+
+
+def video_classes():
+    """The classes whose call has a number of frames, or a list of them."""
+    for name in exported():
+        if reason(name) is None and refusal(name) is None:
+            call = call_of(name, ANIMALS.get(name, Animal()))
+            if any(keyword in call for keyword in (*_COUNTS, *_LISTS)):
+                yield name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(video_classes()))
+def test_videos_of_every_class_are_steered_by_their_frames_or_refused(name):
+    animal = ANIMALS.get(name, Animal())
+    call = call_of(name, animal)
+    frames = 16 if name == "LattePipeline" else FRAMES  # of its tiny network
+    call |= {count: max(frames, call[count]) for count in _COUNTS if count in call}
+    call |= {key: [picture(i) for i in range(frames)] for key in _LISTS if key in call}
+    if name == "MotifVideoImage2VideoPipeline":
+        pytest.skip("its tiny instance has no feature extractor, which it needs for several frames")
+    it = Subject(pipeline_of(name, animal), call)
+    if name in _OTHERWISE:
+        with pytest.raises(ValueError, match=_OTHERWISE[name]):
+            run(it, video_score="min")
+        return
+    out = run(it, video_score="min")
+    assert any(score.replaced.any() for score in out.lineage.scores)
+    videos = to_tensor(out.images[0], "cpu")
+    assert videos.shape[1] > 1
+    torch.testing.assert_close(out.rewards[0], videos.mean((2, 3, 4)).amin(1) * 10)

@@ -4,6 +4,7 @@
 
 import inspect
 import re
+import warnings
 from typing import Any
 
 import diffusers
@@ -131,7 +132,8 @@ _MEDIA = {
 
 def exported() -> list[str]:
     """The names that diffusers exports for pipelines, modular ones too."""
-    return sorted(name for name in dir(diffusers) if "Pipeline" in name and _is_one(name))
+    with warnings.catch_warnings(action="ignore"):  # Kolors is imported with torch.jit.script
+        return sorted(name for name in dir(diffusers) if "Pipeline" in name and _is_one(name))
 
 
 def _is_one(name: str) -> bool:

@@ -70,6 +70,7 @@ def call_keywords(args: Steer) -> dict[str, Any]:
         "negative_prompt": args.negative_prompt,
         "height": args.height,
         "width": args.width,
+        "num_frames": args.num_frames,
     }
     defaults = tiny.call_defaults(args.model) if args.model in tiny.NAMES else {}
     return defaults | {name: value for name, value in given.items() if value is not None}
@@ -217,6 +218,8 @@ def kinds_of_call(args: Steer, settings: FeynmanKac, preview: Any) -> dict[str, 
         "particles": args.particles,
         "preview": preview,
         "preview_size": args.preview_size,
+        "score_frames": args.score_frames,
+        "video_score": args.video_score,
         "max_batch": args.max_batch,
         "guidance_interval": args.guidance_interval,
         "prompts_per_call": args.prompts_per_call,

@@ -15,13 +15,14 @@ from finetune.ranges import (
     Range,
     check,
     number,
+    one_of,
     optional,
     part,
     setting,
     whole,
 )  # fmt: skip
 from steering import FeynmanKac, tiny
-from steering.arguments import MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
+from steering.arguments import MOST_FRAMES, MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
 from tilt import loading
 from tilt.options import Options
 
@@ -90,6 +91,10 @@ def _is_batch(value: Any) -> bool:
     return value == "auto" or whole(1).allows(value)
 
 
+def _is_frames(value: Any) -> bool:
+    return value in ("all", "first") or whole(1).allows(value)
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
@@ -126,6 +131,18 @@ class Steer:
     preview_size: float = setting(
         1.0, number(), "sides of images in intermediate scores, relative to the final ones", MODEL
     )
+    score_frames: Any = setting(
+        "all",
+        Range("all, first, or a whole number, 1 or more", _is_frames),
+        "frames of a video that the reward scores: all, the first, or so many evenly spaced ones",
+        MODEL,
+    )
+    video_score: str = setting(
+        "mean",
+        one_of("mean", "min"),
+        "score of a video: the mean or the minimum of its frames' scores",
+        MODEL,
+    )
     steps: int | None = setting(None, optional(whole(1, MOST_STEPS)), "denoising steps", CALL)
     guidance_scale: float | None = setting(
         None, optional(number()), "classifier-free guidance scale", CALL
@@ -140,6 +157,9 @@ class Steer:
     negative_prompt: str | None = setting(None, optional(TEXT), "negative prompt of guidance", CALL)
     height: int | None = setting(None, PIXELS, "image height in pixels", CALL)
     width: int | None = setting(None, PIXELS, "image width in pixels", CALL)
+    num_frames: int | None = setting(
+        None, optional(whole(1, MOST_FRAMES)), "frames per video, for a model of videos", CALL
+    )
     seed: int = setting(0, SEED, "seed; a line of a .jsonl file may set its own", CALL)
     particles: int = setting(8, whole(1, MOST_PARTICLES), "k, particles per prompt", "filter")
     filter: Filter = part(Filter, "filter", flat=True)

@@ -16,6 +16,7 @@ from PIL import Image
 from steering.weights import ess
 from tilt.report import lettering, markup
 from tilt.report.grid import BEST, Cell, Row, cell_side, grid
+from tilt.report.media import opened
 from tilt.report.saved import read
 
 __all__ = ["GridRow", "Trace", "comparison", "history", "rows", "traces"]
@@ -93,12 +94,7 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def _images(folder: Path, names: Sequence[str]) -> list[Image.Image]:
-    return [_read(folder / name) for name in names]
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    return [opened(folder / name) for name in names]
 
 
 def _best(rewards: Sequence[float]) -> int:

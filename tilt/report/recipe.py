@@ -20,7 +20,10 @@ def call(manifest: dict[str, Any]) -> str:
 
     Every value is written as a literal, so that no text of a manifest becomes code.
     """
-    names = ("particles", "seed", "prompts_per_call", "preview_size", "guidance_interval")
+    names = (
+        "particles", "seed", "prompts_per_call", "preview_size", "score_frames", "video_score",
+        "guidance_interval",
+    )  # fmt: skip
     given = _tuples({name: manifest[name] for name in names if name in manifest})
     given["settings"] = _Code("FeynmanKac", _tuples(manifest["settings"]))
     given |= manifest.get("pipeline_keywords", {})

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from tilt.report import genealogy, markup, recipe
+from tilt.report.media import opened
 from tilt.report.saved import read, read_json
 from tilt.report.thumbnails import Budget, Picture, sprite
 
@@ -276,5 +277,4 @@ def _image(folder: Path, name: str) -> Image.Image:
     """Open an image inside the folder; an untrusted manifest may name any other file."""
     if Path(name).name != name:
         raise ValueError(f"{folder} names the image {name!r}, which is not a file inside it")
-    with Image.open(folder / name) as image:
-        return image.convert("RGB")
+    return opened(folder / name)
