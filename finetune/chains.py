@@ -24,6 +24,7 @@ from .models import Conditioning, Family, Noising, predict
 __all__ = ["SDES", "Move", "Policy", "Schedule", "sample", "schedule_of"]
 
 SDES = ("cps", "flow", "dance")  # stochastic steps of a flow
+PURE = 0.999  # a time from which latents are pure noise
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Schedule:
             return flow_transition(output, x, now, after, noise * after)
         if self.sde == "dance":
             return sde_transition(output, x, now, after, noise)
-        # at pure noise the rate is infinite; as published, it is then that of the next step's 1 - t
-        rest = 1 - (self.after[0] if now == 1 else now)
+        # At pure noise the rate is infinite; as published, 1 - t is then that of the next step. Some
+        # schedules begin just below 1, where it would be hundreds.
+        rest = 1 - (after if step == 0 and now > PURE else now)
         return sde_transition(output, x, now, after, noise * (now / rest).sqrt())
 
     def check_window(self, window: range, noise: float) -> None:

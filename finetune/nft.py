@@ -204,13 +204,15 @@ class NftTrainer:
         x, t, target = self._noised(batch, epoch, purpose)
         # these first, since they swap the weights that the autograd graph needs unchanged
         fixed = partial(self._fixed, x, t, batch.given)
-        old = fixed(lora.swapped(learner.weights, self.sampler))
+        own = s.on_policy and s.updates == 1  # the present weights drew the samples
+        old = None if own else fixed(lora.swapped(learner.weights, self.sampler))
         ref = fixed(learner.reference()) if s.kl else None
         slow = None
         if s.old_kl:
             averaged = lora.swapped(learner.weights, self.old.weights)
             slow = fixed(averaged) if s.on_policy else old
         pred = self._predicted(learner.network, x, t, batch.given)
+        old = pred.detach() if old is None else old
         loss, seen = s.loss(self.noising, Rows(t, pred, old, target, advantages))
         seen["moved"] = _distance(pred, old)
         for name, weight, other in (("kl", s.kl, ref), ("old_kl", s.old_kl, slow)):

@@ -178,6 +178,11 @@ def test_moves_of_the_sdes_have_the_noise_of_their_papers():
             x = torch.zeros(1, *schedule.shape)
             move = schedule.transition(step, x, x, level)
             assert float(move.std) == pytest.approx(rate * math.sqrt(now - after), rel=1e-5)
+    start = schedule.now.clone()
+    start[0] = 1 - 1e-6  # as some schedulers begin, lest they divide by zero
+    near = replace(schedule, now=start, sde="flow").transition(0, x, x, 0.7)
+    whole = replace(schedule, sde="flow").transition(0, x, x, 0.7)
+    torch.testing.assert_close(near.std, whole.std, rtol=1e-4, atol=0)
 
 
 def test_gradients_without_the_factor_and_with_the_guard_are_those_of_densities_times_it():
