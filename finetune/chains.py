@@ -61,8 +61,8 @@ class Schedule:
             return flow_transition(output, x, now, after, noise * after)
         if self.sde == "dance":
             return sde_transition(output, x, now, after, noise)
-        # At pure noise the rate is infinite; as published, 1 - t is then that of the next step. Some
-        # schedules begin just below 1, where it would be hundreds.
+        # At pure noise the rate is infinite; as published, 1 - t is then that of the next step.
+        # Some schedules begin just below 1, where the rate would be hundreds.
         rest = 1 - (after if step == 0 and now > PURE else now)
         return sde_transition(output, x, now, after, noise * (now / rest).sqrt())
 

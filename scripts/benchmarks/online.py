@@ -1,6 +1,7 @@
 """Learning from images made once (GDRO) against learning from one's own samples (Flow-GRPO).
 
     python -m scripts.bench online --method grpo
+    python -m scripts.bench online --method guard --epochs 50
     python -m scripts.bench online --table --plot docs/online.png
 
 docs/adversarial.md describes the measurement. Compare only runs that were made side by side on one
@@ -33,6 +34,25 @@ NAMES = {
     "gdro-small": "GDRO, 6 images of 10 steps",
     "grpo": "Flow-GRPO",
 }
+# other objectives beside Flow-GRPO, with its rate, groups and images, and no setting tuned
+SAME = {"groups": "4", "k": "8", "micro-groups": "4", "lr": "2e-3"}
+FLOW = ["--grpo.sde=flow", "--grpo.noise=0.7"]
+PEERS = {
+    "flow-sde": FLOW,
+    "guard": [*FLOW, "--grpo.ratio=guard"],
+    "cps": ["--grpo.noise=0.951", "--grpo.ratio=error"],
+    "dance": ["--grpo.sde=dance", "--grpo.noise=0.3"],
+    "nft": ["--method=nft", "--nft.adaptive", *(f"--nft.{n}={v}" for n, v in SAME.items())],
+    "awm": ["--method=awm", *(f"--awm.{n}={v}" for n, v in SAME.items())],
+}
+NAMES |= {
+    "flow-sde": "Flow-SDE",
+    "guard": "Flow-SDE, GRPO-Guard",
+    "cps": "Flow-CPS as published",
+    "dance": "Dance-SDE",
+    "nft": "DiffusionNFT, adaptive",
+    "awm": "AWM",
+}
 Curve = list[dict[str, float]]  # the checks of a run
 
 
@@ -42,16 +62,20 @@ def quality(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return 1 + 4 * (found.clamp(1, 10) - 1) / 9
 
 
-def run(method: str, folder: Path, every: int) -> None:
+def run(method: str, folder: Path, every: int, epochs: int) -> None:
     """Train by one method, and evaluate the held-out prompts every so many steps."""
     (tune, *_), test = prepare("words", folder)
-    words = [f"--config={ROOT / 'scripts/configs' / CONFIGS[method]}", f"--out={folder / method}"]
-    words += [f"--check.prompts={test}", "--check.images=4", "--check.train-prompts=0"]
+    kind = method if method in ("nft", "awm") else "grpo"
+    config = ROOT / "scripts/configs" / CONFIGS.get(method, CONFIGS["grpo"])
+    words = [f"--config={config}"] if kind == "grpo" else []
+    words += [f"--out={folder / method}", f"--check.prompts={test}"]
+    words += ["--check.images=4", "--check.train-prompts=0"]
     words += [f"--check.reward={WATCHED}", f"--check.every={every}", "--resume", "--log-every=5"]
     words += ["--check.quality=scripts.benchmarks.online:quality"]
-    if method == "grpo":
-        words += [f"--prompts={tune}", f"--reward={REWARD}"]
-        timed(folder, "grpo-train", "train_adversarial.py", words)
+    if method not in ROLLOUTS:
+        words += [f"--prompts={tune}", f"--reward={REWARD}", *PEERS.get(method, [])]
+        words += [f"--{kind}.steps={epochs}"]
+        timed(folder, f"{method}-train", "train_adversarial.py", words)
         return
     made, (images, steps) = folder / f"{method}-rollouts", ROLLOUTS[method]
     plan = ["--model=tiny-sd3", "--call.guidance-scale=1.0", f"--call.num-inference-steps={steps}"]
@@ -124,17 +148,18 @@ def plot(curves: dict[str, Curve], file: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run a method, or print the existing curves."""
     parser = parser_of(__doc__, __name__)
-    parser.add_argument("--method", choices=sorted(CONFIGS))
+    parser.add_argument("--method", choices=sorted([*CONFIGS, *PEERS]))
     parser.add_argument("--out", type=Path, default=Path("runs/online"))
     parser.add_argument("--every", type=int, default=30, help="steps between checks")
+    parser.add_argument("--epochs", type=int, default=150, help="epochs of an online method")
     parser.add_argument("--table", action="store_true", help="print the existing results")
     parser.add_argument("--plot", type=Path, help="print and draw the existing results")
     args = parser.parse_args(argv)
     folder = args.out.resolve()
     if args.method:
-        run(args.method, folder, args.every)
+        run(args.method, folder, args.every, args.epochs)
     if args.table or args.plot:
-        found = {m: curve(folder, m) for m in CONFIGS if (folder / m / "checks.csv").exists()}
+        found = {m: curve(folder, m) for m in NAMES if (folder / m / "checks.csv").exists()}
         print(markdown(found))
         if args.plot:
             plot(found, args.plot)
