@@ -126,8 +126,11 @@ def check_steer(
         check_callable("watch", watch, "a function of a Moment, or None")
     if not isinstance(progress, bool):
         raise ValueError(f"progress={progress!r:.80}: pass True or False.")
-    if references is not None and not _is_list(references):
-        raise ValueError(f"references={references!r:.80}: pass a list, one entry per prompt.")
+    if not (references is None or isinstance(references, str) or _is_list(references)):
+        raise ValueError(
+            f"references={references!r:.80}: pass a list, one entry per prompt, or the name of the "
+            'call\'s keyword that holds the image, as "image".'
+        )
     _check_share(preview_size)
     _check_interval(guidance_interval)
     if only is not None:

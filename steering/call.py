@@ -137,6 +137,19 @@ class PipelineCall:
             if _PICTURES.search(name) and "prompt" not in name and not _is_plain(value)
         ]
 
+    def reference(self, name: str) -> Any:
+        """Return the image of this keyword, or the list of its images if they differ."""
+        images = self.pictures()
+        if name not in images:
+            held = f"this call's are {images}" if images else "this call has none"
+            raise ValueError(
+                f"references={name!r:.80}: pass a list, one entry per prompt, or the name of a "
+                f"keyword that holds an image; {held}."
+            )
+        value = self.keywords[name]
+        several = list(value) if isinstance(value, list | tuple) else [value]
+        return several[0] if all(one is several[0] for one in several) else several
+
     def check_packing(self, prompts_per_call: int) -> None:
         images = self.pictures()
         if prompts_per_call > 1 and images:

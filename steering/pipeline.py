@@ -50,7 +50,7 @@ def steer(
     max_batch: int | str | None = "auto",
     prompts_per_call: int = 1,
     progress: bool = True,
-    references: Sequence[Any] | None = None,
+    references: Sequence[Any] | str | None = None,
     preview_size: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     spread: Any = None,
@@ -63,7 +63,8 @@ def steer(
 
     Args:
         reward: reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,); it also gets `references`,
-            one per prompt, as a keyword if there are any.
+            one per prompt, as a keyword if there are any. references="image" passes the image of
+            the call's keyword `image`: the source, where the pipeline edits an image.
         particles: At most 10,000; also at most 10,000 steps and 16,384 pixels a side.
         seed: 0 to 2**63 - 1.
         preview: An AutoencoderTiny that decodes the images scored during the run. The final images
@@ -123,7 +124,7 @@ def steer_each(
     max_batch: int | str | None = "auto",
     prompts_per_call: int = 1,
     progress: bool = True,
-    references: Sequence[Any] | None = None,
+    references: Sequence[Any] | str | None = None,
     preview_size: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     spread: Any = None,
@@ -157,6 +158,8 @@ def steer_each(
     check_pipeline(pipe)
     ours = tuple(inspect.signature(steer).parameters)
     call = PipelineCall.check(pipe, prompts, pipe_kwargs, ours[:-1])
+    if isinstance(references, str):
+        references = [call.reference(references)] * len(prompts)
     noise = stochastic(pipe.scheduler, settings.noise).chain.noise
     frames = Frames(score_frames, video_score)
     run = Run(

@@ -41,7 +41,7 @@ def test_what_steer_takes_is_taken():
         *(("only", value) for value in (0, "01", [2], [-1], [True], [0.0], {0})),
         *(("guidance_interval", v) for v in (None, (0, 2), (0.5, 0.5), ("a", "b"), (0, math.nan))),
         *(("preview_size", value) for value in (0, 2, "1", None, True, math.nan)),
-        ("references", 5), ("references", "pictures"), ("watch", 5), ("decode", "vae"),
+        ("references", 5), ("references", {"a": 1}), ("watch", 5), ("decode", "vae"),
         ("progress", "no"), ("settings", None), ("settings", FeynmanKac),
     ],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderTiny,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FluxKontextPipeline,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusionPAGPipeline,
 )
@@ -411,6 +412,40 @@ def test_a_reward_may_have_parts_references_and_a_check():
         steer(pipe, "x", brightness, 2, references=["r"], progress=False, **keywords)
     with pytest.raises(ValueError, match=r"returned shape \(2, 3\) for 2 images"):
         steer(pipe, "x", lambda images, p: images[:, :, 0, 0], 2, progress=False, **keywords)
+
+
+def kontext():
+    pipe, keywords = family("flux")
+    more = {"image": picture(), "max_area": 256, "_auto_resize": False}
+    return FluxKontextPipeline(**pipe.components), keywords | more
+
+
+@pytest.mark.parametrize("build", [lambda: family("img2img"), kontext], ids=["img2img", "kontext"])
+def test_references_may_be_the_image_that_the_call_edits(build):
+    pipe, keywords = build()
+    source = keywords["image"]
+    call = {"settings": Settings(num_scores=1, score_from=0.5), "progress": False}
+    for image in (source, [source]):
+        reward = Full()
+        keywords["image"] = image
+        steer(pipe, ["x", "y"], reward, 2, references="image", **call, **keywords)
+        assert [prompts for prompts, _ in reward.references] == [["x", "x"], ["y", "y"]]
+        assert all(one is source for _, given in reward.references for one in given)
+
+
+def test_references_name_a_keyword_that_holds_an_image():
+    different = [picture(), picture()]
+    assert PipelineCall({"image": different}, {}, ("x",)).reference("image") == different
+    pipe, keywords = family("img2img")
+    call = {"progress": False, **keywords}
+    for name in ("picture", "strength", "prompt", ""):
+        with pytest.raises(ValueError, match=r"references=.*this call's are \['image'\]"):
+            steer(pipe, "x", Full(), 2, references=name, **call)
+    with pytest.raises(ValueError, match="this reward takes no references"):
+        steer(pipe, "x", brightness, 2, references="image", **call)
+    pipe, keywords = family("sd")
+    with pytest.raises(ValueError, match="this call has none"):
+        steer(pipe, "x", Full(), 2, references="image", progress=False, **keywords)
 
 
 # --- saving
