@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora, zero
+from . import lora, sharding, zero
 from .models import Family
 from .ranges import FLAG, SEED, TEXTS, check, number, setting, whole
 
@@ -94,10 +94,8 @@ class Learner:
         if self.zero:
             count = sum(value.numel() for value in self.weights.values())
             zero.configure(accelerator, settings.max_grad_norm, count, settings.eight_bit)
-        self.network, self.optimizer = accelerator.prepare(network, optimizer)
+        self.network, self.optimizer = sharding.prepare(accelerator, network, optimizer)
         self.weights = lora.parameters(network)  # FSDP replaces them by shards
-        if accelerator.is_fsdp2:  # otherwise the root's weights stay gathered after a forward pass
-            network.set_reshard_after_forward(True)
         self.average = lora.Average(self.weights, settings.ema)
 
     def start_from(self, weights: dict[str, Tensor]) -> None:

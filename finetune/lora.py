@@ -56,6 +56,7 @@ def attach(
     network.add_adapter(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
     )
+    _materialised(network)
     found = parameters(network)
     for name, parameter in found.items():
         parameter.data = parameter.data.float()
@@ -64,6 +65,18 @@ def attach(
             draws = torch.rand(parameter.shape, generator=generator, device=generator.device)
             parameter.data.copy_((2 * draws - 1) * bound)
     return found
+
+
+def _materialised(network: nn.Module) -> None:
+    """Allocate adapters on the CPU that peft left without memory, as their layers are (`meta`)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in (part for part in network.modules() if isinstance(part, BaseTunerLayer)):
+        for adapter in (getattr(layer, name) for name in layer.adapter_layer_names):
+            if any(weight.is_meta for weight in adapter.parameters()):
+                adapter.to_empty(device="cpu")
+                for weight in adapter.parameters():
+                    weight.data.zero_()
 
 
 def parameters(network: nn.Module) -> dict[str, nn.Parameter]:

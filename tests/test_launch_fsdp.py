@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_launch import CALL, ROOT, command, logged
 
+from finetune import checks
 from tilt.commands import rollout, score
 
 pytestmark = pytest.mark.slow  # a process takes ten seconds to import all it needs
@@ -53,10 +54,39 @@ sys.exit(train_gdro.main(sys.argv[1:]))
 """
 
 
+# before that: the second process has no weights of the network, and all those of the text encoders
+READ_ONCE = """
+import os
+import torch
+from diffusers import ModelMixin
+from tilt import training
+
+alone, made, from_pretrained = os.environ["RANK"] == "0", training.pipeline_of, vars(ModelMixin)
+from_pretrained = from_pretrained["from_pretrained"].__func__
+
+def reads(kind, *given, **more):
+    assert alone or kind.__name__ not in ("SD3Transformer2DModel", "UNet2DConditionModel")
+    return from_pretrained(kind, *given, **more)
+
+ModelMixin.from_pretrained = classmethod(reads)
+
+def made_as(load, *rest):
+    pipe = made(load, *rest)
+    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    assert all(weight.is_meta != alone for weight in network.parameters())
+    assert len(list(network.buffers())) > 0 or hasattr(pipe, "unet")
+    assert not any(buffer.is_meta for buffer in network.buffers())
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"  # transformers reads it, too
+    return pipe
+
+training.pipeline_of = made_as
+"""
+
+
 def ran(line: list[str], **more: str) -> None:
     alone = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | more
     done = subprocess.run(line, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +96,7 @@ def folder(tmp_path_factory) -> Path:
     (made / "prompts.txt").write_text("".join(f'the word "{word}"\n' for word in words))
     (made / "unseen.txt").write_text("".join(f'the word "{word}"\n' for word in ("HAT", "BOX")))
     (made / "script.py").write_text(SCRIPT)
+    (made / "once.py").write_text(READ_ONCE + SCRIPT)
     own = [f"--prompts={made / 'prompts.txt'}", f"--out={made / 'run'}", "--images=3"]
     assert rollout.main([*own, *CALL]) == 0
     assert score.main([str(made / "run"), "--reward", "jpeg", "--device", "cpu"]) == 0
@@ -117,6 +148,32 @@ def test_two_shares_of_a_network_in_bfloat16_train_what_a_whole_one_trains(folde
     assert {value.dtype for value in state["weights"].values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_one_process_reads_are_trained_as_those_that_all_read(folder, tmp_path, dtype):
+    """A further round, from a LoRA, with checks by both processes, and resumed."""
+    first, one, two = (tmp_path / name for name in ("first", "one", "two"))
+    more = [f"--dtype={dtype}", "--gdro.refresh=2"]
+    if dtype == "float32":  # by one process alone, which has nothing to shard
+        ran(command("train_gdro.py", *words_of(folder, first, 2)), **SHARDED)
+        more.append(f"--lora={first / 'lora'}")
+    ran(command("train_gdro.py", *words_of(folder, one, 4), *more))
+    script, once = str(folder / "once.py"), SHARDED | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    for steps in (2, 4):
+        own = [*words_of(folder, two, steps), *more, "--resume"]
+        ran(command(script, *own, processes=2), **once)
+    near = {"abs": 1e-3, "rel": 1e-3} if dtype == "float32" else {"abs": 2e-3, "rel": 1e-2}
+    for a, b in zip(logged(one), logged(two), strict=True):
+        assert a == pytest.approx(b, **near)
+    checked = [checks.read(out / "checks.csv") for out in (one, two)]
+    for a, b in zip(*checked, strict=True):
+        assert a == pytest.approx(b, rel=2e-2)
+    states = [torch.load(out / "state.pt", weights_only=True)["weights"] for out in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    if dtype == "float32":
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value, atol=1e-5, rtol=1e-3)
+
+
 def test_a_swapped_adapter_is_gathered_again(folder, tmp_path):
     """DiffusionNFT samples with one adapter and learns another, between which it goes to and fro;
     weights that stay gathered from one to the other would not be seen to change.
@@ -149,6 +206,13 @@ def test_a_swapped_adapter_is_gathered_again(folder, tmp_path):
         # an adapter that is not seen makes `moved` 0, which is far beyond this.
         assert a == pytest.approx(b, abs=1e-4, rel=5e-2)
     assert logged(one)[1]["moved"] > 1e-6
+
+
+def test_online_training_by_weights_that_one_process_reads_is_refused(folder, tmp_path):
+    own = [f"--prompts={folder / 'prompts.txt'}", "--reward=jpeg", f"--out={tmp_path / 'out'}"]
+    once = SHARDED | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    with pytest.raises(AssertionError, match="for which every process needs the weights"):
+        ran(command("train_adversarial.py", *own, processes=2), **once)
 
 
 def test_groups_that_do_not_divide_are_refused(folder, tmp_path):

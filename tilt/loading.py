@@ -21,6 +21,7 @@ __all__ = [
     "DTYPES",
     "PREVIEWS",
     "check_name",
+    "empty_network",
     "load_pipeline",
     "load_preview",
     "pick_device",
@@ -84,6 +85,33 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **comp
     if lora is not None:
         load_lora(pipe, lora)
     return pipe
+
+
+def empty_network(name: str) -> tuple[str, Any]:
+    """Return the denoising network of a pipeline without weights (on the meta device), and before
+    it the name by which the pipeline has it.
+
+    Buffers are computed. Raises ValueError if the network's class is not one of diffusers.
+    """
+    check_name(name)
+    shield()
+    path, offline = (str(tiny.FOLDER / name), True) if name in tiny.NAMES else where(name)
+    with one_sentence(f"the model {name}", path, offline):
+        import diffusers
+        from accelerate import init_empty_weights
+        from diffusers.models.modeling_utils import no_init_weights
+
+        index: Any = diffusers.DiffusionPipeline.load_config(path, local_files_only=offline)
+        part = next((p for p in ("transformer", "unet") if (index.get(p) or [None])[0]), "")
+        kind = getattr(diffusers, (index.get(part) or ["", ""])[1], None)
+        if kind is None:
+            raise ValueError(
+                f"the model {name} has no network of diffusers that can be made without its "
+                "weights; set fsdp_cpu_ram_efficient_loading: false"
+            )
+        config = kind.load_config(path, subfolder=part, local_files_only=offline)
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            return part, kind.from_config(config).eval()
 
 
 def pick_preview(choice: str, model: str) -> str:

@@ -142,6 +142,9 @@ def join(device: str) -> Processes:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    from finetune.sharding import whole_others
+
+    whole_others()
     none = torch.accelerator.current_accelerator(check_available=True) is None
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or device == "cpu" or none
     state = PartialState(cpu=cpu, timeout=PATIENCE)

@@ -17,13 +17,14 @@ from finetune.loop import begin as start
 from finetune.loop import export as save
 from finetune.loop import run
 from finetune.ranges import FLAG, NAME, TEXT, optional, part, setting, whole
-from finetune.sharding import shard
+from finetune.sharding import follow, from_main, reads_once, shard
 from finetune.state import FILE, is_finished
 from rewards.catalogue import OutsideError
 from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
 from steering.call import PipelineCall
-from tilt import drawing, model_card
+from steering.manifest import fingerprint
+from tilt import drawing, loading, model_card
 from tilt.loading import ABOUT_DTYPE, DTYPE
 from tilt.processes import PATIENCE, is_main
 from tilt.prompts import read_texts
@@ -40,8 +41,11 @@ __all__ = [
     "finished",
     "loop",
     "metrics",
+    "pipeline_of",
+    "refuse_reading_once",
     "show",
     "watch_of",
+    "weighed",
 ]
 
 
@@ -79,6 +83,34 @@ def accelerator_of(settings: TrainingRun) -> Accelerator:
     accelerator = Accelerator(log_with=loggers, project_dir=settings.out, kwargs_handlers=patience)
     shard(accelerator)
     return accelerator
+
+
+def refuse_reading_once(accelerator: Accelerator) -> None:
+    """Raise ValueError if FSDP asks that only one process reads the network's weights."""
+    if reads_once(accelerator):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is true, but training on own samples calls the "
+            "pipeline before its network is sharded, for which every process needs the weights; "
+            "set it to false"
+        )
+
+
+def pipeline_of(load: Callable[..., Any], name: str, accelerator: Accelerator) -> Any:
+    """Return load(), the pipeline called `name`.
+
+    If FSDP asks for it, only the main process reads the weights of the network.
+    """
+    if not reads_once(accelerator):
+        return load()
+    part, network = loading.empty_network(name)
+    pipe = load() if accelerator.is_main_process else load(**{part: network})
+    follow(getattr(pipe, part), accelerator)
+    return pipe
+
+
+def weighed(network: Any, accelerator: Accelerator) -> str:
+    """Return the fingerprint of the network, whose weights the main process has."""
+    return from_main(accelerator, lambda: fingerprint(network))
 
 
 def watch_of(

@@ -133,6 +133,7 @@ def run(settings: TrainAdversarial) -> None:
     defaults = tiny.call_defaults(name) if name in tiny.NAMES else {}
     stated = {k: v for k, v in (defaults | settings.call).items() if k != "guidance_scale"}
     accelerator = training.accelerator_of(settings)
+    training.refuse_reading_once(accelerator)
     fixed = rewards.load(settings.reward, accelerator.device, True) if settings.reward else None
     if fixed:
         fixed.check(prompts)

@@ -22,7 +22,6 @@ from finetune.models import family_of, noising_of
 from finetune.ranges import NAME, TEXT, optional, part, setting
 from finetune.shards import Rollouts
 from finetune.state import check_out, finish
-from steering.manifest import fingerprint
 from tilt import digests, exit_status, idle_settings, loading, started, training
 from tilt.options import Options
 from tilt.processes import is_main
@@ -77,13 +76,13 @@ def run(settings: TrainGdro) -> None:
     unscored = f"{counted(data.unscored, 'image')} left out: their reward is not a finite number"
     watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
     started.say(f"loading {name}")
-    pipe = load()
+    pipe = training.pipeline_of(load, name, accelerator)
     family = family_of(pipe)
     network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
     check_fits(data, network, made.manifest["pipeline"], kind.__name__)
     training.check_keywords(pipe, watch, plan["prompts"], plan["call"])
     del pipe  # neither decoder nor text encoder stays in memory
-    weighed = made_of | {"model": fingerprint(network)}
+    weighed = made_of | {"model": training.weighed(network, accelerator)}
     trainer = GdroTrainer(network, family, noising, data, gdro, accelerator)
     training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
