@@ -113,6 +113,11 @@ class WeightedSum:
         return any(getattr(part.reward, "wants_references", True) for part in self.parts)
 
     @property
+    def needs_references(self) -> bool:
+        """Whether any component cannot score without them; for functions they are optional."""
+        return any(_needs_references(part.reward) for part in self.parts)
+
+    @property
     def range(self) -> Range:
         """Bounds of the total, None if a component has no bound."""
         counted = [part for part in self.parts if part.weight]
@@ -236,6 +241,11 @@ class Aggregate:
         """Whether it, or any component, uses references."""
         return self.references or any(member.wants_references for member in self.members)
 
+    @property
+    def needs_references(self) -> bool:
+        """Whether it, or any component, cannot score without references."""
+        return self.references or any(member.needs_references for member in self.members)
+
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError for prompts that a component cannot score."""
         for member in self.members:
@@ -254,6 +264,11 @@ class Aggregate:
         check_inputs(images, prompts)
         with sharing(), _gradients(self.differentiable):
             return self.score(images, prompts, references)
+
+
+def _needs_references(reward: Any) -> bool:
+    wants = not isinstance(reward, Function) and getattr(reward, "wants_references", False)
+    return bool(getattr(reward, "needs_references", wants))
 
 
 def _scored(part: Part, images: Tensor, prompts: Sequence[str], references: Any) -> dict[str, Any]:

@@ -18,8 +18,9 @@ class RewardFunction(Protocol):
 
     It gets the frames of videos as images, and of sounds the waveforms (n, channels, samples).
 
-    Optional attributes: `spec` or `name` is its name in the manifest; `check(prompts)` raises
-    ValueError for prompts that it cannot score; `evaluate(images, prompts, ...)` returns the total
+    Optional attributes: `spec` or `name` is its name in the manifest; `needs_references` is whether
+    it cannot score without them; `check(prompts)` raises ValueError for prompts that it cannot
+    score; `evaluate(images, prompts, ...)` returns the total
     and its parts, {name: (n,)}.
     """
 
@@ -53,6 +54,11 @@ class PromptScorer:
             raise ValueError(
                 "references= was given, but this reward takes no references; leave it out, or use "
                 "a reward that has a references= keyword."
+            )
+        if references is None and getattr(reward, "needs_references", False):
+            raise ValueError(
+                "this reward compares with images that references= gives: pass a list, one entry "
+                'per prompt, or "image", if the call edits the image of its keyword image=.'
             )
         if references is not None and len(references) != len(prompts):
             raise ValueError(

@@ -433,6 +433,15 @@ def test_references_may_be_the_image_that_the_call_edits(build):
         assert all(one is source for _, given in reward.references for one in given)
 
 
+def test_a_reward_that_needs_references_is_refused_without_them():
+    reward = Full()
+    reward.needs_references = True
+    pipe, keywords = family("img2img")
+    with pytest.raises(ValueError, match=r"compares with images that references= gives: pass a"):
+        steer(pipe, "x", reward, 2, progress=False, **keywords)
+    assert not reward.references
+
+
 def test_references_name_a_keyword_that_holds_an_image():
     different = [picture(), picture()]
     assert PipelineCall({"image": different}, {}, ("x",)).reference("image") == different

@@ -263,3 +263,24 @@ def test_clip_image_says_what_it_needs():
         ClipImageReward("random:0")(grey(1), [""])
     with pytest.raises(ValueError, match="the CLIP pool 'min' is unknown"):
         ClipImageReward("random:0", "min")
+
+
+def of_references(images: torch.Tensor, prompts: Any, references: Any = None) -> torch.Tensor:
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("spec", "needs"),
+    [
+        ("jpeg + 0*dino(random:0)", True),
+        ("clip_image(random:0)", True),
+        ("judge(preset=unifiedreward_edit, url=http://127.0.0.1:1/v1, model=m)", True),
+        ("judge(preset=unifiedreward_edit_quality, url=http://127.0.0.1:1/v1, model=m)", False),
+        ("min(jpeg, clip_image(random:0))", True),
+        ("delta(jpeg)", True),
+        ("par(jpeg, ref=0)", False),
+        (f"{__name__}:of_references", False),  # optional, in a function
+    ],
+)
+def test_what_needs_references_says_so(spec, needs):
+    assert rewards.load(spec, imports=True).needs_references is needs

@@ -185,14 +185,14 @@ def test_every_seed_is_checked_before_any_step(tmp_path, kinds):
 
 def test_pictures_are_opened_when_their_seed_begins_and_once(tmp_path, kinds, monkeypatch):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
-    opened, pictures = [], runs._pictures
-    monkeypatch.setattr(runs, "_pictures", lambda p: opened.append(p.text) or pictures(p))
+    opened, picture = [], runs._picture
+    monkeypatch.setattr(runs, "_picture", lambda n: opened.append(Path(n).name) or picture(n))
     shares = shares_of_two_seeds(tmp_path, tmp_path / "red.png")
     seen = []
     for folder, results in runs.steer_pending(tiny_pipelines.sd(), compared, shares, kinds):
         assert list(results) == ["steered", "plain"]
         seen.append((folder.name, list(opened)))
-    assert seen == [("0000-a", ["a"]), ("0001-b", ["a", "b"])]
+    assert seen == [("0000-a", []), ("0001-b", ["red.png"])]
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{}", "null", '"x"', "{", "", "\x00", "[" * 5000])

@@ -74,6 +74,8 @@ def test_refused_before_a_model_is_loaded(capsys, arguments, said):
         ("text.jsonl", b'{"prompt": "a", "references": ["text.png"]}\n', "is not a readable image"),
         ("cut.jsonl", b'{"prompt": "a", "references": ["cut.png"]}\n', "is not a readable image"),
         ("refs.jsonl", b'{"prompt": "a", "references": "no.png"}\n', "line 1 has references"),
+        ("image.jsonl", b'{"prompt": "a", "image": "no.png"}\n', "line 1 names the image"),
+        ("images.jsonl", b'{"prompt": "a", "image": ["a.png"]}\n', "line 1 has the image"),
         ("half.jsonl", b'{"prompt": "\\ud83d"}\n', "not UTF-8"),
     ],
 )
@@ -85,6 +87,16 @@ def test_bad_prompt_files_are_refused(capsys, tmp_path, name, content, said):
         (tmp_path / name).write_bytes(content)
     message = refused(capsys, "--prompt-file", str(tmp_path / name), "--reward", "jpeg")
     assert re.search(said, message), message
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_reward_without_its_references_is_refused(capsys, tmp_path):
+    file = tmp_path / "some.jsonl"
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    lines = ['{"prompt": "a", "references": ["a.png"]}', '{"prompt": "b", "image": "a.png"}']
+    file.write_text("\n".join([*lines, '{"prompt": "c"}']))
+    message = refused(capsys, "--prompt-file", str(file), "--reward", "dino(random:0)")
+    assert re.search(r"compares with reference images but the prompt 'c' has none", message)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -16,6 +16,7 @@ import rewards
 from rewards.images import to_images
 from steering import FeynmanKac
 from tilt.commands import steer as script
+from tilt.prompts import read
 
 
 @pytest.fixture(scope="session")
@@ -325,3 +326,54 @@ def test_references_reach_the_reward(model, tmp_path, monkeypatch):
     assert script.main(arguments) == 0
     assert all(pictures == [] for prompt, pictures in seen if prompt == "a")
     assert all(pictures[0].getpixel((0, 0)) == (255, 0, 0) for p, pictures in seen if p == "b")
+
+
+def test_prompts_that_edit_images_pass_each_its_own(tmp_path, monkeypatch):
+    import tiny_pipelines
+
+    tiny_pipelines.img2img().save_pretrained(tmp_path / "model")
+    for colour in ("red", "blue"):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{colour}.png")
+    file = tmp_path / "prompts.jsonl"
+    lines = [
+        {"prompt": "a", "image": "red.png"},
+        {"prompt": "b", "image": "blue.png"},
+        {"prompt": "c", "image": "red.png", "references": ["blue.png"]},
+        {"prompt": "a", "image": "red.png", "seed": 3},
+    ]
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    out, seen = tmp_path / "out", []
+
+    class Compare:
+        name, differentiable, range = "compare", False, (0.0, 1.0)
+
+        def __call__(self, images, prompts, *, references=None):
+            assert references
+            seen.extend(
+                (p, *r[0].getpixel((0, 0))) for p, r in zip(prompts, references, strict=True)
+            )
+            return images.mean(dim=(1, 2, 3))
+
+    reward = rewards.load(Compare())
+    monkeypatch.setattr(rewards, "load", lambda spec, device=None, imports=False: reward)
+    arguments = ["--prompt-file", str(file), "--model", str(tmp_path / "model"), "--reward", "x"]
+    arguments += ["--particles", "2", "--steps", "4", "--out", str(out)]
+    assert script.main(arguments) == 0
+    assert set(seen) == {("a", 255, 0, 0), ("b", 0, 0, 255), ("c", 0, 0, 255)}
+    assert [path.name for path in folders(out)] == ["0000-a", "0001-b", "0002-c", "0003-a"]
+    wanted = json.loads((out / "manifest.json").read_text())["prompts"]
+    assert [prompt.get("image", "")[-8:] for prompt in wanted[:2]] == ["/red.png", "blue.png"]
+    assert script.main([*arguments, "--resume"]) == 0
+    shutil.rmtree(out / "0001-b")
+    seen.clear()
+    assert script.main([*arguments, "--resume"]) == 0
+    assert {prompt for prompt, *_ in seen} == {"b"}
+
+
+def test_an_image_to_edit_is_refused_where_it_would_have_no_effect(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "image": "a.png"}\n')
+    assert [prompt.image for prompt in read(file, images=True)] == [None, str(tmp_path / "a.png")]
+    with pytest.raises(ValueError, match="line 2 has an image to edit, which only tilt steer"):
+        read(file)

@@ -1,4 +1,4 @@
-"""Reading of prompt files: one prompt per line, or JSON lines with seeds and reference images."""
+"""Reading of prompt files: one prompt per line, or JSON lines with seeds and images."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from PIL import Image
 
 __all__ = ["Prompt", "read", "read_texts"]
 
-_KEYS = {"prompt", "seed", "references"}
+_KEYS = {"prompt", "seed", "references", "image"}
 MOST_BYTES = 100_000_000  # per file; larger files are not files of prompts
 MOST_CHARACTERS = 100_000  # per prompt
 
@@ -19,12 +19,14 @@ MOST_CHARACTERS = 100_000  # per prompt
 class Prompt:
     """A prompt; seed: None for the run's seed; references: paths of images to compare with.
 
-    Raises ValueError for text that is empty or cannot be encoded as UTF-8.
+    image: path of the image that the prompt edits, or None. Raises ValueError for text that is
+    empty or cannot be encoded as UTF-8.
     """
 
     text: str
     seed: int | None = None
     references: tuple[str, ...] = ()
+    image: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text.strip():
@@ -40,11 +42,12 @@ class Prompt:
             raise ValueError(f"the prompt {self.text!r:.80} is not UTF-8: write it as UTF-8")
 
 
-def read(path: Path) -> list[Prompt]:
-    """Read the prompts of a file, without blank lines; references are relative to its folder.
+def read(path: Path, images: bool = False) -> list[Prompt]:
+    """Read the prompts of a file, without blank lines; image files are relative to its folder.
 
-    A .jsonl file has {"prompt": ..., "seed": ..., "references": [...]} on each line, any other file
-    one prompt per line. Raises ValueError, with the number of the line, for invalid lines.
+    A .jsonl file has {"prompt": ..., "seed": ..., "references": [...], "image": ...} on each line,
+    any other file one prompt per line. images: whether prompts may edit an image. Raises
+    ValueError, with the number of the line, for invalid lines.
     """
     try:
         with path.open("rb") as file:
@@ -63,7 +66,15 @@ def read(path: Path) -> list[Prompt]:
         raise ValueError(f"{path} is empty: write one prompt per line")
     if path.suffix.lower() != ".jsonl":
         return [_prompt(f"{path} line {i}", line) for i, line in numbered]
-    return [_from_json(line, f"{path} line {i}", path.parent) for i, line in numbered]
+    prompts = [_from_json(line, f"{path} line {i}", path.parent) for i, line in numbered]
+    if not images:
+        for (i, _), prompt in zip(numbered, prompts, strict=True):
+            if prompt.image is not None:
+                raise ValueError(
+                    f"{path} line {i} has an image to edit, which only tilt steer passes to the "
+                    "pipeline: leave it out"
+                )
+    return prompts
 
 
 def read_texts(file: str) -> list[str]:
@@ -92,7 +103,12 @@ def _from_json(line: str, where: str, folder: Path) -> Prompt:
         raise ValueError(
             f"{where} has the seed {seed!r:.80}: write a whole number from 0 to 2**63 - 1"
         )
-    return _prompt(where, entry["prompt"], seed, _pictures(references, where, folder))
+    image = entry.get("image")
+    if image is not None and not isinstance(image, str):
+        raise ValueError(f"{where} has the image {image!r:.80}: write the name of an image file")
+    edited = _pictures([] if image is None else [image], where, folder)
+    others = _pictures(references, where, folder)
+    return _prompt(where, entry["prompt"], seed, others, *edited)
 
 
 def _pictures(names: Any, where: str, folder: Path) -> tuple[str, ...]:

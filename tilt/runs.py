@@ -13,7 +13,7 @@ import logging
 import re
 import shlex
 import unicodedata
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -117,11 +117,15 @@ def folder_name(index: int, prompt: str) -> str:
 
 @dataclass(frozen=True)
 class Share:
-    """The prompts of one seed, in batches, each of which has one pipeline call and one folder."""
+    """The prompts of one seed, in batches, each of which has one pipeline call and one folder.
+
+    image: path of the image that all of them edit, or None.
+    """
 
     seed: int
     prompts: list[Prompt]
     batches: dict[Path, Sequence[int]]  # folder -> indices in `prompts`
+    image: str | None = None
 
     def pending(self) -> dict[Path, Sequence[int]]:
         """Return the batches that are not finished."""
@@ -129,18 +133,18 @@ class Share:
 
 
 def divide(out: Path, prompts: Sequence[Prompt], size: int) -> list[Share]:
-    """Divide the prompts by seed, into batches of at most `size`."""
-    of_seed: dict[int, list[int]] = {}
+    """Divide the prompts by seed and edited image, into batches of at most `size`."""
+    alike: dict[tuple[int, str | None], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        of_seed.setdefault(prompt.seed or 0, []).append(index)
+        alike.setdefault((prompt.seed or 0, prompt.image), []).append(index)
     shares = []
-    for seed, indices in of_seed.items():
+    for (seed, image), indices in alike.items():
         batches = {}
         for start in range(0, len(indices), size):
             first = indices[start]
             folder = out / folder_name(first, prompts[first].text)
             batches[folder] = range(start, min(start + size, len(indices)))
-        shares.append(Share(seed, [prompts[i] for i in indices], batches))
+        shares.append(Share(seed, [prompts[i] for i in indices], batches, image))
     return shares
 
 
@@ -195,11 +199,16 @@ def check_calls(
     """Raise ValueError for errors that would otherwise occur only at a later seed."""
     from steering.pipeline import steer_each
 
-    prompts = [prompt for share in shares for prompt in share.prompts]
-    references = [prompt.references for prompt in prompts]  # file names, which are not opened here
-    for call in kinds.values():  # steer_each() checks its arguments when called, before iteration
-        texts = [prompt.text for prompt in prompts]
-        steer_each(pipe, texts, reward, references=_or_none(references), **call)
+    for edits in (False, True):
+        some = [share for share in shares if (share.image is not None) == edits]
+        prompts = [prompt for share in some for prompt in share.prompts]
+        if not prompts:
+            continue
+        references = _references(prompts, reward, lambda name: name)  # which are not opened here
+        image = _edited(some[0])  # any of them
+        for call in kinds.values():  # steer_each() checks its arguments when called
+            texts = [prompt.text for prompt in prompts]
+            steer_each(pipe, texts, reward, references=references, **call, **image)
 
 
 def steer_pending(
@@ -215,7 +224,8 @@ def steer_pending(
             given = {
                 "seed": share.seed,
                 "only": [i for which in pending.values() for i in which],
-                "references": _or_none([_pictures(prompt) for prompt in share.prompts]),
+                "references": _references(share.prompts, reward, _picture),
+                **_edited(share),
             }
             streams = [steer_each(pipe, texts, reward, **given, **call) for call in kinds.values()]
             # strict=True also exhausts each stream, which closes its progress bar
@@ -241,12 +251,22 @@ def _said_once() -> Iterator[None]:
         logger.removeFilter(is_new)
 
 
-def _pictures(prompt: Prompt) -> list[Image.Image]:
-    return [Image.open(name).convert("RGB") for name in prompt.references]
+def _references(
+    prompts: Sequence[Prompt], reward: Any, opened: Callable[[str], Any]
+) -> list[list[Any]] | None:
+    """Return the references of each prompt, by default the image that it edits, if any has some."""
+    wanted = getattr(reward, "wants_references", False)
+    names = [p.references or ((p.image,) if p.image and wanted else ()) for p in prompts]
+    return [[opened(name) for name in some] for some in names] if any(names) else None
 
 
-def _or_none(references: list[Any]) -> list[Any] | None:
-    return references if any(references) else None
+def _edited(share: Share) -> dict[str, Any]:
+    """Return the keyword of the pipeline's call, if the prompts edit an image."""
+    return {} if share.image is None else {"image": _picture(share.image)}
+
+
+def _picture(name: str) -> Image.Image:
+    return Image.open(name).convert("RGB")
 
 
 def keep(folder: Path, results: Mapping[str, Steered]) -> None:

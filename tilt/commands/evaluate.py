@@ -32,7 +32,7 @@ from rewards.sets import vendi
 from steering import tiny
 from steering.manifest import fingerprint, versions
 from tilt import digests, drawing, exit_status, loading, measures, started
-from tilt.commands.score import load, needs_references, score, texts, versioned
+from tilt.commands.score import load, score, texts, versioned
 from tilt.measures import Measure
 from tilt.options import Options
 from tilt.processes import is_main, join
@@ -131,7 +131,7 @@ def plan_of(settings: Evaluate) -> EvaluationPlan:
 def judge(spec: str, plan: EvaluationPlan, device: torch.device) -> rewards.WeightedSum:
     """Load a reward; raises ValueError if it cannot score every prompt."""
     reward = load(spec, device, plan.prompts)
-    if needs_references(reward.parts) and not all(plan.references):
+    if reward.needs_references and not all(plan.references):
         raise ValueError(f"{spec!r} compares with reference images; give some for every prompt")
     return reward
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import rewards
 from finetune.ranges import FLAG, NAME, TEXT, optional, setting, whole
 from rewards.algebra import calibrate
-from rewards.combine import Aggregate, Function, Part, component_names, names_in
+from rewards.combine import component_names, names_in
 from rewards.images import to_images
 from rewards.samples import Sample, batches, load_batch, read_samples
 from tilt import started
@@ -116,18 +116,6 @@ def load(spec: str, device: torch.device, prompts: Sequence[str]) -> rewards.Wei
     return reward
 
 
-def needs_references(parts: Sequence[Part]) -> bool:
-    """Return whether a part needs references; functions, for which they are optional, do not."""
-    for reward in (part.reward for part in parts):
-        if isinstance(reward, Aggregate):
-            needs = reward.references or any(needs_references(m.parts) for m in reward.members)
-        else:
-            needs = not isinstance(reward, Function) and getattr(reward, "wants_references", False)
-        if needs:
-            return True
-    return False
-
-
 def score_pictures(
     source: Path, spec: str, settings: Score, device: torch.device, processes: Processes
 ) -> None:
@@ -171,7 +159,7 @@ def load_for(samples: Sequence[Sample], spec: str, device: torch.device) -> rewa
     """Load the reward for these samples; ValueError if one lacks references that it needs."""
     reward = load(spec, device, [sample.prompt for sample in samples])
     without = [sample.image for sample in samples if not sample.references]
-    if without and needs_references(reward.parts):
+    if without and reward.needs_references:
         raise ValueError(
             f"{reward} compares with reference images but {without[0]} has none; write "
             '"references": [...] in its line of a .jsonl file'
@@ -305,7 +293,7 @@ def unscored(
 def load_without_references(run: Rollouts, spec: str, device: torch.device) -> rewards.WeightedSum:
     """Load the reward for the prompts of rollouts; ValueError if it needs references."""
     reward = load(spec, device, run.manifest["plan"]["prompts"])
-    if needs_references(reward.parts):
+    if reward.needs_references:
         raise ValueError(f"{reward} compares with reference images, which rollouts do not have")
     return reward
 

@@ -42,7 +42,10 @@ def open_folder(args: Steer, prompts: Sequence[Prompt], command: Sequence[str]) 
     manifest = {
         "settings": {name: options[name] for name in options if name not in MACHINE},
         "machine": {name: options[name] for name in options if name in MACHINE},
-        "prompts": [dataclasses.asdict(prompt) for prompt in prompts],
+        "prompts": [
+            {key: value for key, value in dataclasses.asdict(prompt).items() if value is not None}
+            for prompt in prompts
+        ],
         "command": ["tilt", "steer", *command],
         "versions": versions(),
     }
@@ -54,7 +57,7 @@ def open_folder(args: Steer, prompts: Sequence[Prompt], command: Sequence[str]) 
 def read_prompts(args: Steer) -> list[Prompt]:
     """Return the prompts of the command line, then those of the file, each with its seed."""
     prompts = [Prompt(text) for text in args.prompts]
-    prompts += read(Path(args.prompt_file)) if args.prompt_file else []
+    prompts += read(Path(args.prompt_file), images=True) if args.prompt_file else []
     if not prompts:
         raise ValueError("there is no prompt: give one or more, or a prompt_file")
     return [p if p.seed is not None else dataclasses.replace(p, seed=args.seed) for p in prompts]
@@ -145,8 +148,20 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
         started.say(f"loading {args.reward}")
         reward = rewards.load(args.reward, device, imports=True)
         reward.check([prompt.text for prompt in prompts])
+        check_references(prompts, reward)
     args.preview = loading.pick_preview(args.preview, args.model)
     return prompts, settings, reward
+
+
+def check_references(prompts: Sequence[Prompt], reward: rewards.WeightedSum) -> None:
+    """Raise ValueError for a prompt without the images that the reward compares with."""
+    without = [prompt.text for prompt in prompts if not (prompt.references or prompt.image)]
+    if without and reward.needs_references:
+        raise ValueError(
+            f"{reward} compares with reference images but the prompt {without[0]!r:.80} has none; "
+            'write "references": [...], or "image": ... if it edits one, in its line of a .jsonl '
+            "file"
+        )
 
 
 def is_finished(args: Steer, prompts: Sequence[Prompt]) -> bool:

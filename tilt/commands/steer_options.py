@@ -56,6 +56,8 @@ examples:
 
 a prompt file is text with one prompt per line, or .jsonl with one object per line:
   {"prompt": "a red circle", "seed": 3, "references": ["circle.png"]}
+"image" names the image that the pipeline edits, which is also the reference where none is given:
+  {"prompt": "make the hat red", "image": "hat.png"}
 """
 # Settings that may change when a run is resumed: they affect speed or memory, not the target.
 MACHINE = {"device", "attention", "compile", "max_batch", "spread"}
