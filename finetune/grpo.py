@@ -61,8 +61,8 @@ class Grpo(Tuning):
         0.8,
         number(0, ends="(]"),
         "noise of the stochastic steps: DDIM's eta, or the fraction of a flow's noise that is "
-        "replaced, both at most 1; with sde=flow or dance the level of the noise, such as 0.7 or "
-        "0.3",
+        "replaced, both at most 1; with the sde flow or dance, the level of the noise, such as "
+        "0.7 or 0.3",
     )
     sde: str = setting(
         "cps",

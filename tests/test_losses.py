@@ -22,7 +22,14 @@ from finetune.losses import (
     soft_preference_loss,
     target_distribution,
 )
-from finetune.policy_losses import clipped, group_advantages, nft_loss, policy_loss
+from finetune.policy_losses import (
+    clipped,
+    group_advantages,
+    guarded_log_ratio,
+    matching_score,
+    nft_loss,
+    policy_loss,
+)
 
 TAU = 0.3
 
@@ -381,6 +388,7 @@ OF_PROBABILITIES = {
     "soft": lambda p: soft_preference_loss(torch.zeros(4), torch.zeros(4), p),
     "nft": lambda p: nft_loss(torch.zeros(4, 5), torch.zeros(4, 5), torch.zeros(4, 5), p),
     "elbo": elbo_weight,
+    "matching": lambda t: matching_score(torch.ones(4, 5), torch.zeros(4, 5), t, time_power=1.0),
 }
 OF_PREDICTED = {
     "implicit": lambda x: implicit_scores(x, PREDS, PREDS, beta=1.0),
@@ -391,6 +399,8 @@ OF_PREDICTED = {
     "kto": lambda x: kto_loss(x, torch.ones_like(x, dtype=torch.bool)),
     "policy": lambda x: policy_loss(x, PREDS, PREDS),
     "nft": lambda x: nft_loss(x, PREDS, PREDS, torch.zeros(2)),
+    "adaptive nft": lambda x: nft_loss(x, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(2)),
+    "matching": lambda x: matching_score(x, PREDS, torch.ones(2), power=0.25),
 }
 
 
@@ -469,6 +479,14 @@ FLAT = torch.zeros(4)
         lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(3)),
         lambda: nft_loss(PREDS, PREDS[:1], PREDS, torch.zeros(2)),
         lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), beta=NAN),
+        lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(3)),
+        lambda: matching_score(PREDS, PREDS[:1], torch.ones(2)),
+        lambda: matching_score(PREDS, PREDS, torch.ones(3)),
+        lambda: matching_score(PREDS, PREDS, torch.ones(2), power=1.5),
+        lambda: matching_score(PREDS, PREDS, torch.ones(2), time_power=-1.0),
+        lambda: guarded_log_ratio(FLAT[:2], FLAT[:2], PREDS, PREDS[:1], torch.tensor(0.5)),
+        lambda: guarded_log_ratio(FLAT, FLAT, PREDS, PREDS, torch.tensor(0.5)),
+        lambda: guarded_log_ratio(FLAT[:2], FLAT[:2], PREDS, PREDS, torch.ones(3)),
         lambda: target_distribution(torch.zeros(2, 3), INF),
         lambda: gdro_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=NAN),
     ],
