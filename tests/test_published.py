@@ -94,7 +94,7 @@ MOVES = {
 
 def close(found: torch.Tensor, expected: object, rtol: float = 1e-4) -> None:
     expected = torch.as_tensor(expected, dtype=torch.float32)
-    torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=2e-6)
+    torch.testing.assert_close(found.float(), expected, rtol=rtol, atol=2e-7)
 
 
 def schedule_of(sde: str) -> Schedule:
@@ -158,22 +158,22 @@ def test_the_factor_that_flow_cps_leaves_out_grows_to_6934():
 def test_divergences_are_the_published_ones():
     """Flow-GRPO's code divides |μ - μ_ref|² by 2σ_t² instead of by 2σ_t² Δt, so ours by Δt."""
     schedule = schedule_of("flow")
-    move, ref = (schedule.transition(4, v, X, 0.7) for v in (V, 0.9 * V))
+    move, ref = (schedule.transition(4, v, X, 0.7) for v in (V, 0.5 * V))
     apart = (move.mean - ref.mean).square().flatten(1).mean(1)
     ours = apart / (2 * move.std.square())
-    close(ours * 0.08308977, [1.568432e-05, 1.328652e-05], rtol=1e-3)
-    close((0.1 * V).square().flatten(1).mean(1), [0.005415395, 0.004587499])
+    close(ours * 0.08308977, [0.0003921075, 0.0003321629])
+    close((0.5 * V).square().flatten(1).mean(1), [0.1353848, 0.1146875])
 
 
 def test_the_ratio_of_grpo_guard_is_the_published_one():
     schedule = schedule_of("flow")
-    move, old = (schedule.transition(4, v, X, 0.7) for v in (V, 0.9 * V))
+    move, old = (schedule.transition(4, v, X, 0.7) for v in (V, 0.5 * V))
     now, before = mean_log_prob(move, Y), mean_log_prob(old, Y)
-    close((now - before).exp(), [0.9968936, 0.9883678])
+    close((now - before).exp(), [0.9882885, 0.9461967])
     log_ratio = guarded_log_ratio(now, before, move.mean, old.mean, move.std)
-    close(log_ratio.exp(), [0.9988557, 0.9954887])
+    close(log_ratio.exp(), [0.9972371, 0.9800988])
     loss = policy_loss(log_ratio, torch.zeros(2), torch.tensor([1.5, -0.5]), clip=1e-4)
-    close(loss / (SIGMAS[4] - SIGMAS[5]), [-18.03211, 6.016987])
+    close(loss / (SIGMAS[4] - SIGMAS[5]), [-18.00289, 6.016987])
 
 
 PRED, OLD, TARGET = wave(1.0, 0.0), wave(0.8, 0.2), wave(1.3, 0.5)
