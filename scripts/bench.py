@@ -25,6 +25,7 @@ COMMANDS = {
     "gpu": "everything that needs a GPU, in one file",
     "processes": "prompts per second of two processes over those of one",
     "rewards": "what scoring costs, compared with the usual way",
+    "remote": "a reward over HTTP beside the same reward in this process",
     "training": "a training step over its network calls alone",
     "tuning": "what fine-tuning gains on unseen prompts",
     "online": "GDRO against Flow-GRPO, reward by seconds",

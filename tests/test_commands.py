@@ -87,6 +87,7 @@ BENCHES = {
     "gpu": "--device cpu --only parity cost attention memory training",
     "processes": "--pairs 1 --prompts 2",
     "rewards": "--pairs 1 --clip tiny",
+    "remote": "--pairs 1 --images 8 --sides 64 --rewards jpeg",
     "training": "--model tiny-sd3 --device cpu --pairs 2",
     "tuning": "--images 4 --test-images 2 --processes 1",
     "online": "--every 2",

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from reward_server import EXACT, Live, remote
+from test_grpo import trainer_of, weights_of
 
 import rewards
 from rewards.backends import reward_client
@@ -69,12 +70,12 @@ def test_eight_clients_at_once_get_exactly_the_local_scores(exact):
 def test_images_of_bytes_travel_as_bytes_however_they_were_divided(exact, reciprocal):
     numbers = torch.arange(256, dtype=torch.uint8).repeat(3, 1, 1)[None]
     images = numbers.float() * torch.tensor(1 / 255) if reciprocal else numbers.float() / 255
-    body, pixels = pack(images, ["a"], None, "")
-    assert (len(body) < 1500, pixels) == (True, 256)
+    made = pack(images, ["a"], None, "")
+    assert (len(made.body) < 1500, made.images, made.pixels) == (True, 1, 256)
     assert torch.equal(remote(exact.url)(images, ["a"]), exact.reward(images, ["a"]))
     nearly = images.clone()
     nearly[0, 0, 0, 3] = torch.nextafter(nearly[0, 0, 0, 3], torch.tensor(1.0))
-    assert len(pack(nearly, ["a"], None, "")[0]) > 3 * 256 * 4
+    assert len(pack(nearly, ["a"], None, "").body) > 3 * 256 * 4
     assert torch.equal(remote(exact.url)(nearly, ["a"]), exact.reward(nearly, ["a"]))
 
 
@@ -128,6 +129,45 @@ def test_numbers_that_are_none_and_infinite_ones_arrive_and_so_do_double_ones(od
     assert parts["jpeg"].dtype == torch.float32
 
 
+def test_infinite_bounds_are_none_and_gradients_end_at_the_server():
+    with Live("2*reward_server:Boundless") as live:
+        reward = remote(live.url)
+        assert reward.range == (None, None)
+        images = pictures(3).requires_grad_()
+        assert live.reward(images, ["a"] * 3).requires_grad
+        assert not reward(images, ["a"] * 3).requires_grad
+
+
+def test_a_training_run_whose_server_is_started_again_is_the_local_run():
+    live, calls = Live(EXACT), 0
+    remotely = remote(live.url, retries=30).evaluate
+
+    def scored(images: torch.Tensor, prompts: list[str]) -> Any:
+        nonlocal live, calls
+        calls += 1
+        if calls == 2:
+            live.stop()
+            threading.Timer(0.2, start).start()
+        return remotely(images, prompts)
+
+    def start() -> None:
+        nonlocal live
+        live = Live(EXACT, live.port)
+
+    weights = []
+    try:
+        for score in (live.reward.evaluate, scored):
+            torch.manual_seed(0)
+            trainer = trainer_of(score=score, micro_groups=1)
+            for _ in range(2):
+                assert trainer.train_step()["dropped"] == 0
+            weights.append(weights_of(trainer))
+    finally:
+        live.stop()
+    assert calls == 6
+    assert torch.equal(*weights)
+
+
 def test_no_images_give_no_scores_without_a_request(exact):
     reward = remote(exact.url)
     reward.client.url = "http://127.0.0.1:1"
@@ -150,8 +190,9 @@ def test_references_arrive_whatever_form_they_have_and_each_only_once():
         assert torch.equal(found, local(images, prompts, references=lists))
         assert torch.equal(reward(images[:1], ["a"], references=torch.stack([tall])[:, :1])[:1],
                            local(images[:1], ["a"], references=[[tall[0]]]))  # fmt: skip
-        body, _ = pack(images, prompts, [shared] * 5, "")
-        assert len(body) < len(pack(images, prompts, [list(shared) for _ in range(5)], "")[0])
+        once = pack(images, prompts, [shared] * 5, "")
+        assert once.images == 5 + 2
+        assert pack(images, prompts, [list(shared) for _ in range(5)], "").images == 5 + 5 * 2
         with pytest.raises(ValueError, match="5 images need references of 5 entries"):
             reward(images, prompts, references=entries[:2])
     with Live("delta(jpeg)") as live:
@@ -294,7 +335,7 @@ def test_images_are_divided_to_fit_the_limits_of_the_server():
         assert torch.equal(remote(live.url)(images, prompts), live.reward(images, prompts))
     with Live(SPEC, max_pixels=300) as live:
         assert torch.equal(remote(live.url)(images, prompts), live.reward(images, prompts))
-    said = r"14 × 9 pixels takes \d+ bytes, but .* 100 pixels"
+    said = r"is 1 images of 126 pixels in \d+ bytes, but .* accepts 512, 100 and 4194304 at once"
     with Live(SPEC, max_pixels=100) as live, pytest.raises(ValueError, match=said):
         remote(live.url)(images, prompts)
 

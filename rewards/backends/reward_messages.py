@@ -28,11 +28,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..images import to_images, to_uint8
+from ..images import to_images
 
 __all__ = [
     "JSON",
     "SAFETENSORS",
+    "Packed",
     "Served",
     "UnreadableAnswer",
     "error_of",
@@ -46,7 +47,17 @@ __all__ = [
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"  # content types
 PROTOCOL = "tilt reward 1"
+LIMITS = ("max_bytes", "max_images", "max_pixels")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A request in safetensors, and the number of its images and references and of their pixels."""
+
+    body: bytes
+    images: int
+    pixels: int
 
 
 class UnreadableAnswer(ValueError):
@@ -65,7 +76,8 @@ class Served:
         range: Bounds of the total, None where there is none.
         wants_references: Whether it uses reference images.
         max_bytes: Largest body of a request.
-        max_pixels: Largest number of pixels in the images and references of a request.
+        max_images: Largest number of images and references in a request.
+        max_pixels: Largest number of their pixels.
     """
 
     spec: str
@@ -74,7 +86,16 @@ class Served:
     range: tuple[float | None, float | None]
     wants_references: bool
     max_bytes: int
+    max_images: int
     max_pixels: int
+
+    def accepts(self, request: Packed) -> bool:
+        """Whether a request is within these limits."""
+        return (
+            len(request.body) <= self.max_bytes
+            and request.images <= self.max_images
+            and request.pixels <= self.max_pixels
+        )
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -98,11 +119,11 @@ class Served:
             and all(isinstance(name, str) and 0 < len(name) <= 200 for name in names)
             and all(isinstance(found.get(key), str) for key in ("spec", "identity"))
             and isinstance(found.get("wants_references"), bool)
-            and all(type(found.get(key)) is int for key in ("max_bytes", "max_pixels"))
+            and all(type(found.get(key)) is int for key in LIMITS)
         )
         if not good:
             raise ValueError("it is not the description of a reward")
-        kept = ("spec", "identity", "wants_references", "max_bytes", "max_pixels")
+        kept = ("spec", "identity", "wants_references", *LIMITS)
         own = {key: found[key] for key in kept}
         return cls(components=tuple(found["components"]), range=(low, high), **own)
 
@@ -117,8 +138,8 @@ def _is_range(value: Any) -> bool:
 
 def pack(
     images: Tensor, prompts: Sequence[str], references: Sequence[Any] | None, identity: str
-) -> tuple[bytes, int]:
-    """Return a request in safetensors, and the number of pixels of its images and references.
+) -> Packed:
+    """Return a request in safetensors.
 
     Args:
         images: Float (n, 3, h, w) in [0, 1]. They are sent as bytes if these restore every bit.
@@ -131,9 +152,10 @@ def pack(
     text |= {"reciprocal": reciprocal}
     if references is not None:
         text["references"] = _add_references(tensors, references)
+    count = len(images) + len(tensors) - 1
     pixels = sum(x.numel() // 3 for x in tensors.values())
     tensors["text"] = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
-    return safetensors.torch.save(tensors), pixels
+    return Packed(safetensors.torch.save(tensors), count, pixels)
 
 
 def _smallest(x: Tensor) -> tuple[Tensor, bool]:
@@ -142,7 +164,7 @@ def _smallest(x: Tensor) -> tuple[Tensor, bool]:
     Images of bytes are the quotient on a CPU, but the product with the reciprocal on a GPU.
     """
     if x.dtype == torch.float32:
-        numbers = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous()
+        numbers = x.mul(255).round_().clamp_(0, 255).to(torch.uint8).contiguous()
         for reciprocal in (False, True):
             if torch.equal(restored(numbers, reciprocal), x):
                 return numbers, reciprocal
@@ -153,7 +175,7 @@ def restored(x: Tensor, reciprocal: bool = False) -> Tensor:
     """Return images that were sent as bytes or as floats, as they were before."""
     if x.dtype != torch.uint8:
         return x
-    return x.float() * torch.tensor(1 / 255) if reciprocal else x.float() / 255
+    return x.float().mul_(1 / 255) if reciprocal else x.float().div_(255)
 
 
 def _add_references(tensors: dict[str, Tensor], references: Sequence[Any]) -> list[list[int]]:

@@ -138,15 +138,17 @@ class RemoteReward:
         """Yield requests for these rows, each within the server's limits."""
         chosen = None if references is None else [references[i] for i in rows]
         own = images[rows[0] : rows[-1] + 1]
-        body, pixels = pack(own, [prompts[i] for i in rows], chosen, self.served.identity)
-        if len(body) <= self.served.max_bytes and pixels <= self.served.max_pixels:
-            yield rows, body
+        made = pack(own, [prompts[i] for i in rows], chosen, self.served.identity)
+        if self.served.accepts(made):
+            yield rows, made.body
             return
         if len(rows) == 1:
+            most = self.served
             raise ValueError(
-                f"an image of {own.shape[3]} × {own.shape[2]} pixels takes {len(body)} bytes, but "
-                f"the reward server at {self.client.url} accepts {self.served.max_bytes} bytes and "
-                f"{self.served.max_pixels} pixels; start it with larger limits"
+                f"one image with its references is {made.images} images of {made.pixels} pixels in "
+                f"{len(made.body)} bytes, but the reward server at {self.client.url} accepts "
+                f"{most.max_images}, {most.max_pixels} and {most.max_bytes} at once; start it with "
+                "larger limits"
             )
         middle = len(rows) // 2
         for half in (rows[:middle], rows[middle:]):

@@ -44,6 +44,9 @@ class Serve:
         32, whole(1, 10_000), "requests that may wait; further ones are told to come back later"
     )
     max_megabytes: int = setting(64, whole(1, 4096), "largest request, in 2**20 bytes")
+    max_images: int = setting(
+        512, whole(1, 100_000), "most images of a request, references included"
+    )
     max_megapixels: int = setting(32, whole(1, 89), "most pixels of a request, in 2**20")
 
 
@@ -54,11 +57,9 @@ def bound(host: str, port: int) -> socket.socket:
     """Return a socket that is bound to this address, but does not listen yet."""
     found = None
     try:
-        flags = socket.AI_PASSIVE
-        family, kind, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=flags
-        )[0]
-        found = socket.socket(family, kind)
+        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = places[0]
+        found = socket.socket(family, kind, protocol)  # asyncio sends at once only if it is TCP
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # to be restarted at once
         found.bind(address)
     except OSError as error:
@@ -86,7 +87,12 @@ def server_of(settings: Serve) -> Any:
     device = loading.pick_device(settings.device)
     started.say(f"loading {settings.reward}")
     reward = rewards.load(settings.reward, device, imports=True)
-    served = described(reward, settings.max_megabytes << 20, settings.max_megapixels << 20)
+    served = described(
+        reward,
+        max_bytes=settings.max_megabytes << 20,
+        max_images=settings.max_images,
+        max_pixels=settings.max_megapixels << 20,
+    )
     app = routes(Scorer(reward, served, device, settings.queue))
     return uvicorn.Server(
         uvicorn.Config(
@@ -108,6 +114,7 @@ def run(settings: Serve) -> None:
     logging.basicConfig(level=logging.WARNING)
     with bound(settings.host, settings.port) as listener:
         server, (host, port) = server_of(settings), listener.getsockname()[:2]
+        listener.listen()  # before the line below, which may be waited for
         shown = f"[{host}]" if ":" in host else host
         print(f"serving {settings.reward} at http://{shown}:{port} (Ctrl-C stops it)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import base64
 import binascii
 import io
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rewards.backends.reward_messages import JSON, SAFETENSORS, object_of, restored
+from rewards.backends.reward_messages import JSON, SAFETENSORS, Served, object_of, restored
 from rewards.images import check_inputs, check_prompts, to_images
 
 __all__ = ["BadRequest", "Request", "read_prompts", "read_request"]
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 LONGEST_PROMPT = 20_000  # characters
+LONGEST_SIDE = 16_384  # pixels
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # how every PNG file begins, before its width and height
 
 
@@ -47,13 +48,10 @@ class Request:
     identity: str
 
 
-def read_request(body: bytes, kind: str, max_pixels: int) -> Request:
+def read_request(body: bytes, kind: str, limits: Served) -> Request:
     """Read and check a request of the content type `kind`; raises BadRequest."""
-    read: dict[str, Callable[[bytes, int], Request]] = {
-        SAFETENSORS: _of_safetensors,
-        JSON: _of_json,
-    }
-    found = read[kind](body, max_pixels)
+    read = {SAFETENSORS: _of_safetensors, JSON: _of_json}
+    found = read[kind](body, limits)
     _check_prompts(found.prompts)
     try:
         check_inputs(found.images, found.prompts)
@@ -100,7 +98,7 @@ def _identity(text: Mapping[str, Any]) -> str:
     return found
 
 
-def _of_safetensors(body: bytes, max_pixels: int) -> Request:
+def _of_safetensors(body: bytes, limits: Served) -> Request:
     try:
         tensors = safetensors.torch.load(body)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
@@ -112,15 +110,15 @@ def _of_safetensors(body: bytes, max_pixels: int) -> Request:
     if text.dtype != torch.uint8:
         raise BadRequest(422, f"the tensor text must hold bytes but is {text.dtype}")
     about = _json(text.flatten().numpy().tobytes())
-    pixels = 0
     for name, x, ndim in [("images", images, 4), *((n, x, 3) for n, x in tensors.items())]:
         if x.dtype != torch.uint8 and x.dtype not in FLOATS:
             raise BadRequest(422, f"{name} must be bytes or floats in [0, 1] but is {x.dtype}")
         if x.ndim != ndim or x.shape[-3] != 3 or min(x.shape[-2:]) < 1:
             wanted = "(n, 3, h, w)" if ndim == 4 else "(3, h, w)"
             raise BadRequest(422, f"{name} must have shape {wanted} but has {tuple(x.shape)}")
-        pixels += x.numel() // 3
-    _check_pixels(pixels, max_pixels)
+    _check_count(len(images) + len(tensors), limits)
+    sizes = [tuple(images.shape[2:])] * len(images)
+    _check_sizes(sizes + [tuple(x.shape[1:]) for x in tensors.values()], limits)
     return Request(
         restored(images, about.get("reciprocal") is True),
         about.get("prompts", []),
@@ -160,7 +158,7 @@ def _reference(x: Tensor) -> Tensor:
     return x
 
 
-def _of_json(body: bytes, max_pixels: int) -> Request:
+def _of_json(body: bytes, limits: Served) -> Request:
     about = _json(body)
     unknown = sorted(set(about) - {"prompts", "images", "references", "identity"})
     if unknown:
@@ -175,8 +173,9 @@ def _of_json(body: bytes, max_pixels: int) -> Request:
     ):
         raise BadRequest(422, "references must be a list of PNG files for each image, or null")
     entries = [images, *(references or [])]
+    _check_count(sum(map(len, entries)), limits)
     files = [[_file(text) for text in entry] for entry in entries]
-    _check_pixels(sum(_pixels(file) for entry in files for file in entry), max_pixels)
+    _check_sizes([_size(file) for entry in files for file in entry], limits)
     first, *others = [[_picture(file) for file in entry] for entry in files]
     sizes = {tuple(picture.shape[1:]) for picture in first}
     if len(sizes) > 1:
@@ -186,9 +185,23 @@ def _of_json(body: bytes, max_pixels: int) -> Request:
     return Request(stacked, about.get("prompts", []), found, _identity(about))
 
 
-def _check_pixels(pixels: int, most: int) -> None:
-    if pixels > most:
-        raise BadRequest(413, f"the images have {pixels} pixels, over {most}: send fewer at once")
+def _check_count(count: int, limits: Served) -> None:
+    if count > limits.max_images:
+        raise BadRequest(
+            413, f"there are {count} images and references, over {limits.max_images}: send fewer"
+        )
+
+
+def _check_sizes(sizes: Sequence[tuple[int, ...]], limits: Served) -> None:
+    """Require that the images and references of these sizes (h, w) are within the limits."""
+    _check_count(len(sizes), limits)
+    pixels, side = sum(h * w for h, w in sizes), max((max(size) for size in sizes), default=0)
+    if pixels > limits.max_pixels:
+        raise BadRequest(
+            413, f"the images have {pixels} pixels, over {limits.max_pixels}: send fewer at once"
+        )
+    if side > LONGEST_SIDE:  # matrices that resize have as many columns
+        raise BadRequest(413, f"an image has a side of {side} pixels, over {LONGEST_SIDE}")
 
 
 def _file(text: Any) -> bytes:
@@ -198,14 +211,14 @@ def _file(text: Any) -> bytes:
         raise BadRequest(422, "an image is not text in base64: send a PNG file") from None
 
 
-def _pixels(file: bytes) -> int:
-    """Return the number of pixels that the header of a PNG file states, without decoding it."""
+def _size(file: bytes) -> tuple[int, int]:
+    """Return the size (h, w) that the header of a PNG file states, without decoding it."""
     if file[:16] != PNG or len(file) < 33:
         raise BadRequest(422, "an image is no PNG file: send one")
     width, height, depth = struct.unpack(">IIB", file[16:25])
     if depth > 8:
         raise BadRequest(422, f"an image has {depth} bits per channel: convert it to 8 first")
-    return width * height
+    return height, width
 
 
 def _picture(file: bytes) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
+import math
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,8 +21,6 @@ from tilt.server.requests import BadRequest, read_prompts, read_request
 
 __all__ = ["Busy", "Gone", "Scorer", "described"]
 
-log = logging.getLogger("tilt.serve")
-
 
 class Busy(RuntimeError):
     """As many requests as allowed are waiting."""
@@ -32,19 +30,26 @@ class Gone(RuntimeError):
     """The client has closed its connection, so nothing was scored."""
 
 
-def described(reward: rewards.WeightedSum, max_bytes: int, max_pixels: int) -> Served:
-    """Return what clients are told about a reward that was loaded from text."""
+def described(reward: rewards.WeightedSum, **limits: int) -> Served:
+    """Return what clients are told about a reward that was loaded from text.
+
+    limits: the fields of `Served` that begin with max.
+    """
     spec = reward.spec
     whole = hashlib.sha256(f"{rewards.identity(spec)} {spec}".encode())
     return Served(
         spec=spec,
         identity=whole.hexdigest()[:12],
         components=tuple(component_names(reward.parts)),
-        range=reward.range,
+        range=(_end(reward.range[0]), _end(reward.range[1])),
         wants_references=reward.wants_references,
-        max_bytes=max_bytes,
-        max_pixels=max_pixels,
+        **limits,
     )
+
+
+def _end(bound: float | None) -> float | None:
+    """Return a bound as JSON can hold it; a reward of one's own may have infinite ones."""
+    return bound if bound is not None and math.isfinite(bound) else None
 
 
 class Scorer:
@@ -86,7 +91,7 @@ class Scorer:
 
     def score(self, body: bytes, kind: str) -> bytes:
         """Return the answer to a request of this content type; raises ValueError."""
-        request = read_request(body, kind, self.served.max_pixels)
+        request = read_request(body, kind, self.served)
         if request.identity not in ("", self.served.identity):
             raise BadRequest(
                 409,
