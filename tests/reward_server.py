@@ -87,7 +87,7 @@ class Live:
         self.core, self.socket = uvicorn.Server(config), bound("127.0.0.1", port)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=self.core.run, args=([self.socket],))
+        self.thread = threading.Thread(target=self.core.run, args=([self.socket],), daemon=True)
         self.thread.start()
         while not self.core.started:
             time.sleep(0.005)

@@ -150,6 +150,7 @@ MALFORMED = {
     "an image that is no text": (asked(7), JSON, 422),
     "an image that is no base64": (asked("!!!!"), JSON, 422),
     "an image that is no PNG": (asked(b"GIF89a" + bytes(40)), JSON, 422),
+    "an image of three bytes": (asked(b"PNG"), JSON, 422),
     "an address instead of an image": (asked("file:///etc/passwd"), JSON, 422),
     "a cut PNG": (asked(file()[:60]), JSON, 422),
     "a damaged PNG": (asked(file()[:50] + bytes(30) + file()[80:]), JSON, 422),
