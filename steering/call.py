@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from steering.arguments import MOST_FRAMES, MOST_PIXELS, MOST_STEPS, check_count
-from steering.keywords import check_keywords
+from steering.keywords import SUNG, check_keywords, is_per_prompt
 from steering.networks import networks
 from steering.refusals import refuse_unsteerable
 from steering.settings import FeynmanKac
@@ -30,6 +30,7 @@ _CLASHES = {
     "prompt": "pass the prompts as steer()'s second argument",
     "num_images_per_prompt": "pass particles= instead",
     "num_videos_per_prompt": "pass particles= instead",
+    "num_waveforms_per_prompt": "pass particles= instead",
     "generator": "pass seed= instead",
     "latents": "each particle starts from the noise of its own generator; pass seed= instead",
     "output_type": "images are returned as PIL images, latents as Steered.latents",
@@ -40,8 +41,8 @@ _CLASHES = {
 }
 # keywords whose str is one text for all prompts; other keywords with "prompt" in their name differ
 _TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
-_PICTURES = re.compile(r"image|video|frames|mask|control|condition")
-_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+_PICTURES = re.compile(r"image|video|audio|frames|mask|control|condition")
+_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 WAYS = ("count", "texts", "pictures")  # to request rows: by a count, or by repeating these
 
 
@@ -182,7 +183,7 @@ class PipelineCall:
         written_out = way > 0 or count is None or len(indices) > 1 or "prompt_embeds" in call
         rows = [i for i in indices for _ in range(k)] if written_out else list(indices)
         for name in self._per_prompt():
-            call[name] = self._deal(call[name], rows)
+            call[name] = self._deal(self.value(name), rows)
         if "prompt_embeds" not in call:
             call["prompt"] = self._deal(list(self.prompts), rows)
         if WAYS[way] == "pictures":
@@ -211,7 +212,7 @@ class PipelineCall:
         shorter = " ".join(text.split()[1:]) if text.strip() else "a"
         keywords = dict(self.keywords)
         for name in self._per_prompt():
-            keywords[name] = self._deal(keywords[name], [index, index])
+            keywords[name] = self._deal(self.value(name), [index, index])
         embeds = keywords.get("prompt_embeds")
         if isinstance(embeds, Tensor):
             keywords["prompt_embeds"] = torch.stack([embeds[0], embeds[1] * 0.5])
@@ -220,15 +221,16 @@ class PipelineCall:
         return dataclasses.replace(self, keywords=keywords, prompts=(text, shorter))
 
     def _per_prompt(self) -> list[str]:
-        return [
+        sung = [name for name in SUNG if isinstance(self.value(name), str)]
+        return sung + [
             name
             for name, value in self.keywords.items()
-            if ("prompt" in name and isinstance(value, list | Tensor))
+            if (is_per_prompt(name) and isinstance(value, list | Tensor))
             or (_TEXTS.fullmatch(name) and isinstance(value, str))
         ]
 
     def _check_length(self, name: str) -> None:
-        value, b = self.keywords[name], len(self.prompts)
+        value, b = self.value(name), len(self.prompts)
         if not isinstance(value, str) and len(value) not in (1, b):
             raise ValueError(
                 f"{name}= has {len(value)} entries for {b} prompts; pass one, or one per prompt."
@@ -264,8 +266,11 @@ def _a_row(name: str, value: Any, rows: int) -> Any:
     return value
 
 
-def check_pipeline(pipe: DiffusionPipeline) -> None:
-    """Raise ValueError for a pipeline that cannot be steered, or with active dropout."""
+def check_pipeline(pipe: DiffusionPipeline, decodes: bool = False) -> None:
+    """Raise ValueError for a pipeline that cannot be steered, or with active dropout.
+
+    decodes: whether decode= was given.
+    """
     from diffusers import DiffusionPipeline  # here, so that importing steering imports no models
 
     if not isinstance(pipe, DiffusionPipeline):
@@ -273,7 +278,7 @@ def check_pipeline(pipe: DiffusionPipeline) -> None:
             f"steer() got a {type(pipe).__name__}; pass a diffusers pipeline, such as one that "
             "DiffusionPipeline.from_pretrained(...) returns."
         )
-    refuse_unsteerable(pipe)
+    refuse_unsteerable(pipe, decodes)
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and any(map(_drops_out, part.modules())):
             raise ValueError(

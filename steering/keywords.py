@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_keywords"]
+__all__ = ["SUNG", "check_keywords", "is_per_prompt"]
+
+SUNG = ("lyrics", "transcription", "vocal_language")  # texts beside a prompt, one for each row
 
 
 def check_keywords(call: Callable[..., Any], keywords: Mapping[str, Any], kind: str) -> None:
@@ -101,3 +103,8 @@ def _said(wanted: Any) -> str:
     if origin in _LISTS and args:
         return f"a list of ({' or '.join(dict.fromkeys(_said(a) for a in args if a is not ...))})"
     return _WORDS.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def is_per_prompt(name: str) -> bool:
+    """Return whether a list for this keyword holds an entry for each prompt."""
+    return "prompt" in name or name in SUNG

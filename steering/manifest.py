@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from steering.keywords import is_per_prompt
 from steering.settings import FeynmanKac
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ def _keyword(name: str, value: Any) -> Any:
 
 def _is_dealt(name: str, value: Any, b: int) -> bool:
     """Return whether a keyword of the pipeline has one entry for each of b prompts."""
-    return "prompt" in name and isinstance(value, list) and len(value) == b
+    return is_per_prompt(name) and isinstance(value, list) and len(value) == b
 
 
 def versions() -> dict[str, str]:

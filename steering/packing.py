@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_alone", "first_step", "no_rows"]
 
-_ALIKE = 2e-3  # tolerated relative difference, which rounding alone may cause
+_ALIKE = 1e-3  # tolerated relative difference, which rounding alone may cause
 _ROUNDINGS = 8  # the same in units of the dtype's eps, which guidance amplifies
 _FINE = 1e-4  # a dtype with a larger eps is half precision
 

@@ -155,7 +155,7 @@ def steer_each(
         watch=watch,
         only=only,
     )
-    check_pipeline(pipe)
+    check_pipeline(pipe, decode is not None)
     ours = tuple(inspect.signature(steer).parameters)
     call = PipelineCall.check(pipe, prompts, pipe_kwargs, ours[:-1])
     if isinstance(references, str):

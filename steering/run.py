@@ -31,6 +31,7 @@ from steering.outputs import Sound, from_levels, levels, shown
 from steering.packing import check_alone, first_step, no_rows
 from steering.particles import Particles, needs_scores, refuse_not_finite, way_out
 from steering.probe import Again, Batch
+from steering.refusals import refuse_momentum
 from steering.result import Steered
 from steering.schedulers import Look, stochastic
 from steering.scoring import PromptScorer
@@ -80,6 +81,7 @@ class Run:
         check_preview(self.pipe, self.preview)
         if not needs_scores(self.settings, self.k):
             return
+        refuse_momentum(self.pipe, self.call.value("guidance_scale"))
         if self.settings.noise == 0 and self.settings.reward_scale != 0:
             raise ValueError(
                 "with noise=0 the copies of a particle remain identical; " + way_out(self.settings)

@@ -285,8 +285,6 @@ def test_a_guidance_that_hooks_layers_leaves_none_behind(monkeypatch, fails):
     ("name", "sentence"),
     [
         ("KandinskyV22PriorPipeline", "generates no images .* steer the pipeline that uses its"),
-        ("AceStepPipeline", "generates sound, which rewards cannot score"),
-        ("LTX2Pipeline", "generates sound, which rewards cannot score"),
         ("LatentConsistencyModelPipeline", "sets its timesteps by original_inference_steps="),
         ("KandinskyV22CombinedPipeline", r"runs other pipelines \(prior_pipe, decoder_pipe\)"),
         ("IFPipeline", "variance_type='learned_range'.* set pipe.scheduler to one with a fixed"),

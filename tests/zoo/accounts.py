@@ -10,13 +10,14 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
 
+from zoo.audio import ANIMALS as SOUNDS
 from zoo.building import Animal, pipeline_of
 from zoo.image import ANIMALS as IMAGES
 from zoo.video import ANIMALS as VIDEOS
 
 __all__ = ["ANIMALS", "REASONS", "REFUSED", "bare", "exported", "reason", "refusal"]
 
-ANIMALS: dict[str, Animal] = IMAGES | VIDEOS
+ANIMALS: dict[str, Animal] = IMAGES | VIDEOS | SOUNDS
 
 # class -> how steer() refuses it
 REFUSED: dict[str, str] = {
@@ -37,13 +38,8 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            "AceStepPipeline",
-            "AudioLDM2Pipeline",
             "LongCatAudioDiTPipeline",
             "StableAudioPipeline",
-            "StableAudio3Pipeline",
-            "StableAudio3InpaintPipeline",
-            "StableAudio3AudioToAudioPipeline",
             "Kandinsky6TI2VAPipeline",
             "LTX2Pipeline",
             "LTX2ConditionPipeline",

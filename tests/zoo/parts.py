@@ -14,6 +14,7 @@ import diffusers
 import torch
 import transformers
 
+from zoo.audio_networks import AUDIO
 from zoo.decoders import DECODERS
 from zoo.networks import NETWORKS
 from zoo.texts import TEXTS, TOKENIZERS
@@ -53,7 +54,7 @@ _SCHEDULERS = {
     "DDIMScheduler": _BETAS | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1},
     "UniPCMultistepScheduler": _FLOW,
 }
-_CONFIGS = TEXTS | DECODERS | NETWORKS | VIDEO_NETWORKS | _SCHEDULERS
+_CONFIGS = TEXTS | DECODERS | NETWORKS | VIDEO_NETWORKS | AUDIO | _SCHEDULERS
 # annotations that stand for several classes, or for one that the weights decide
 _INSTEAD = {
     "KarrasDiffusionSchedulers": "DDIMScheduler",

@@ -145,6 +145,11 @@ def _xlmr() -> Any:
     return transformers.XLMRobertaTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)])
 
 
+def _roberta() -> Any:
+    vocab = {t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>", *_LETTERS])}
+    return transformers.RobertaTokenizer(vocab=vocab, merges=[], model_max_length=16)
+
+
 def _sees(processor: str, patch: int) -> Any:
     images = transformers.Qwen2VLImageProcessor(
         patch_size=patch, min_pixels=(2 * patch) ** 2, max_pixels=(4 * patch) ** 2
@@ -162,6 +167,8 @@ TOKENIZERS = {
     "LlamaTokenizer": _llama,
     "BertTokenizer": _bert,
     "XLMRobertaTokenizer": _xlmr,
+    "RobertaTokenizer": _roberta,
+    "ClapFeatureExtractor": transformers.ClapFeatureExtractor,
     "CLIPImageProcessor": lambda: transformers.CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size=32
     ),

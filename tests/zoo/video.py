@@ -16,7 +16,6 @@ ANIMALS: dict[str, Animal] = {
             "image_processor": "CLIPImageProcessor",
         },
         call={"num_frames": 5},
-        steer=_DECODE,
     ),
     "CogVideoXFunControlPipeline": Animal({"transformer": {"in_channels": 8}}),
     "CogVideoXImageToVideoPipeline": Animal({"transformer": {"in_channels": 8}}),
@@ -64,7 +63,6 @@ ANIMALS: dict[str, Animal] = {
     "SanaImageToVideoPipeline": Animal(
         {"vae": "AutoencoderKLWan"},
         call={"height": 32, "width": 32, "frames": 9},
-        steer=_DECODE,
     ),
     "SanaVideoPipeline": Animal({"vae": "AutoencoderKLWan"}, call={"height": 32, "width": 32}),
     "SkyReelsV2ImageToVideoPipeline": Animal(
