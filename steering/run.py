@@ -348,7 +348,8 @@ class Run:
             scores = particles.whole(scores)
             parts = {name: particles.whole(part.to(scores.device)) for name, part in parts.items()}
             rate = images[0].rate if isinstance(images[0], Sound) else 0
-            images = from_levels(self.spread.whole(outputs.to(latents.device)), rate)
+            own = outputs.to(latents.device).view(torch.uint8)  # NCCL gathers no int16
+            images = from_levels(self.spread.whole(own).view(outputs.dtype), rate)
         state = particles.close(scores)
         rewards, num = scores.cpu(), particles.num
         refuse_not_finite(rewards, particles.describe, "the final image")
