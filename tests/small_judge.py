@@ -21,7 +21,7 @@ TEMPLATE = (
 )
 
 
-def save_qwen(folder: Path, words: list[str] = WORDS, seed: int = 0) -> str:
+def save_qwen(folder: Path, dtype: torch.dtype = torch.float32) -> str:
     """Save it and return the folder. Digits are tokens of their own, as in Qwen's vocabulary."""
     from tokenizers import pre_tokenizers
     from transformers import (
@@ -34,7 +34,7 @@ def save_qwen(folder: Path, words: list[str] = WORDS, seed: int = 0) -> str:
     )
 
     merges = []
-    for word in (form for w in words for form in (w, w.title(), w.upper())):
+    for word in (form for w in WORDS for form in (w, w.title(), w.upper())):
         merges += [(word[:i], word[i]) for i in range(1, len(word))] + [("Ġ", word)]
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), *SPECIAL]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
@@ -69,8 +69,8 @@ def save_qwen(folder: Path, words: list[str] = WORDS, seed: int = 0) -> str:
         vision_end_token_id=ids["<|vision_end|>"],
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        torch.manual_seed(0)
+        model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
     model.save_pretrained(folder)
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(),

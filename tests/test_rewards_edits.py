@@ -29,9 +29,9 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory) -> str:
-    return save_qwen(tmp_path_factory.mktemp("qwen"))
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def qwen(request, tmp_path_factory) -> str:
+    return save_qwen(tmp_path_factory.mktemp("qwen"), request.param)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,10 @@ def test_sources_that_are_missing_or_too_many_are_refused_before_a_request(
     assert not server.bodies
 
 
-def test_compares_is_true_or_false(server):
-    with pytest.raises(ValueError, match="compares is 'yes'; give true or false"):
-        server.judge(compares="yes")
+@pytest.mark.parametrize("value", ["yes", 1, 0.0])
+def test_compares_is_true_or_false(server, value):
+    with pytest.raises(ValueError, match=f"compares is {value!r}; give true or false"):
+        server.judge(compares=value)
 
 
 @pytest.mark.parametrize("preset", ["unifiedreward", "unifiedreward2", "unifiedreward_edit"])
@@ -168,7 +169,7 @@ def test_a_local_qwen_gets_what_its_published_route_gives(qwen, preset):
     asked = task.question.replace("{prompt}", "a red hat, not [a] cat")
     judge = JudgeReward(qwen, preset=preset, max_tokens=8)
 
-    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen).eval()
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(qwen, dtype="auto").eval()
     processor: Any = AutoProcessor.from_pretrained(qwen)
     content = [{"type": "image"} for _ in shown] + [{"type": "text", "text": asked}]
     text = processor.apply_chat_template(
@@ -186,7 +187,7 @@ def test_a_local_qwen_gets_what_its_published_route_gives(qwen, preset):
     assert judge.model.answer(shown, asked) == expected
     word = processor.tokenizer.convert_tokens_to_ids("four")
     (chance,), rest = judge.model.first(shown, asked, [["four"]])
-    assert chance == pytest.approx(logits.softmax(-1)[word].item(), rel=1e-5)
+    assert chance == pytest.approx(logits.float().softmax(-1)[word].item(), rel=1e-5)
     assert rest == 0
     if len(shown) == 2:
         (swapped,), _ = judge.model.first(shown[::-1], asked, [["four"]])

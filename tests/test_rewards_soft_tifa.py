@@ -31,9 +31,9 @@ def server() -> Iterator[Server]:
     server.close()
 
 
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory) -> str:
-    return save_qwen(tmp_path_factory.mktemp("qwen"))
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def qwen(request, tmp_path_factory) -> str:
+    return save_qwen(tmp_path_factory.mktemp("qwen"), request.param)
 
 
 def ask(server: Server, file: Path = SHAPES, **options: Any) -> SoftTifaReward:
@@ -52,7 +52,7 @@ def published(folder: str, picture: np.ndarray, asked: str, answers: list[str]) 
     """The probability of each answer's first token, by generating one token."""
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
     processor: Any = AutoProcessor.from_pretrained(folder)
     content = [{"type": "image", "image": Image.fromarray(picture)}]
     inputs = processor.apply_chat_template(

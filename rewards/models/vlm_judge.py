@@ -97,7 +97,7 @@ class JudgeReward:
         check_choice("the judge's preset", preset, PRESETS)
         texts = {"source": source, "question": question, "pattern": pattern, "key_env": key_env}
         _check_texts(**texts)
-        if compares not in (None, True, False):
+        if not isinstance(compares, bool | None):
             raise ValueError(f"the judge's compares is {compares!r}; give true or false")
         self.name = "judge"
         self.spec = written(
