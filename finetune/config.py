@@ -108,6 +108,10 @@ def _merge(known: Any, given: Any, kind: type, where: str) -> Any:
             close = get_close_matches(key, names, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known are {names}"
             raise ValueError(f"{where} sets {key!r:.80}, which is unknown; {hint}")
+    for key in _keys(given):  # one name is a list of one
+        value = OmegaConf.select(given, key)
+        if isinstance(value, str) and OmegaConf.is_list(OmegaConf.select(known, key)):
+            OmegaConf.update(given, key, [value])
     _check_flags(known, given)
     return OmegaConf.merge(known, given)
 

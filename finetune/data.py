@@ -63,22 +63,27 @@ class Data:
     unscored: int = 0
 
 
-def load_data(run: Rollouts, reward: str, norm: str, k: int) -> Data:
-    """Load a scored run with the rewards of the column `reward`, normalised by `norm`.
+def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: int) -> Data:
+    """Load scored runs with the rewards of the column `reward`, normalised by `norm`.
 
-    Groups have k or more images. Latents and conditioning are memory-mapped. Raises ValueError for
-    a missing column, and as `make_groups` does.
+    Images of one prompt in two runs are two groups. Groups have k or more images. Latents and
+    conditioning are memory-mapped. Raises ValueError for a missing column, and as `make_groups`
+    does.
     """
-    shards, prompts, rewards = [], [], []
-    for shard in run.shards:
+    runs = [*runs] if isinstance(runs, Sequence) else [runs]
+    every = [(place, shard) for place, run in enumerate(runs) for shard in run.shards]
+    shards, prompts, rewards, first, last = [], [], [], 0, 0
+    for place, shard in every:
+        if place > last:  # the prompts of a run are numbered from 0
+            first, last = max(prompts) + 1, place
         columns = shard.rewards()
         if reward not in columns:
             known = f"there are {sorted(columns)}" if columns else "there are none yet"
             raise ValueError(f"{shard.folder} has no rewards {reward!r}; {known}; score them first")
         shards.append(shard.tensors())
-        prompts += [row["group"] for row in shard.table(["group"])]
+        prompts += [first + row["group"] for row in shard.table(["group"])]
         rewards += columns[reward]
-    made = {(shard.scored_by(reward), shard.versions().get(reward, "")) for shard in run.shards}
+    made = {(shard.scored_by(reward), shard.versions().get(reward, "")) for _, shard in every}
     if len(made) > 1:
         specs = sorted({spec for spec, _ in made})
         what = f"specs, {specs}" if specs[1:] else f"versions of {specs[0]}"

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from tqdm import tqdm
 
 from . import checks, lora
 from .checks import Watch
+from .files import atomic
 from .learner import Learner
 from .state import FILE, FINISHED, load_state, save_state
 
-__all__ = ["begin", "export", "run"]
+__all__ = ["begin", "export", "run", "snapshot"]
 
 
 def begin(
@@ -68,11 +70,13 @@ def run(
     log_every: int = 10,
     shown: Sequence[str] = (),
     made_of: Mapping[str, str] | None = None,
+    after: Callable[[int], None] | None = None,
 ) -> None:
     """Make the remaining steps, with logs, checks and checkpoints.
 
     Every process must call this; the main one writes. watch: the checks to make; shown: columns of
-    the log for the progress bar; made_of: as for `begin`.
+    the log for the progress bar; made_of: as for `begin`; after: called with the number of steps
+    after every one, before the checkpoint.
     """
     learner: Learner = trainer.learner
     main, recent = learner.accelerator.is_main_process, []
@@ -101,6 +105,8 @@ def run(
         if watch and (done % watch.check.every == 0 or done == steps):
             bar.set_description("check")
             _check(learner, done, watch, out)
+        if after:
+            after(done)
         if done % save_every == 0 or done == steps:
             save_state(trainer, out, main, made_of or {})
 
@@ -135,7 +141,7 @@ def export(trainer: Any, kind: Any, out: Path, best: str = "held_out/reward") ->
     no checks. Every process must call this; the main one writes. kind: the pipeline's class.
     """
     learner: Learner = trainer.learner
-    part, main = learner.family.network, learner.accelerator.is_main_process
+    main = learner.accelerator.is_main_process
     step, chosen = trainer.step, learner.average.weights
     rows = checks.read(out / "checks.csv")
     if rows:
@@ -143,9 +149,32 @@ def export(trainer: Any, kind: Any, out: Path, best: str = "held_out/reward") ->
         chosen = _best(out / "best.safetensors")
     if main:
         (out / "lora" / FINISHED).unlink(missing_ok=True)  # written by a run of fewer steps
-    with lora.swapped(learner.weights, chosen):
-        file = lora.save(kind, part, learner.bare, out / "lora", main)
-    return file, step
+    return _write(learner, kind, out / "lora", chosen), step
+
+
+@contextmanager
+def snapshot(trainer: Any, kind: Any, out: Path) -> Iterator[Path | None]:
+    """Write the average of the LoRA to a folder named by the step, such as out/lora-000100.
+
+    Yields, on the main process, the folder to add files to before it gets that name, and None on
+    the others. Every process must call this.
+    """
+    learner: Learner = trainer.learner
+    folder = out / f"lora-{trainer.step:06d}"
+    if not learner.accelerator.is_main_process:
+        _write(learner, kind, folder, learner.average.weights)
+        yield None
+        return
+    with atomic(folder) as scratch:
+        _write(learner, kind, scratch, learner.average.weights)
+        yield scratch
+
+
+def _write(learner: Learner, kind: Any, folder: Path, weights: Mapping[str, Tensor]) -> Path:
+    """Write these weights of the LoRA to a folder, on the main process; return the file."""
+    part, main = learner.family.network, learner.accelerator.is_main_process
+    with lora.swapped(learner.weights, weights):
+        return lora.save(kind, part, learner.bare, folder, main)
 
 
 def _best(file: Path) -> dict[str, Tensor]:

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from .files import atomic
 
-__all__ = ["Rollouts", "Shard", "add_rewards", "is_whole", "read_manifest", "sha256"]
+__all__ = [
+    "Rollouts",
+    "Shard",
+    "add_rewards",
+    "check_alike",
+    "digest",
+    "is_whole",
+    "read_manifest",
+    "sha256",
+]
 
 AGAIN = "delete it and score the rollouts again"
 
@@ -114,6 +123,36 @@ class Rollouts:
             found.update((shard.folder / "shard.json").read_bytes())
             found.update(json.dumps(shard.rewards().get(column)).encode())
         return found.hexdigest()
+
+
+def check_alike(runs: Sequence[Rollouts], named: bool = False) -> None:
+    """Raise ValueError if runs are given twice, or were not drawn by one model.
+
+    named: whether the user names the model, so that the runs may have other names for it. Runs of
+    different LoRAs are of one model.
+    """
+    first, *others = runs
+    twice = {run.folder.resolve() for run in runs}
+    if len(twice) < len(runs):
+        raise ValueError(f"rollouts are {[str(run.folder) for run in runs]}; give each once")
+    for run in others:
+        a, b = first.manifest, run.manifest
+        names = ["pipeline"] + ["model"] * (not named)
+        names += ["weights"] * (a.get("lora") == b.get("lora"))
+        for name in names:
+            if a.get(name) != b.get(name):
+                said = "of other weights" if name == "weights" else f"{b.get(name)!r}"
+                raise ValueError(
+                    f"{run.folder} and {first.folder} were drawn by different models ({name}: "
+                    f"{said}, not {'these' if name == 'weights' else repr(a.get(name))}); train "
+                    "on those of one model"
+                )
+
+
+def digest(runs: Sequence[Rollouts], column: str) -> str:
+    """Return a sha256 of the runs and one column of rewards."""
+    found = [run.digest(column) for run in runs]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def read_manifest(file: Path) -> dict[str, Any]:

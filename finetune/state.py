@@ -21,8 +21,8 @@ FILE, RECORD, FINISHED = "state.pt", "settings.yaml", "finished.json"
 # Settings that may change when a run is resumed: its length, its reports, and what affects only
 # memory and speed.
 MAY_CHANGE = {
-    "out", "resume", "steps", "save_every", "log_every", "wandb", "check.every", "check.patience",
-    "micro_groups", "gradient_checkpointing", "compile",
+    "out", "resume", "steps", "save_every", "log_every", "save_lora_every", "wandb", "push_to_hub",
+    "check.every", "check.patience", "micro_groups", "gradient_checkpointing", "compile",
 }  # fmt: skip
 
 
@@ -59,7 +59,9 @@ def check_out(settings: Any, ignore: Collection[str] = ()) -> None:
 
 
 def _alike(before: Any, now: Any) -> bool:
-    """Return whether two values are equal, or two paths of the same file."""
+    """Return whether two values are equal, or two paths of the same file, or lists of such."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return all(map(_alike, before, now))
     if isinstance(before, str) and isinstance(now, str) and before and now:
         return before == now or Path(before).absolute().resolve() == Path(now).absolute().resolve()
     return before == now

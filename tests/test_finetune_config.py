@@ -82,7 +82,7 @@ FILES = [
     "inner: [1]", "inner:\n  1: 2", "inner: {rate: {a: 1}}", "a: *x", "a: &x [*x]", "--- a\n--- b",
     "!!python/object/apply:os.system ['id']", "? [a]\n: 3", "null: 3", "true: 5", "steps: ${x}",
     "steps: ???", "steps: true", "steps: 1.5", "steps: .nan", "steps: " + "9" * 5000, "folder: [1]",
-    "targets: to_q", "call: 5", "call: {1: 2}", "call: null", "steps:", "[" * 20_000, "\x01",
+    "targets: 3", "call: 5", "call: {1: 2}", "call: null", "steps:", "[" * 20_000, "\x01",
 ]  # fmt: skip
 
 

@@ -147,7 +147,8 @@ def test_checks_choose_the_weights_and_a_card_tells_of_them(scored, tmp_path, ca
     for name, value in best.items():
         assert torch.equal(stored[f"transformer.{name.replace('.default.', '.')}"], value)
     told = (out / "lora" / "README.md").read_text()
-    assert "base_model: tiny-sd3" in told
+    assert "base_model" not in told  # which the hub takes for a name of its own
+    assert "# A LoRA for tiny-sd3" in told
     assert "those of step 0" in told
     assert (out / "lora" / "curves.png").stat().st_size > 10_000
     assert list((out / "tensorboard").iterdir())

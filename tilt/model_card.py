@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.checks import read
 from steering import tiny
+from steering.hub import HUB_ID
 from tilt.report import markup
 
 __all__ = ["About", "curves", "write"]
@@ -34,7 +35,8 @@ def write(folder: Path, about: About, run: Path) -> None:
 
     head = ModelCardData(
         library_name="diffusers",
-        base_model=about.base,
+        # the hub accepts only names of its own
+        base_model=about.base if HUB_ID.fullmatch(about.base) else None,
         tags=["lora", "text-to-image", "tilt-diffusion"],
     )
     checks = read(run / "checks.csv")

@@ -15,7 +15,7 @@ from finetune import config, ranges
 from finetune.checks import Check, Watch
 from finetune.loop import begin as start
 from finetune.loop import export as save
-from finetune.loop import run
+from finetune.loop import run, snapshot
 from finetune.ranges import FLAG, NAME, TEXT, optional, part, setting, whole
 from finetune.sharding import follow, from_main, reads_once, shard
 from finetune.state import FILE, is_finished
@@ -24,13 +24,14 @@ from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
 from steering.call import PipelineCall
 from steering.manifest import fingerprint
-from tilt import drawing, loading, model_card
+from tilt import drawing, hub, loading, model_card
 from tilt.loading import ABOUT_DTYPE, DTYPE
 from tilt.processes import PATIENCE, is_main
 from tilt.prompts import read_texts
 from tilt.report import training as page
 
 __all__ = [
+    "Result",
     "TrainingRun",
     "accelerator_of",
     "begin",
@@ -58,13 +59,23 @@ class TrainingRun:
     lora: str | None = setting(None, optional(NAME), "LoRA to start from, for a further round")
     dtype: str = setting("auto", DTYPE, f"{ABOUT_DTYPE} (the LoRA is float32)")
     save_every: int = setting(50, whole(1), "steps between checkpoints")
+    save_lora_every: int = setting(
+        0, whole(0), "steps between LoRAs saved as lora-000100/ and so on; 0: none"
+    )
     log_every: int = setting(10, whole(1), "steps between lines of the log")
     wandb: bool = setting(False, FLAG, "also log to Weights & Biases")
+    push_to_hub: str | None = setting(
+        None,
+        optional(NAME),
+        "also upload lora/ to this repository of the Hugging Face hub, as OWNER/NAME, which is "
+        "made private if it is new",
+    )
     resume: bool = setting(
         False,
         FLAG,
         "continue from the last checkpoint; steps may be higher, and save_every, log_every, wandb, "
-        "check.every, check.patience, micro_groups, compile and gradient_checkpointing may differ",
+        "save_lora_every, push_to_hub, check.every, check.patience, micro_groups, compile and "
+        "gradient_checkpointing may differ",
     )
     check: Check = part(Check, "checks while training")
 
@@ -73,12 +84,18 @@ class TrainingRun:
 
 
 def accelerator_of(settings: TrainingRun) -> Accelerator:
-    """Return an Accelerator with its loggers; ValueError if a requested one is not installed."""
+    """Return an Accelerator with its loggers.
+
+    Raises ValueError if a requested logger is not installed, or if the run's LoRA is to be uploaded
+    to a repository that cannot be written.
+    """
     loggers: list[Any] = ["tensorboard"]
     if settings.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise ValueError("wandb=true needs the package: pip install wandb")
         loggers.append("wandb")
+    if settings.push_to_hub and is_main():
+        hub.check(settings.push_to_hub)
     patience: Any = [InitProcessGroupKwargs(timeout=PATIENCE)]
     accelerator = Accelerator(log_with=loggers, project_dir=settings.out, kwargs_handlers=patience)
     shard(accelerator)
@@ -234,10 +251,28 @@ def loop(
     watch: Watch | None,
     shown: Sequence[str],
     made_of: Mapping[str, str],
+    result: Result,
 ) -> None:
-    """Make the remaining steps; the arguments are those of `finetune.loop.run`."""
-    every = {"save_every": settings.save_every, "log_every": settings.log_every}
-    run(trainer, Path(settings.out), steps, watch=watch, shown=shown, made_of=made_of, **every)
+    """Make the remaining steps; the other arguments are those of `finetune.loop.run`."""
+    out, every = Path(settings.out), settings.save_lora_every
+
+    def after(step: int) -> None:
+        if every and step % every == 0:
+            with snapshot(trainer, result.kind, out) as folder:
+                if folder:
+                    _write_card(folder, settings, result, step)
+
+    run(
+        trainer,
+        out,
+        steps,
+        watch=watch,
+        save_every=settings.save_every,
+        log_every=settings.log_every,
+        shown=shown,
+        made_of=made_of,
+        after=after,
+    )
 
 
 def finished(settings: TrainingRun, steps: int, made_of: Mapping[str, str]) -> bool:
@@ -250,26 +285,45 @@ def finished(settings: TrainingRun, steps: int, made_of: Mapping[str, str]) -> b
 
 
 def show(settings: TrainingRun) -> None:
-    """Print the path of the LoRA that `finished` found."""
+    """Print the path of the finished LoRA, on the main process, after its upload if asked for."""
     if is_main():
-        print(next((Path(settings.out) / "lora").glob("*.safetensors")))
+        folder = Path(settings.out) / "lora"
+        print(next(folder.glob("*.safetensors")))
+        if settings.push_to_hub:
+            print(hub.upload(folder, settings.push_to_hub))
 
 
-def export(
-    trainer: Any, kind: Any, settings: TrainingRun, about: Sequence[str], base: str, method: str
-) -> Path:
+@dataclass(frozen=True)
+class Result:
+    """What the model card of a LoRA says of its run.
+
+    kind: the pipeline's class; base, method: for the title; about: returns lines about the data.
+    """
+
+    kind: Any
+    base: str
+    method: str
+    about: Callable[[], Sequence[str]]
+
+
+def export(trainer: Any, settings: TrainingRun, result: Result) -> Path:
     """Write lora/ with its card, and the report; return the weights' file.
 
-    Every process must call this; the main one writes. kind: the pipeline's class; about: lines
-    about the data; base, method: for the card's title.
+    Every process must call this; the main one writes.
     """
     out, accelerator = Path(settings.out), trainer.learner.accelerator
-    file, step = save(trainer, kind, out, settings.check.best)
+    file, step = save(trainer, result.kind, out, settings.check.best)
     if accelerator.is_main_process:
-        text = (out / "settings.yaml").read_text(encoding="utf-8")
-        said = model_card.About(base, kind.__name__, method, text, about, step)
-        model_card.write(out / "lora", said, out)
+        _write_card(out / "lora", settings, result, step)
         if (out / "log.csv").exists():
             page.write(out)
     accelerator.wait_for_everyone()
     return file
+
+
+def _write_card(folder: Path, settings: TrainingRun, result: Result, step: int) -> None:
+    out = Path(settings.out)
+    text = (out / "settings.yaml").read_text(encoding="utf-8")
+    kind, about = result.kind.__name__, result.about()
+    card = model_card.About(result.base, kind, result.method, text, about, step)
+    model_card.write(folder, card, out)

@@ -157,18 +157,19 @@ def run(settings: TrainAdversarial) -> None:
     weighed = made_of | {"model": fingerprint(getattr(pipe, family_of(pipe).network))}
     trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
     training.begin(trainer, settings, tuned, weighed)
-    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), weighed)
-    about = made_from(settings, prompts, call, trainer.samples, score)
+    title = METHODS[settings.method][1]
+    about = partial(made_from, settings, prompts, call, trainer.samples, score)
+    result = training.Result(type(pipe), name, title, about)
+    training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), weighed, result)
     if accelerator.is_main_process and isinstance(score, Adversary):
         score.critic.save(out / "critic")
-    title = METHODS[settings.method][1]
-    file = training.export(trainer, type(pipe), settings, about, name, title)
+    training.export(trainer, settings, result)
     accelerator.end_training()
     if accelerator.is_main_process:
         if trainer.samples.dropped:
             print(dropped(trainer.samples))
-        finish(file.parent, tuned.steps, made_of)
-        print(file)
+        finish(out / "lora", tuned.steps, made_of)
+        training.show(settings)
 
 
 def dropped(samples: Samples) -> str:

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from finetune.data import check_fits, load_data
+from finetune.data import Data, check_fits, load_data
 from finetune.gdro import Gdro, GdroTrainer
 from finetune.learnability import little_in_rollouts
 from finetune.models import family_of, noising_of
-from finetune.ranges import NAME, TEXT, optional, part, setting
-from finetune.shards import Rollouts
+from finetune.ranges import NAME, TEXTS, optional, part, setting
+from finetune.shards import Rollouts, check_alike, digest
 from finetune.state import check_out, finish
 from tilt import digests, exit_status, idle_settings, loading, started, training
 from tilt.options import Options
@@ -38,7 +38,9 @@ class TrainGdro(training.TrainingRun):
     model: str | None = setting(
         None, optional(NAME), "hub id or folder; by default the model of the rollouts"
     )
-    rollouts: str = setting("", TEXT, "folder of `tilt rollout`, scored by `tilt score`")
+    rollouts: list[str] = setting(
+        list, TEXTS, "folders of `tilt rollout`, scored by `tilt score` with one reward"
+    )
     gdro: Gdro = part(Gdro, "GDRO")
 
 
@@ -59,28 +61,29 @@ def run(settings: TrainGdro) -> None:
     idle_settings.check_gdro(settings)
     settings = loading.resolved(settings)
     check_out(settings)
-    made, gdro = Rollouts(Path(settings.rollouts)), settings.gdro
-    plan, spec = made.manifest["plan"], made.shards[0].scored_by(gdro.reward)
-    made_of = digests.of_run(settings, spec, rollouts=made.digest(gdro.reward))
+    runs, gdro = rollouts_of(settings), settings.gdro
+    prompts, call = prompts_of(runs), runs[0].manifest["plan"]["call"]
+    spec = runs[0].shards[0].scored_by(gdro.reward)
+    made_of = digests.of_run(settings, spec, rollouts=digest(runs, gdro.reward))
     if training.finished(settings, gdro.steps, made_of):
         training.show(settings)
         return
-    data = load_data(made, gdro.reward, gdro.reward_norm, gdro.k)
-    if is_main() and (little := little_in_rollouts(made, gdro.reward)):
-        print(f"{gdro.reward!r} of {made.folder}: {little}", flush=True)
+    data = load_data(runs, gdro.reward, gdro.reward_norm, gdro.k)
+    for made in runs:
+        if is_main() and (little := little_in_rollouts(made, gdro.reward)):
+            print(f"{gdro.reward!r} of {made.folder}: {little}", flush=True)
     accelerator = training.accelerator_of(settings)
-    name = settings.model or made.manifest["model"]
+    name = settings.model or runs[0].manifest["model"]
     if not name:
         raise ValueError("the rollouts do not record their model; set model=")
     load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
-    unscored = f"{counted(data.unscored, 'image')} left out: their reward is not a finite number"
-    watch = training.watch_of(settings, plan["prompts"], spec, plan["call"], load, accelerator)
+    watch = training.watch_of(settings, prompts, spec, call, load, accelerator)
     started.say(f"loading {name}")
     pipe = training.pipeline_of(load, name, accelerator)
     family = family_of(pipe)
     network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
-    check_fits(data, network, made.manifest["pipeline"], kind.__name__)
-    training.check_keywords(pipe, watch, plan["prompts"], plan["call"])
+    check_fits(data, network, runs[0].manifest["pipeline"], kind.__name__)
+    training.check_keywords(pipe, watch, prompts, call)
     del pipe  # neither decoder nor text encoder stays in memory
     weighed = made_of | {"model": training.weighed(network, accelerator)}
     trainer = GdroTrainer(network, family, noising, data, gdro, accelerator)
@@ -88,22 +91,53 @@ def run(settings: TrainGdro) -> None:
     if accelerator.is_main_process:
         count = counted(len(data.groups), "prompt")
         print(f"{count}; {data.dropped} left out, because their rewards are all equal")
-        if data.unscored:
-            print(f"{unscored}")
-    training.loop(trainer, gdro.steps, settings, watch, ("loss", "accuracy", "drift"), weighed)
-    about = [
-        f"{counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
-        f"{plan['steered']} steered images each, seed {plan['seed']}, "
-        f"call {json.dumps(plan['call'])}",
-        f"fingerprint of the network that generated them: {made.manifest['weights']}",
-        f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`",
-    ]
-    about += [unscored] if data.unscored else []
-    file = training.export(trainer, kind, settings, about, name, "offline GDRO")
+        for line in unscored(data):
+            print(line)
+    rewarded = f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`"
+    about = [*map(described, runs), rewarded, *unscored(data)]
+    result = training.Result(kind, name, "offline GDRO", lambda: about)
+    shown = ("loss", "accuracy", "drift")
+    training.loop(trainer, gdro.steps, settings, watch, shown, weighed, result)
+    training.export(trainer, settings, result)
     accelerator.end_training()
     if accelerator.is_main_process:
         finish(Path(settings.out) / "lora", gdro.steps, made_of)
-        print(file)
+        training.show(settings)
+
+
+def rollouts_of(settings: TrainGdro) -> list[Rollouts]:
+    """Return the rollouts; ValueError if they cannot be trained on together."""
+    runs = [Rollouts(Path(folder)) for folder in settings.rollouts]
+    check_alike(runs, named=bool(settings.model))
+    calls = [run.manifest["plan"]["call"] for run in runs]
+    if settings.check.every and not settings.check.call and any(c != calls[0] for c in calls):
+        raise ValueError(
+            f"the rollouts were drawn with different keywords, {calls}; set those of the checks by "
+            "check.call=..., or check.every=0"
+        )
+    return runs
+
+
+def prompts_of(runs: Sequence[Rollouts]) -> list[str]:
+    """Return the prompts of all rollouts, each once."""
+    return list(dict.fromkeys(p for run in runs for p in run.manifest["plan"]["prompts"]))
+
+
+def described(run: Rollouts) -> str:
+    """Return the model card's line about rollouts."""
+    plan = run.manifest["plan"]
+    return (
+        f"{counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
+        f"{plan['steered']} steered images each, seed {plan['seed']}, "
+        f"call {json.dumps(plan['call'])}; fingerprint of the network that generated them: "
+        f"{run.manifest['weights']}"
+    )
+
+
+def unscored(data: Data) -> list[str]:
+    """Return a line about images without a score, if there are any."""
+    count = counted(data.unscored, "image")
+    return [f"{count} left out: their reward is not a finite number"] * bool(data.unscored)
 
 
 def main(argv: Sequence[str]) -> int:
