@@ -88,8 +88,8 @@ def measure(spec: str, images: Tensor, prompts: list[str], pairs: int) -> tuple[
             return torch.cat(list(pool.map(one, range(len(shares)))))
 
         with ThreadPoolExecutor(CLIENTS) as pool:
-            for found in (there(), together()):
-                expected = local(images, prompts)
+            for asked in (there, together):
+                found, expected = asked(), local(images, prompts)
                 apart = (found - expected).abs().max().item()
                 if not apart <= 1e-4 * expected.abs().max().item():
                     raise SystemExit(f"the scores differ by {apart:.2g}, so nothing was compared")
