@@ -9,6 +9,7 @@ schedulers with betas, σ for flows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from steering.schedulers import stochastic
-from steering.tape import view_of
 from steering.transitions import Transition, ddim_transition, flow_transition, sde_transition
 
-from .models import Conditioning, Family, Noising, predict
+from .conditioning import Conditioning
+from .network import Model, run
+from .noising import Noising
 
-__all__ = ["SDES", "Move", "Policy", "Schedule", "sample", "schedule_of"]
+__all__ = ["SDES", "Move", "Schedule", "sample", "schedule_of"]
 
 SDES = ("cps", "flow", "dance")  # stochastic steps of a flow
 PURE = 0.999  # a time from which latents are pure noise
@@ -29,7 +31,7 @@ PURE = 0.999  # a time from which latents are pure noise
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a sampler: t (steps,) in (0, 1], as `models.predict` takes it, and the levels.
+    """The steps of a sampler: t (steps,) in (0, 1], as `network.predict` takes it, and the levels.
 
     shape: the shape of one row of latents. sde: the stochastic steps of a flow. "cps" replaces a
     fraction `noise` of the noise (Flow-CPS, Wang & Yu 2025, with noise = sin(η π/2)); "flow" and
@@ -78,24 +80,20 @@ class Schedule:
             )
 
 
-def schedule_of(
-    pipe: Any, noising: Noising, prompt: str, encoded: Any = None, **call: Any
-) -> Schedule:
-    """Return the steps that the pipeline's own call takes, as DDIM or Euler.
+@torch.no_grad()
+def schedule_of(model: Model, given: Conditioning) -> Schedule:
+    """Return the steps that the call of `given` takes, as DDIM or Euler.
 
     A copy of the pipeline is called with a scheduler that has no steps left; the schedule is what
-    that call sets. encoded: `models.encoded` of any prompt, if the encoders were removed.
+    that call sets.
     """
-    scheduler: Any = stochastic(pipe.scheduler, 0.0)
+    scheduler: Any = stochastic(model.scheduler, 0.0)
     scheduler.chain.finished = True
-    replaced: dict[str, Any] = {"scheduler": scheduler}
-    if encoded is not None:  # neither prompt nor guidance affects the schedule
-        replaced["encode_prompt"] = lambda *_, **__: encoded
-        call["guidance_scale"] = 1.0
-    view = view_of(pipe, **replaced)
-    with torch.no_grad():
-        latents = view(prompt, **call | {"output_type": "latent", "return_dict": False})[0]
-    shape = tuple(latents.shape[1:])
+    device, shape = torch.device("cpu"), given.form.shape
+    view = model.view(device)
+    vars(view)["scheduler"] = scheduler
+    run(view, given[:1].to(device), torch.zeros(1, *shape))
+    noising = model.noising
     timesteps = scheduler.timesteps.as_subclass(Tensor).cpu()
     if noising.flow:
         sigmas = scheduler.sigmas.float().cpu()[-len(timesteps) - 1 :]
@@ -104,35 +102,6 @@ def schedule_of(
     before = timesteps - total // scheduler.num_inference_steps
     after = torch.where(before >= 0, every[before.clamp(min=0)], scheduler.final_alpha_cumprod)
     return Schedule(noising, shape, (timesteps + 0.5) / total, every[timesteps], after)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The network that proposes moves, with or without guidance.
-
-    scale: classifier-free guidance u + scale (c - u) if above 1; `empty` is then the conditioning
-    of the negative prompt, one row.
-    """
-
-    network: Any
-    family: Family
-    noising: Noising
-    scale: float = 1.0
-    empty: Conditioning | None = None
-
-    def __call__(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        """Return the guided output for x (n, ...) at t (), in float32."""
-        n = len(x)
-        if self.scale <= 1 or self.empty is None:
-            return self._predict(x, t.expand(n), given).float()
-        both = {
-            name: torch.cat([self.empty[name].to(v).expand_as(v), v]) for name, v in given.items()
-        }
-        u, c = self._predict(torch.cat([x, x]), t.expand(2 * n), both).float().chunk(2)
-        return u + self.scale * (c - u)
-
-    def _predict(self, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        return predict(self.network, self.family, self.noising, x, t, given)
 
 
 @dataclass(frozen=True)
@@ -146,7 +115,7 @@ class Move:
 
 @torch.no_grad()
 def sample(
-    policy: Policy,
+    predict: Callable[[Tensor, Tensor, Conditioning], Tensor],
     schedule: Schedule,
     start: Tensor,
     given: Conditioning,
@@ -156,7 +125,8 @@ def sample(
 ) -> tuple[Tensor, list[Move]]:
     """Sample latents (n, *shape) from pure noise `start`; return them and the window's moves.
 
-    draws (w, n, *shape): the noise of each move. Steps outside the window are deterministic
+    predict(x (n, ...), t (), given): the network's output. draws (w, n, *shape): the noise of each
+    move. Steps outside the window are deterministic
     (Flow-GRPO-Fast; MixGRPO). A `start` of (1, *shape) is evaluated as one row until the window.
     """
     x, moves = start, []
@@ -165,8 +135,8 @@ def sample(
     for step in range(len(schedule)):
         if shared and step == window.start:
             x, shared = x.expand(rows, *x.shape[1:]), False
-        mine = _first(given) if shared else given
-        output = policy(x, schedule.t[step].to(x.device), mine)
+        mine = given[:1] if shared else given
+        output = predict(x, schedule.t[step].to(x.device), mine)
         if step in window:
             move = schedule.transition(step, output, x, noise)
             y = move.mean + move.std * draws[step - window.start].to(x)
@@ -175,7 +145,3 @@ def sample(
         else:
             x = schedule.transition(step, output, x, 0.0).mean
     return x, moves
-
-
-def _first(given: Conditioning) -> Conditioning:
-    return {name: value[:1] for name, value in given.items()}

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .conditioning import Conditioning, Form, Row
 from .groups import Group, make_groups, normalised
 from .shards import Rollouts
 
@@ -51,13 +52,13 @@ class ShardRows:
 
 @dataclass(frozen=True)
 class Data:
-    """Training data: latents (rows, ...), conditioning `given` (prompts, ...) and groups.
+    """Training data: latents (rows, ...), the conditioning of each prompt, and groups.
 
     dropped: number of prompts that were left out; unscored: number of images without a score.
     """
 
     latents: Tensor | ShardRows
-    given: Mapping[str, Tensor | ShardRows]
+    given: Conditioning
     groups: list[Group]
     dropped: int
     unscored: int = 0
@@ -72,7 +73,7 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
     """
     runs = [*runs] if isinstance(runs, Sequence) else [runs]
     every = [(place, shard) for place, run in enumerate(runs) for shard in run.shards]
-    shards, prompts, rewards, first, last = [], [], [], 0, 0
+    latents, rows, forms, prompts, rewards, first, last = [], [], set(), [], [], 0, 0
     for place, shard in every:
         if place > last:  # the prompts of a run are numbered from 0
             first, last = max(prompts) + 1, place
@@ -80,7 +81,10 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
         if reward not in columns:
             known = f"there are {sorted(columns)}" if columns else "there are none yet"
             raise ValueError(f"{shard.folder} has no rewards {reward!r}; {known}; score them first")
-        shards.append(shard.tensors())
+        tensors = shard.tensors()
+        latents.append(tensors.pop("latents"))
+        rows += _rows(tensors)
+        forms.add(shard.form())
         prompts += [first + row["group"] for row in shard.table(["group"])]
         rewards += columns[reward]
     made = {(shard.scored_by(reward), shard.versions().get(reward, "")) for _, shard in every}
@@ -91,10 +95,22 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
             f"the shards' rewards {reward!r} are of different {what}; score the rollouts again"
         )
     groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards, dtype=torch.float64), k)
-    rows = {name: ShardRows([tensors[name] for tensors in shards]) for name in shards[0]}
-    latents = rows.pop("latents")
-    given = {name.removeprefix("given."): found for name, found in rows.items()}
-    return Data(latents, given, normalised(groups, norm), dropped, unscored)
+    if len(forms) > 1:
+        raise ValueError(
+            f"the shards have {len(forms)} forms of conditioning, but must have "
+            "one; make the rollouts with one call of one model"
+        )
+    given = Conditioning(Form.loads(forms.pop()), rows)
+    return Data(ShardRows(latents), given, normalised(groups, norm), dropped, unscored)
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> list[Row]:
+    """Return the conditioning of each prompt of a shard, from tensors "given.INDEX.NAME"."""
+    rows: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        _, index, name = key.split(".", 2)
+        rows.setdefault(int(index), {})[name] = value
+    return [rows[i] for i in sorted(rows)]
 
 
 def check_fits(data: Data, network: Any, made_by: str, kind: str) -> None:
@@ -106,22 +122,20 @@ def check_fits(data: Data, network: Any, made_by: str, kind: str) -> None:
         raise ValueError(
             f"the rollouts were made by {made_by}, but the model is a {kind}; set model="
         )
-    config, shape = network.config, data.latents.shape
-    text = getattr(config, "cross_attention_dim", None) or getattr(
-        config, "joint_attention_dim", None
-    )
+    config, text = network.config, None
+    if "UNet" in type(network).__name__ and not getattr(config, "encoder_hid_dim", None):
+        text = getattr(config, "cross_attention_dim", None)
+    text = text or getattr(config, "joint_attention_dim", None)
+    widths = {value.shape[-1] for value in data.given.rows[0].values() if value.ndim > 1}
     needed = {
-        "latents": (
-            shape[1] if len(shape) == 4 else shape[-1],
-            getattr(config, "in_channels", None),
-        ),
-        "embeds": (data.given["embeds"].shape[-1], text),
+        "latents": (data.latents.shape[1:], getattr(config, "in_channels", None)),
+        "texts": (tuple(sorted(widths)), text),
     }
     for name, (found, wanted) in needed.items():
-        if isinstance(wanted, int) and found != wanted:
+        if isinstance(wanted, int) and wanted not in found:
             raise ValueError(
-                f"the rollouts' {name} have {found} channels, but the model expects {wanted}: it "
-                "is not the one that they were made with; set model="
+                f"the rollouts' {name} are {tuple(found)}, but the model expects {wanted} "
+                "channels: it is not the one that they were made with; set model="
             )
 
 

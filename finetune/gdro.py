@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from . import zero
+from .conditioning import Conditioning
 from .data import Ahead, Data, check_fits
 from .groups import NORMS, draw_groups, target_entropy
 from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .losses import FORMS, best_image_loss, gdro_loss, implicit_scores
-from .models import Family, Noising, family_of, noising_of, predict
+from .network import Model
 from .ranges import FLAG, NAME, number, one_of, setting, whole
 
 __all__ = ["Gdro", "GdroTrainer"]
@@ -66,23 +67,23 @@ def trainer_of(pipe: Any, data: Data, settings: Gdro, accelerator: Any) -> GdroT
 
     Raises ValueError if the pipeline cannot be trained or cannot have drawn the rollouts.
     """
-    family, kind = family_of(pipe), type(pipe).__name__
-    network = getattr(pipe, family.network)
+    model, kind = Model(pipe), type(pipe).__name__
+    network = getattr(pipe, model.part)
     check_fits(data, network, kind, kind)
-    return GdroTrainer(network, family, noising_of(pipe), data, settings, accelerator)
+    return GdroTrainer(network, model, data, settings, accelerator)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Groups that are evaluated at once: x0 (g, k, ...), rewards (g, k) minus the group's best, t
-    (g,), noise (g, k or 1, ...), given (g, ...) by name; and for each group a seed for breaking
+    (g,), noise (g, k or 1, ...), g rows of conditioning; and for each group a seed for breaking
     ties and its number of images. Entries beyond that number are ignored."""
 
     x0: Tensor
     rewards: Tensor
     t: Tensor
     noise: Tensor
-    given: dict[str, Tensor]
+    given: Conditioning
     ties: list[int]
     sizes: list[int]
 
@@ -90,8 +91,7 @@ class Inputs:
         """Copy the tensors to a device, asynchronously if they are in pinned memory."""
         tensors = {name: getattr(self, name) for name in ("x0", "rewards", "t", "noise")}
         moved = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
-        given = {name: v.to(device, non_blocking=True) for name, v in self.given.items()}
-        return replace(self, **moved, given=given)
+        return replace(self, **moved, given=self.given.to(device))
 
 
 class GdroTrainer:
@@ -100,8 +100,7 @@ class GdroTrainer:
     def __init__(
         self,
         network: Any,
-        family: Family,
-        noising: Noising,
+        model: Model,
         data: Data,
         settings: Gdro,
         accelerator: Any,
@@ -109,8 +108,8 @@ class GdroTrainer:
         # FSDP needs equal numbers of forward passes on all processes, ZeRO of backward passes
         equal = accelerator.is_fsdp2 or zero.is_on(accelerator)
         check_shares(settings.groups, accelerator.num_processes, equal=equal)
-        self.settings, self.noising, self.data = settings, noising, data
-        self.learner = Learner(network, family, settings, accelerator)
+        self.settings, self.noising, self.data = settings, model.noising, data
+        self.learner = Learner(network, model, settings, accelerator)
         self.inputs = Ahead(self._inputs)
 
     @property
@@ -151,13 +150,13 @@ class GdroTrainer:
         """Return this process's inputs of a step, on the CPU; in pinned memory for a GPU."""
         found = []
         for prompts, rows, rewards, t, noise, ties in self._micro_batches(step):
-            given = {name: value[prompts] for name, value in self.data.given.items()}
+            given = self.data.given[prompts.tolist()]
             # only differences matter, and small ones are exact enough in float32
             best = rewards.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
             under = (rewards - best).float()
             tensors = {"x0": self.data.latents[rows], "rewards": under, "t": t, "noise": noise}
             if self.learner.accelerator.device.type == "cuda":
-                given = {name: value.pin_memory() for name, value in given.items()}
+                given = given.pinned()
                 tensors = {name: value.pin_memory() for name, value in tensors.items()}
             sizes = rewards.isfinite().sum(1).tolist()
             found.append(Inputs(**tensors, given=given, ties=ties.tolist(), sizes=sizes))
@@ -166,16 +165,16 @@ class GdroTrainer:
     def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each group (g,), and statistics to log."""
         s, learner = self.settings, self.learner
-        family, inputs = learner.family, inputs.to(learner.accelerator.device)
+        model, inputs = learner.model, inputs.to(learner.accelerator.device)
         x0, rewards, t = inputs.x0.float(), inputs.rewards, inputs.t
         g, k = rewards.shape
         noise = inputs.noise.expand_as(x0).flatten(0, 1)
         times = t.repeat_interleave(k)
         x, target = self.noising.noised(x0.flatten(0, 1), noise, times)
-        given = {name: value.repeat_interleave(k, 0) for name, value in inputs.given.items()}
+        given = inputs.given.repeated(k)
         with torch.no_grad(), learner.reference():
-            ref = predict(learner.bare, family, self.noising, x, times, given)
-        pred = predict(learner.network, family, self.noising, x, times, given)
+            ref = model.predict(learner.bare, given, x, times)
+        pred = model.predict(learner.network, given, x, times)
         pred, ref, target = (y.float().unflatten(0, (g, k)) for y in (pred, ref, target))
         weight = self._weight(t)
         scores = implicit_scores(pred, ref, target, beta=s.beta, weight=weight[:, None])

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from steering.transitions import Transition, log_prob
 
-from .chains import SDES, Move, Policy
+from .chains import SDES, Move
 from .learner import Learner, Tuning, check_shares
-from .models import Family, Noising
+from .network import Model
+from .noising import Noising
 from .online import POPULATION, Batch, Compared, Samples, Score, Task, advantages_of, only
 from .policy_losses import SPREADS, clipped, guarded_log_ratio, policy_loss
 from .ranges import FLAG, number, one_of, optional, setting, whole
@@ -157,14 +158,14 @@ class GrpoTrainer:
     """Trains a network on its own samples, one epoch at a time."""
 
     def __init__(
-        self, network: Any, family: Family, task: Task, settings: Grpo, accelerator: Any
+        self, network: Any, model: Model, task: Task, settings: Grpo, accelerator: Any
     ) -> None:
         check_flow(settings, task.schedule.noising)
         task = replace(task, schedule=replace(task.schedule, sde=settings.sde))
         task.schedule.check_window(settings.window(0), settings.noise)
         check_shares(settings.groups, accelerator.num_processes, equal=True)
-        self.settings, self.schedule, self.empty = settings, task.schedule, task.empty
-        self.learner = Learner(network, family, settings, accelerator)
+        self.settings, self.schedule = settings, task.schedule
+        self.learner = Learner(network, model, settings, accelerator)
         self.samples = Samples(self.learner, task, settings)
 
     @property
@@ -194,16 +195,11 @@ class GrpoTrainer:
             seen = self._update(batches, compared, old)
         return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
 
-    def _policy(self, network: Any) -> Policy:
-        family, s = self.learner.family, self.settings
-        scale = 1.0 if s.guidance_scale is None else s.guidance_scale
-        return Policy(network, family, self.schedule.noising, scale, self.empty)
-
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
         """Sample images of some of the epoch's groups, with the moves of its window."""
         s, window = self.settings, self.settings.window(epoch)
         self.schedule.check_window(window, s.noise)
-        policy = self._policy(self.learner.bare)
+        policy = self.learner.predicts(self.learner.bare)
         return self.samples.batch(policy, epoch, groups, window, s.noise, s.share_start)
 
     def _density(self, batch: Batch, move: Move) -> Proposal:
@@ -212,7 +208,8 @@ class GrpoTrainer:
 
     def _proposal(self, network: Any, batch: Batch, move: Move) -> Proposal:
         step = move.step
-        output = self._policy(network)(move.x, self.schedule.t[step].to(move.x.device), batch.given)
+        at = self.schedule.t[step].to(move.x.device)
+        output = self.learner.predicts(network)(move.x, at, batch.given)
         transition = self.schedule.transition(step, output, move.x, self.settings.noise)
         if self.settings.ratio == "error":
             return Proposal(transition, -_distance(transition.mean, move.y), output)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import lora, sharding, zero
-from .models import Family
+from .conditioning import Conditioning
+from .network import Model, targets_of
 from .ranges import FLAG, SEED, TEXTS, check, number, setting, whole
 
 __all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws"]
@@ -75,11 +76,11 @@ class Learner:
     adapter, its average and the optimiser's state are float32 for any dtype of the network.
     """
 
-    def __init__(self, network: Any, family: Family, settings: Tuning, accelerator: Any) -> None:
-        self.settings, self.family, self.accelerator = settings, family, accelerator
+    def __init__(self, network: Any, model: Model, settings: Tuning, accelerator: Any) -> None:
+        self.settings, self.model, self.accelerator = settings, model, accelerator
         self.bare, self.step = network, 0
         half = _autocast(network, accelerator)
-        targets = settings.targets or family.targets
+        targets = settings.targets or targets_of(network)
         generator = draws(settings.seed, 0, "adapter")
         self.weights = lora.attach(network, targets, settings.rank, settings.alpha, generator)
         self.anchor: dict[str, Tensor] | None = None  # the reference's adapter
@@ -97,6 +98,14 @@ class Learner:
         self.network, self.optimizer = sharding.prepare(accelerator, network, optimizer)
         self.weights = lora.parameters(network)  # FSDP replaces them by shards
         self.average = lora.Average(self.weights, settings.ema)
+
+    def predicts(self, network: Any) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
+        """Return predict(x, t, given), the output of `network` in float32 (`Model.predict`)."""
+
+        def predict(x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
+            return self.model.predict(network, given, x, t).float()
+
+        return predict
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Start from the adapter (`lora.read`) that made the data; it becomes the reference."""

@@ -49,7 +49,7 @@ def begin(
     if (out / FILE).exists() and not resume:
         raise ValueError(f"{out} holds a run; pass resume=True, or give another out")
     if adapter:
-        part, alpha = learner.family.network, learner.settings.alpha
+        part, alpha = learner.model.part, learner.settings.alpha
         learner.start_from(lora.read(Path(adapter), part, learner.weights, alpha))
     if resume:
         load_state(trainer, out, made_of or {}, steps)
@@ -118,7 +118,7 @@ def _check(learner: Learner, step: int, watch: Watch, out: Path) -> None:
     """
     accelerator = learner.accelerator
     with learner.averaged():
-        row, grid = watch.look(learner.family.network, learner.bare, accelerator)
+        row, grid = watch.look(learner.model.part, learner.bare, accelerator)
     weights = lora.whole(learner.average.weights)
     row = {"step": step} | row
     rows = [*checks.read(out / "checks.csv"), row]
@@ -172,7 +172,7 @@ def snapshot(trainer: Any, kind: Any, out: Path) -> Iterator[Path | None]:
 
 def _write(learner: Learner, kind: Any, folder: Path, weights: Mapping[str, Tensor]) -> Path:
     """Write these weights of the LoRA to a folder, on the main process; return the file."""
-    part, main = learner.family.network, learner.accelerator.is_main_process
+    part, main = learner.model.part, learner.accelerator.is_main_process
     with lora.swapped(learner.weights, weights):
         return lora.save(kind, part, learner.bare, folder, main)
 

@@ -43,7 +43,7 @@ def attach(
     A is Kaiming-uniform, as in peft, drawn from `generator`. Returns the trainable parameters by
     name. Raises ValueError if no layer matches, and lists names that would.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     linear = [name for name, part in network.named_modules() if isinstance(part, nn.Linear)]
     if not any(name == t or name.endswith(f".{t}") for name in linear for t in targets):
@@ -53,9 +53,11 @@ def attach(
             f"linear layers end in {ends[:12]}"
         )
     network.requires_grad_(False)
-    network.add_adapter(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0)
+    if hasattr(network, "add_adapter"):
+        network.add_adapter(config)
+    else:  # networks of diffusers without its LoRA methods, such as PixArt's
+        inject_adapter_in_model(config, network)
     _materialised(network)
     found = parameters(network)
     for name, parameter in found.items():
@@ -194,8 +196,17 @@ def swapped(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iter
         fill(weights, own)
 
 
+def _saver(part: str) -> Any:
+    """Return the loader of diffusers that writes a network of this attribute, as all of them do."""
+    from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin
+
+    return StableDiffusionLoraLoaderMixin if part == "unet" else SD3LoraLoaderMixin
+
+
 def save(pipe_class: Any, part: str, network: Any, folder: Path, main: bool = True) -> Path:
     """Write the adapter in the format of `pipe.load_lora_weights(folder)`; return the file.
+
+    A pipeline without that method (PixArt, ...) loads it by `steering.adapters.load_lora`.
 
     part: the pipeline's attribute of the network, "unet" or "transformer"; main: whether this
     process writes. All processes must call this.
@@ -205,6 +216,8 @@ def save(pipe_class: Any, part: str, network: Any, folder: Path, main: bool = Tr
     layers = whole(get_peft_model_state_dict(network))
     about = network.peft_config["default"].to_dict()  # stores alpha
     stored = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": about}
+    if not hasattr(pipe_class, "save_lora_weights"):
+        pipe_class = _saver(part)
     pipe_class.save_lora_weights(folder, is_main_process=main, **stored)
     return Path(folder) / FILE
 

@@ -19,14 +19,18 @@ import torch
 from torch import Tensor
 
 from . import lora
-from .chains import Policy
+from .conditioning import Conditioning
 from .learner import TIMES, Learner, Tuning, check_shares, draws
-from .models import Conditioning, Family, Noising, predict
+from .network import Model
+from .noising import Noising
 from .online import POPULATION, Batch, Samples, Task, only
 from .policy_losses import SPREADS, nft_loss
 from .ranges import FLAG, number, one_of, optional, setting, whole
 
 __all__ = ["Nft", "NftTrainer", "Regression", "Rows", "draw_times"]
+
+DECAY = number(0, 1, "[)")
+OLD_DECAY = "highest decay of the averaged weights that draw the samples (the old policy)"
 
 
 class Rows(NamedTuple):
@@ -75,11 +79,7 @@ class Regression(Tuning):
     )
     population: bool = setting(False, FLAG, POPULATION)
     each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
-    old_decay: float = setting(
-        0.5,
-        number(0, 1, "[)"),
-        "highest decay of the averaged weights that draw the samples (the old policy)",
-    )
+    old_decay: float = setting(0.5, DECAY, OLD_DECAY)
     times: str = setting("logit_normal", one_of(*TIMES), "distribution of the training times")
     shift: float = setting(
         1.0,
@@ -112,9 +112,7 @@ class Nft(Regression):
         "how many times as far from the old policy as the trained one the implicit policies are",
     )
     adaptive: bool = setting(
-        False,
-        FLAG,
-        "divide each half of the loss by its own mean error in x0, as the published code does",
+        False, FLAG, "divide each half of the loss by its own mean error in x0, as the code does"
     )
 
     def loss(self, noising: Noising, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
@@ -144,11 +142,11 @@ class NftTrainer:
     """Trains a network by regression on samples of its slow average, one epoch at a time."""
 
     def __init__(
-        self, network: Any, family: Family, task: Task, settings: Regression, accelerator: Any
+        self, network: Any, model: Model, task: Task, settings: Regression, accelerator: Any
     ) -> None:
         check_shares(settings.groups, accelerator.num_processes, equal=True)
-        self.settings, self.noising, self.empty = settings, task.schedule.noising, task.empty
-        self.learner = Learner(network, family, settings, accelerator)
+        self.settings, self.noising = settings, task.schedule.noising
+        self.learner = Learner(network, model, settings, accelerator)
         self.old = lora.Average(self.learner.weights, settings.old_decay, slowly)
         self.sampler = self.old.weights  # those that draw the epoch's samples
         self.samples = Samples(self.learner, task, settings)
@@ -190,9 +188,8 @@ class NftTrainer:
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
         """Sample images of some of the epoch's groups, deterministically."""
-        learner, scale = self.learner, self.settings.guidance_scale
-        scale = 1.0 if scale is None else scale
-        policy = Policy(learner.bare, learner.family, self.noising, scale, self.empty)
+        learner = self.learner
+        policy = learner.predicts(learner.bare)
         with lora.swapped(learner.weights, self.sampler):
             return self.samples.batch(policy, epoch, groups, range(0), 0.0, share_start=False)
 
@@ -206,7 +203,7 @@ class NftTrainer:
         s, learner = self.settings, self.learner
         x, t, target = self._noised(batch, epoch, purpose)
         # these first, since they swap the weights that the autograd graph needs unchanged
-        fixed = partial(self._fixed, x, t, batch.given)
+        fixed = partial(self._fixed, x, t, batch.plain)
         own = s.on_policy and s.updates == 1  # the present weights drew the samples
         old = None if own else fixed(lora.swapped(learner.weights, self.sampler))
         ref = fixed(learner.reference()) if s.kl else None
@@ -214,7 +211,7 @@ class NftTrainer:
         if s.old_kl:
             averaged = lora.swapped(learner.weights, self.old.weights)
             slow = fixed(averaged) if s.on_policy else old
-        pred = self._predicted(learner.network, x, t, batch.given)
+        pred = learner.predicts(learner.network)(x, t, batch.plain)
         old = pred.detach() if old is None else old
         loss, seen = s.loss(self.noising, Rows(t, pred, old, target, advantages))
         seen["moved"] = _distance(pred, old)
@@ -229,7 +226,7 @@ class NftTrainer:
     ) -> Tensor:
         """Return the prediction with other weights, without gradients."""
         with torch.no_grad(), weights:
-            return self._predicted(self.learner.bare, x, t, given)
+            return self.learner.predicts(self.learner.bare)(x, t, given)
 
     def _noised(self, batch: Batch, epoch: int, purpose: str) -> tuple[Tensor, Tensor, Tensor]:
         """Return (x_t, t, target) of a batch's rows; noise and times depend on their groups."""
@@ -242,9 +239,6 @@ class NftTrainer:
         t = torch.cat(times).to(x0.device)
         x, target = self.noising.noised(x0, torch.cat(noise).to(x0), t)
         return x, t, target
-
-    def _predicted(self, network: Any, x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-        return predict(network, self.learner.family, self.noising, x, t, given).float()
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

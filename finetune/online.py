@@ -17,10 +17,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from .chains import Move, Policy, Schedule, sample
+from .chains import Move, Schedule, sample
+from .conditioning import Conditioning
 from .groups import MOST_DROPPED
 from .learner import Learner, draws
-from .models import Conditioning
 from .policy_losses import group_advantages
 
 __all__ = [
@@ -40,6 +40,7 @@ POPULATION = (  # the help of a setting of all methods
     "DiffusionNFT and AWM does, instead of the sample's"
 )
 
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]  # x (n, ...), t (), given -> output
 # images (n, 3, h, w) and prompts -> the total (n,) and its components by name
 Score = Callable[[Tensor, list[str]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -101,11 +102,13 @@ def only(kept: Tensor, loss: Tensor, seen: dict[str, Tensor]) -> tuple[Tensor, d
 class Batch:
     """Images of some of an epoch's groups: rows (n, ...), rewards and components (g, k).
 
+    given, plain: the conditioning with which they were sampled, and the same without guidance.
     images (n, 3, h, w): on the CPU, to save GPU memory.
     """
 
     groups: Sequence[int]
     given: Conditioning
+    plain: Conditioning
     latents: Tensor
     moves: list[Move]
     images: Tensor
@@ -121,7 +124,7 @@ class Task:
     prompts, given: the training prompts and their conditioning, one row each; decode: maps latents
     to images in [0, 1]; score: the reward. A reward that is trained as well has `observe(images,
     prompts, epoch)`, which is called with each epoch's samples, and its state is saved. weights: of
-    components, for `each_reward`; empty: the negative prompt's conditioning, for guidance.
+    components, for `each_reward`; plain: the conditioning without guidance, if `given` has it.
     """
 
     schedule: Schedule
@@ -130,7 +133,7 @@ class Task:
     decode: Callable[[Tensor], Tensor]
     score: Score
     weights: dict[str, float] = field(default_factory=dict)
-    empty: Conditioning | None = None
+    plain: Conditioning | None = None
 
 
 class Samples:
@@ -141,7 +144,7 @@ class Samples:
 
     def __init__(self, learner: Learner, task: Task, settings: Settings) -> None:
         scale = settings.guidance_scale
-        if scale is not None and scale < 1 and "guidance" not in task.given:
+        if scale is not None and scale < 1 and not task.given.form.embedded:
             raise ValueError(
                 f"guidance_scale is {scale}, but pipelines treat values below 1 as no guidance, "
                 "like 1; set 1 or more"
@@ -173,7 +176,7 @@ class Samples:
 
     def batch(
         self,
-        policy: Policy,
+        policy: Predict,
         epoch: int,
         groups: Sequence[int],
         window: range,
@@ -195,9 +198,10 @@ class Samples:
             for step in zip(*(taken for _, taken in drawn), strict=True)
         ]
         grouped = {name: values.view(-1, k) for name, values in components.items()}
-        given = self._given([chosen[i] for i in groups])
+        rows = [chosen[i] for i in groups]
+        given, plain = self._given(rows), self._given(rows, self.task.plain)
         rewards = total.view(-1, k)
-        return Batch(groups, given, latents, moves, images.cpu(), prompts, rewards, grouped)
+        return Batch(groups, given, plain, latents, moves, images.cpu(), prompts, rewards, grouped)
 
     def _chosen(self, epoch: int) -> list[int]:
         """Return the prompt index of each group; prompts repeat only after all were drawn."""
@@ -209,7 +213,7 @@ class Samples:
 
     def _drawn(
         self,
-        policy: Policy,
+        policy: Predict,
         epoch: int,
         group: int,
         prompt: int,
@@ -226,13 +230,10 @@ class Samples:
         given = self._given([prompt])
         return sample(policy, self.schedule, start.to(device), given, window, noise, drawn)
 
-    def _given(self, rows: Sequence[int]) -> Conditioning:
-        """Return the conditioning for k images of each of these prompts."""
+    def _given(self, rows: Sequence[int], source: Conditioning | None = None) -> Conditioning:
+        """Return `source`, or the task's conditioning, for k images of each of these prompts."""
         k, device = self.settings.k, self.learner.accelerator.device
-        return {
-            name: value[list(rows)].repeat_interleave(k, 0).to(device)
-            for name, value in self.task.given.items()
-        }
+        return (source or self.task.given)[rows].to(device).repeated(k)
 
     def compared(self, batches: Sequence[Batch]) -> Compared:
         """Return the advantages; a global spread is taken over all processes.

@@ -5,7 +5,7 @@ A run is a folder of shards of a few prompts each:
     manifest.json                  model, call, filter, seed and versions of the run
     00012/table.parquet            a row per image: prompt, group, index, seed, steered, log_weight,
                                    settings, image (PNG); `datasets.load_dataset("parquet", ...)`
-    00012/tensors.safetensors      latents (rows, ...) and conditioning (one row per prompt)
+    00012/tensors.safetensors      latents (rows, ...), each prompt's conditioning, and its form
     00012/shard.json               sha256 of both
     00012/rewards.parquet          columns that scoring adds, in the rows' order
 
@@ -39,8 +39,9 @@ from steering.pipeline import steer_each
 from . import ranges
 from .files import atomic, disk_errors, write
 from .folder import ELSEWHERE, begun, refuse_changes
-from .models import encode, family_of
+from .network import part_of
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
+from .recording import Recorder
 from .shards import is_whole, read_manifest, sha256
 
 __all__ = [
@@ -128,7 +129,7 @@ def open_run(
     model: the name to load the pipeline by again, by default the one it was loaded by. lora: a
     digest of the LoRA's weights, for `is_complete`.
     """
-    network = getattr(pipe, family_of(pipe).network)
+    network = getattr(pipe, part_of(pipe))
     about = {
         "pipeline": type(pipe).__name__,
         "model": model or pipe.config.get("_name_or_path") or None,
@@ -207,8 +208,9 @@ def generate(
     missing = [i for i in mine if not is_whole(folder / f"{i:05d}")]
     total = each * sum(sizes[i] for i in mine)
     meter = _Meter(drawn, total, total - each * sum(sizes[i] for i in missing))
+    recorder = Recorder(pipe, plan.call) if missing else None
     for done, number in enumerate(missing, 1 + len(mine) - len(missing)):
-        _make(folder, number, pipe, plan, reward, preview, meter)
+        _make(folder, number, pipe, plan, reward, preview, meter, recorder)
         yield done, len(mine)
 
 
@@ -235,6 +237,7 @@ def _make(
     reward: Any,
     preview: Any,
     meter: _Meter,
+    recorder: Any,
 ) -> None:
     indices = plan.shards()[number]
     parts = [
@@ -243,21 +246,27 @@ def _make(
         for part in _of_prompt(pipe, plan, reward, preview, plan.prompts[i], i, meter)
     ]
     prompts = [plan.prompts[i] for i in indices]
-    tensors = {f"given.{name}": row for name, row in encode(pipe, prompts, **plan.call).items()}
+    given = recorder.record(prompts)
+    tensors = {
+        f"given.{i}.{name}": value
+        for i, row in enumerate(given.rows)
+        for name, value in row.items()
+    }
     tensors["latents"] = torch.cat([latents for _, latents in parts])
     rows = [row for block, _ in parts for row in block]
     with atomic(folder / f"{number:05d}") as scratch:  # may replace a damaged shard
         scratch.mkdir()
-        _write_shard(scratch, rows, tensors)
+        _write_shard(scratch, rows, tensors, given.form.dumps())
 
 
-def _write_shard(scratch: Path, rows: list[dict[str, Any]], tensors: dict[str, Tensor]) -> None:
+def _write_shard(
+    scratch: Path, rows: list[dict[str, Any]], tensors: dict[str, Tensor], form: str
+) -> None:
     about = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
     table = pa.Table.from_pylist(rows, _schema()).replace_schema_metadata(about)
     pq.write_table(table, scratch / "table.parquet")
-    save_file(
-        {k: v.contiguous().cpu() for k, v in tensors.items()}, scratch / "tensors.safetensors"
-    )
+    held = {name: value.contiguous().cpu() for name, value in tensors.items()}
+    save_file(held, scratch / "tensors.safetensors", {"form": form})
     hashes = {name: sha256(scratch / name) for name in ("table.parquet", "tensors.safetensors")}
     write(scratch / "shard.json", json.dumps(hashes))
 
@@ -269,7 +278,7 @@ def _of_prompt(
     for settings, run, steered in _runs(pipe, plan, reward, preview, prompt, meter):
         (out,) = run
         meter.finished += plan.steered if steered else plan.images  # a funnel leaves fewer
-        yield _rows(out, group, plan.seed, settings, steered), out.latents[0]
+        yield _rows(out, group, plan.seed, settings, steered), out.last[0]
 
 
 def _runs(

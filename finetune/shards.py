@@ -54,9 +54,20 @@ class Shard:
         return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return "latents" (rows, ...) and "given.NAME" (prompts, ...), memory-mapped."""
+        """Return "latents" (rows, ...) and each prompt's "given.INDEX.NAME", memory-mapped."""
         with safe_open(self.folder / "tensors.safetensors", "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def form(self) -> str:
+        """Return the form of the conditioning; ValueError without one."""
+        with safe_open(self.folder / "tensors.safetensors", "pt") as file:
+            about = file.metadata() or {}
+        if "form" not in about:
+            raise ValueError(
+                f"{self.folder} was made by an earlier version, which recorded less of the "
+                "pipeline's call; make the rollouts again"
+            )
+        return about["form"]
 
     def rewards(self) -> dict[str, list[float]]:
         """Return the added columns by name, {} if there are none; ValueError for a damaged file."""

@@ -5,6 +5,7 @@ diffusers itself skips tensors that do not fit, and only writes a line to its lo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,10 @@ def load_lora(pipe: Any, lora: str) -> None:
     found = check_lora(lora)
     if found is None:
         return
-    if not hasattr(pipe, "load_lora_weights"):
-        raise ValueError(f"{type(pipe).__name__} takes no LoRA: leave {lora} out")
     path, offline = found
+    if not hasattr(pipe, "load_lora_weights"):
+        _load_by_peft(pipe, Path(path), lora)
+        return
     stored: list[dict[str, Tensor]] = []
     read, before = pipe.lora_state_dict, set(_loaded(pipe))
 
@@ -73,6 +75,37 @@ def load_lora(pipe: Any, lora: str) -> None:
     names = [name for state in stored for name in _names(pipe, state)]
     names += _left_out(Path(path))
     _check_fit(names, set(_loaded(pipe)) - before, f"the LoRA {lora}", type(pipe).__name__)
+
+
+def _load_by_peft(pipe: Any, path: Path, lora: str) -> None:
+    """Load a LoRA that finetune saved into a pipeline for which diffusers has no loader."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    kind, what = type(pipe).__name__, f"the LoRA {lora}"
+    try:
+        file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+        with safe_open(file, "pt") as stored:
+            about = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{what} cannot be read ({error}); {kind} takes a local file") from None
+    _check_finite(state, lora)
+    part = next(iter(state), "").partition(".")[0]
+    network = _modules(pipe).get(part)
+    if network is None or f"{part}.r" not in about:
+        raise ValueError(f"{what} was not saved for {kind}, which takes a LoRA of its own training")
+    layers = {name.removeprefix(f"{part}.").partition(".lora_")[0] for name in state}
+    config = LoraConfig(
+        r=about[f"{part}.r"],
+        lora_alpha=about[f"{part}.lora_alpha"],
+        target_modules=sorted(layers & {name for name, _ in network.named_modules()}),
+    )
+    before = set(_loaded(pipe))
+    inject_adapter_in_model(config, network, "default_0")
+    own = {name.removeprefix(f"{part}."): value for name, value in state.items()}
+    set_peft_model_state_dict(network, own, "default_0")
+    _check_fit(list(state), set(_loaded(pipe)) - before, what, kind)
 
 
 class _Refused(ValueError):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = [
+    "NETWORKS",
     "StandIn",
     "kind_of",
     "networks",
@@ -24,7 +25,7 @@ __all__ = [
     "undisturbed",
 ]
 
-_NETWORKS = (
+NETWORKS = (
     "unet", "transformer", "transformer_2", "unconditional_transformer", "controlnet", "prior",
     "decoder", "image_unet",
 )  # fmt: skip
@@ -56,7 +57,7 @@ def kind_of(network: torch.nn.Module) -> str:
 
 def networks(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     """Return the networks that a pipeline calls at every step, by attribute name."""
-    found = {name: getattr(pipe, name, None) for name in _NETWORKS}
+    found = {name: getattr(pipe, name, None) for name in NETWORKS}
     return {name: net for name, net in found.items() if isinstance(net, torch.nn.Module)}
 
 

@@ -37,6 +37,7 @@ class Steered:
     log_z: Tensor  # (b,)
     lineage: Lineage
     latents: Tensor  # (b, k_final, *shape), as the pipeline returns them
+    last: Tensor  # the same as the last step left them, which some pipelines unpack or rescale
     manifest: dict[str, Any]  # settings, seed and versions that repeat the run
 
     @property
@@ -104,6 +105,7 @@ class Steered:
             log_z=self.log_z[rows],
             lineage=self.lineage.prompts(indices),
             latents=self.latents[rows],
+            last=self.last[rows],
             manifest=select(self.manifest, indices),
         )
 
@@ -169,6 +171,7 @@ class Steered:
             log_z=torch.cat([part.log_z for part in parts]),
             lineage=Lineage.join([part.lineage for part in parts]),
             latents=torch.cat([part.latents for part in parts]),
+            last=torch.cat([part.last for part in parts]),
             manifest=join([part.manifest for part in parts]),
         )
 

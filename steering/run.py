@@ -322,6 +322,7 @@ class Run:
             log_z=torch.full((b,), math.nan),
             lineage=particles.lineage,
             latents=self.spread.whole(shown).unflatten(0, (b, num)).cpu(),
+            last=self.spread.whole(particles.living(last)).unflatten(0, (b, num)).cpu(),
             manifest=select(self._described, indices),
         )
         try:

@@ -58,15 +58,15 @@ def _stateful(pipe: DiffusionPipeline, without: Collection[str]) -> dict[str, An
 class Tape:
     """The results of the head's methods in one pipeline call, in order."""
 
-    def __init__(self) -> None:
-        self._results: dict[str, list[Any]] = {}
+    def __init__(self, results: dict[str, list[Any]] | None = None) -> None:
+        self.results: dict[str, list[Any]] = results or {}
         self._depth = 0
 
     def record(self, view: Any) -> None:
         """Record the results of the head's methods of `view`, a copy of the pipeline."""
         for name in dir(type(view)):
             if _HEAD.fullmatch(name):
-                self._results[name] = []
+                self.results[name] = []
                 vars(view)[name] = self._recorder(name, getattr(view, name))
 
     def _recorder(self, name: str, method: Callable) -> Callable:
@@ -78,7 +78,7 @@ class Tape:
                 finally:
                     self._depth -= 1
             if self._depth == 0:  # calls within another recorded method are not replayed
-                self._results[name].append(result)
+                self.results[name].append(result)
             return result
 
         return recorded
@@ -88,15 +88,15 @@ class Tape:
 
         Calls beyond those recorded go to `view` itself.
         """
-        return {name: self._player(name, getattr(view, name), latents) for name in self._results}
+        return {name: self._player(name, getattr(view, name), latents) for name in self.results}
 
     @property
     def prepared(self) -> bool:
         """Whether the head prepared latents by a method, so that they can be replaced."""
-        return bool(self._results.get("prepare_latents"))
+        return bool(self.results.get("prepare_latents"))
 
     def _player(self, name: str, method: Callable, latents: Tensor | None) -> Callable:
-        results = enumerate(list(self._results[name]), 1)
+        results = enumerate(list(self.results[name]), 1)
 
         def play(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -104,7 +104,7 @@ class Tape:
             except StopIteration:
                 return method(*args, **kwargs)
             # unCLIP also prepares latents for its prior, before those of the image
-            is_last = number == len(self._results[name])
+            is_last = number == len(self.results[name])
             if name != "prepare_latents" or latents is None or not is_last:
                 return result
             return (latents, *result[1:]) if isinstance(result, tuple) else latents

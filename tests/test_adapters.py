@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from finetune import lora
-from finetune.models import family_of
+from finetune.network import part_of, targets_of
 from steering import tiny
 from steering.adapters import _loaded, check_lora, load_lora
 from tilt import loading
@@ -169,10 +169,10 @@ def test_a_lora_of_another_family_is_refused(kind, family, tmp_path):
 def tuned(folder, name="tiny-sd"):
     """A LoRA as our trainers write it; returns its file."""
     pipe = tiny.load(name)
-    family = family_of(pipe)
-    network = getattr(pipe, family.network)
-    lora.attach(network, family.targets, 2, 2, torch.Generator().manual_seed(0))
-    return lora.save(type(pipe), family.network, network, folder)
+    part = part_of(pipe)
+    network = getattr(pipe, part)
+    lora.attach(network, targets_of(network), 2, 2, torch.Generator().manual_seed(0))
+    return lora.save(type(pipe), part, network, folder)
 
 
 def test_what_fits_is_counted_and_the_rest_named(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from finetune.conditioning import Conditioning, Form
 from finetune.data import Ahead, Data, ShardRows, check_fits, load_data
 from finetune.shards import Shard, add_rewards
 
@@ -35,6 +37,9 @@ def test_shards_that_differ_are_refused(other):
         ShardRows([torch.zeros(2, 4), other])
 
 
+FORM = Form({}, {"encode_prompt": [{"tensor": "embeds"}]}, {"embeds": 0}, (4, 2, 2))
+
+
 def run_of(folder: Path, shards: int, shape: tuple[int, ...]) -> Any:
     """Scored shards of two prompts with two images each."""
     found = []
@@ -43,11 +48,13 @@ def run_of(folder: Path, shards: int, shape: tuple[int, ...]) -> Any:
         shard.folder.mkdir()
         groups = [2 * i, 2 * i, 2 * i + 1, 2 * i + 1]
         pq.write_table(pa.table({"group": groups}), shard.folder / "table.parquet")
-        tensors = {"latents": torch.full((4, *shape), float(i)), "given.embeds": torch.ones(2, 8)}
-        save_file(tensors, shard.folder / "tensors.safetensors")
+        tensors = {"latents": torch.full((4, *shape), float(i))}
+        tensors |= {f"given.{prompt}.embeds": torch.ones(1, 8) for prompt in range(2)}
+        form = {"form": FORM.dumps()}
+        save_file(tensors, shard.folder / "tensors.safetensors", form)
         add_rewards(shard, {"reward": [0.0, 1.0, 2.0, 3.0]})
         found.append(shard)
-    return SimpleNamespace(shards=found)
+    return SimpleNamespace(shards=found, folder=folder)
 
 
 def test_rewards_that_differ_in_the_ninth_digit_are_told_apart(tmp_path):
@@ -117,19 +124,31 @@ def test_what_goes_wrong_ahead_is_told_when_its_step_comes():
         ahead(1)
 
 
-def test_rollouts_of_another_model_are_refused():
-    from types import SimpleNamespace
+class UNet:
+    def __init__(self, **config: Any) -> None:
+        self.config = SimpleNamespace(**{"in_channels": 4, "cross_attention_dim": 16} | config)
 
-    latents, given = torch.zeros(2, 4, 8, 8), {"embeds": torch.zeros(1, 3, 16)}
-    data = Data(latents, given, [], 0)
-    fits = SimpleNamespace(config=SimpleNamespace(in_channels=4, cross_attention_dim=16))
-    check_fits(data, fits, "A", "A")
+
+def test_rollouts_of_another_model_are_refused():
+    given = Conditioning(FORM, [{"embeds": torch.zeros(1, 3, 16)}])
+    data = Data(torch.zeros(2, 4, 8, 8), given, [], 0)
+    check_fits(data, UNet(), "A", "A")
     with pytest.raises(ValueError, match="were made by A, but the model is a B"):
-        check_fits(data, fits, "A", "B")
-    for changed, said in (
-        ({"in_channels": 16}, "latents have 4"),
-        ({"cross_attention_dim": 8}, "16"),
-    ):
-        other = SimpleNamespace(config=SimpleNamespace(**vars(fits.config) | changed))
-        with pytest.raises(ValueError, match=said):
-            check_fits(data, other, "A", "A")
+        check_fits(data, UNet(), "A", "B")
+    with pytest.raises(ValueError, match=r"latents are \(4, 8, 8\), but .* 16 channels"):
+        check_fits(data, UNet(in_channels=16), "A", "A")
+    with pytest.raises(ValueError, match=r"texts are \(16,\), but .* 12 channels"):
+        check_fits(data, UNet(cross_attention_dim=12), "A", "A")
+    check_fits(data, UNet(cross_attention_dim=12, encoder_hid_dim=16), "A", "A")  # as Kolors
+
+
+def test_shards_of_other_calls_and_of_earlier_versions_are_refused(tmp_path):
+    run = run_of(tmp_path, 2, (4, 2, 2))
+    file = run.shards[1].folder / "tensors.safetensors"
+    tensors = run.shards[1].tensors()
+    save_file(tensors, file, {"form": replace(FORM, call={"height": 64}).dumps()})
+    with pytest.raises(ValueError, match="have 2 forms of conditioning"):
+        load_data(run, "reward", "none", 2)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="made by an earlier version"):
+        load_data(run, "reward", "none", 2)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from finetune import checks, lora
-from finetune.models import family_of
+from finetune.network import part_of, targets_of
 from rewards.geneval.rules import TASKS, overall
 from rewards.models.ocr import MODES, distance
 from steering import generators, tiny
@@ -157,12 +157,12 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "prompts.txt").write_text("\n".join([*PROMPTS, PROMPTS[0]]) + "\n")
     pipe = tiny.load("tiny-sd3")
-    family = family_of(pipe)
-    network = getattr(pipe, family.network)
-    for name, weight in lora.attach(network, family.targets, 2, 2, draws()).items():
+    part = part_of(pipe)
+    network = getattr(pipe, part)
+    for name, weight in lora.attach(network, targets_of(network), 2, 2, draws()).items():
         if "lora_B" in name:
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draws(1)))
-    lora.save(type(pipe), family.network, network, folder / "lora")
+    lora.save(type(pipe), part, network, folder / "lora")
     assert script.main(words(folder)) == 0
     return folder
 

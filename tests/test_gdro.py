@@ -18,7 +18,8 @@ from finetune.data import Data, load_data
 from finetune.gdro import Gdro, GdroTrainer
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
 from finetune.learner import check_shares
-from finetune.models import encode, family_of, noising_of
+from finetune.network import Model
+from finetune.recording import record
 from finetune.rollouts import Plan, generate, open_run
 from finetune.shards import Rollouts, add_rewards
 from finetune.state import load_state, save_state
@@ -28,25 +29,23 @@ PROMPTS = ["a red star", "two blue circles", "a cross"]
 
 def data_of(pipe, call, m=4):
     generator = torch.Generator().manual_seed(0)
-    shape = pipe("a", **call | {"num_inference_steps": 1}, output_type="latent")[0].shape[1:]
-    latents = torch.randn(len(PROMPTS) * m, *shape, generator=generator)
+    given = record(pipe, PROMPTS, **call)
+    latents = torch.randn(len(PROMPTS) * m, *given.form.shape, generator=generator)
     groups = [
         Group(i, torch.arange(m) + m * i, torch.rand(m, generator=generator))
         for i in range(len(PROMPTS))
     ]
-    return Data(latents, encode(pipe, PROMPTS, **call), groups, 0)
+    return Data(latents, given, groups, 0)
 
 
 def trainer_of(name="sd3", **changed):
     pipe, call = family(name)
-    own = family_of(pipe)
-    with torch.no_grad():
-        data = data_of(pipe, call)
+    data = data_of(pipe, call)
     settings = Gdro(
         **{"groups": 2, "k": 3, "rank": 2, "alpha": 2, "lr": 1e-3, "micro_groups": 1} | changed
     )
-    network = getattr(pipe, own.network)
-    return GdroTrainer(network, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
+    model = Model(pipe)
+    return GdroTrainer(getattr(pipe, model.part), model, data, settings, Accelerator(cpu=True))
 
 
 def pipe_class():
@@ -129,26 +128,26 @@ def test_a_second_round_goes_on_from_its_lora(tmp_path):
     for _ in range(3):
         first.train_step()
     with lora.swapped(first.learner.weights, first.learner.average.weights):
-        lora.save(pipe_class(), first.learner.family.network, first.learner.bare, tmp_path)
-    read = lora.read(tmp_path, second.learner.family.network, second.learner.weights, 2)
+        lora.save(pipe_class(), first.learner.model.part, first.learner.bare, tmp_path)
+    read = lora.read(tmp_path, second.learner.model.part, second.learner.weights, 2)
     second.learner.start_from(read)
     for name, value in first.learner.average.weights.items():
         assert torch.equal(second.learner.weights[name], value)
     assert second.train_step()["spread"] == pytest.approx(0, abs=1e-5)
     with pytest.raises(ValueError, match="another alpha"):
-        lora.read(tmp_path, second.learner.family.network, second.learner.weights, 4)
+        lora.read(tmp_path, second.learner.model.part, second.learner.weights, 4)
     with pytest.raises(
         ValueError, match=r"another rank .* \(0 of its .* and transformer\..* does not"
     ):
-        lora.read(tmp_path, second.learner.family.network, trainer_of(rank=3).learner.weights, 2)
+        lora.read(tmp_path, second.learner.model.part, trainer_of(rank=3).learner.weights, 2)
     with pytest.raises(ValueError, match="no readable LoRA"):
-        lora.read(tmp_path / "none", second.learner.family.network, second.learner.weights, 2)
+        lora.read(tmp_path / "none", second.learner.model.part, second.learner.weights, 2)
     stored = load_file(tmp_path / lora.FILE)
     next(iter(stored.values()))[0, 0] = math.nan
     about = {"lora_adapter_metadata": '{"transformer.lora_alpha": 2}'}
     save_file(stored, tmp_path / lora.FILE, about)
     with pytest.raises(ValueError, match="not finite, such as in"):
-        lora.read(tmp_path, second.learner.family.network, second.learner.weights, 2)
+        lora.read(tmp_path, second.learner.model.part, second.learner.weights, 2)
 
 
 def test_a_resumed_run_keeps_its_moved_reference(tmp_path):
@@ -243,10 +242,11 @@ def test_rollouts_with_rewards_become_data(tmp_path):
     data = load_data(run, "score", "none", 2)
     assert [g.rewards.tolist() for g in data.groups] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert len(data.latents) == 9
-    with torch.no_grad():
-        given = encode(pipe, PROMPTS, **call)
-    # a shard's prompts are encoded together, so in other batches than here
-    torch.testing.assert_close(data.given["embeds"][torch.arange(3)], given["embeds"])
+    given = record(pipe, PROMPTS, **call)
+    assert data.given.form == given.form
+    for ours, theirs in zip(data.given.rows, given.rows, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # --- groups

@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from tiny_pipelines import family
 
 from finetune import lora
-from finetune.chains import Policy, sample, schedule_of
+from finetune.chains import sample, schedule_of
+from finetune.decoding import decoder_of
 from finetune.grpo import Grpo, GrpoTrainer, advantages_of, mean_log_prob
-from finetune.models import decode, encode, encode_negative, encoded, family_of, noising_of
+from finetune.network import Model
 from finetune.online import Task
+from finetune.recording import Recorder, record
 from finetune.state import load_state, save_state
 from steering.transitions import Transition
 
@@ -39,18 +41,20 @@ def latents_of(pipe, call, count, **more):
 def test_without_noise_the_samples_are_the_pipelines_own(name, guidance):
     pipe, call = family(name)
     call |= {"guidance_scale": guidance}
-    own, noising = family_of(pipe), noising_of(pipe)
-    schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
+    model = Model(pipe)
+    given = Recorder(pipe, call, guided=guidance > 1).record(PROMPTS[:1])
+    schedule = schedule_of(model, given)
     assert len(schedule) == call["num_inference_steps"]
     generator = torch.Generator().manual_seed(1)
     shape = (2, *schedule.shape)
     start = torch.randn(shape, generator=generator)
-    with torch.no_grad():
-        given = {n: v.repeat_interleave(2, 0) for n, v in encode(pipe, PROMPTS[:1], **call).items()}
-        empty = None if name == "flux" else encode_negative(pipe, "", **call)
-    policy = Policy(getattr(pipe, own.network), own, noising, guidance, empty)
+    network = getattr(pipe, model.part)
+
+    def predict(x, t, given):
+        return model.predict(network, given, x, t)
+
     draws = torch.zeros(1, *shape)
-    found, moves = sample(policy, schedule, start, given, range(0, 1), 0.0, draws)
+    found, moves = sample(predict, schedule, start, given.repeated(2), range(0, 1), 0.0, draws)
     from steering.schedulers import stochastic
 
     pipe.scheduler = stochastic(pipe.scheduler, 0.0)
@@ -61,16 +65,15 @@ def test_without_noise_the_samples_are_the_pipelines_own(name, guidance):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_schedule_is_the_same_where_the_encoders_are_gone(name):
+def test_the_schedule_needs_no_encoders(name):
     pipe, call = family(name)
-    noising = noising_of(pipe)
-    with torch.no_grad():
-        told = encoded(pipe, PROMPTS[:1], call)
-    whole, later = (schedule_of(pipe, noising, PROMPTS[0], e, **call) for e in (None, told))
-    assert len(later) == call["num_inference_steps"]
-    for part in ("t", "now", "after"):
-        assert torch.equal(getattr(later, part), getattr(whole, part))
-    assert later.shape == whole.shape
+    model, given = Model(pipe), record(pipe, PROMPTS[:1], **call)
+    for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
+        if hasattr(pipe, part):
+            setattr(pipe, part, None)
+    schedule = schedule_of(model, given)
+    assert len(schedule) == call["num_inference_steps"]
+    assert schedule.shape == given.form.shape
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +86,8 @@ def test_decoded_latents_are_the_pipelines_images(name):
         images = pipe(
             PROMPTS[:1], num_images_per_prompt=2, generator=generator, output_type="pt", **call
         )[0]
-        torch.testing.assert_close(decode(pipe, latents, call), images.float())
+    decode = decoder_of(Model(pipe), pipe, record(pipe, PROMPTS[:1], **call))
+    torch.testing.assert_close(decode(latents), images.float())
 
 
 def test_the_density_is_the_normal_one_by_element():
@@ -98,23 +102,15 @@ def test_the_density_is_the_normal_one_by_element():
 def trainer_of(name="sd3", score=brightness, **changed):
     pipe, call = family(name)
     call |= {"num_inference_steps": 4, "guidance_scale": 1.0}
-    own, noising = family_of(pipe), noising_of(pipe)
+    model = Model(pipe)
     settings = Grpo(
         **{"groups": 3, "k": 4, "rank": 2, "alpha": 2, "lr": 1e-3, "num_inference_steps": 4}
         | changed
     )
-    with torch.no_grad():
-        given = encode(pipe, PROMPTS, **call)
-    schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
-    task = Task(
-        schedule,
-        PROMPTS,
-        given,
-        lambda x: decode(pipe, x, call),
-        score,
-        weights={"brightness": 1.0},
-    )
-    return GrpoTrainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
+    given = record(pipe, PROMPTS, **call)
+    decode, schedule = decoder_of(model, pipe, given), schedule_of(model, given)
+    task = Task(schedule, PROMPTS, given, decode, score, weights={"brightness": 1.0})
+    return GrpoTrainer(getattr(pipe, model.part), model, task, settings, Accelerator(cpu=True))
 
 
 def weights_of(trainer):
@@ -438,10 +434,11 @@ def test_a_window_over_all_steps_but_the_last_is_ddpo(name):
     assert [move.step for move in batch.moves] == [0, 1, 2]
     advantages = trainer.samples.compared([batch]).advantages[0].flatten()
     weights = list(trainer.learner.weights.values())
+    predict = trainer.learner.predicts(trainer.learner.bare)
 
     def log_density(move):
         x, now, after = move.x, schedule.now[move.step], schedule.after[move.step]
-        output = trainer._policy(trainer.learner.bare)(x, schedule.t[move.step], batch.given)
+        output = predict(x, schedule.t[move.step], batch.given)
         if name == "sd3":  # all noise is drawn afresh around the predicted image
             mean, std = (1 - after) * (x - now * output), after
         else:  # Ho et al. 2020, eqs. 6 and 7

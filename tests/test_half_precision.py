@@ -5,6 +5,7 @@ Nothing is passed that asks for half precision: the trainers see the network's o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,10 @@ from tiny_pipelines import family
 
 from finetune import learner, lora
 from finetune.data import Data
+from finetune.decoding import decoder_of
 from finetune.gdro import Gdro, GdroTrainer
-from finetune.models import decode, encode, family_of, noising_of, predict
+from finetune.network import Model, predict, targets_of
+from finetune.recording import record
 from finetune.state import load_state, save_state
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -146,18 +149,25 @@ def test_checkpointed_blocks_are_computed_again_in_the_same_precision(trainer_of
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def cast(given, dtype):
+    rows = [
+        {n: v.to(dtype) if v.is_floating_point() else v for n, v in row.items()}
+        for row in given.rows
+    ]
+    return replace(given, rows=rows)
+
+
 @pytest.mark.parametrize("network", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_rollouts_of_another_precision_serve(name, network):
     pipe, call = family(name)
-    own = family_of(pipe)
+    model = Model(pipe)
     other = torch.bfloat16 if network == torch.float32 else torch.float32
     data: Any = test_gdro.data_of(pipe, call)
-    given = {n: v.to(other) if v.is_floating_point() else v for n, v in data.given.items()}
-    data = Data(data.latents.to(other), given, data.groups, 0)
+    data = Data(data.latents.to(other), cast(data.given, other), data.groups, 0)
     settings = Gdro(groups=2, k=3, rank=2, alpha=2, micro_groups=1)
-    part = getattr(pipe, own.network).to(network)
-    trainer = GdroTrainer(part, own, noising_of(pipe), data, settings, Accelerator(cpu=True))
+    part = getattr(pipe, model.part).to(network)
+    trainer = GdroTrainer(part, model, data, settings, Accelerator(cpu=True))
     assert trainer.train_step()["grad_norm"] > 0
 
 
@@ -165,7 +175,7 @@ def test_rollouts_of_another_precision_serve(name, network):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_latents_are_decoded_as_the_pipeline_does(name, dtype):
-    """SDXL's decoder overflows in float16; its pipeline takes float32 then."""
+    """SDXL's decoder overflows in float16; its pipeline takes float32 then, here a copy."""
     pipe, call = in_half(name, dtype)
     generator = [torch.Generator().manual_seed(0)]
     kinds = {"generator": generator, "return_dict": False, **call, "num_inference_steps": 1}
@@ -173,22 +183,19 @@ def test_latents_are_decoded_as_the_pipeline_does(name, dtype):
         latents = pipe("a", **kinds, output_type="latent")[0]
         kinds["generator"] = [torch.Generator().manual_seed(0)]
         images = pipe("a", **kinds, output_type="pt")[0]
-        found = decode(pipe, latents, call)
+    found = decoder_of(Model(pipe), pipe, record(pipe, ["a"], **call))(latents)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, images.float(), atol=1e-3, rtol=0)
-    upcast = name == "sdxl" and dtype == torch.float16
-    assert pipe.vae.dtype == (torch.float32 if upcast else dtype)
+    assert pipe.vae.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_predictions_take_conditioning_of_any_precision(dtype):
     pipe, call = family("sd3")
-    own, network = family_of(pipe), pipe.transformer
-    lora.attach(network, own.targets, 2, 2, torch.Generator().manual_seed(0))
-    given = encode(pipe, ["a"], **call)
+    network = pipe.transformer
+    lora.attach(network, targets_of(network), 2, 2, torch.Generator().manual_seed(0))
+    given = record(pipe, ["a"], **call)
     x, t = torch.ones(1, 4, 8, 8), torch.tensor([0.3])
     with torch.no_grad():
-        expected = predict(network, own, noising_of(pipe), x, t, given)
-        half = {name: value.to(dtype) for name, value in given.items()}
-        found = predict(network, own, noising_of(pipe), x, t, half)
+        expected, found = (predict(pipe, g, x, t) for g in (given, cast(given, dtype)))
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)

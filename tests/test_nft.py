@@ -11,26 +11,28 @@ from tiny_pipelines import family
 from finetune import lora
 from finetune.awm import Awm
 from finetune.chains import schedule_of
-from finetune.models import decode, encode, encode_negative, family_of, noising_of
+from finetune.decoding import decoder_of
+from finetune.network import Model
 from finetune.nft import Nft, NftTrainer, draw_times
 from finetune.online import Task
+from finetune.recording import Recorder, record
 from finetune.state import load_state, save_state
 
 
 def trainer_of(name="sd3", score=brightness, kind=Nft, **changed):
     pipe, call = family(name)
-    call |= {"num_inference_steps": 3, "guidance_scale": changed.get("guidance_scale", 1.0)}
-    own, noising = family_of(pipe), noising_of(pipe)
+    scale = changed.get("guidance_scale", 1.0)
+    call |= {"num_inference_steps": 3, "guidance_scale": scale}
+    model = Model(pipe)
     settings = kind(
         **{"groups": 2, "k": 4, "rank": 2, "alpha": 2, "lr": 1e-3, "num_inference_steps": 3}
         | changed
     )
-    with torch.no_grad():
-        given = encode(pipe, PROMPTS, **call)
-        empty = encode_negative(pipe, "", **call) if changed.get("guidance_scale", 1) > 1 else None
-    schedule = schedule_of(pipe, noising, PROMPTS[0], **call)
-    task = Task(schedule, PROMPTS, given, lambda x: decode(pipe, x, call), score, empty=empty)
-    return NftTrainer(getattr(pipe, own.network), own, task, settings, Accelerator(cpu=True))
+    given = Recorder(pipe, call, guided=scale > 1).record(PROMPTS)
+    decode = decoder_of(model, pipe, given)
+    plain = record(pipe, PROMPTS, **call) if scale > 1 else None
+    task = Task(schedule_of(model, given), PROMPTS, given, decode, score, plain=plain)
+    return NftTrainer(getattr(pipe, model.part), model, task, settings, Accelerator(cpu=True))
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
@@ -55,7 +57,7 @@ def test_the_first_gradient_is_that_of_regression_weighted_by_advantages():
     loss, _ = trainer._loss(batch, advantages, 0, "noise 0 0")
     found = torch.autograd.grad(loss.sum(), weights)
     x, t, target = trainer._noised(batch, 0, "noise 0 0")
-    pred = trainer._predicted(trainer.learner.bare, x, t, batch.given)
+    pred = trainer.learner.predicts(trainer.learner.bare)(x, t, batch.given)
     slope = -2 * 0.3 * (2 * good - 1).view(-1, 1, 1, 1) * (target - pred.detach())
     expected = torch.autograd.grad((slope * pred).flatten(1).mean(1).sum(), weights)
     for a, b in zip(found, expected, strict=True):
@@ -193,7 +195,7 @@ def test_the_first_gradient_of_awm_is_that_of_its_score_by_the_advantage():
     assert seen["ratio"].tolist() == [1.0] * 4
     found = torch.autograd.grad(loss.sum(), weights)
     x, t, target = trainer._noised(batch, 0, "noise 0 0")
-    pred = trainer._predicted(trainer.learner.bare, x, t, batch.given)
+    pred = trainer.learner.predicts(trainer.learner.bare)(x, t, batch.plain)
     error = t * (pred - target).square().flatten(1).mean(1)
     expected = torch.autograd.grad((advantages / 2 * error).sum(), weights)
     for a, b in zip(found, expected, strict=True):

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune.models import Noising
 from torch import nn
 
 from finetune import lora, nft
 from finetune.awm import Awm
 from finetune.chains import Schedule
 from finetune.grpo import mean_log_prob
-from finetune.models import Noising
 from finetune.nft import Nft, Rows
 from finetune.policy_losses import (
     group_advantages,

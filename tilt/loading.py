@@ -21,6 +21,7 @@ __all__ = [
     "DTYPES",
     "PREVIEWS",
     "check_name",
+    "check_trainable",
     "empty_network",
     "load_pipeline",
     "load_preview",
@@ -112,6 +113,25 @@ def empty_network(name: str) -> tuple[str, Any]:
         config = kind.load_config(path, subfolder=part, local_files_only=offline)
         with init_empty_weights(include_buffers=False), no_init_weights():
             return part, kind.from_config(config).eval()
+
+
+def check_trainable(name: str) -> None:
+    """Raise ValueError, before weights are loaded, for a pipeline that cannot be trained."""
+    check_name(name)
+    if name in tiny.NAMES:
+        return
+    shield()
+    path, offline = where(name)
+    with one_sentence(f"the model {name}", path, offline):
+        import diffusers
+
+        from finetune.network import check_kind
+
+        index: Any = diffusers.DiffusionPipeline.load_config(path, local_files_only=offline)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if kind is not None:
+        held = [part for part, about in index.items() if isinstance(about, list) and about[0]]
+        check_kind(kind, held)
 
 
 def pick_preview(choice: str, model: str) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from finetune.models import family_of
+from finetune.network import part_of
 from steering import attention
 from tilt import loading
 
@@ -72,7 +72,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A network by name: an embedded one, or random weights by its published configuration."""
     if name in TINY:
         pipe = loading.load_pipeline(name, dtype)
-        return getattr(pipe, family_of(pipe).network).to(device)
+        return getattr(pipe, part_of(pipe)).to(device)
     return filled(partial(network_of, FILLED[name]), device, dtype)
 
 

@@ -29,7 +29,7 @@ import torch
 
 import rewards
 from finetune import lora
-from finetune.models import FAMILIES
+from finetune.network import targets_of
 from steering import FeynmanKac, steer, tiny
 from tilt import loading
 
@@ -129,7 +129,7 @@ def held(name: str, less: bool, images: int, device: torch.device) -> float:
     """The most GB that one group's forward and backward passes of GDRO hold on the device."""
     model = networks.MODELS[name]
     network = networks.filled(lambda: networks.network_of(model), device, torch.bfloat16)
-    weights = lora.attach(network, FAMILIES[model.family].targets, 32, 32, torch.Generator())
+    weights = lora.attach(network, targets_of(network), 32, 32, torch.Generator())
     if less:
         network.enable_gradient_checkpointing()
     kept = [torch.zeros_like(weight) for weight in weights.values() for _ in range(3)]

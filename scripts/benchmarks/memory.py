@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from finetune import lora
-from finetune.models import FAMILIES, Noising, predict
+from finetune.network import targets_of
 
 from ..parser import parser_of
 from ..tables import head, line
@@ -31,6 +31,7 @@ from .networks import (
     Published,
     decoder_of,
     inputs,
+    keywords,
     latents_of,
     network_of,
     parameters,
@@ -95,14 +96,12 @@ def step(network: Any, model: Published, rows: int, offline: bool, device: str =
     """
     x = torch.empty(rows, model.latents, *2 * (model.side // 8,))
     given = {name: torch.empty(rows, *shape) for name, shape in model.given.items()}
-    family, noising = FAMILIES[model.family], Noising("velocity", 1000)
-    inputs = (network, family, noising, x, torch.empty(rows), given)
-    target = x
+    asked, target = keywords(model, x, torch.empty(rows), given), x
     if offline:
         with torch.no_grad(), lora.reference(network), torch.autocast(device, torch.bfloat16):
-            target = predict(*inputs).float()
+            target = network(**asked, return_dict=False)[0].float()
     with torch.autocast(device, torch.bfloat16):
-        out = predict(*inputs)
+        out = network(**asked, return_dict=False)[0]
     (out.float() - target).square().mean().backward()
 
 
@@ -120,7 +119,7 @@ def peak(name: str, method: str, images: int, less: bool) -> float:
     model, (_, copies, online) = MODELS[name], METHODS[method]
     with torch.device("meta"):
         network, *others = parts_of(model, online)
-        lora.attach(network, FAMILIES[model.family].targets, RANK, RANK, torch.Generator())
+        lora.attach(network, targets_of(network), RANK, RANK, torch.Generator())
     if less:
         network.enable_gradient_checkpointing()
     with FakeTensorMode(), Count() as count:

@@ -22,8 +22,6 @@ from transformers import (
     T5EncoderModel,
 )
 
-from finetune.models import FAMILIES
-
 
 @dataclass(frozen=True)
 class Published:
@@ -181,12 +179,28 @@ def inputs(
     shape = (model.latents, side // 8, side // 8)
     if model.family == "FluxPipeline":  # four numbers of each channel are a token
         shape = ((side // 16) ** 2, 4 * model.latents)
-    x = make(rows, *shape)
     given = {name: make(rows, *shape) for name, shape in model.given.items()}
+    return keywords(model, make(rows, *shape), make(rows), given)
+
+
+def keywords(model: Published, x: Tensor, timesteps: Tensor, given: dict[str, Tensor]) -> dict:
+    """The keywords of a call of the network, as the model's pipeline passes them.
+
+    x: latents (n, ...); given: the conditioning by the names of `Published.given`, n rows each.
+    """
+    found: dict[str, Any] = {"timestep": timesteps, "encoder_hidden_states": given["embeds"]}
+    if "UNet" in model.network:
+        found["sample"] = x
+        if "pooled" in given:
+            added = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
+            found["added_cond_kwargs"] = added
+        return found
+    found |= {"hidden_states": x, "pooled_projections": given["pooled"]}
     if model.family == "FluxPipeline":
-        grid = torch.tensor([[side // 16, side // 16]], device="cpu")
-        given |= {"grid": grid, "guidance": make(rows)}
-    return FAMILIES[model.family].keywords(x, make(rows), given)
+        found["img_ids"] = x.new_zeros(x.shape[1], 3)
+        found["txt_ids"] = x.new_zeros(given["embeds"].shape[1], 3)
+        found["guidance"] = x.new_zeros(len(x))
+    return found
 
 
 def latents_of(model: Published, rows: int, side: int, dtype: torch.dtype = torch.float32) -> Any:

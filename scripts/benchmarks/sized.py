@@ -10,8 +10,6 @@ from typing import Any
 import diffusers
 import torch
 
-from finetune.models import FAMILIES
-
 from ..tiny.cards import FOLDERS
 from .networks import MODELS, decoder_of, filled, network_of, preview_of
 
@@ -43,7 +41,8 @@ def sized(
     kind = getattr(diffusers, model.family)
     parameters = inspect.signature(kind).parameters.values()
     missing = {part.name: None for part in parameters if part.default is part.empty}  # no encoders
-    own = {FAMILIES[model.family].network: network, "vae": vae, "scheduler": scheduler}
+    part = "unet" if "UNet" in model.network else "transformer"
+    own = {part: network, "vae": vae, "scheduler": scheduler}
     pipe = kind(**missing | own | WITHOUT.get(name, {}))
     pipe.set_progress_bar_config(disable=True)
     steps, guidance = STEPS[name]

@@ -13,20 +13,23 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from finetune import gdro, grpo, lora, models
+from finetune import gdro, grpo, lora
 from finetune.chains import schedule_of
+from finetune.conditioning import Conditioning
 from finetune.data import Data
+from finetune.decoding import decoder_of
 from finetune.groups import Group
-from finetune.models import encode, family_of, noising_of, predict
+from finetune.network import Model
 from finetune.online import Task
+from finetune.recording import record
 from steering import tiny
+from steering.networks import StandIn
 from tilt import loading
 
 from ..parser import parser_of
@@ -46,56 +49,55 @@ HEAD = head("model", "method", *FIGURES)
 
 @dataclass(frozen=True)
 class Subject:
-    """The pipeline that is trained, the keywords of its call, and the conditioning of PROMPTS.
-
-    encoded: what the pipeline's encoders would give for one prompt, if it has no encoders.
-    """
+    """The pipeline that is trained and the conditioning of PROMPTS."""
 
     pipe: Any
-    call: dict[str, Any]
-    given: dict[str, Tensor]
-    encoded: Any = None
+    model: Model
+    given: Conditioning
 
     @property
     def network(self) -> Any:
-        return getattr(self.pipe, family_of(self.pipe).network)
+        return getattr(self.pipe, self.model.part)
 
 
-def subject_of(model: str, device: torch.device) -> Subject:
-    """An embedded pipeline in float32, or one of published size in bfloat16."""
+class _Asked(BaseException):
+    """Ends a prediction where it calls the network, with the arguments of that call."""
+
+
+def subject_of(model: str, device: torch.device, **call: Any) -> Subject:
+    """An embedded pipeline in float32, or one of published size in bfloat16, which has no encoders.
+
+    call: more keywords of the pipeline's call.
+    """
     if model in tiny.NAMES:
-        pipe, call = tiny.load(model).to(device), tiny.call_defaults(model)
-        return Subject(pipe, call, encode(pipe, PROMPTS, **call))
-    pipe, call, _ = sized(model, device, torch.bfloat16)
-    embeds, pooled = call.pop("prompt_embeds"), call.pop("pooled_prompt_embeds", None)
-    rows, encoded = {"embeds": embeds}, (embeds, embeds)
-    if pooled is not None:
-        rows, encoded = rows | {"pooled": pooled}, (embeds, embeds, pooled, pooled)
-    if "time_ids" in MODELS[model].given:
-        side = float(MODELS[model].side)
-        rows["time_ids"] = embeds.new_tensor([[side, side, 0, 0, side, side]])
-    given = {n: row.repeat(len(PROMPTS), *[1] * (row.ndim - 1)) for n, row in rows.items()}
-    call = {name: value for name, value in call.items() if "embeds" not in name}
-    return Subject(pipe, call, given, encoded)
+        pipe, own = tiny.load(model).to(device), tiny.call_defaults(model)
+        return Subject(pipe, Model(pipe), record(pipe, PROMPTS, **own | call))
+    pipe, own, _ = sized(model, device, torch.bfloat16)
+    embeds, pooled = own.pop("prompt_embeds"), own.pop("pooled_prompt_embeds", None)
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        prompt = kwargs["prompt"] if "prompt" in kwargs else args[0]
+        rows = len(prompt) if isinstance(prompt, list) else 1
+        found = (embeds, embeds) if pooled is None else (embeds, embeds, pooled, pooled)
+        return tuple(x.repeat(rows, *[1] * (x.ndim - 1)) for x in found)
+
+    vars(pipe)["encode_prompt"] = encode_prompt
+    own = {name: value for name, value in own.items() if "embeds" not in name}
+    return Subject(pipe, Model(pipe), record(pipe, PROMPTS, **own | call))
 
 
 def gdro_of(model: str, settings: gdro.Gdro, device: torch.device = CPU) -> gdro.GdroTrainer:
     """A trainer on random latents and rewards for PROMPTS."""
     subject, m = subject_of(model, device), 2 * settings.k
     draws = torch.Generator().manual_seed(0)
-    config = subject.network.config
-    side = config.sample_size if model in tiny.NAMES else MODELS[model].side // 8
-    shape = (len(PROMPTS) * m, config.in_channels, side, side)
     groups = [
         Group(i, torch.arange(m) + m * i, torch.rand(m, generator=draws))
         for i in range(len(PROMPTS))
     ]
-    given = {name: value.cpu() for name, value in subject.given.items()}
-    data = Data(torch.randn(shape, generator=draws), given, groups, 0)
-    family, noising = family_of(subject.pipe), noising_of(subject.pipe)
-    return gdro.GdroTrainer(
-        subject.network, family, noising, data, settings, accelerator_on(device)
-    )
+    latents = torch.randn(len(PROMPTS) * m, *subject.given.form.shape, generator=draws)
+    data = Data(latents, subject.given.to("cpu"), groups, 0)
+    accelerator = accelerator_on(device)
+    return gdro.GdroTrainer(subject.network, subject.model, data, settings, accelerator)
 
 
 def accelerator_on(device: torch.device) -> Accelerator:
@@ -106,13 +108,13 @@ def accelerator_on(device: torch.device) -> Accelerator:
 class TimedDecoder:
     """A pipeline's decoder that adds up its seconds."""
 
-    def __init__(self, pipe: Any, call: dict[str, Any]) -> None:
-        self.pipe, self.call, self.seconds = pipe, call, 0.0
+    def __init__(self, subject: Subject) -> None:
+        self.decode = decoder_of(subject.model, subject.pipe, subject.given)
+        self.seconds = 0.0
 
-    @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         made: list[Tensor] = []
-        self.seconds += seconds(lambda: made.append(models.decode(self.pipe, latents, self.call)))
+        self.seconds += seconds(lambda: made.append(self.decode(latents)))
         return made[0]
 
 
@@ -125,29 +127,39 @@ def grpo_of(
     model: str, settings: grpo.Grpo, device: torch.device = CPU
 ) -> tuple[grpo.GrpoTrainer, TimedDecoder]:
     """A trainer with a reward that costs nothing, and its decoder."""
-    subject = subject_of(model, device)
-    steps = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
-    pipe, call = subject.pipe, subject.call | steps
-    noising, decoder = noising_of(pipe), TimedDecoder(pipe, call)
-    schedule = schedule_of(pipe, noising, PROMPTS[0], subject.encoded, **call)
+    subject = subject_of(model, device, num_inference_steps=settings.num_inference_steps)
+    schedule, decoder = schedule_of(subject.model, subject.given), TimedDecoder(subject)
     task = Task(schedule, PROMPTS, subject.given, decoder, redness)
     accelerator = accelerator_on(device)
-    return grpo.GrpoTrainer(subject.network, family_of(pipe), task, settings, accelerator), decoder
+    trainer = grpo.GrpoTrainer(subject.network, subject.model, task, settings, accelerator)
+    return trainer, decoder
+
+
+def asked(learner: Any, given: Conditioning, x: Tensor, t: Tensor) -> Callable[[], Tensor]:
+    """The bare call of the network in a prediction, with its arguments made beforehand."""
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        raise _Asked(args, kwargs)
+
+    try:
+        learner.model.predict(StandIn(learner.bare, stop), given, x, t)
+    except _Asked as end:
+        args, kwargs = end.args
+        return lambda: learner.bare(*args, **kwargs)[0]
+    raise ValueError("a prediction does not call its network")
 
 
 def bare_gdro(trainer: gdro.GdroTrainer) -> Callable[[], None]:
     """The network calls of a step, on inputs made beforehand."""
-    learner, batches = trainer.learner, []
+    learner, calls = trainer.learner, []
     for inputs in (part.to(learner.accelerator.device) for part in trainer.inputs(0)):
         k = inputs.rewards.shape[1]
         times, noise = inputs.t.repeat_interleave(k), inputs.noise.expand_as(inputs.x0)
         x, _ = trainer.noising.noised(inputs.x0.flatten(0, 1), noise.flatten(0, 1), times)
-        given = {name: value.repeat_interleave(k, 0) for name, value in inputs.given.items()}
-        batches.append((x, times, given))
+        calls.append(asked(learner, inputs.given.repeated(k), x, times))
 
     def step() -> None:
-        for batch in batches:
-            call = partial(predict, learner.bare, learner.family, trainer.noising, *batch)
+        for call in calls:
             with torch.no_grad(), lora.reference(learner.bare):
                 call()
             call().square().mean().backward()
@@ -159,25 +171,24 @@ def bare_gdro(trainer: gdro.GdroTrainer) -> Callable[[], None]:
 def bare_grpo(trainer: grpo.GrpoTrainer) -> Callable[[], None]:
     """The network calls of an epoch without guidance and with one update."""
     s, samples, learner = trainer.settings, trainer.samples, trainer.learner
-    shape, window = samples.schedule.shape, s.window(0)
-    call = partial(predict, learner.bare, learner.family, samples.schedule.noising)
+    shape, window, device = samples.schedule.shape, s.window(0), learner.accelerator.device
 
-    def inputs(groups: int, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        given = {n: v[:groups].repeat_interleave(rows, 0) for n, v in samples.task.given.items()}
-        x, t = torch.randn(groups * rows, *shape), torch.full((groups * rows,), 0.5)
-        return x.to(learner.accelerator.device), t.to(learner.accelerator.device), given
+    def call_of(groups: int, rows: int) -> Callable[[], Tensor]:
+        given = samples.task.given[range(groups)].repeated(rows).to(device)
+        x, t = torch.randn(groups * rows, *shape), torch.tensor(0.5)
+        return asked(learner, given, x.to(device), t.to(device))
 
-    one, group = inputs(1, 1), inputs(1, s.k)
-    parts = [inputs(len(share), s.k) for share in samples.shares()]
+    one, group = call_of(1, 1), call_of(1, s.k)
+    parts = [call_of(len(share), s.k) for share in samples.shares()]
 
     def step() -> None:
         with torch.no_grad():
             for _ in range(s.groups):  # which share their start up to the window, if at all
                 for number in range(len(samples.schedule)):
-                    call(*(one if s.share_start and number < window.start else group))
+                    (one if s.share_start and number < window.start else group)()
         for part in parts:
             for _ in window:
-                call(*part).square().mean().backward()
+                part().square().mean().backward()
         _forget(learner)
 
     return step

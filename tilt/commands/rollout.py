@@ -96,6 +96,7 @@ def run(settings: Rollout) -> None:
 def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[Any, Any, Any]:
     """Return the pipeline, the reward and the preview decoder, checked with the plan."""
     device = device or loading.pick_device("auto")
+    loading.check_trainable(settings.model)
     started.say(f"loading {settings.model}")
     reward = rewards.load(settings.reward, device, True) if settings.reward else None
     if reward:

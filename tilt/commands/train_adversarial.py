@@ -20,16 +20,19 @@ from typing import Any
 import torch
 
 import rewards
-from finetune import grpo, models, nft, references
+from finetune import grpo, nft, references
 from finetune.adversarial import Adversary, likened
 from finetune.awm import Awm
 from finetune.chains import schedule_of
 from finetune.critics import Critic, CriticSettings
+from finetune.decoding import decoder_of
 from finetune.grpo import Grpo
-from finetune.models import encode, encode_negative, family_of, noising_of
+from finetune.network import Model, part_of
 from finetune.nft import Nft
+from finetune.noising import noising_of
 from finetune.online import Samples, Task
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, number, one_of, part, setting, whole
+from finetune.recording import Recorder, record
 from finetune.state import check_out, finish
 from rewards.models.critic import KINDS
 from steering import tiny
@@ -106,9 +109,6 @@ examples:
 OPTIONS = Options("tilt train adversarial", TrainAdversarial, __doc__ or "", EXAMPLES)
 
 
-# keywords of the pipeline's call that sampling accepts; the trainer sets the others
-CALL = ("height", "width", "max_sequence_length", "clip_skip")
-CALL += ("original_size", "target_size", "crops_coords_top_left")
 METHODS = {
     "grpo": (grpo.GrpoTrainer, "Flow-GRPO"),
     "nft": (nft.NftTrainer, "DiffusionNFT"),
@@ -144,21 +144,21 @@ def run(settings: TrainAdversarial) -> None:
         settings, prompts, settings.reward, stated, load, accelerator, own=True
     )
     check_references(settings, fixed, watch)
+    loading.check_trainable(name)
     started.say(f"loading {name}")
     pipe = load()
     if settings.method == "grpo":
         grpo.check_flow(settings.grpo, noising_of(pipe))
-    guided = guidance_of(settings, pipe)
+    steps = {"num_inference_steps": tuned.num_inference_steps}
+    training.check_keywords(pipe, watch, prompts, stated | steps)
+    recorder = recorder_of(settings, pipe, stated | steps, accelerator.device)
     if watch and not settings.check.call:
-        negative = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
-        watch = replace(watch, call=stated | guided | negative)
-    call = stated | guided | {"num_inference_steps": tuned.num_inference_steps}
-    training.check_keywords(pipe, watch, prompts, call)
-    weighed = made_of | {"model": fingerprint(getattr(pipe, family_of(pipe).network))}
-    trainer, score = trainer_of(settings, pipe, prompts, call, fixed, accelerator)
+        watch = replace(watch, call=recorder.call | stated)
+    weighed = made_of | {"model": fingerprint(getattr(pipe, part_of(pipe)))}
+    trainer, score = trainer_of(settings, pipe, recorder, prompts, fixed, accelerator)
     training.begin(trainer, settings, tuned, weighed)
     title = METHODS[settings.method][1]
-    about = partial(made_from, settings, prompts, call, trainer.samples, score)
+    about = partial(made_from, settings, prompts, recorder.call, trainer.samples, score)
     result = training.Result(type(pipe), name, title, about)
     training.loop(trainer, tuned.steps, settings, watch, ("reward", "grad_norm"), weighed, result)
     if accelerator.is_main_process and isinstance(score, Adversary):
@@ -212,66 +212,57 @@ def contents(settings: TrainAdversarial, prompts: list[str]) -> dict[str, str]:
     return found
 
 
+def recorder_of(
+    settings: TrainAdversarial, pipe: Any, call: dict[str, Any], device: torch.device
+) -> Recorder:
+    """Return what encodes prompts, with guidance if it is set above 1; moves the encoders.
+
+    Raises ValueError for a negative prompt that would have no effect.
+    """
+    for name, encoder in pipe.components.items():
+        if name.startswith("text_encoder") and encoder is not None:
+            encoder.to(device)
+    scale = settings.tuned.guidance_scale
+    wanted = {} if scale is None else {"guidance_scale": scale}
+    negative = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
+    found = Recorder(pipe, call | wanted | negative, guided=scale is not None and scale > 1)
+    if negative and (found.embedded or not found.guided):
+        raise ValueError(
+            f"negative_prompt is {settings.negative_prompt!r} but has no effect without guidance; "
+            f"set {settings.method}.guidance_scale above 1, or leave it out"
+        )
+    return found
+
+
 def trainer_of(
     settings: TrainAdversarial,
     pipe: Any,
+    recorder: Recorder,
     prompts: list[str],
-    call: dict[str, Any],
     fixed: Any,
     accelerator: Any,
 ) -> tuple[Any, Any]:
     """Return the trainer of the chosen method, and the function that scores its samples.
 
-    The text encoders are used here and then removed from the pipeline. The decoder is moved to the
-    device here, the network when the trainer prepares it.
+    The text encoders are used here and then removed from the pipeline, before the decoder is moved
+    to the device. The network is moved when the trainer prepares it.
     """
-    family, device = family_of(pipe), accelerator.device
-    given, empty, encoded = conditioning_of(settings, pipe, prompts, call, device)
-    schedule = schedule_of(pipe, noising_of(pipe), prompts[0], encoded, **call)
-    pipe.vae.to(device)
-    with torch.no_grad():  # to determine the size of images
-        height, width = models.decode(
-            pipe, torch.zeros(1, *schedule.shape, device=device), call
-        ).shape[2:]
-    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
-    decode = torch.no_grad()(lambda latents: _eight_bits(models.decode(pipe, latents, call)))
-    task = Task(schedule, prompts, given, decode, score, weights, empty)
-    network, kind = getattr(pipe, family.network), METHODS[settings.method][0]
-    return kind(network, family, task, settings.tuned, accelerator), score
-
-
-def conditioning_of(
-    settings: TrainAdversarial,
-    pipe: Any,
-    prompts: list[str],
-    call: dict[str, Any],
-    device: torch.device,
-) -> tuple[models.Conditioning, models.Conditioning | None, Any]:
-    """Return the conditioning of all prompts (on the CPU) and of the negative one, and one output.
-
-    The last is the encoders' output for the first prompt. The encoders are moved to the device, and
-    then removed from the pipeline, before the network is moved there.
-    """
-    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
-    for name in encoders:
-        if getattr(pipe, name) is not None:
-            getattr(pipe, name).to(device)
-    call = call | {"device": device}
-    parts = [encode(pipe, prompts[i : i + 16], **call) for i in range(0, len(prompts), 16)]
-    given = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-    guided = call.get("guidance_scale", 1.0) > 1 and "guidance" not in given
-    if settings.negative_prompt and not guided:
-        raise ValueError(
-            f"negative_prompt is {settings.negative_prompt!r} but has no effect without guidance; "
-            f"set {settings.method}.guidance_scale above 1, or leave it out"
-        )
-    empty = encode_negative(pipe, settings.negative_prompt, **call) if guided else None
-    with torch.no_grad():
-        encoded = models.encoded(pipe, prompts[:1], call)
+    model, device = Model(pipe), accelerator.device
+    given, plain = recorder.record(prompts).to("cpu"), None
+    if recorder.guided and settings.method != "grpo":  # whose loss is of the network alone
+        plain = record(pipe, prompts, **recorder.call).to("cpu")
     for name in pipe.components:
         if name.startswith(("text_encoder", "tokenizer")):
             setattr(pipe, name, None)
-    return given, empty, encoded
+    schedule = schedule_of(model, given)
+    pipe.vae.to(device)
+    decode = decoder_of(model, pipe, given)
+    height, width = decode(torch.zeros(1, *schedule.shape, device=device)).shape[2:]
+    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
+    eight_bits = lambda latents: _eight_bits(decode(latents))  # noqa: E731
+    task = Task(schedule, prompts, given, eight_bits, score, weights, plain)
+    network, kind = getattr(pipe, model.part), METHODS[settings.method][0]
+    return kind(network, model, task, settings.tuned, accelerator), score
 
 
 def check_call(settings: TrainAdversarial) -> None:
@@ -281,16 +272,6 @@ def check_call(settings: TrainAdversarial) -> None:
     for name in settings.call:
         if name in own:
             raise ValueError(f"call.{name} has no effect in training; set {own[name]}= instead")
-        if name not in CALL:
-            raise ValueError(f"call.{name} has no effect in training, which takes {list(CALL)}")
-
-
-def guidance_of(settings: TrainAdversarial, pipe: Any) -> dict[str, float]:
-    """Return the call's guidance scale: as set, else 1.0, or a distilled network's default."""
-    scale = settings.tuned.guidance_scale
-    if scale is None and models.distilled(pipe):
-        return {}
-    return {"guidance_scale": 1.0 if scale is None else scale}
 
 
 def check_references(settings: TrainAdversarial, fixed: Any, watch: Any) -> None:

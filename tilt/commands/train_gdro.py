@@ -18,7 +18,7 @@ from pathlib import Path
 from finetune.data import Data, check_fits, load_data
 from finetune.gdro import Gdro, GdroTrainer
 from finetune.learnability import little_in_rollouts
-from finetune.models import family_of, noising_of
+from finetune.network import Model
 from finetune.ranges import NAME, TEXTS, optional, part, setting
 from finetune.shards import Rollouts, check_alike, digest
 from finetune.state import check_out, finish
@@ -78,15 +78,16 @@ def run(settings: TrainGdro) -> None:
         raise ValueError("the rollouts do not record their model; set model=")
     load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
     watch = training.watch_of(settings, prompts, spec, call, load, accelerator)
+    loading.check_trainable(name)
     started.say(f"loading {name}")
     pipe = training.pipeline_of(load, name, accelerator)
-    family = family_of(pipe)
-    network, noising, kind = getattr(pipe, family.network), noising_of(pipe), type(pipe)
+    model, kind = Model(pipe), type(pipe)
+    network = getattr(pipe, model.part)
     check_fits(data, network, runs[0].manifest["pipeline"], kind.__name__)
     training.check_keywords(pipe, watch, prompts, call)
     del pipe  # neither decoder nor text encoder stays in memory
     weighed = made_of | {"model": training.weighed(network, accelerator)}
-    trainer = GdroTrainer(network, family, noising, data, gdro, accelerator)
+    trainer = GdroTrainer(network, model, data, gdro, accelerator)
     training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
         count = counted(len(data.groups), "prompt")

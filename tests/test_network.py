@@ -1,0 +1,146 @@
+"""Predictions through a pipeline's own call: guidance, rows, and what is refused in a sentence."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import Generator
+from zoo.accounts import ANIMALS
+from zoo.building import Animal, call_of, pipeline_of
+from zoo.training import Trained, first_step
+
+from finetune import network
+from finetune.conditioning import Form, form_of
+from finetune.network import Model, check_kind, predict
+from finetune.recording import Recorder, record
+
+PROMPTS = ["a red cube", "two dots and a star"]
+
+
+def made(name: str) -> tuple[Any, dict[str, Any]]:
+    animal = ANIMALS.get(name, Animal())
+    call = call_of(name, animal)
+    if "Qwen" in name:  # whose first tokens are a template's
+        call["max_sequence_length"] = 256
+    return pipeline_of(name, animal), call
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion", "QwenImage", "ZImage", "Wan", "Flux"])
+def test_with_guidance_it_is_the_pipelines_guided_prediction(kind):
+    """Of both halves of a batch (SD, Z-Image), and of two calls of the network (Qwen, Wan)."""
+    pipe, call = made(f"{kind}Pipeline")
+    model, given = Model(pipe), Recorder(pipe, call, guided=True).record(PROMPTS)
+    it = Trained(f"{kind}Pipeline", pipe, model, given)
+    for i, prompt in enumerate(PROMPTS):
+        output, x, t = first_step(it, prompt)
+        with torch.no_grad():
+            found = model.predict(it.network, given[[i]], x, torch.tensor(t))
+            plain = predict(pipe, record(pipe, [prompt], **call), x, torch.tensor(t))
+        assert torch.equal(found, output)
+        assert (plain - output).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion", "ZImage", "Wan"])
+def test_guided_rows_take_a_time_each(kind):
+    pipe, call = made(f"{kind}Pipeline")
+    given = Recorder(pipe, call, guided=True).record(PROMPTS)
+    x = torch.randn(2, *given.form.shape, generator=Generator().manual_seed(0))
+    t = torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        found = predict(pipe, given, x, t)
+        alone = [predict(pipe, given[[i]], x[[i]], t[i]) for i in range(2)]
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_an_embedded_scale_is_kept_and_classifier_free_guidance_is_off():
+    pipe, call = made("FluxPipeline")
+    pipe.transformer = type(pipe.transformer).from_config(
+        pipe.transformer.config, guidance_embeds=True
+    )
+    recorder = Recorder(pipe, call | {"guidance_scale": 2.5})
+    assert recorder.embedded
+    assert recorder.call["guidance_scale"] == 2.5
+    assert recorder.call["true_cfg_scale"] == 1.0
+    pipe, call = made("ZImagePipeline")
+    assert Recorder(pipe, call).call["guidance_scale"] == 0.0  # at 1 it still computes both
+
+
+def test_rows_of_different_lengths_are_evaluated_apart():
+    pipe, call = made("QwenImagePipeline")
+    given = record(pipe, PROMPTS, **call)
+    assert [*given.repeated(2).parts()] == [slice(0, 2), slice(2, 4)]
+    assert [*given[[1, 1]].parts()] == [slice(0, 2)]
+
+
+def test_the_form_survives_its_file():
+    pipe, call = made("Flux2Pipeline")
+    form = record(pipe, PROMPTS, **call).form
+    assert Form.loads(form.dumps()).dumps() == form.dumps()
+    for damaged in ("", "{}", '{"shape": 3}', form.dumps()[:-5]):
+        with pytest.raises(ValueError, match="is damaged"):
+            Form.loads(damaged)
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "why"),
+    [
+        ("StableDiffusionControlNetPipeline", ["unet", "controlnet"], "networks unet, controlnet"),
+        ("CogVideoXImageToVideoPipeline", ["transformer"], "needs image=, and only texts"),
+        ("StableDiffusionPipeline", ["vae"], "no network that is known"),
+        ("WanPipeline", ["transformer", "transformer_2"], "networks transformer, transformer_2"),
+        ("DDPMPipeline", ["unet"], "takes no prompt"),
+    ],
+)
+def test_a_class_is_refused_without_its_weights(name, parts, why):
+    with pytest.raises(ValueError, match=f"{name} cannot be trained: .*{why}"):
+        check_kind(getattr(diffusers, name), parts)
+
+
+def altered(**methods: Any) -> Any:
+    """A small Stable Diffusion whose class has other methods."""
+    pipe, _ = made("StableDiffusionPipeline")
+    made_class = type("AlteredPipeline", (type(pipe),), methods)
+    pipe = copy.copy(pipe)
+    pipe.__class__ = made_class
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "why"),
+    [
+        (object(), object(), "object"),
+        (torch.zeros(1, 1), torch.zeros(2, 2), "with 2 rows"),
+        ([3], [3, 3], "no list with a tensor per row"),
+        (torch.float16, torch.float16, "dtype"),
+    ],
+)
+def test_what_the_head_returns_has_to_be_stored_by_rows(one, two, why):
+    with pytest.raises(ValueError, match=rf"^X cannot be trained: .*{why}"):
+        form_of("X", {"encode_prompt": [one]}, {"encode_prompt": [two]}, {}, (4,))
+
+
+def test_a_call_that_changes_its_latents_is_refused(monkeypatch):
+    pipe, call = made("StableDiffusionPipeline")
+    given, model = record(pipe, PROMPTS[:1], **call), Model(pipe)
+    real = network.run
+    monkeypatch.setattr(network, "run", lambda view, given, x: real(view, given, 2 * x))
+    with pytest.raises(ValueError, match="changes its latents before its first step"):
+        model.predict(pipe.unet, given, torch.ones(1, *given.form.shape), torch.tensor(0.5))
+
+
+def test_a_call_without_gradients_is_refused():
+    pipe, call = made("StableDiffusionPipeline")
+    given, model = record(pipe, PROMPTS[:1], **call), Model(pipe)
+
+    model._view.__class__ = altered(__call__=no_gradients).__class__
+    with pytest.raises(ValueError, match="computes without gradients"):
+        model.predict(pipe.unet, given, torch.ones(1, *given.form.shape), torch.tensor(0.5))
+
+
+def no_gradients(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():  # unlike a decorator, it cannot be left out
+        return diffusers.StableDiffusionPipeline.__call__(self, *args, **kwargs)
