@@ -72,11 +72,9 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
     does.
     """
     runs = [*runs] if isinstance(runs, Sequence) else [runs]
-    every = [(place, shard) for place, run in enumerate(runs) for shard in run.shards]
-    latents, rows, forms, prompts, rewards, first, last = [], [], set(), [], [], 0, 0
-    for place, shard in every:
-        if place > last:  # the prompts of a run are numbered from 0
-            first, last = max(prompts) + 1, place
+    every = [shard for run in runs for shard in run.shards]
+    latents, rows, forms, prompts, rewards = [], [], set(), [], []
+    for shard in every:
         columns = shard.rewards()
         if reward not in columns:
             known = f"there are {sorted(columns)}" if columns else "there are none yet"
@@ -85,9 +83,11 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
         latents.append(tensors.pop("latents"))
         rows += _rows(tensors)
         forms.add(shard.form())
-        prompts += [first + row["group"] for row in shard.table(["group"])]
+        own = [row["group"] for row in shard.table(["group"])]
+        first = max(prompts, default=-1) + 1 - min(own)  # shards of other numbers may be missing
+        prompts += [first + group for group in own]
         rewards += columns[reward]
-    made = {(shard.scored_by(reward), shard.versions().get(reward, "")) for _, shard in every}
+    made = {(shard.scored_by(reward), shard.versions().get(reward, "")) for shard in every}
     if len(made) > 1:
         specs = sorted({spec for spec, _ in made})
         what = f"specs, {specs}" if specs[1:] else f"versions of {specs[0]}"

@@ -117,6 +117,10 @@ class GdroTrainer:
         """The number of updates so far."""
         return self.learner.step
 
+    def renew(self, data: Data) -> None:
+        """Take the images of the next steps from other data."""
+        self.data, self.inputs = data, Ahead(self._inputs)
+
     def state_dict(self) -> dict[str, Any]:
         return self.learner.state_dict()
 

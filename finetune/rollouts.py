@@ -42,7 +42,7 @@ from .folder import ELSEWHERE, begun, refuse_changes
 from .network import part_of
 from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
 from .recording import Recorder
-from .shards import is_whole, read_manifest, sha256
+from .shards import NOTE, is_whole, read_manifest, sha256
 
 __all__ = [
     "PLAIN",
@@ -197,20 +197,27 @@ def generate(
     world: int = 1,
     preview: Any = None,
     drawn: Callable[[float, int], None] | None = None,
+    renewed: Callable[[], dict[str, Any]] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Make this process's missing or damaged shards; yields (shards done, shards in total).
 
     preview: an AutoencoderTiny for the scores during steering. drawn(done, total): called
-    after every step of the sampler; a call that is halfway counts as half of its images.
+    after every step of the sampler; a call that is halfway counts as half of its images. renewed:
+    called before each shard, to load the newest weights; returns what they are, for NOTE.
     """
     each, sizes = plan.images + plan.steered, [len(prompts) for prompts in plan.shards()]
     mine = [i for i in range(len(sizes)) if i % world == rank]
-    missing = [i for i in mine if not is_whole(folder / f"{i:05d}")]
+    places = [folder / f"{i:05d}" for i in range(len(sizes))]
+    noted = [renewed is None or (place / NOTE).exists() for place in places]
+    missing = [i for i in mine if not (noted[i] and is_whole(places[i]))]
     total = each * sum(sizes[i] for i in mine)
     meter = _Meter(drawn, total, total - each * sum(sizes[i] for i in missing))
     recorder = Recorder(pipe, plan.call) if missing else None
     for done, number in enumerate(missing, 1 + len(mine) - len(missing)):
+        note = renewed() if renewed else None
         _make(folder, number, pipe, plan, reward, preview, meter, recorder)
+        if note:
+            write(places[number] / NOTE, json.dumps(note))
         yield done, len(mine)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "sha256",
 ]
 
+NOTE = "lora.json"  # what a shard was drawn by, if the rollouts followed a training run
 AGAIN = "delete it and score the rollouts again"
 
 
@@ -84,6 +85,11 @@ class Shard:
             raise ValueError(f"{file} does not hold a number for each of {count} images; {AGAIN}")
         return {name: _numbers(values) for name, values in table.to_pydict().items()}
 
+    def lora_step(self) -> int:
+        """Return the step of training whose LoRA drew the shard; 0 if no training was followed."""
+        file = self.folder / NOTE
+        return int(json.loads(file.read_text(encoding="utf-8"))["step"]) if file.exists() else 0
+
     def scored_by(self, column: str = "reward") -> str:
         """Return the spec by which a column was scored, or ""."""
         return self.specs().get(column, "")
@@ -111,21 +117,33 @@ class Shard:
 
 
 class Rollouts:
-    """A finished run; raises ValueError that names missing or damaged shards."""
+    """A run of rollouts.
 
-    def __init__(self, folder: Path) -> None:
+    growing: whether other processes still draw it, so that shards may be missing; without it,
+    missing or damaged shards raise ValueError. known: names of shards that need no further check.
+    """
+
+    def __init__(self, folder: Path, growing: bool = False, known: Collection[str] = ()) -> None:
         folder = Path(folder)
         self.manifest = read_manifest(folder / "manifest.json")
         plan = self.manifest["plan"]
         self.folder = folder
         count = -(-len(plan["prompts"]) // plan["prompts_per_shard"])
         self.shards = [Shard(folder / f"{i:05d}") for i in range(count)]
-        broken = [shard.folder.name for shard in self.shards if not is_whole(shard.folder)]
-        if broken:
+        names = [shard.folder.name for shard in self.shards]
+        broken = [name for name in names if name not in known and not is_whole(folder / name)]
+        self.is_complete = not broken
+        if growing:
+            self.shards = [shard for shard in self.shards if shard.folder.name not in broken]
+        elif broken:
             raise ValueError(
                 f"{folder} lacks, or has damaged, the shards {', '.join(broken[:5])}"
                 f"{' and more' if broken[5:] else ''}; make the rollouts again with resume=true"
             )
+
+    def weights(self) -> str:
+        """Return a sha256 of the run's request, which does not change while it grows."""
+        return sha256(self.folder / "manifest.json")
 
     def digest(self, column: str) -> str:
         """Return a sha256 of the run and one column of rewards, which changes if it is rescored."""

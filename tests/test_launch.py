@@ -149,6 +149,14 @@ def test_two_processes_train_what_one_trains(runs, tmp_path):
     assert_alike(tmp_path / "1", tmp_path / "2")
 
 
+def test_two_processes_that_follow_train_what_one_trains(runs, tmp_path):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = [f"--rollouts={runs / 'run1'}", f"--out={out}", "--gdro.steps=3", *TRAIN]
+        ran(command("train_gdro.py", *words, "--follow=2", processes=processes))
+    assert_alike(tmp_path / "1", tmp_path / "2")
+
+
 def assert_alike(*runs: Path) -> None:
     """Two runs trained one LoRA, to the 1e-5 of docs/finetuning.md; on a processor whose products
     differ (TILT_TEST="threads=2 noise=8") it was 5e-7, where weights had moved by 5e-4."""

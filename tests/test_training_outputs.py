@@ -48,7 +48,7 @@ def test_the_prompts_of_several_runs_keep_their_own_images_and_conditioning(tmp_
     data = load_data(runs, "reward", "none", 2)
     assert [group.prompt for group in data.groups] == list(range(12))
     assert [group.rows.tolist() for group in data.groups] == [[2 * i, 2 * i + 1] for i in range(12)]
-    assert len(data.given["embeds"]) == 12
+    assert len(data.given.rows) == 12
     assert len(data.latents) == 24
 
 

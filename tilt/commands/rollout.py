@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from tqdm import tqdm
 
 import rewards
 from finetune import ranges
+from finetune.following import newest
 from finetune.ranges import NAME, optional, setting, whole
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
+from finetune.shards import NOTE
 from steering import tiny
+from steering.adapters import load_lora
 from tilt import digests, drawing, exit_status, loading, started
 from tilt.options import Options
 from tilt.processes import is_main, join
@@ -34,6 +38,11 @@ class Rollout(drawing.Drawing):
     )
     reward: str | None = setting(None, optional(NAME), "reward for --steered, as 'clip + 0.5*ocr'")
     prompts_per_shard: int = setting(4, whole(1), "prompts per file")
+    follow: str | None = setting(
+        None,
+        optional(NAME),
+        "folder of a training run; each shard is drawn by its last lora-000100/ or the like",
+    )
 
 
 EXAMPLES = """\
@@ -50,6 +59,8 @@ def plan_of(settings: Rollout) -> Plan:
         raise ValueError("set prompts=FILE and out=FOLDER")
     if bool(settings.steered) != bool(settings.reward):
         raise ValueError("steered= and reward= belong together; set both or neither")
+    if settings.follow and settings.lora:
+        raise ValueError("lora= and follow= both name the LoRA that draws; leave one out")
     if not settings.steered:
         ranges.refuse_idle(settings, ["filter"], "steered is 0")
     prompts = [prompt.text for prompt in read(Path(settings.prompts))]
@@ -70,14 +81,16 @@ def run(settings: Rollout) -> None:
     """Check everything, then generate this process's shards."""
     plan, settings = plan_of(settings), loading.resolved(settings)
     out, lora = Path(settings.out), digests.of_weights(settings.lora)
-    if settings.resume and is_complete(out, plan, settings.reward, settings.model, lora):
+    noted = len(list(out.glob(f"*/{NOTE}"))) == len(plan.shards()) or not settings.follow
+    name = settings.model
+    if settings.resume and noted and is_complete(out, plan, settings.reward, name, lora):
         started.say("the run is already complete")
         if is_main():
             print(out)
         return
     processes = join("auto")
     pipe, reward, preview = processes.agree(lambda: ready(settings, plan, processes.device))
-    again, name = settings.resume, settings.model
+    again = settings.resume
     processes.told(lambda: open_run(out, pipe, plan, settings.reward, again, name, lora))
     with tqdm(unit="image", disable=not processes.is_main) as bar:
 
@@ -86,11 +99,21 @@ def run(settings: Rollout) -> None:
             bar.refresh()
 
         rank, world = processes.index, processes.count
-        for _ in generate(out, pipe, plan, reward, rank, world, preview, drawn):
+        renewed = partial(renew, pipe, Path(settings.follow)) if settings.follow else None
+        for _ in generate(out, pipe, plan, reward, rank, world, preview, drawn, renewed):
             pass
     processes.finish()
     if processes.is_main:
         print(out)
+
+
+def renew(pipe: Any, run: Path) -> dict[str, Any]:
+    """Load the last LoRA that a training run saved, and return its step and its digest."""
+    step, folder = newest(run)
+    if folder:
+        pipe.unload_lora_weights()
+        load_lora(pipe, str(folder))
+    return {"step": step, "lora": digests.of_weights(str(folder)) if folder else None}
 
 
 def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[Any, Any, Any]:

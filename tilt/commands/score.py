@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,9 @@ class Score:
         None, optional(NAME), ".csv or .parquet file (default: scores.csv beside the images)"
     )
     resume: bool = setting(False, FLAG, "skip images that --out already contains")
+    follow: bool = setting(
+        False, FLAG, "score shards of rollouts as other jobs draw them, until all are scored"
+    )
     batch_size: int = setting(32, whole(1), "images per batch")
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps")
     calibrate: str | None = setting(
@@ -97,7 +102,7 @@ def run(settings: Score) -> None:
     source, processes = Path(settings.source), join(settings.device)
     device = processes.device if settings.device == "auto" else None
     device = device or processes.agree(lambda: pick_device(settings.device))
-    of_rollouts = (source / "00000" / "tensors.safetensors").is_file()
+    of_rollouts = settings.follow or (source / "00000" / "tensors.safetensors").is_file()
     work = score_rollouts if of_rollouts else score_pictures
     work(source, settings.reward, settings, device, processes)
 
@@ -249,6 +254,7 @@ def score_rollouts(
     Existing columns are replaced. --resume skips shards in which all of them have this spec and
     this version of the reward.
     """
+    from finetune.following import PAUSE
     from finetune.learnability import little_in_rollouts
     from finetune.shards import add_rewards
 
@@ -257,15 +263,22 @@ def score_rollouts(
             raise ValueError(f"rollouts contain their prompts and scores; leave out --{option}")
     spec, reward = rewards.spelled(spec, imports=True), None
     names, version = ["reward", *names_in(spec)], rewards.identity(spec)
-    made_by = {(spec, version)} if settings.resume else set()
-    run, left = processes.told(lambda: unscored(source, names, made_by))
-    if left or settings.calibrate:
+    made_by = {(spec, version)} if settings.resume or settings.follow else set()
+    run, left = processes.told(lambda: unscored(source, names, made_by, settings.follow))
+    if left or settings.calibrate or not run.is_complete:
         reward = processes.agree(lambda: load_without_references(run, spec, device))
-        mine = left[processes.index :: processes.count]
         try:
-            for shard in tqdm(mine, unit="shard", disable=not processes.is_main):
-                found = score_shard(reward, shard, settings.batch_size, device)
-                add_rewards(shard, found, spec, {"reward": reward.range}, version)
+            while left or not run.is_complete:
+                mine = left[processes.index :: processes.count]
+                for shard in tqdm(mine, unit="shard", disable=not (mine and processes.is_main)):
+                    found = score_shard(reward, shard, settings.batch_size, device)
+                    add_rewards(shard, found, spec, {"reward": reward.range}, version)
+                if run.is_complete:
+                    break
+                time.sleep(0 if left else PAUSE)
+                known = [shard.folder.name for shard in run.shards]
+                look = partial(unscored, source, names, made_by, True, known)
+                run, left = processes.told(look)
             processes.finish()
         except KeyboardInterrupt as cut:
             raise type(cut)("finished shards are kept") from None
@@ -280,12 +293,16 @@ def score_rollouts(
 
 
 def unscored(
-    source: Path, names: Sequence[str], made_by: set[tuple[str, str]]
+    source: Path,
+    names: Sequence[str],
+    made_by: set[tuple[str, str]],
+    growing: bool = False,
+    known: Sequence[str] = (),
 ) -> tuple[Rollouts, list[Shard]]:
     """Return the rollouts, and the shards whose columns are not all by the specs in `made_by`."""
     from finetune.shards import Rollouts
 
-    run = Rollouts(source)
+    run = Rollouts(source, growing, known)
     by = [{(s.scored_by(n), s.versions().get(n, "")) for n in names} for s in run.shards]
     return run, [shard for shard, of in zip(run.shards, by, strict=True) if of != made_by]
 

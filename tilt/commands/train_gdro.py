@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from finetune.data import Data, check_fits, load_data
+from finetune.following import Following, wait
 from finetune.gdro import Gdro, GdroTrainer
 from finetune.learnability import little_in_rollouts
 from finetune.network import Model
-from finetune.ranges import NAME, TEXTS, optional, part, setting
+from finetune.ranges import NAME, TEXTS, optional, part, setting, whole
 from finetune.shards import Rollouts, check_alike, digest
 from finetune.state import check_out, finish
 from tilt import digests, exit_status, idle_settings, loading, started, training
@@ -40,6 +42,11 @@ class TrainGdro(training.TrainingRun):
     )
     rollouts: list[str] = setting(
         list, TEXTS, "folders of `tilt rollout`, scored by `tilt score` with one reward"
+    )
+    follow: int = setting(
+        0,
+        whole(0),
+        "steps between looks for shards that other jobs draw and score meanwhile; 0: all are there",
     )
     gdro: Gdro = part(Gdro, "GDRO")
 
@@ -64,7 +71,8 @@ def run(settings: TrainGdro) -> None:
     runs, gdro = rollouts_of(settings), settings.gdro
     prompts, call = prompts_of(runs), runs[0].manifest["plan"]["call"]
     spec = runs[0].shards[0].scored_by(gdro.reward)
-    made_of = digests.of_run(settings, spec, rollouts=digest(runs, gdro.reward))
+    drawn = runs[0].weights() if settings.follow else digest(runs, gdro.reward)
+    made_of = digests.of_run(settings, spec, rollouts=drawn)
     if training.finished(settings, gdro.steps, made_of):
         training.show(settings)
         return
@@ -87,7 +95,9 @@ def run(settings: TrainGdro) -> None:
     training.check_keywords(pipe, watch, prompts, call)
     del pipe  # neither decoder nor text encoder stays in memory
     weighed = made_of | {"model": training.weighed(network, accelerator)}
-    trainer = GdroTrainer(network, model, data, gdro, accelerator)
+    trainer: Any = GdroTrainer(network, model, data, gdro, accelerator)
+    if settings.follow:
+        trainer = Following(trainer, runs[0], settings.follow)
     training.begin(trainer, settings, gdro, weighed)
     if accelerator.is_main_process:
         count = counted(len(data.groups), "prompt")
@@ -108,6 +118,11 @@ def run(settings: TrainGdro) -> None:
 
 def rollouts_of(settings: TrainGdro) -> list[Rollouts]:
     """Return the rollouts; ValueError if they cannot be trained on together."""
+    if settings.follow:
+        if settings.rollouts[1:]:
+            raise ValueError("follow= needs one folder of rollouts; give one rollouts=")
+        started.say("waiting for the first shard that is scored")
+        return [wait(Path(settings.rollouts[0]), settings.gdro.reward)]
     runs = [Rollouts(Path(folder)) for folder in settings.rollouts]
     check_alike(runs, named=bool(settings.model))
     calls = [run.manifest["plan"]["call"] for run in runs]
