@@ -66,11 +66,16 @@ class Boundless:
         return images.mean((1, 2, 3))
 
 
-def sleepy(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """The seconds that each prompt spells, which it takes."""
-    for prompt in prompts:
-        time.sleep(float(prompt))
-    return torch.tensor([float(prompt) for prompt in prompts])
+gate = threading.Event()  # what `gated` waits for
+scored: list[str] = []  # the prompts that `gated` has scored
+
+
+def gated(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The length of each prompt; where one is "wait", once the gate is open (at most 30 s)."""
+    if "wait" in prompts:
+        gate.wait(30)
+    scored.extend(prompts)
+    return torch.tensor([float(len(prompt)) for prompt in prompts])
 
 
 class Live:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from reward_server import EXACT, Live, remote
+from reward_server import EXACT, Live, gate, remote
 from test_grpo import trainer_of, weights_of
 
 import rewards
@@ -251,13 +251,17 @@ def re_said(caplog: Any) -> list[str]:
 
 
 def test_what_takes_too_long_is_nan_and_the_rest_is_not(caplog):
-    with Live("reward_server:sleepy") as live:
-        reward = remote(live.url, timeout=0.3, retries=1, batch_size=1, concurrency=1)
-        scores = reward(pictures(3), ["0", "0.7", "0.001"])
-        assert scores[1].isnan()
-        assert scores[0] == 0
-        assert "1 of 3 images have no score" in re_said(caplog)[-1]
-        assert "did not answer within 0.3 s" in re_said(caplog)[-1]
+    with Live("reward_server:gated") as live:
+        reward = remote(live.url, timeout=1, retries=1, batch_size=1, concurrency=1)
+        gate.clear()
+        try:
+            scores = reward(pictures(3), ["a", "ab", "wait"])
+        finally:
+            gate.set()
+    assert scores[:2].tolist() == [1, 2]
+    assert scores[2].isnan()
+    assert re_said(caplog)[-1].startswith("1 of 3 images have no score")
+    assert "failed 2 times; the last time it did not answer within 1 s" in re_said(caplog)[-1]
 
 
 def test_a_failure_of_the_reward_is_tried_again_and_its_refusal_is_not(odd, caplog):
@@ -266,10 +270,11 @@ def test_a_failure_of_the_reward_is_tried_again_and_its_refusal_is_not(odd, capl
     scores = reward(pictures(2), ["break", "3"])
     assert scores[0].isnan()
     assert scores[1] == 3
-    start = time.monotonic()
+    once, sent = reward.client._once, []
+    reward.client._once = lambda *words: sent.append(words) or once(*words)
     with pytest.raises(ValueError, match="HTTP 422: the prompt 'refuse' cannot be scored: write a"):
         reward(pictures(3), ["1", "refuse", "2"])
-    assert time.monotonic() - start < 5
+    assert len(sent) <= 3
 
 
 def test_prompts_are_checked_by_the_served_reward():
@@ -284,11 +289,12 @@ def test_prompts_are_checked_by_the_served_reward():
 
 
 def test_a_full_queue_is_waited_for():
-    with Live("reward_server:sleepy", queue=1) as live:
+    with Live("reward_server:unhurried", queue=1) as live:
         reward = remote(live.url, batch_size=1, concurrency=4, retries=50)
         reward_client.LONGEST_ASKED, before = 0.0, reward_client.LONGEST_ASKED
         try:
-            assert reward(pictures(6), ["0.02"] * 6).tolist() == pytest.approx([0.02] * 6)
+            images, prompts = pictures(6), ["a"] * 6
+            assert torch.equal(reward(images, prompts), live.reward(images, prompts))
         finally:
             reward_client.LONGEST_ASKED = before
 
@@ -449,10 +455,8 @@ def test_arguments_are_refused_before_a_server_is_asked(options):
 def test_an_address_where_nobody_listens_is_said_soon():
     with Live("jpeg") as live:
         pass
-    start = time.monotonic()
     with pytest.raises(ValueError, match=f"{live.url} failed 3 times.*start one there, or correct"):
         rewards.load(f"remote({live.url})", imports=True)
-    assert time.monotonic() - start < 10
 
 
 def test_untrusted_text_may_not_send_requests():

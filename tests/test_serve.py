@@ -25,7 +25,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from reward_server import EXACT, Live, remote
+from reward_server import EXACT, Live, gate, remote, scored
 
 import rewards
 from rewards.backends.reward_messages import JSON, SAFETENSORS, pack
@@ -260,36 +260,42 @@ def test_who_begins_a_request_and_does_not_end_it_is_let_go(live, monkeypatch):
     assert live.scorer.waiting == 0
 
 
+def waiting(live: Live, bodies: list[bytes]) -> list[http.client.HTTPConnection]:
+    """Connections that have asked for these; the first of them holds up the others."""
+    lines = [http.client.HTTPConnection("127.0.0.1", live.port, timeout=20) for _ in bodies]
+    gate.clear()
+    for count, (line, body) in enumerate(zip(lines, bodies, strict=True), 1):
+        line.request("POST", "/score", body, {"Content-Type": JSON})
+        while live.scorer.waiting < min(count, live.scorer.queue):
+            time.sleep(0.005)
+    return lines
+
+
 def test_who_has_gone_is_not_scored_for():
-    with Live("reward_server:sleepy") as live:
-        body = asked(file(), prompts=["0.3"])
-        lines = [http.client.HTTPConnection("127.0.0.1", live.port, timeout=20) for _ in range(6)]
-        for line in lines:
-            line.request("POST", "/score", body, {"Content-Type": JSON})
-        time.sleep(0.1)
-        for line in lines:
+    with Live("reward_server:gated") as live:
+        bodies = [asked(file(), prompts=["wait" if i == 0 else f"gone {i}"]) for i in range(6)]
+        for line in waiting(live, bodies):
             line.close()
-        start = time.monotonic()
-        assert ask(live, asked(file(), prompts=["0.001"]), JSON)[0] == 200
-        assert time.monotonic() - start < 1.2  # of 1.8
+        assert live.scorer.waiting == 6
+        time.sleep(0.3)  # until the ends of the connections have arrived
+        gate.set()
+        assert ask(live, asked(file(), prompts=["last"]), JSON)[0] == 200
+        assert [prompt for prompt in scored if "gone" in prompt] == []
+        assert scored[-1] == "last"
 
 
 def test_a_full_queue_answers_at_once_when_to_come_back():
-    with Live("reward_server:sleepy", queue=2) as live:
-        body = asked(file(), prompts=["0.5"])
-        lines = [http.client.HTTPConnection("127.0.0.1", live.port, timeout=20) for _ in range(3)]
-        for line in lines:
-            line.request("POST", "/score", body, {"Content-Type": JSON})
-            time.sleep(0.05)
-        answer = lines[2].getresponse()
+    with Live("reward_server:gated", queue=2) as live:
+        *lines, third = waiting(live, [asked(file(), prompts=["wait"])] * 3)
+        answer = third.getresponse()
         assert (answer.status, answer.getheader("Retry-After")) == (503, "1")
         assert b"2 requests are waiting" in answer.read()
-        line = http.client.HTTPConnection("127.0.0.1", live.port, timeout=20)
-        line.request("GET", "/reward")  # is answered all the same
-        assert json.loads(line.getresponse().read())["identity"] == live.served.identity
-        assert [line.getresponse().status for line in lines[:2]] == [200, 200]
-        for each in (line, *lines):
-            each.close()
+        third.request("GET", "/reward")  # is answered all the same
+        assert json.loads(third.getresponse().read())["identity"] == live.served.identity
+        gate.set()
+        assert [line.getresponse().status for line in lines] == [200, 200]
+        for line in (*lines, third):
+            line.close()
 
 
 def test_what_is_served_is_described(live):
