@@ -151,6 +151,13 @@ def test_sources_that_are_missing_or_too_many_are_refused_before_a_request(
     assert not server.bodies
 
 
+def test_judges_of_the_same_weights_share_them(qwen):
+    one = JudgeReward(qwen, preset="unifiedreward_edit", max_tokens=1)
+    other = JudgeReward(qwen, preset="unifiedreward_edit_quality")
+    assert one.model.model is other.model.model  # type: ignore[attr-defined]
+    assert (one.model.max_tokens, other.model.max_tokens) == (1, 512)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("value", ["yes", 1, 0.0])
 def test_compares_is_true_or_false(server, value):
     with pytest.raises(ValueError, match=f"compares is {value!r}; give true or false"):

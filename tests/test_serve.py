@@ -137,6 +137,9 @@ MALFORMED = {
         packed(text={"prompts": ["a", "b"], "references": [[0], [1]]}), SAFETENSORS, 422),
     "references of too few images": (
         packed(text={"prompts": ["a", "b"], "references": [[]]}), SAFETENSORS, 422),
+    "the same reference twice": (
+        packed(text={"prompts": ["a", "b"], "references": [[0, 0], [0]]},
+               **{"reference.0": torch.rand(3, 2, 2)}), SAFETENSORS, 422),
     "references that are a number": (
         packed(text={"prompts": ["a", "b"], "references": 7}), SAFETENSORS, 422),
     "references of NaN": (

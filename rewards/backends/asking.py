@@ -91,7 +91,7 @@ class Asker:
         self.invalid = invalid
         self.device = None if device is None else torch.device(device)
         self.model: AnswersQuestions = (
-            LocalVlm(source, max_tokens)
+            LocalVlm(source, max_tokens, device)
             if source is not None
             else Endpoint(str(url), str(model), key_env=key_env, max_tokens=max_tokens, **remote)
         )

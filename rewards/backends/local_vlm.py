@@ -8,15 +8,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..towers.checkpoints import hub, local, moved, untouched
+from ..towers.checkpoints import hub, local, moved
+from ..towers.model_cache import loaded_once
 
 __all__ = ["LocalVlm"]
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model with its processor, which all judges of the same weights share."""
+
+    model: Any
+    processor: Any
 
 
 class LocalVlm:
@@ -28,29 +38,14 @@ class LocalVlm:
 
     concurrency = 1
 
-    @untouched()
-    def __init__(self, source: str, max_tokens: int = 512) -> None:
-        folder = local(source)
-        if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-            raise ValueError(
-                f"the judge's source {source!r} is neither a folder that exists nor a hub id "
-                "ORGANISATION/NAME; give one of these"
-            )
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        with _explained(source) if folder.is_dir() else hub(source):
-            where = str(folder) if folder.is_dir() else source
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                where, dtype="auto", trust_remote_code=False
-            )
-            processor: Any = AutoProcessor.from_pretrained(where, trust_remote_code=False)
-        if not getattr(processor, "chat_template", None):
-            raise ValueError(f"{source} has no chat template, so a judge cannot ask it; add one")
-        self.model = model.requires_grad_(False).eval()
-        self.processor = processor
+    def __init__(
+        self, source: str, max_tokens: int = 512, device: torch.device | str | None = None
+    ) -> None:
+        self._loaded = loaded_once("vlm", source, device, lambda: _open(source))
+        self.model, self.processor = self._loaded.model, self._loaded.processor
         self.max_tokens = max_tokens
-        picture_token = getattr(processor, "image_token", "<image>")
-        self.reserved = tuple(sorted({*processor.tokenizer.all_special_tokens, picture_token}))
+        picture_token = getattr(self.processor, "image_token", "<image>")
+        self.reserved = tuple(sorted({*self.processor.tokenizer.all_special_tokens, picture_token}))
 
     def to(self, device: torch.device) -> None:
         """Move the model."""
@@ -111,6 +106,26 @@ class LocalVlm:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
+
+
+def _open(source: str) -> Loaded:
+    folder = local(source)
+    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise ValueError(
+            f"the judge's source {source!r} is neither a folder that exists nor a hub id "
+            "ORGANISATION/NAME; give one of these"
+        )
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    with _explained(source) if folder.is_dir() else hub(source):
+        where = str(folder) if folder.is_dir() else source
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            where, dtype="auto", trust_remote_code=False
+        )
+        processor: Any = AutoProcessor.from_pretrained(where, trust_remote_code=False)
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"{source} has no chat template, so a judge cannot ask it; add one")
+    return Loaded(model.requires_grad_(False).eval(), processor)
 
 
 @contextmanager

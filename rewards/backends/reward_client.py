@@ -43,10 +43,10 @@ class _Failure(Exception):
 class RewardClient:
     """Sends requests to the reward server at `url`.
 
-    A request that times out, cannot connect or gets a temporary error (408, 425, 429, 5xx) is sent
-    again up to `retries` times. The wait before it starts at `backoff` seconds, doubles up to 30,
-    and is at least what the server asks for by Retry-After, up to a minute. Any other error is
-    raised at once, as ValueError with the server's sentence.
+    A request that times out, cannot connect or gets one of the statuses TEMPORARY is sent again up
+    to `retries` times. The wait before it starts at `backoff` seconds, doubles up to 30, and is at
+    least what the server asks for by Retry-After, up to a minute. Any other status is raised at
+    once, as ValueError with the server's sentence.
 
     It can be pickled, copied, and used by several threads and by forked processes.
 

@@ -137,6 +137,8 @@ def _referred(numbers: Any, tensors: Mapping[str, Tensor]) -> list[list[Tensor]]
         return None
     lists: dict[tuple[Any, ...], list[Tensor]] = {}
     try:
+        if max(map(len, numbers), default=0) > len(tensors):  # before they are read
+            raise ValueError
         keys = [tuple(f"reference.{number:d}" for number in entry) for entry in numbers]
         for key in keys:
             lists[key] = lists.get(key) or [_reference(tensors[name]) for name in key]
