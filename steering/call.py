@@ -24,7 +24,7 @@ from steering.settings import FeynmanKac
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["WAYS", "PipelineCall", "check_pipeline", "check_preview"]
+__all__ = ["COUNTS_OF_FRAMES", "WAYS", "PipelineCall", "check_pipeline", "check_preview"]
 
 _CLASHES = {
     "prompt": "pass the prompts as steer()'s second argument",
@@ -43,6 +43,7 @@ _CLASHES = {
 _TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
 _PICTURES = re.compile(r"image|video|audio|frames|mask|control|condition")
 _COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+COUNTS_OF_FRAMES = ("num_frames", "frames", "video_length")  # SanaVideo and Latte have others
 WAYS = ("count", "texts", "pictures")  # to request rows: by a count, or by repeating these
 
 
@@ -334,6 +335,9 @@ def _traits(vae: Any) -> dict[str, int | None]:
 def _hint(name: str, known: Sequence[str]) -> str:
     """Return a hint on what an unknown keyword was probably meant to be, or ""."""
     fields = [field.name for field in dataclasses.fields(FeynmanKac)]
+    if name in COUNTS_OF_FRAMES:
+        other = next((count for count in COUNTS_OF_FRAMES if count in known), None)
+        return f"did you mean {other}=?" if other else "it generates no videos."
     near = difflib.get_close_matches(name, [*known, *fields], n=1)
     if not near:
         return ""

@@ -52,7 +52,9 @@ class Decoder:
     the result of `in_float32` for the pipeline's decoder.
 
     For videos, `images` returns (n, m, 3, h, w), the m frames that `frames` chooses, and `finals`
-    lists of all frames; for sounds, waveforms (n, channels, samples) and `Sound`s.
+    lists of all frames; for sounds, waveforms (n, channels, samples) and `Sound`s. first_alone:
+    whether `images` decodes only the first latent frame, since its image depends on no other and
+    no other is scored; `check` finds this out.
 
     The tail always gets as many rows as the head prepared, because some tails combine the two. If
     fewer are live (`rows` after a funnel), only those are decoded, and copied to the other rows.
@@ -72,9 +74,10 @@ class Decoder:
         precise: Any = None,
         chunk: int = 8,
         frames: Frames = Frames(),  # noqa: B008 (frozen)
+        first_alone: bool = False,
     ):
         self._pipe, self._tape, self._call, self._num = pipe, tape, call, num
-        self._frames = frames
+        self._frames, self.first_alone = frames, first_alone
         self._decode, self._chunk, self._size = decode, chunk, preview_size
         self._precise = precise
         ended = copy.deepcopy(scheduler)
@@ -127,6 +130,19 @@ class Decoder:
                 if isinstance(error, Undecodable) or out_of_memory(error):
                     raise
                 raise self._refused(f"it fails on latents {tuple(x0.shape)} ({error})") from error
+        if scored and self._frames.which == "first":
+            self._try_first(x0[:1], first)
+
+    def _try_first(self, x0: Tensor, row: Rows) -> None:
+        """Set `first_alone`: whether the first latent frame alone gives the first frame."""
+        whole, self.first_alone = self.images(x0, row), True
+        alone = None
+        with contextlib.suppress(Exception):
+            alone = self.images(x0, row)
+        if alone is None or alone.shape != whole.shape:
+            self.first_alone = False
+        else:
+            self.first_alone = (alone - whole).abs().max().item() < 1 / 255
 
     def _mixes(self, x0: Tensor) -> bool:
         """Return whether the tail's result for a row depends on the other rows."""
@@ -163,8 +179,8 @@ class Decoder:
             images = torch.from_numpy(images).permute(0, 3, 1, 2).to(latents.device)
         if not isinstance(images, Tensor) or len(images) != self._num:
             raise self._refused('its output_type="pt" returns no tensor with one image per row')
-        if images.ndim == 5 and images.shape[1] == 1:  # (n, frames, 3, h, w)
-            images = images.squeeze(1)
+        if images.ndim == 5 and images.shape[1] == 1 and not self.first_alone:
+            images = images.squeeze(1)  # (n, frames, 3, h, w)
         images = images if rows is None or rows.live is None else images[rows.live]
         return self.chosen(images).float()
 
@@ -217,8 +233,9 @@ class Decoder:
         if rows is not None and rows.source is not None:
             latents = latents[rows.source.to(latents.device)]
         parts: dict[str, Any] = self._pipe.components | replaced
+        cut = self.first_alone and replaced is self._preview
         decoders: dict[str, Any] = {
-            name: StandIn(part, decode=self._by_parts(part, rows))
+            name: StandIn(part, decode=self._by_parts(part, rows, cut))
             for name, part in parts.items()
             if isinstance(part, torch.nn.Module) and hasattr(part, "decode")
         }
@@ -230,8 +247,11 @@ class Decoder:
             call = self._call | {"generator": generator, "output_type": output_type}
             return view(**call)[0]
 
-    def _by_parts(self, part: Any, rows: Rows | None) -> Callable[..., Any]:
-        """Return a `part.decode` that decodes only the live rows, `chunk` at a time."""
+    def _by_parts(self, part: Any, rows: Rows | None, cut: bool) -> Callable[..., Any]:
+        """Return a `part.decode` that decodes only the live rows, `chunk` at a time.
+
+        cut: whether to decode only the first frame of videos.
+        """
         decode = part.decode
 
         def by_parts(z: Any, *args: Any, **kwargs: Any) -> Any:
@@ -239,9 +259,10 @@ class Decoder:
             if not isinstance(z, Tensor) or len(z) != self._num or more:
                 return decode(z, *args, **kwargs)
             alive = z if rows is None or rows.live is None else z[rows.live.to(z.device)]
+            alive = alive[:, :, :1] if cut and z.ndim == 5 else alive
             some = lambda few: decode(few, *args, **kwargs)  # noqa: E731
             try:
-                out = _split(some, alive, self._at_once(z))
+                out = _split(some, alive, self._at_once(alive))
             except Exception as error:
                 if len(alive) == 1 or self._chunk == 1 or out_of_memory(error):
                     raise

@@ -23,6 +23,7 @@ class Learned:
     rng: list[Tensor] = field(default_factory=global_states)  # at the beginning of the call
     packed: bool = False  # whether `batch` describes calls of several prompts
     decodes: bool = False  # whether decoding has been checked
+    first_alone: bool = False  # whether decoding a video's first latent frame gives its first frame
     packs: bool = False  # whether prompts of one call were found not to affect each other
     batch: Batch = field(default_factory=Batch)
 

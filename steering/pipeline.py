@@ -82,7 +82,8 @@ def steer(
         watch: Called after every step with its `Moment`, which holds previews and weights if the
             step was scored. An exception that it raises ends the run.
         score_frames: The frames of a video that the reward scores, each as an image: "all",
-            "first", or a number of evenly spaced ones. The whole video is decoded all the same.
+            "first", or a number of evenly spaced ones. Only a first frame that depends on no other
+            can be decoded alone; otherwise every score decodes the whole video.
         video_score: The score of a video: the "mean" or the "min" of its frames' scores.
         pipe_kwargs: Keywords of the pipeline's own call.
 

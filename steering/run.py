@@ -189,6 +189,7 @@ class Run:
             precise=self._precise,
             chunk=-(-min(DECODE_CHUNK, len(noise)) // 2**rows.halvings),
             frames=self.frames,
+            first_alone=self.learned.first_alone,
         )
 
         def judge(x0: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -295,7 +296,7 @@ class Run:
         if not self.learned.decodes:
             scored = needs_scores(self.settings, self.k)
             decoder.check(look.predict(), scored, funnel=bool(self.settings.funnel))
-            self.learned.decodes = True
+            self.learned.decodes, self.learned.first_alone = True, decoder.first_alone
 
     def _kept(
         self,

@@ -1,6 +1,7 @@
 """Videos: which frames a reward sees, what their scores make, and that what is saved has them."""
 
-# pyright: reportArgumentType=false, reportPrivateImportUsage=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
 
 import json
 import math
@@ -18,15 +19,18 @@ from zoo.accounts import ANIMALS
 from zoo.building import call_of, pipeline_of
 from zoo.checks import SCORED, Subject, alone, own
 
+import steering.decoding
 import steering.scoring
 import tilt.report
 from steering import FeynmanKac, steer
+from steering.call import PipelineCall
 from steering.frames import Frames, evenly_spaced
 from steering.outputs import to_tensor
 from steering.scoring import PromptScorer
 from steering.weights import log_mean_exp
 from tilt.commands import steer as command
 from tilt.report import recipe
+from tilt.variants import refuse_videos
 
 PROMPT = "a red cube"
 PLAIN = FeynmanKac(reward_scale=0.0)
@@ -263,6 +267,38 @@ def test_previews_of_videos_may_be_smaller():
         run(it, preview_size=0.5)
 
 
+@pytest.mark.parametrize(("name", "alone"), [("wan", True), ("ltx", False)])
+def test_a_first_frame_that_needs_no_other_is_decoded_alone_on_the_way(monkeypatch, name, alone):
+    """Wan's decoder is causal, and LTX's here is not. The last score decodes all frames."""
+    it = video(name)
+    frames, seen = [], []
+    decode = it.pipe.vae.decode
+
+    def counted(z, *args, **more):
+        frames.append((len(z), z.shape[2]))
+        return decode(z, *args, **more)
+
+    monkeypatch.setattr(it.pipe.vae, "decode", counted)
+
+    def reward(images, prompts):
+        seen.append(images)
+        return brightness(images, prompts)
+
+    out = steer(it.pipe, ["a", "b"], reward, 3, SCORED, progress=False, score_frames="first",
+                **it.call)  # fmt: skip
+    latent = 2 if name == "wan" else frames[0][1]
+    of_runs = [number for rows, number in frames if rows == 3]
+    assert of_runs == [*[1 if alone else latent] * 2, latent] * 2
+    assert all(len(images) == 3 for images in seen)
+    assert len(out.images[0][0]) == (5 if name == "wan" else 9)
+    monkeypatch.setattr(steering.decoding.Decoder, "_try_first", lambda *args: None)
+    plain = steer(it.pipe, ["a", "b"], brightness, 3, SCORED, progress=False,
+                  score_frames="first", **it.call)  # fmt: skip
+    torch.testing.assert_close(plain.rewards, out.rewards, rtol=1e-5, atol=1e-5)
+    for one, other in zip(plain.lineage.scores, out.lineage.scores, strict=True):
+        torch.testing.assert_close(one.rewards, other.rewards, rtol=1e-5, atol=1e-5)
+
+
 def test_the_weights_are_those_of_the_frames_that_are_returned():
     out = run(video("wan"), FeynmanKac(reward_scale=7.0, min_ess=0.0), score_frames=3)
     each = to_tensor(out.images[0], "cpu")[:, [0, 2, 4]].mean((2, 3, 4)) * 10
@@ -328,3 +364,30 @@ def test_the_command_steers_videos(tmp_path, capsys):
     words[words.index("--score-frames") + 1] = "some"
     assert command.main([*words, "--out", str(tmp_path / "other")]) == 2
     assert "--score-frames is 'some' but must be all, first, or a" in capsys.readouterr().err
+
+
+def test_the_number_of_frames_is_named_as_the_pipeline_names_it():
+    class Sana:
+        def __call__(self, prompt, frames=81): ...
+
+    given = {"num_frames": 5, "seed": 1}
+    command.name_frames(Sana(), given)
+    assert given == {"frames": 5, "seed": 1}
+    command.name_frames(Sana(), given)
+    assert given == {"frames": 5, "seed": 1}
+    given = {"num_frames": 5}
+    command.name_frames(wan(), given)
+    assert given == {"num_frames": 5}
+    with pytest.raises(ValueError, match=r"no keyword num_frames=; it generates no videos\.$"):
+        run(Subject(odd_pipeline(), {"num_frames": 5}))
+    with pytest.raises(ValueError, match=r"no keyword video_length=; did you mean frames=\?"):
+        PipelineCall.check(Sana(), ["a"], {"video_length": 5})
+
+
+def test_an_evaluation_of_images_refuses_videos():
+    pipe = wan()
+    for call in ({}, {"num_frames": 5}):
+        with pytest.raises(ValueError, match=r"call.num_frames is (81|5), but images are compared"):
+            refuse_videos(pipe, call)
+    refuse_videos(pipe, {"num_frames": 1})
+    refuse_videos(odd_pipeline(), {})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -20,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import rewards
 from steering import FeynmanKac, tiny
+from steering.call import COUNTS_OF_FRAMES
 from steering.manifest import versions
 from steering.settings import population_sizes, scored_steps
 from steering.spread import Spread
@@ -211,6 +213,8 @@ def ready(
     pending = runs.among(shares, mine)
     kinds = kinds_of_call(args, settings, preview)
     kinds["steered"]["progress"] = processes.is_main
+    for call in kinds.values():
+        name_frames(pipe, call)
     runs.check_calls(pipe, reward, pending, kinds)
     return runs.steer_pending(pipe, reward, pending, kinds)
 
@@ -248,6 +252,14 @@ def kinds_of_call(args: Steer, settings: FeynmanKac, preview: Any) -> dict[str, 
         plain = dataclasses.replace(settings, min_ess=0.0, funnel=())
         kinds["plain"] = call | {"settings": plain, "progress": False}
     return kinds
+
+
+def name_frames(pipe: Any, call: dict[str, Any]) -> None:
+    """Rename num_frames as the pipeline's own call names it (SanaVideo: frames)."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    own = next((name for name in COUNTS_OF_FRAMES if name in known), "num_frames")
+    if "num_frames" in call:
+        call[own] = call.pop("num_frames")
 
 
 def keep_all(work: Work | None, total: int, processes: Processes, spread: bool) -> None:
