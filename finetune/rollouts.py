@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steering import FeynmanKac, Steered
+from steering.call import refuse_videos
 from steering.lineage import Moment
 from steering.manifest import fingerprint, versions
 from steering.pipeline import steer_each
@@ -184,6 +185,7 @@ def _plain(plan: Plan) -> dict[str, Any]:
 
 def check(pipe: Any, plan: Plan, reward: Any = None, preview: Any = None) -> None:
     """Raise ValueError, before any folder is made, for a call or a filter that cannot work."""
+    refuse_videos(pipe, plan.call)
     for _ in _runs(pipe, plan, reward, preview, plan.prompts[0]):
         pass  # making the iterator checks the arguments; nothing is drawn yet
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,14 @@ from steering.settings import FeynmanKac
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["COUNTS_OF_FRAMES", "WAYS", "PipelineCall", "check_pipeline", "check_preview"]
+__all__ = [
+    "COUNTS_OF_FRAMES",
+    "WAYS",
+    "PipelineCall",
+    "check_pipeline",
+    "check_preview",
+    "refuse_videos",
+]
 
 _CLASHES = {
     "prompt": "pass the prompts as steer()'s second argument",
@@ -291,6 +298,18 @@ def check_pipeline(pipe: DiffusionPipeline, decodes: bool = False) -> None:
 def _drops_out(module: torch.nn.Module) -> bool:
     # `training` alone does not show it: wrappers and LoRA layers stay in training mode
     return isinstance(module, _DropoutNd) and module.training and module.p > 0
+
+
+def refuse_videos(pipe: Any, keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call with these keywords generates several frames per row."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    for name in COUNTS_OF_FRAMES:
+        frames = keywords.get(name, parameters[name].default) if name in parameters else None
+        if frames not in (None, 1):
+            raise ValueError(
+                f"{name}={frames!r:.80}: this call generates videos, but images are needed here; "
+                f"pass {name}=1."
+            )
 
 
 def check_preview(pipe: Any, preview: Any) -> None:

@@ -22,15 +22,17 @@ from zoo.checks import SCORED, Subject, alone, own
 import steering.decoding
 import steering.scoring
 import tilt.report
+from finetune import rollouts
+from finetune.rollouts import Plan
 from steering import FeynmanKac, steer
-from steering.call import PipelineCall
+from steering.call import PipelineCall, refuse_videos
 from steering.frames import Frames, evenly_spaced
 from steering.outputs import to_tensor
 from steering.scoring import PromptScorer
 from steering.weights import log_mean_exp
 from tilt.commands import steer as command
 from tilt.report import recipe
-from tilt.variants import refuse_videos
+from tilt.variants import EvaluationPlan, Variant, start
 
 PROMPT = "a red cube"
 PLAIN = FeynmanKac(reward_scale=0.0)
@@ -384,10 +386,14 @@ def test_the_number_of_frames_is_named_as_the_pipeline_names_it():
         PipelineCall.check(Sana(), ["a"], {"video_length": 5})
 
 
-def test_an_evaluation_of_images_refuses_videos():
+def test_rollouts_and_evaluations_of_images_refuse_videos():
     pipe = wan()
-    for call in ({}, {"num_frames": 5}):
-        with pytest.raises(ValueError, match=r"call.num_frames is (81|5), but images are compared"):
-            refuse_videos(pipe, call)
+    for call, frames in (({}, 81), ({"num_frames": 5}, 5)):
+        plan = Plan(prompts=("a",), images=2, call=call)
+        with pytest.raises(ValueError, match=f"num_frames={frames}: this call generates videos, b"):
+            rollouts.check(pipe, plan)
+        evaluation = EvaluationPlan(("a",), ((),), 1, 0, call=call)
+        with pytest.raises(ValueError, match=f"num_frames={frames}: this call generates videos, b"):
+            start(pipe, Variant("base"), evaluation, [0])
     refuse_videos(pipe, {"num_frames": 1})
     refuse_videos(odd_pipeline(), {})

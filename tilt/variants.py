@@ -7,7 +7,6 @@ Legend: m images per prompt.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from finetune.folder import ELSEWHERE, begun, refuse_changes
 from finetune.ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
 from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
-from steering.call import COUNTS_OF_FRAMES
+from steering.call import refuse_videos
 from steering.pipeline import steer_each
 from tilt.report.grid import Cell, Row, cell_side, fitted
 from tilt.report.grid import grid as painted
@@ -123,18 +122,6 @@ def start(
         **plan.call,
     )
     return (out.best for out in steered)
-
-
-def refuse_videos(pipe: Any, call: Mapping[str, Any]) -> None:
-    """Raise ValueError if the call generates several frames, of which images cannot be made."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    for name in COUNTS_OF_FRAMES:
-        frames = call.get(name, parameters[name].default) if name in parameters else None
-        if frames not in (None, 1):
-            raise ValueError(
-                f"call.{name} is {frames!r:.80}, but images are compared here, not videos; set it "
-                "to 1"
-            )
 
 
 def picture(folder: Path, prompt: int, number: int) -> Path:
