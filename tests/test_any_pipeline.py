@@ -177,7 +177,7 @@ def test_what_else_a_network_may_keep_of_its_rows_is_refused_at_the_first_step(c
     "change", [{"settings": FUNNEL}, {"guidance_interval": (0.0, 0.5)}, {"max_batch": 2}]
 )
 def test_a_network_that_is_not_known_is_not_passed_over(monkeypatch, change):
-    monkeypatch.setattr("steering.networks._NETWORKS", ("transformer",))
+    monkeypatch.setattr("steering.networks.NETWORKS", ("transformer",))
     pipe = odd_pipeline()
     with pytest.raises(ValueError, match="batch of OddPipeline cannot be cut: none of its network"):
         latents(pipe, **change)
