@@ -11,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .nft import DECAY, OLD_DECAY, Regression, Rows
+from .nft import Regression, Rows
 from .noising import Noising
 from .policy_losses import clipped, matching_score, policy_loss
 from .ranges import FLAG, number, setting
@@ -31,7 +31,9 @@ class Awm(Regression):
     on_policy: bool = setting(
         True, FLAG, "sample from the present weights instead of from the old policy"
     )
-    old_decay: float = setting(0.3, DECAY, OLD_DECAY)
+    old_decay: float = setting(
+        0.3, number(0, 1, "[)"), "highest decay of the averaged weights (the old policy)"
+    )
     power: float = setting(
         0.25, number(0, 1, "(]"), "power of the matching error; 1: the squared error itself"
     )

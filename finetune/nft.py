@@ -29,9 +29,6 @@ from .ranges import FLAG, number, one_of, optional, setting, whole
 
 __all__ = ["Nft", "NftTrainer", "Regression", "Rows", "draw_times"]
 
-DECAY = number(0, 1, "[)")
-OLD_DECAY = "highest decay of the averaged weights that draw the samples (the old policy)"
-
 
 class Rows(NamedTuple):
     """Noised images at t (n,), and the predictions, in float32, of the trained and the old policy.
@@ -79,7 +76,11 @@ class Regression(Tuning):
     )
     population: bool = setting(False, FLAG, POPULATION)
     each_reward: bool = setting(False, FLAG, "normalise each reward separately before adding them")
-    old_decay: float = setting(0.5, DECAY, OLD_DECAY)
+    old_decay: float = setting(
+        0.5,
+        number(0, 1, "[)"),
+        "highest decay of the averaged weights that draw the samples (the old policy)",
+    )
     times: str = setting("logit_normal", one_of(*TIMES), "distribution of the training times")
     shift: float = setting(
         1.0,
@@ -112,7 +113,9 @@ class Nft(Regression):
         "how many times as far from the old policy as the trained one the implicit policies are",
     )
     adaptive: bool = setting(
-        False, FLAG, "divide each half of the loss by its own mean error in x0, as the code does"
+        False,
+        FLAG,
+        "divide each half of the loss by its own mean error in x0, as the published code does",
     )
 
     def loss(self, noising: Noising, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:

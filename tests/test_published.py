@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from finetune.models import Noising
 from torch import nn
 
 from finetune import lora, nft
@@ -19,6 +18,7 @@ from finetune.awm import Awm
 from finetune.chains import Schedule
 from finetune.grpo import mean_log_prob
 from finetune.nft import Nft, Rows
+from finetune.noising import Noising
 from finetune.policy_losses import (
     group_advantages,
     guarded_log_ratio,

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from finetune.models import Noising
+from test_published import schedule_of
 
 from finetune.chains import Schedule
 from finetune.grpo import mean_log_prob
+from finetune.noising import Noising
 from finetune.policy_losses import guarded_log_ratio, policy_loss
 from steering.transitions import Transition, flow_transition, sde_transition
 
@@ -76,6 +78,26 @@ def test_only_flow_cps_keeps_the_marginal_of_a_known_image(sde, noise):
         assert variance == pytest.approx(last**2, rel=1e-6)
     else:
         assert variance > 1.02 * last**2
+
+
+@pytest.mark.parametrize(
+    ("sde", "noise", "kept"), [("cps", 0.951, 0.0089), ("flow", 0.7, 0.249), ("dance", 0.3, 0.160)]
+)
+def test_the_noise_that_an_image_keeps_after_nine_of_sd3s_steps_is_that_in_the_docs(
+    sde, noise, kept
+):
+    schedule = schedule_of(sde)
+    mean, variance = 0.0, 1.0
+    for i in range(9):
+
+        def step(v, x, now, then, i=i):
+            return schedule.transition(i, v, x, noise)
+
+        times = float(schedule.now[i]), float(schedule.after[i])
+        mean, variance = law_after(step, *times, mean, variance, 0.7, 0.0)
+    assert math.sqrt(variance) == pytest.approx(kept, abs=5e-4 if kept > 0.1 else 5e-5)
+    page = (Path(__file__).parents[1] / "docs" / "adversarial.md").read_text(encoding="utf-8")
+    assert f"{kept:.{4 if kept < 0.1 else 3}f} with " in page
 
 
 @pytest.mark.parametrize("rate", [lambda s: 0.7 * math.sqrt(s / (1 - s)), lambda s: 0.3])
