@@ -18,6 +18,7 @@ __all__ = [
     "KEYWORDS",
     "NAME",
     "PROMPTS",
+    "REFERENCES",
     "SEED",
     "TEXT",
     "TEXTS",
@@ -167,6 +168,13 @@ TEXTS = Range(
 PROMPTS = Range(
     "a tuple of prompts, and none empty",
     lambda value: isinstance(value, tuple) and all(map(_is_name, value)),
+)
+REFERENCES = Range(
+    "a tuple of file names for each prompt",
+    lambda value: (
+        isinstance(value, tuple)
+        and all(isinstance(names, tuple) and all(map(_is_name, names)) for names in value)
+    ),
 )
 KEYWORDS = Range(
     "keywords with their values",

@@ -41,7 +41,7 @@ from . import ranges
 from .files import atomic, disk_errors, write
 from .folder import ELSEWHERE, begun, refuse_changes
 from .network import part_of
-from .ranges import KEYWORDS, PROMPTS, SEED, Range, group, optional, whole
+from .ranges import KEYWORDS, PROMPTS, REFERENCES, SEED, Range, group, optional, whole
 from .recording import Recorder
 from .shards import NOTE, is_whole, read_manifest, sha256
 
@@ -74,6 +74,7 @@ class Plan:
     """The rollouts to make: `images` plain and `steered` steered images per prompt.
 
     call: keywords of the pipeline's call. Steered images have different noise from plain ones.
+    references: the files of each prompt's images for rewards that compare with some, or ().
     """
 
     prompts: tuple[str, ...]
@@ -84,6 +85,7 @@ class Plan:
     prompts_per_shard: int = 4
     max_batch: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
+    references: tuple[tuple[str, ...], ...] = ()
 
     RANGES: ClassVar[dict[str, Range]] = {
         "prompts": PROMPTS,
@@ -94,6 +96,7 @@ class Plan:
         "prompts_per_shard": whole(1),
         "max_batch": optional(whole(1)),
         "call": KEYWORDS,
+        "references": REFERENCES,
     }
 
     def __post_init__(self) -> None:
@@ -109,6 +112,11 @@ class Plan:
         if twice or not self.prompts:
             what = f"the prompt {twice[0]!r} is given twice" if twice else "there is no prompt"
             raise ValueError(f"{what}; give each prompt once")
+        if self.references and len(self.references) != len(self.prompts):
+            raise ValueError(
+                f"references has {len(self.references)} entries for {len(self.prompts)} prompts; "
+                "give one for each, or none"
+            )
 
     def shards(self) -> list[range]:
         """Return the prompt indices of each shard."""
@@ -180,7 +188,10 @@ def is_complete(
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(plan)))
+    found = json.loads(json.dumps(asdict(plan)))
+    if not plan.references:  # older runs do not record them
+        del found["references"]
+    return found
 
 
 def check(pipe: Any, plan: Plan, reward: Any = None, preview: Any = None) -> None:
@@ -297,6 +308,7 @@ def _runs(
     runs = [(plan.images, PLAIN, nothing, 0), (plan.steered, plan.settings, reward, 1)]
     for count, settings, judge, occurrence in runs:
         if count:
+            compares = plan.references and getattr(judge, "wants_references", False)
             run = steer_each(
                 pipe,
                 [prompt, prompt],
@@ -307,11 +319,17 @@ def _runs(
                 preview=preview if occurrence else None,
                 max_batch=plan.max_batch,
                 progress=False,
+                references=[_references(plan, prompt)] * 2 if compares else None,
                 watch=partial(meter.step, count) if meter else None,
                 only=[occurrence],  # different occurrences of a prompt have different noise
                 **plan.call,
             )
             yield settings, run, occurrence == 1
+
+
+def _references(plan: Plan, prompt: str) -> list[Image.Image]:
+    names = plan.references[plan.prompts.index(prompt)]
+    return [Image.open(name).convert("RGB") for name in names]
 
 
 def nothing(images: Tensor, prompts: Sequence[str]) -> Tensor:

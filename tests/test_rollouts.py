@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_pipelines import family
 
 from finetune import rollouts
@@ -191,12 +192,48 @@ def test_rewards_are_added_as_columns(tmp_path):
         ({"steered": 1}, "needs several particles"),
         ({"prompts": ("a", "b", "a")}, "the prompt 'a' is given twice"),
         ({"prompts": ()}, "there is no prompt"),
+        ({"references": ((),)}, "references has 1 entries for 3 prompts"),
+        ({"references": ("a.png",) * 3}, "a tuple of file names for each prompt"),
         ({"prompts_per_shard": 0}, "must be a whole number, 1"),
     ],
 )
 def test_plans_that_cannot_work_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Plan(**{"prompts": PROMPTS} | change)
+
+
+def test_steered_rollouts_pass_each_prompt_s_references(tmp_path):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    seen = []
+
+    def compared(images, prompts, *, references=None):
+        seen.append((set(prompts), {one[0].getpixel((0, 0)) for one in references}))
+        return images.mean((1, 2, 3))
+
+    compared.wants_references = True
+    pipe, call = family("sd")
+    names = tuple((str(tmp_path / f"{colour}.png"),) for colour in ("red", "blue"))
+    plan = Plan(("a", "b"), images=1, steered=2, call=call, references=names)
+    open_run(tmp_path / "run", pipe, plan, None, resume=False)
+    list(generate(tmp_path / "run", pipe, plan, compared))
+    assert {(min(p), *c) for p, c in seen} == {("a", (255, 0, 0)), ("b", (0, 0, 255))}
+    open_run(tmp_path / "run", pipe, plan, None, resume=True)
+    other = replace(plan, references=names[::-1])
+    with pytest.raises(ValueError, match="begun with another references="):
+        open_run(tmp_path / "run", pipe, other, None, resume=True)
+
+
+def test_the_command_reads_the_references_of_its_prompts(tmp_path):
+    from tilt.commands.rollout import Rollout, plan_of
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "references": ["a.png"]}\n')
+    settings = Rollout(prompts=str(file), out="runs/x")
+    assert plan_of(settings).references == ((), (str(tmp_path / "a.png"),))
+    file.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert plan_of(settings).references == ()
 
 
 def test_a_folder_holds_one_run(tmp_path):

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from test_rollouts import made
 
 import rewards
 from finetune.shards import Rollouts, add_rewards
+from rewards.images import to_images
+from rewards.samples import open_picture
 from tilt.commands import score
 
 
@@ -143,7 +146,7 @@ def test_rollouts_are_calibrated_on_too(folder, tmp_path):
         ("jpeg", ["--out", "scores.csv"], "leave out --out"),
         ("jpeg", ["--prompt", "x"], "leave out --prompt"),
         ("reward=jpeg + 2*clip(tiny)", [], "is called 'reward'"),
-        ("dino(tiny)", [], "which rollouts do not have"),
+        ("dino(tiny)", [], "these rollouts do not have for the prompt 'a red star'"),
         ("jpeg", ["--calibrate", "."], "cannot be written"),
     ],
 )
@@ -153,3 +156,21 @@ def test_what_rollouts_cannot_take_is_refused(folder, seen, spec, options, messa
     assert message in told
     assert told.count("\n") == 1
     assert seen[0] == []
+
+
+def test_the_references_of_the_prompts_reach_the_reward(tmp_path, capsys):
+    for i, colour in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (20 + i, 16), colour).save(tmp_path / f"{colour}.png")
+    named = [[str(tmp_path / f"{colour}.png")] for colour in ("red", "blue", "green")]
+    run = made(tmp_path / "run", references=tuple(map(tuple, named)))
+    assert call(tmp_path / "run", "dino(random:0) + 0*jpeg", "--batch-size", "3") == 0
+    reward = rewards.load("dino(random:0)")
+    for shard, files in zip(Rollouts(tmp_path / "run").shards, (named[:2], named[2:]), strict=True):
+        given = [[open_picture(name) for name in names] for names in files for _ in range(2)]
+        rows = [row["prompt"] for row in shard.table(["prompt"])]
+        expected = reward(to_images(shard.images()), rows, references=given)
+        assert shard.rewards()["dino"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert len(set(run.manifest["plan"]["references"][0])) == 1
+    (tmp_path / "green.png").unlink()
+    assert call(tmp_path / "run", "dino(random:0)") == 2
+    assert "green.png" in capsys.readouterr().err

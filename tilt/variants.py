@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finetune.files import atomic, write
 from finetune.folder import ELSEWHERE, begun, refuse_changes
-from finetune.ranges import KEYWORDS, PROMPTS, SEED, Range, check, optional, whole
+from finetune.ranges import KEYWORDS, PROMPTS, REFERENCES, SEED, Range, check, optional, whole
 from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
 from steering.call import refuse_videos
@@ -43,10 +43,6 @@ __all__ = [
 ROWS, EACH = 16, 3  # numbers of prompts, and of images per variant, in the grid
 
 
-def _are_tuples(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(one, tuple) for one in value)
-
-
 @dataclass(frozen=True)
 class EvaluationPlan:
     """The request to every variant: `images` images per prompt, and the pipeline call's keywords.
@@ -63,7 +59,7 @@ class EvaluationPlan:
 
     RANGES: ClassVar[dict[str, Range]] = {
         "prompts": PROMPTS,
-        "references": Range("a tuple of file names for each prompt", _are_tuples),
+        "references": REFERENCES,
         "images": whole(1, 10_000),
         "seed": SEED,
         "max_batch": optional(whole(1)),

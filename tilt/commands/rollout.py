@@ -63,10 +63,13 @@ def plan_of(settings: Rollout) -> Plan:
         raise ValueError("lora= and follow= both name the LoRA that draws; leave one out")
     if not settings.steered:
         ranges.refuse_idle(settings, ["filter"], "steered is 0")
-    prompts = [prompt.text for prompt in read(Path(settings.prompts))]
+    known: dict[str, tuple[str, ...]] = {}
+    for prompt in read(Path(settings.prompts)):
+        known.setdefault(prompt.text, prompt.references)
     defaults = tiny.call_defaults(settings.model) if settings.model in tiny.NAMES else {}
     return Plan(
-        prompts=tuple(dict.fromkeys(prompts)),
+        prompts=tuple(known),
+        references=tuple(known.values()) if any(known.values()) else (),
         images=settings.images,
         steered=settings.steered,
         settings=drawing.filter_of(settings.filter),

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from finetune.ranges import FLAG, NAME, TEXT, optional, setting, whole
 from rewards.algebra import calibrate
 from rewards.combine import component_names, names_in
 from rewards.images import to_images
-from rewards.samples import Sample, batches, load_batch, read_samples
+from rewards.samples import Sample, batches, load_batch, open_picture, read_samples
 from tilt import started
 from tilt.commands.rewards import listing
 from tilt.exit_status import of_command
@@ -266,12 +266,13 @@ def score_rollouts(
     made_by = {(spec, version)} if settings.resume or settings.follow else set()
     run, left = processes.told(lambda: unscored(source, names, made_by, settings.follow))
     if left or settings.calibrate or not run.is_complete:
-        reward = processes.agree(lambda: load_without_references(run, spec, device))
+        reward = processes.agree(lambda: load_for_rollouts(run, spec, device))
+        named = references_of(run)
         try:
             while left or not run.is_complete:
                 mine = left[processes.index :: processes.count]
                 for shard in tqdm(mine, unit="shard", disable=not (mine and processes.is_main)):
-                    found = score_shard(reward, shard, settings.batch_size, device)
+                    found = score_shard(reward, shard, settings.batch_size, device, named)
                     add_rewards(shard, found, spec, {"reward": reward.range}, version)
                 if run.is_complete:
                     break
@@ -307,12 +308,25 @@ def unscored(
     return run, [shard for shard, of in zip(run.shards, by, strict=True) if of != made_by]
 
 
-def load_without_references(run: Rollouts, spec: str, device: torch.device) -> rewards.WeightedSum:
-    """Load the reward for the prompts of rollouts; ValueError if it needs references."""
-    reward = load(spec, device, run.manifest["plan"]["prompts"])
-    if reward.needs_references:
-        raise ValueError(f"{reward} compares with reference images, which rollouts do not have")
+def load_for_rollouts(run: Rollouts, spec: str, device: torch.device) -> rewards.WeightedSum:
+    """Load the reward for the prompts of rollouts; ValueError if they lack references for it."""
+    prompts, named = run.manifest["plan"]["prompts"], references_of(run)
+    reward = load(spec, device, prompts)
+    without = [prompt for prompt in prompts if not named.get(prompt)]
+    if without and reward.needs_references:
+        raise ValueError(
+            f"{reward} compares with reference images, which these rollouts do not have for the "
+            f'prompt {without[0]!r:.80}; write "references": [...] in its line of the .jsonl file '
+            "for tilt rollout"
+        )
     return reward
+
+
+def references_of(run: Rollouts) -> dict[str, list[str]]:
+    """Return the files of each prompt's reference images; {} for rollouts without any."""
+    plan = run.manifest["plan"]
+    files = plan.get("references") or []
+    return dict(zip(plan["prompts"], files, strict=True)) if files else {}
 
 
 def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -323,16 +337,26 @@ def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def score_shard(
-    reward: rewards.WeightedSum, shard: Shard, size: int, device: torch.device
+    reward: rewards.WeightedSum,
+    shard: Shard,
+    size: int,
+    device: torch.device,
+    named: Mapping[str, Sequence[str]],
 ) -> dict[str, list[float]]:
-    """Return {column: score of each row} of one shard."""
+    """Return {column: score of each row} of one shard; named: reference images of each prompt."""
     prompts, pictures = [row["prompt"] for row in shard.table(["prompt"])], shard.images()
+    references = None
+    if named and reward.wants_references:
+        opened = {p: [open_picture(Path(n)) for n in named[p]] for p in dict.fromkeys(prompts)}
+        references = [opened[prompt] for prompt in prompts]
     columns: dict[str, list[float]] = {}
     for start in range(0, len(prompts), size):
         chosen = slice(start, start + size)
         with torch.no_grad():
             total, components = reward.evaluate(
-                to_images(pictures[chosen], device), prompts[chosen]
+                to_images(pictures[chosen], device),
+                prompts[chosen],
+                references=references and references[chosen],
             )
         for name, column in ({"reward": total} | components).items():
             columns.setdefault(name, []).extend(column.tolist())
