@@ -8,7 +8,7 @@ the rows of a batch are joined. Legend: n rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steering.axes import Unclear, compared
 
-__all__ = ["Conditioning", "Form", "Row", "form_of", "tensors_of"]
+__all__ = ["Conditioning", "Form", "Mixed", "Row", "form_of", "tensors_of"]
 
 Row = Mapping[str, Tensor]  # the tensors of one prompt, by name
 Results = dict[str, list[Any]]  # the results of the head's methods, in order
@@ -110,6 +110,10 @@ class Conditioning:
                 yield slice(start, i)
                 start = i
 
+    def kind(self) -> Hashable:
+        """Return what the first row has in common with rows that can be joined to it."""
+        return id(self.form), self._shapes(self.rows[0])
+
     def _shapes(self, row: Row) -> tuple[Any, ...]:
         axes = self.form.axes
         return tuple(row[name].shape for name in sorted(row) if axes[name] != _ENTRIES)
@@ -141,6 +145,27 @@ class Conditioning:
                 "train on one prompt at a time (micro_groups=1)"
             )
         return values[0]
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The conditioning of n rows of several forms, such as those of images of several sizes.
+
+    forms: of each row; rows with equal forms have the same one. rows: as in `Conditioning`.
+    """
+
+    forms: Sequence[Form]
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Sequence[int]) -> Conditioning:
+        """Return some of the rows, by numbers; ValueError if they have several forms."""
+        first, *others = (self.forms[i] for i in index)
+        if any(form is not first for form in others):
+            raise ValueError(f"the rows {list(index)} of the conditioning have several forms")
+        return Conditioning(first, [self.rows[i] for i in index])
 
 
 def form_of(

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .conditioning import Conditioning, Form, Row
+from .conditioning import Conditioning, Form, Mixed, Row
 from .groups import Group, make_groups, normalised
 from .shards import Rollouts
 
@@ -22,30 +22,32 @@ T = TypeVar("T")
 class ShardRows:
     """A virtual concatenation of tensors: rows[index] copies only the requested rows.
 
-    parts (n_i, *shape) may be memory-mapped; other rows are never read. Raises ValueError for parts
-    whose rows differ in shape or dtype.
+    parts (n_i, *shape_i) may be memory-mapped; other rows are never read. Raises ValueError for
+    parts of different dtypes.
     """
 
     def __init__(self, parts: Sequence[Tensor]) -> None:
-        kinds = {(tuple(part.shape[1:]), part.dtype) for part in parts}
-        if len(kinds) != 1:
+        dtypes = {part.dtype for part in parts}
+        if len(dtypes) != 1:
             raise ValueError(
-                f"the shards' rows have {len(kinds)} shapes and dtypes, {sorted(map(str, kinds))},"
-                " but must be equal; make the rollouts with one call of one model"
+                f"the shards' rows have {len(dtypes)} dtypes, {sorted(map(str, dtypes))}, but must "
+                "have one; make the rollouts with one dtype"
             )
         self.parts = list(parts)
         self.starts = torch.tensor([0] + [len(part) for part in parts]).cumsum(0)
-        self.shape = (int(self.starts[-1]), *parts[0].shape[1:])
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return int(self.starts[-1])
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Return the rows, (*index.shape, *shape)."""
+        """Return the rows, (*index.shape, *shape); ValueError if their shapes differ."""
         flat = index.flatten()
-        owners = torch.searchsorted(self.starts, flat, right=True) - 1
-        found = torch.empty((len(flat), *self.shape[1:]), dtype=self.parts[0].dtype)
-        for i, (owner, row) in enumerate(zip(owners.tolist(), flat.tolist(), strict=True)):
+        owners = (torch.searchsorted(self.starts, flat, right=True) - 1).tolist()
+        shapes = {tuple(self.parts[owner].shape[1:]) for owner in owners}
+        if len(shapes) > 1:
+            raise ValueError(f"rows of the shapes {sorted(shapes)} cannot be joined")
+        found = torch.empty((len(flat), *shapes.pop()), dtype=self.parts[0].dtype)
+        for i, (owner, row) in enumerate(zip(owners, flat.tolist(), strict=True)):
             found[i] = self.parts[owner][row - int(self.starts[owner])]
         return found.unflatten(0, index.shape)
 
@@ -54,26 +56,35 @@ class ShardRows:
 class Data:
     """Training data: latents (rows, ...), the conditioning of each prompt, and groups.
 
+    Images of several sizes have conditioning of several forms; those of a group have one size.
     dropped: number of prompts that were left out; unscored: number of images without a score.
     """
 
     latents: Tensor | ShardRows
-    given: Conditioning
+    given: Conditioning | Mixed
     groups: list[Group]
     dropped: int
     unscored: int = 0
+
+    def forms(self) -> list[Conditioning]:
+        """Return the conditioning of the first prompt of each form."""
+        found: dict[int, Conditioning] = {}
+        for one in (self.given[[i]] for i in range(len(self.given))):
+            found.setdefault(id(one.form), one)
+        return list(found.values())
 
 
 def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: int) -> Data:
     """Load scored runs with the rewards of the column `reward`, normalised by `norm`.
 
-    Images of one prompt in two runs are two groups. Groups have k or more images. Latents and
-    conditioning are memory-mapped. Raises ValueError for a missing column, and as `make_groups`
+    Images of one prompt in two runs are two groups. Groups have k or more images. Runs may have
+    been drawn with different keywords, such as height and width. Latents and conditioning are
+    memory-mapped. Raises ValueError for a missing column, and as `make_groups`
     does.
     """
     runs = [*runs] if isinstance(runs, Sequence) else [runs]
     every = [shard for run in runs for shard in run.shards]
-    latents, rows, forms, prompts, rewards = [], [], set(), [], []
+    latents, rows, texts, prompts, rewards = [], [], [], [], []
     for shard in every:
         columns = shard.rewards()
         if reward not in columns:
@@ -81,8 +92,8 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
             raise ValueError(f"{shard.folder} has no rewards {reward!r}; {known}; score them first")
         tensors = shard.tensors()
         latents.append(tensors.pop("latents"))
-        rows += _rows(tensors)
-        forms.add(shard.form())
+        rows += (given := _rows(tensors))
+        texts += [shard.form()] * len(given)
         own = [row["group"] for row in shard.table(["group"])]
         first = max(prompts, default=-1) + 1 - min(own)  # shards of other numbers may be missing
         prompts += [first + group for group in own]
@@ -95,12 +106,10 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
             f"the shards' rewards {reward!r} are of different {what}; score the rollouts again"
         )
     groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards, dtype=torch.float64), k)
-    if len(forms) > 1:
-        raise ValueError(
-            f"the shards have {len(forms)} forms of conditioning, but must have "
-            "one; make the rollouts with one call of one model"
-        )
-    given = Conditioning(Form.loads(forms.pop()), rows)
+    forms = {text: Form.loads(text) for text in dict.fromkeys(texts)}
+    given: Conditioning | Mixed = Mixed([forms[text] for text in texts], rows)
+    if len(forms) == 1:
+        given = Conditioning(given.forms[0], rows)
     return Data(ShardRows(latents), given, normalised(groups, norm), dropped, unscored)
 
 
@@ -126,12 +135,12 @@ def check_fits(data: Data, network: Any, made_by: str, kind: str) -> None:
     if "UNet" in type(network).__name__ and not getattr(config, "encoder_hid_dim", None):
         text = getattr(config, "cross_attention_dim", None)
     text = text or getattr(config, "joint_attention_dim", None)
-    widths = {value.shape[-1] for value in data.given.rows[0].values() if value.ndim > 1}
-    needed = {
-        "latents": (data.latents.shape[1:], getattr(config, "in_channels", None)),
-        "texts": (tuple(sorted(widths)), text),
-    }
-    for name, (found, wanted) in needed.items():
+    needed = []
+    for given in data.forms():
+        widths = {value.shape[-1] for value in given.rows[0].values() if value.ndim > 1}
+        needed.append(("latents", given.form.shape, getattr(config, "in_channels", None)))
+        needed.append(("texts", tuple(sorted(widths)), text))
+    for name, found, wanted in needed:
         if isinstance(wanted, int) and wanted not in found:
             raise ValueError(
                 f"the rollouts' {name} are {tuple(found)}, but the model expects {wanted} "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import zero
+from .buckets import dealt, noises
 from .conditioning import Conditioning
 from .data import Ahead, Data, check_fits
 from .groups import NORMS, draw_groups, target_entropy
@@ -144,11 +145,12 @@ class GdroTrainer:
         t = s.shift * t / (1 + (s.shift - 1) * t)  # Esser et al. 2024, eq. 23
         t = t.clamp(1e-3, 1 - 1e-3)
         each = 1 if s.shared_noise else s.k
-        noise = torch.randn(s.groups, each, *self.data.latents.shape[1:], generator=generator)
+        given = [self.data.given[[prompt]] for prompt in prompts.tolist()]
+        noise = noises([one.form.shape for one in given], each, generator)
         ties = torch.randint(2**62, (s.groups,), generator=generator)
-        mine = torch.arange(rank, s.groups, world)
-        for part in mine.split(s.micro_groups):
-            yield prompts[part], rows[part], rewards[part], t[part], noise[part], ties[part]
+        for part in dealt([one.kind() for one in given], rank, world, s.micro_groups):
+            own = torch.stack([noise[i] for i in part])
+            yield prompts[part], rows[part], rewards[part], t[part], own, ties[part]
 
     def _inputs(self, step: int) -> list[Inputs]:
         """Return this process's inputs of a step, on the CPU; in pinned memory for a GPU."""

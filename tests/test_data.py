@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from finetune.conditioning import Conditioning, Form
+from finetune.conditioning import Conditioning, Form, Mixed
 from finetune.data import Ahead, Data, ShardRows, check_fits, load_data
 from finetune.shards import Shard, add_rewards
 
@@ -24,17 +24,24 @@ def test_rows_of_several_tensors_are_those_of_one():
     parts = [torch.randn(n, 2, 3).half() for n in (3, 1, 4)]
     rows, every = ShardRows(parts), torch.cat(parts)
     index = torch.tensor([[0, 7, 3], [2, 4, 0]])
-    assert rows.shape == (8, 2, 3)
     assert len(rows) == 8
     assert rows[index].dtype == torch.float16
     assert torch.equal(rows[index], every[index])
     assert torch.equal(rows[torch.arange(8)], every)
 
 
-@pytest.mark.parametrize("other", [torch.zeros(2, 5), torch.zeros(2, 4).half()])
-def test_shards_that_differ_are_refused(other):
-    with pytest.raises(ValueError, match="2 shapes and dtypes"):
-        ShardRows([torch.zeros(2, 4), other])
+def test_rows_of_several_shapes_are_taken_apart():
+    parts = [torch.randn(2, 4, 4), torch.randn(3, 4, 6)]
+    rows = ShardRows(parts)
+    assert torch.equal(rows[torch.tensor([[1, 0]])], parts[0][[1, 0]][None])
+    assert torch.equal(rows[torch.tensor([4, 2])], parts[1][[2, 0]])
+    with pytest.raises(ValueError, match=r"shapes \[\(4, 4\), \(4, 6\)\] cannot be joined"):
+        rows[torch.tensor([1, 2])]
+
+
+def test_shards_of_several_dtypes_are_refused():
+    with pytest.raises(ValueError, match="2 dtypes"):
+        ShardRows([torch.zeros(2, 4), torch.zeros(2, 4).half()])
 
 
 FORM = Form({}, {"encode_prompt": [{"tensor": "embeds"}]}, {"embeds": 0}, (4, 2, 2))
@@ -131,24 +138,39 @@ class UNet:
 
 def test_rollouts_of_another_model_are_refused():
     given = Conditioning(FORM, [{"embeds": torch.zeros(1, 3, 16)}])
-    data = Data(torch.zeros(2, 4, 8, 8), given, [], 0)
+    data = Data(torch.zeros(2, 4, 2, 2), given, [], 0)
     check_fits(data, UNet(), "A", "A")
     with pytest.raises(ValueError, match="were made by A, but the model is a B"):
         check_fits(data, UNet(), "A", "B")
-    with pytest.raises(ValueError, match=r"latents are \(4, 8, 8\), but .* 16 channels"):
+    with pytest.raises(ValueError, match=r"latents are \(4, 2, 2\), but .* 16 channels"):
         check_fits(data, UNet(in_channels=16), "A", "A")
     with pytest.raises(ValueError, match=r"texts are \(16,\), but .* 12 channels"):
         check_fits(data, UNet(cross_attention_dim=12), "A", "A")
     check_fits(data, UNet(cross_attention_dim=12, encoder_hid_dim=16), "A", "A")  # as Kolors
+    other = Mixed([FORM, replace(FORM, shape=(5, 2, 2))], [*given.rows, *given.rows])
+    with pytest.raises(ValueError, match=r"latents are \(5, 2, 2\), but .* 4 channels"):
+        check_fits(replace(data, given=other), UNet(), "A", "A")
 
 
-def test_shards_of_other_calls_and_of_earlier_versions_are_refused(tmp_path):
+def test_shards_of_several_calls_keep_their_forms(tmp_path):
+    run = run_of(tmp_path, 3, (4, 2, 2))
+    other = replace(FORM, call={"height": 64}, shape=(4, 4, 2))
+    tensors = run.shards[1].tensors() | {"latents": torch.full((4, 4, 4, 2), 1.0)}
+    file = run.shards[1].folder / "tensors.safetensors"
+    save_file(tensors, file, {"form": other.dumps()})
+    data = load_data(run, "reward", "none", 2)
+    assert [one.form for one in data.forms()] == [FORM, other]
+    assert [i for i in range(6) if data.given[[i]].form == other] == [2, 3]
+    for group in data.groups:
+        assert data.latents[group.rows].shape[1:] == data.given[[group.prompt]].form.shape
+    with pytest.raises(ValueError, match=r"rows \[1, 2\] of the conditioning have several forms"):
+        data.given[[1, 2]]
+    assert data.given[[0, 5]].form == FORM
+
+
+def test_shards_of_earlier_versions_are_refused(tmp_path):
     run = run_of(tmp_path, 2, (4, 2, 2))
     file = run.shards[1].folder / "tensors.safetensors"
-    tensors = run.shards[1].tensors()
-    save_file(tensors, file, {"form": replace(FORM, call={"height": 64}).dumps()})
-    with pytest.raises(ValueError, match="have 2 forms of conditioning"):
-        load_data(run, "reward", "none", 2)
-    save_file(tensors, file)
+    save_file(run.shards[1].tensors(), file)
     with pytest.raises(ValueError, match="made by an earlier version"):
         load_data(run, "reward", "none", 2)

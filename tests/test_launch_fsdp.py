@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_launch import CALL, ROOT, command, logged
+from test_launch import CALL, ROOT, assert_alike, command, logged
 
 from finetune import checks
 from tilt.commands import rollout, score
@@ -106,6 +106,20 @@ def folder(tmp_path_factory) -> Path:
 def words_of(folder: Path, out: Path, steps: int) -> list[str]:
     own = [f"--rollouts={folder / 'run'}", f"--check.prompts={folder / 'unseen.txt'}"]
     return [*own, f"--out={out}", f"--gdro.steps={steps}", *WORDS]
+
+
+def test_two_shares_train_on_two_sizes_what_a_whole_network_trains(folder, tmp_path):
+    """Whichever sizes a process gets, it calls the network as often as the other."""
+    own = [f"--prompts={folder / 'prompts.txt'}", f"--out={tmp_path / 'wide'}", "--images=3"]
+    assert rollout.main([*own, *CALL, "--call.height=64", "--call.width=96"]) == 0
+    assert score.main([str(tmp_path / "wide"), "--reward", "jpeg", "--device", "cpu"]) == 0
+    both = ["--rollouts", str(folder / "run"), str(tmp_path / "wide"), "--gdro.steps=4"]
+    small = ["--gdro.k=2", "--gdro.rank=2", "--gdro.micro-groups=2", "--gdro.lr=1e-3"]
+    words = [*both, *small, "--gdro.groups=6", "--log-every=1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    ran(command("train_gdro.py", *words, f"--out={one}"))
+    ran(command(str(folder / "script.py"), *words, f"--out={two}", processes=2), **SHARDED)
+    assert_alike(one, two)
 
 
 def test_two_shares_of_a_network_train_what_a_whole_one_trains_and_resume(folder, tmp_path):
