@@ -112,6 +112,9 @@ class Move:
     x: Tensor
     y: Tensor
 
+    def __getitem__(self, rows: slice) -> Move:
+        return Move(self.step, self.x[rows], self.y[rows])
+
 
 @torch.no_grad()
 def sample(

@@ -3,15 +3,20 @@
 Every step draws its prompts, images, noise and times from (seed, step) alone, so a run that is
 resumed, or split among processes, takes exactly the same steps. Neither a decoder nor a text
 encoder is needed, since latents and conditioning come from the rollouts.
+
+A group's loss needs the predictions of all its images. To hold the activations of a few images
+only (`micro_images`), all are predicted first without gradients; then each few are predicted again,
+and the loss's gradient by their predictions is propagated back. By the chain rule, the gradient is
+the same.
 Legend: g groups, k images per group, n = g·k rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +100,23 @@ class Inputs:
         return replace(self, **moved, given=self.given.to(device))
 
 
+class Rows(NamedTuple):
+    """The rows (n, ...) of groups that are evaluated at once: x_t, t, targets, conditioning."""
+
+    x: Tensor
+    t: Tensor
+    target: Tensor
+    given: Conditioning
+
+
+class Slopes(NamedTuple):
+    """Rows, the gradient of the loss by their predictions (n, ...), and statistics to log."""
+
+    rows: Rows
+    slope: Tensor
+    seen: dict[str, Tensor]
+
+
 class GdroTrainer:
     """Trains a network on rollouts, one step at a time."""
 
@@ -130,7 +152,7 @@ class GdroTrainer:
 
     def train_step(self) -> dict[str, float]:
         """Make one update and return its statistics, averaged over all groups of all processes."""
-        parts = [partial(self._losses, micro) for micro in self.inputs(self.step)]
+        parts = [part for micro in self.inputs(self.step) for part in self._parts(micro)]
         return self.learner.descend(parts, self.settings.groups)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Tensor, ...]]:
@@ -168,21 +190,65 @@ class GdroTrainer:
             found.append(Inputs(**tensors, given=given, ties=ties.tolist(), sizes=sizes))
         return found
 
+    def _parts(self, inputs: Inputs) -> list[Callable[[], tuple[Tensor, dict[str, Tensor]]]]:
+        """Return functions that evaluate groups, in one pass or in several (see above)."""
+        pieces = self.learner.pieces(inputs.rewards.numel())
+        if len(pieces) == 1:
+            return [partial(self._losses, inputs)]
+        slopes = cache(partial(self._slopes, inputs))
+        return [partial(self._piece, slopes, rows) for rows in pieces]
+
     def _losses(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each group (g,), and statistics to log."""
-        s, learner = self.settings, self.learner
-        model, inputs = learner.model, inputs.to(learner.accelerator.device)
-        x0, rewards, t = inputs.x0.float(), inputs.rewards, inputs.t
-        g, k = rewards.shape
+        inputs = inputs.to(self.learner.accelerator.device)
+        rows = self._rows(inputs)
+        ref = self._reference(rows)
+        pred = self.learner.predicts(self.learner.network)(rows.x, rows.t, rows.given)
+        return self._of_groups(inputs, rows, pred, ref)
+
+    def _slopes(self, inputs: Inputs) -> Slopes:
+        """Evaluate groups without gradients of the weights."""
+        learner = self.learner
+        inputs = inputs.to(learner.accelerator.device)
+        rows = self._rows(inputs)
+        ref = self._reference(rows)
+        with torch.no_grad():
+            pred = learner.predicts(learner.bare)(rows.x, rows.t, rows.given)
+        loss, seen = self._of_groups(inputs, rows, pred.requires_grad_(), ref)
+        (slope,) = torch.autograd.grad(loss.sum(), pred)
+        return Slopes(rows, slope, {name: value.detach() for name, value in seen.items()})
+
+    def _piece(self, slopes: Callable[[], Slopes], rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what has the gradient of the groups' losses by some rows, (n,), and statistics.
+
+        Those of the groups are with the first rows.
+        """
+        own, slope, seen = slopes()
+        pred = self.learner.predicts(self.learner.network)(
+            own.x[rows], own.t[rows], own.given[rows]
+        )
+        loss = (pred * slope[rows]).flatten(1).sum(1)
+        return loss, {"loss": torch.zeros_like(loss)} if rows.start else seen
+
+    def _rows(self, inputs: Inputs) -> Rows:
+        k, x0 = inputs.rewards.shape[1], inputs.x0.float()
         noise = inputs.noise.expand_as(x0).flatten(0, 1)
-        times = t.repeat_interleave(k)
-        x, target = self.noising.noised(x0.flatten(0, 1), noise, times)
-        given = inputs.given.repeated(k)
-        with torch.no_grad(), learner.reference():
-            ref = model.predict(learner.bare, given, x, times)
-        pred = model.predict(learner.network, given, x, times)
-        pred, ref, target = (y.float().unflatten(0, (g, k)) for y in (pred, ref, target))
-        weight = self._weight(t)
+        t = inputs.t.repeat_interleave(k)
+        x, target = self.noising.noised(x0.flatten(0, 1), noise, t)
+        return Rows(x, t, target, inputs.given.repeated(k))
+
+    def _reference(self, rows: Rows) -> Tensor:
+        """Return the predictions of the reference."""
+        with torch.no_grad(), self.learner.reference():
+            return self.learner.predicts(self.learner.bare)(rows.x, rows.t, rows.given)
+
+    def _of_groups(
+        self, inputs: Inputs, rows: Rows, pred: Tensor, ref: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each group (g,), and statistics to log, from predictions (n, ...)."""
+        s, rewards, weight = self.settings, inputs.rewards, self._weight(inputs.t)
+        parts = (pred, ref, rows.target)
+        pred, ref, target = (y.float().unflatten(0, rewards.shape) for y in parts)
         scores = implicit_scores(pred, ref, target, beta=s.beta, weight=weight[:, None])
         loss, told = [], []
         for i, size in enumerate(inputs.sizes):

@@ -18,6 +18,7 @@ from torch import Tensor
 from steering.transitions import Transition, log_prob
 
 from .chains import SDES, Move
+from .conditioning import Conditioning
 from .learner import Learner, Tuning, check_shares
 from .network import Model
 from .noising import Noising
@@ -137,11 +138,15 @@ class Proposal(NamedTuple):
     output: Tensor
 
 
-class Held(NamedTuple):
+@dataclass(frozen=True)
+class Held:
     """What the sampling policy proposed: the score of each row, and for "guard" the means."""
 
     score: Tensor
     mean: Tensor | None
+
+    def __getitem__(self, rows: slice) -> Held:
+        return Held(self.score[rows], None if self.mean is None else self.mean[rows])
 
 
 def check_flow(settings: Grpo, noising: Noising) -> None:
@@ -189,7 +194,7 @@ class GrpoTrainer:
         old: list[list[Held]] = []
         if s.updates > 1:
             with torch.no_grad():
-                old = [[self._held(self._density(b, m)) for m in b.moves] for b in batches]
+                old = [[self._held(self._density(b.given, m)) for m in b.moves] for b in batches]
         seen: dict[str, float] = {}
         for _ in range(s.updates):
             seen = self._update(batches, compared, old)
@@ -202,14 +207,14 @@ class GrpoTrainer:
         policy = self.learner.predicts(self.learner.bare)
         return self.samples.batch(policy, epoch, groups, window, s.noise, s.share_start)
 
-    def _density(self, batch: Batch, move: Move) -> Proposal:
+    def _density(self, given: Conditioning, move: Move) -> Proposal:
         """Return what the network now proposes, with the log-density of the sampled move."""
-        return self._proposal(self.learner.network, batch, move)
+        return self._proposal(self.learner.network, given, move)
 
-    def _proposal(self, network: Any, batch: Batch, move: Move) -> Proposal:
+    def _proposal(self, network: Any, given: Conditioning, move: Move) -> Proposal:
         step = move.step
         at = self.schedule.t[step].to(move.x.device)
-        output = self.learner.predicts(network)(move.x, at, batch.given)
+        output = self.learner.predicts(network)(move.x, at, given)
         transition = self.schedule.transition(step, output, move.x, self.settings.noise)
         if self.settings.ratio == "error":
             return Proposal(transition, -_distance(transition.mean, move.y), output)
@@ -228,10 +233,17 @@ class GrpoTrainer:
     ) -> dict[str, float]:
         """Make one optimiser step over all groups and all steps of the window."""
         parts = [
-            partial(self._kept, compared.kept[i], batch, move, compared.advantages[i], before)
+            partial(
+                self._kept,
+                compared.kept[i].flatten()[rows],
+                batch.given[rows],
+                move[rows],
+                compared.advantages[i].flatten()[rows],
+                old[i][j][rows] if old else None,
+            )
             for i, batch in enumerate(batches)
             for j, move in enumerate(batch.moves)
-            for before in [old[i][j] if old else None]
+            for rows in self.learner.pieces(len(batch.latents))
         ]
         return self.learner.descend(parts, max(1, compared.scored) * len(batches[0].moves))
 
@@ -239,16 +251,16 @@ class GrpoTrainer:
         return only(kept, *self._loss(*given))
 
     def _loss(
-        self, batch: Batch, move: Move, advantages: Tensor, before: Held | None
+        self, given: Conditioning, move: Move, advantages: Tensor, before: Held | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each row (n,), and statistics to log."""
         s = self.settings
         # the reference first, since it may swap the weights that the autograd graph needs unchanged
-        ref = self._reference(batch, move) if s.kl else None
-        proposal = self._density(batch, move)
+        ref = self._reference(given, move) if s.kl else None
+        proposal = self._density(given, move)
         # the first update is on-policy, so its ratio is exactly 1 despite rounding
         now, old = self._scores(proposal, self._held(proposal) if before is None else before)
-        loss = policy_loss(now, old, advantages.flatten(), clip=s.clip)
+        loss = policy_loss(now, old, advantages, clip=s.clip)
         if s.ratio == "guard":
             loss = loss / float(self.schedule.now[move.step] - self.schedule.after[move.step])
         seen = {"clipped": clipped(now, old, clip=s.clip), "ratio": (now - old).exp()}
@@ -267,10 +279,10 @@ class GrpoTrainer:
         )
         return ratio, torch.zeros_like(ratio)
 
-    def _reference(self, batch: Batch, move: Move) -> Proposal:
+    def _reference(self, given: Conditioning, move: Move) -> Proposal:
         """Return what the reference proposes."""
         with torch.no_grad(), self.learner.reference():
-            return self._proposal(self.learner.bare, batch, move)
+            return self._proposal(self.learner.bare, given, move)
 
     def _divergence(self, proposal: Proposal, ref: Proposal) -> Tensor:
         if self.settings.kl_space == "outputs":

@@ -53,6 +53,12 @@ class Tuning:
         whole(0),
         "optimiser steps between updates of the reference to the present weights; 0: never",
     )
+    micro_images: int = setting(
+        0,
+        whole(0),
+        "images that a process evaluates at once, if fewer than those of its groups; 0: all of "
+        "them",
+    )
     eight_bit: bool = setting(False, FLAG, "use the 8-bit AdamW of bitsandbytes")
     gradient_checkpointing: bool = setting(False, FLAG, "saves memory, takes a third more time")
     compile: bool = setting(False, FLAG, "compile the network with torch.compile")
@@ -100,12 +106,24 @@ class Learner:
         self.average = lora.Average(self.weights, settings.ema)
 
     def predicts(self, network: Any) -> Callable[[Tensor, Tensor, Conditioning], Tensor]:
-        """Return predict(x, t, given), the output of `network` in float32 (`Model.predict`)."""
+        """Return predict(x, t, given), the output of `network` in float32 (`Model.predict`).
+
+        It evaluates no more rows at once than `pieces` has.
+        """
 
         def predict(x: Tensor, t: Tensor, given: Conditioning) -> Tensor:
-            return self.model.predict(network, given, x, t).float()
+            found = [
+                self.model.predict(network, given[rows], x[rows], t[rows] if t.ndim else t).float()
+                for rows in self.pieces(len(x))
+            ]
+            return found[0] if len(found) == 1 else torch.cat(found)
 
         return predict
+
+    def pieces(self, count: int) -> list[slice]:
+        """Return `count` rows as slices of rows that are evaluated at once (`micro_images`)."""
+        most = self.settings.micro_images or count
+        return [slice(i, i + most) for i in range(0, count, most)]
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Start from the adapter (`lora.read`) that made the data; it becomes the reference."""

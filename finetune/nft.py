@@ -29,6 +29,8 @@ from .ranges import FLAG, number, one_of, optional, setting, whole
 
 __all__ = ["Nft", "NftTrainer", "Regression", "Rows", "draw_times"]
 
+ALL = slice(None)
+
 
 class Rows(NamedTuple):
     """Noised images at t (n,), and the predictions, in float32, of the trained and the old policy.
@@ -177,13 +179,22 @@ class NftTrainer:
             self.sampler = lora.copy(self.learner.weights)
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
         compared = self.samples.compared(batches)
-        given = [a.flatten() for a in compared.advantages]
+        given, kept = ([a.flatten() for a in part] for part in compared[:2])
         seen: dict[str, float] = {}
         for turn in range(s.updates):
             parts = [
-                partial(self._kept, compared.kept[i], batch, given[i], epoch, f"noise {turn} {j}")
+                partial(
+                    self._kept,
+                    kept[i][rows],
+                    batch,
+                    given[i][rows],
+                    epoch,
+                    f"noise {turn} {j}",
+                    rows,
+                )
                 for i, batch in enumerate(batches)
                 for j in range(s.noisings)
+                for rows in self.learner.pieces(len(batch.latents))
             ]
             seen = self.learner.descend(parts, max(1, compared.scored) * s.noisings)
         self.old.update(self.learner.weights)
@@ -200,13 +211,14 @@ class NftTrainer:
         return only(kept, *self._loss(*given))
 
     def _loss(
-        self, batch: Batch, advantages: Tensor, epoch: int, purpose: str
+        self, batch: Batch, advantages: Tensor, epoch: int, purpose: str, rows: slice = ALL
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each row (n,), and statistics to log."""
+        """Return the loss of some of the rows, (n,), and statistics to log."""
         s, learner = self.settings, self.learner
-        x, t, target = self._noised(batch, epoch, purpose)
+        x, t, target = (value[rows] for value in self._noised(batch, epoch, purpose))
+        plain = batch.plain[rows]
         # these first, since they swap the weights that the autograd graph needs unchanged
-        fixed = partial(self._fixed, x, t, batch.plain)
+        fixed = partial(self._fixed, x, t, plain)
         own = s.on_policy and s.updates == 1  # the present weights drew the samples
         old = None if own else fixed(lora.swapped(learner.weights, self.sampler))
         ref = fixed(learner.reference()) if s.kl else None
@@ -214,7 +226,7 @@ class NftTrainer:
         if s.old_kl:
             averaged = lora.swapped(learner.weights, self.old.weights)
             slow = fixed(averaged) if s.on_policy else old
-        pred = learner.predicts(learner.network)(x, t, batch.plain)
+        pred = learner.predicts(learner.network)(x, t, plain)
         old = pred.detach() if old is None else old
         loss, seen = s.loss(self.noising, Rows(t, pred, old, target, advantages))
         seen["moved"] = _distance(pred, old)

@@ -52,6 +52,7 @@ class Settings(Protocol):
     groups: int
     k: int
     micro_groups: int
+    micro_images: int
     advantage_clip: float
     spread: str
     population: bool
@@ -190,7 +191,8 @@ class Samples:
         ]
         prompts = [self.task.prompts[chosen[i]] for i in groups for _ in range(k)]
         latents = torch.cat([rows for rows, _ in drawn])
-        images = torch.cat([self.task.decode(x).clamp(0, 1) for x in latents.split(DECODED)])
+        at_once = min(DECODED, self.settings.micro_images or DECODED)
+        images = torch.cat([self.task.decode(x).clamp(0, 1) for x in latents.split(at_once)])
         with torch.no_grad():
             total, components = self.score(images, prompts)
         moves = [

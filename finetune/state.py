@@ -22,7 +22,8 @@ FILE, RECORD, FINISHED = "state.pt", "settings.yaml", "finished.json"
 # memory and speed.
 MAY_CHANGE = {
     "out", "resume", "steps", "save_every", "log_every", "save_lora_every", "wandb", "push_to_hub",
-    "check.every", "check.patience", "micro_groups", "gradient_checkpointing", "compile",
+    "check.every", "check.patience", "micro_groups", "micro_images",
+    "gradient_checkpointing", "compile",
 }  # fmt: skip
 
 

@@ -95,6 +95,63 @@ def test_how_groups_are_split_does_not_matter():
     torch.testing.assert_close(weights_of(one), weights_of(many), atol=1e-5, rtol=1e-4)
 
 
+def moved(trainer):
+    """The trainer, after its adapter was moved away from the reference."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for weight in trainer.learner.weights.values():
+            weight.add_(torch.randn(weight.shape, generator=generator) / 8)
+    return trainer
+
+
+def gradient_of(trainer):
+    """The first step's statistics, and the gradient by which it moves."""
+    found = []
+    weights = trainer.learner.weights.values()
+    trainer.learner.optimizer.step = lambda: found.extend(p.grad.flatten() for p in weights)
+    return trainer.train_step(), torch.cat(found)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"form": "full", "micro_images": 1},
+        {"form": "top1", "micro_images": 2, "weight": "velocity", "hold_best": 0.0},
+        {"form": "rank", "micro_images": 1, "shared_noise": False, "weight": "elbo"},
+        {"form": "full", "micro_images": 4, "micro_groups": 2, "weight": "elbo", "hold_best": 3.0},
+        {"form": "rank", "micro_images": 1, "micro_groups": 2, "refresh": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["sd", "sd3"])
+def test_image_by_image_the_gradient_is_that_of_the_whole_group(name, changed):
+    rows = []
+    whole, parts = (moved(trainer_of(name, **changed | more)) for more in ({"micro_images": 0}, {}))
+    parts.learner.bare.register_forward_hook(
+        lambda module, arguments, keywords, output: rows.append(
+            (len(output[0]), torch.is_grad_enabled())
+        ),
+        with_kwargs=True,
+    )
+    (told, expected), (seen, found) = gradient_of(whole), gradient_of(parts)
+    assert expected.norm() > 1e-4
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert seen == pytest.approx(told, rel=1e-3, abs=1e-5)
+    assert {count for count, _ in rows} <= {changed["micro_images"], 6 % changed["micro_images"], 1}
+    assert sum(count for count, grads in rows if grads) == 6  # each image once, two groups of three
+    assert sum(count for count, grads in rows if not grads) == 12
+
+
+def test_a_group_of_fewer_images_is_evaluated_image_by_image_too():
+    whole, parts = (moved(trainer_of(k=4, micro_images=most)) for most in (0, 1))
+    for trainer in (whole, parts):
+        short = [Group(g.prompt, g.rows[:3], g.rewards[:3]) for g in trainer.data.groups]
+        trainer.data = replace(trainer.data, groups=short)
+    (told, expected), (seen, found) = gradient_of(whole), gradient_of(parts)
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert seen == pytest.approx(told, rel=1e-3, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "form", ["full", *(pytest.param(other, marks=pytest.mark.slow) for other in ("top1", "rank"))]
 )
@@ -198,8 +255,9 @@ def test_groups_that_leave_a_process_without_work_are_refused(groups, equal):
     check_shares(2, 2, equal)
 
 
-def test_gradients_are_exchanged_at_the_last_part_alone(monkeypatch):
-    trainer, held = trainer_of(groups=3, micro_groups=1), []
+@pytest.mark.parametrize("sizes", [{"groups": 3}, {"groups": 1, "micro_images": 1}], ids=str)
+def test_gradients_are_exchanged_at_the_last_part_alone(sizes, monkeypatch):
+    trainer, held = trainer_of(**sizes), []
 
     @contextmanager
     def no_sync(model):

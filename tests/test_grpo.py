@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from test_gdro import gradient_of, moved
 from tiny_pipelines import family
 
 from finetune import lora
@@ -144,8 +145,8 @@ def test_the_peers_forms_begin_at_a_ratio_of_1_and_train(peer):
     before = weights_of(trainer)
     batch = trainer._sampled(0, [0])
     for move in batch.moves:
-        held = trainer._held(trainer._density(batch, move))
-        _, seen = trainer._loss(batch, move, torch.ones(4), held)
+        held = trainer._held(trainer._density(batch.given, move))
+        _, seen = trainer._loss(batch.given, move, torch.ones(4), held)
         assert seen["ratio"].tolist() == pytest.approx([1.0] * 4, abs=1e-6)
         if "kl" in peer:
             assert seen["kl"].abs().max() < 1e-12
@@ -154,9 +155,9 @@ def test_the_peers_forms_begin_at_a_ratio_of_1_and_train(peer):
     assert math.isfinite(seen["grad_norm"])
     assert (weights_of(trainer) != before).any()
     if "kl" in peer:  # of the outputs, and not of the moves
-        loss, told = trainer._loss(batch, batch.moves[0], torch.zeros(4), None)
-        own = trainer._density(batch, batch.moves[0])
-        ref = trainer._reference(batch, batch.moves[0])
+        loss, told = trainer._loss(batch.given, batch.moves[0], torch.zeros(4), None)
+        own = trainer._density(batch.given, batch.moves[0])
+        ref = trainer._reference(batch.given, batch.moves[0])
         apart = (own.output - ref.output).square().flatten(1).mean(1)
         torch.testing.assert_close(told["kl"], apart)
         torch.testing.assert_close(loss, 0.1 * apart)
@@ -188,12 +189,12 @@ def test_gradients_without_the_factor_and_with_the_guard_are_those_of_densities_
         trainer = trainer_of(sde="flow", noise=0.7, ratio=ratio)
         batch = trainer._sampled(0, [0])
         move = batch.moves[1]
-        loss, _ = trainer._loss(batch, move, torch.tensor([1.0, -2.0, 0.5, 0.5]), None)
+        loss, _ = trainer._loss(batch.given, move, torch.tensor([1.0, -2.0, 0.5, 0.5]), None)
         weights = list(trainer.learner.weights.values())
         gradients = torch.autograd.grad(loss.sum(), weights)
         found[ratio] = torch.cat([g.flatten() for g in gradients])
     schedule, step = trainer.schedule, move.step
-    std = trainer._density(batch, move).transition.std.item()
+    std = trainer._density(batch.given, move).transition.std.item()
     step_size = float(schedule.now[step] - schedule.after[step])
     torch.testing.assert_close(found["error"], 2 * std**2 * found["density"], atol=1e-7, rtol=1e-3)
     expected = std / step_size * found["density"]
@@ -215,6 +216,35 @@ def test_how_groups_are_split_does_not_matter():
         a, b = one.train_step(), many.train_step()
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-5)
     torch.testing.assert_close(weights_of(one), weights_of(many), atol=1e-5, rtol=1e-3)
+
+
+def places(images, _):
+    """Rewards of an image's place, so that rounding of the samples changes none."""
+    return torch.arange(len(images)) % 4 / 4, {}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"micro_images": 1, "kl": 0.1},
+        {"micro_images": 3, "micro_groups": 3, "updates": 2, "ratio": "guard"},
+        {"micro_images": 3, "share_start": False},
+    ],
+    ids=str,
+)
+def test_image_by_image_the_gradient_is_that_of_the_whole_group(changed):
+    rows = []
+    whole, parts = (
+        moved(trainer_of(score=places, **changed | more)) for more in ({"micro_images": 0}, {})
+    )
+    parts.learner.bare.register_forward_hook(
+        lambda module, arguments, keywords, output: rows.append(len(output[0])), with_kwargs=True
+    )
+    (told, expected), (seen, found) = gradient_of(whole), gradient_of(parts)
+    assert expected.norm() > 1e-5
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert seen == pytest.approx(told, rel=1e-3, abs=1e-5)
+    assert max(rows) == changed["micro_images"]
 
 
 def test_a_second_update_on_the_same_samples_has_another_ratio():
@@ -280,7 +310,7 @@ def test_an_image_without_a_score_is_as_if_it_had_not_been_drawn(spread, micro):
         for move in batch.moves:
 
             def part(batch=batch, move=move, advantages=advantages, counts=counts):
-                loss, _ = by_hand._loss(batch, move, advantages, None)
+                loss, _ = by_hand._loss(batch.given, move, advantages.flatten(), None)
                 return loss * counts, {}
 
             parts.append(part)
@@ -344,12 +374,12 @@ def test_the_divergence_pulls_towards_a_reference_that_was_moved(moved):
     lora.fill(other.learner.weights, learner.anchor)
     batch, weights = trainer._sampled(7, [0]), list(learner.weights.values())
     (move, _), zeros = batch.moves, torch.zeros(4)
-    loss, seen = trainer._loss(batch, move, zeros, None)
+    loss, seen = trainer._loss(batch.given, move, zeros, None)
     assert (seen["kl"] > 0).all()
     found = torch.autograd.grad(loss.sum(), weights)
-    own = trainer._density(batch, move).transition
+    own = trainer._density(batch.given, move).transition
     with torch.no_grad():
-        reference = other._density(batch, move).transition.mean
+        reference = other._density(batch.given, move).transition.mean
     pull = 0.5 * (own.mean.detach() - reference) / own.std**2 / reference[0].numel()
     expected = torch.autograd.grad(own.mean, weights, pull)
     for a, b in zip(found, expected, strict=True):
@@ -451,11 +481,11 @@ def test_a_window_over_all_steps_but_the_last_is_ddpo(name):
 
     with torch.no_grad():
         old = [log_density(move) for move in batch.moves]
-        before = [trainer._held(trainer._density(batch, move)) for move in batch.moves]
+        before = [trainer._held(trainer._density(batch.given, move)) for move in batch.moves]
     trainer.train_step()
     outside = 0
     for move, own, held in zip(batch.moves, old, before, strict=True):
-        loss, seen = trainer._loss(batch, move, advantages, held)
+        loss, seen = trainer._loss(batch.given, move, advantages, held)
         ratio = (log_density(move) - own).exp()
         bounded = ratio.clamp(1 - 1e-4, 1 + 1e-4)
         expected = torch.maximum(-advantages * ratio, -advantages * bounded)

@@ -122,6 +122,23 @@ def test_gradients_that_overflow_in_float16_are_taken_again_at_another_scale(tra
         again.train_step()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_image_by_image_the_gradient_is_that_of_the_whole_group(dtype, trainer_of):
+    """Also where those of float16 overflow at first, and all is taken again."""
+    whole, parts = (
+        test_gdro.moved(trainer_of("gdro", dtype, micro_images=most)) for most in (0, 1)
+    )
+    if dtype == torch.float16:
+        parts.learner.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+        parts.learner.optimizer.scaler = parts.learner.accelerator.scaler
+    (told, expected), (seen, found) = first_gradient(whole), first_gradient(parts)
+    share = 0.1 if dtype == torch.bfloat16 else 0.02
+    assert (found - expected).norm() < share * expected.norm()
+    assert seen["loss"] == pytest.approx(told["loss"], rel=share)
+    if dtype == torch.float16:
+        assert parts.learner.accelerator.scaler.get_scale() < 2.0**30
+
+
 def test_float16_is_refused_where_its_gradients_cannot_be_scaled():
     for zero, fsdp in ((True, False), (False, True)):
         with pytest.raises(ValueError, match="set dtype=bfloat16"):

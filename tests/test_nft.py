@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import Accelerator
-from test_grpo import PROMPTS, brightness, weights_of
+from test_gdro import gradient_of, moved
+from test_grpo import PROMPTS, brightness, places, weights_of
 from tiny_pipelines import family
 
 from finetune import lora
@@ -94,6 +95,30 @@ def test_images_come_from_the_old_policy_and_not_from_how_groups_are_split():
         for weight in many.learner.weights.values():
             weight.add_(0.5)
     torch.testing.assert_close(many._sampled(2, [0]).images, together[:4], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"kind": Nft, "micro_images": 1, "kl": 0.1},
+        {"kind": Nft, "micro_images": 3, "micro_groups": 2, "adaptive": True},
+        {"kind": Awm, "micro_images": 3},
+    ],
+    ids=str,
+)
+def test_image_by_image_the_gradient_is_that_of_the_whole_group(changed):
+    rows, more = [], {"score": places, "groups": 2}
+    whole, parts = (
+        moved(trainer_of(**more | changed | most)) for most in ({"micro_images": 0}, {})
+    )
+    parts.learner.bare.register_forward_hook(
+        lambda module, arguments, keywords, output: rows.append(len(output[0])), with_kwargs=True
+    )
+    (told, expected), (seen, found) = gradient_of(whole), gradient_of(parts)
+    assert expected.norm() > 1e-5
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert seen == pytest.approx(told, rel=1e-3, abs=1e-5)
+    assert max(rows) == changed["micro_images"]
 
 
 def test_the_old_policy_follows_by_the_papers_decay():

@@ -151,7 +151,7 @@ def test_a_folder_under_another_name_is_the_same(tmp_path, monkeypatch):
 def test_what_may_differ_is_said_by_help(script):
     own = script.OPTIONS.flags()
     may = {name for name in MAY_CHANGE if name in own and name not in ("out", "resume")}
-    for name in ("steps", "micro_groups", "compile", "gradient_checkpointing"):
+    for name in ("steps", "micro_groups", "micro_images", "compile", "gradient_checkpointing"):
         may |= {name} if any(word.endswith(f".{name}") for word in own) else set()
     (said,) = (one.metadata["help"] for one in fields(script.OPTIONS.kind) if one.name == "resume")
     assert {n for n in MAY_CHANGE if re.search(rf"(?<![.\w]){re.escape(n)}\b", said)} == may

@@ -74,8 +74,8 @@ class TrainingRun:
         False,
         FLAG,
         "continue from the last checkpoint; steps may be higher, and save_every, log_every, wandb, "
-        "save_lora_every, push_to_hub, check.every, check.patience, micro_groups, compile and "
-        "gradient_checkpointing may differ",
+        "save_lora_every, push_to_hub, check.every, check.patience, micro_groups, micro_images, "
+        "compile and gradient_checkpointing may differ",
     )
     check: Check = part(Check, "checks while training")
 
