@@ -145,7 +145,7 @@ def row(name: str, method: str, less: bool) -> str:
     one, two = (peak(name, method, k * groups, less) for groups in (1, 2))
     each = (two - one) / k
     cells = [name, MODELS[name].side, method, "yes" if less else "no", k]
-    cells += [f"{(one - (k - 1) * each) / 1e9:.1f}", f"{one / 1e9:.1f}", f"{each / 1e9:.2f}"]
+    cells += [f"{one / 1e9:.1f}", f"{each / 1e9:.2f}", f"{(one - (k - 1) * each) / 1e9:.1f}"]
     for card in CARDS.values():
         images = max(0, int(k + ((1 - SPARE) * card - one) // each))
         cells.append(f"{images // k} ({images})")
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--inference", action="store_true", help="print the table of steering")
     args = parser.parse_args(argv)
     heads = ["model", "side", "method", "checkpointing", "k"]
-    heads += ["GB of an image", "GB of a group", "GB an image more"]
+    heads += ["GB of a group", "GB an image more", "GB of an image"]
     heads += [f"groups (images) in {card}" for card in CARDS]
     lines = (row(*of, less) for of in product(args.models, METHODS) for less in (False, True))
     if args.inference:
