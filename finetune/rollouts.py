@@ -132,23 +132,25 @@ def open_run(
     resume: bool,
     model: str | None = None,
     lora: str | None = None,
+    quantize: str = "none",
 ) -> None:
     """Make the folder with its manifest, or check that it belongs to the same run.
 
     model: the name to load the pipeline by again, by default the one it was loaded by. lora: a
-    digest of the LoRA's weights, for `is_complete`.
+    digest of the LoRA's weights, for `is_complete`. quantize: what the weights were quantised to.
     """
     network = getattr(pipe, part_of(pipe))
     about = {
         "pipeline": type(pipe).__name__,
         "model": model or pipe.config.get("_name_or_path") or None,
         "dtype": str(network.dtype).removeprefix("torch."),
+        "quantize": quantize,
         "weights": fingerprint(network),
         "reward": reward,
     }
     was = _manifest_of(folder)
     if begun(folder, MANIFEST, kind="run of rollouts", resume=resume):
-        old = {"dtype": about["dtype"]} | was  # older runs do not record it
+        old = {"dtype": about["dtype"], "quantize": "none"} | was  # older runs lack them
         before = {name: old.get(name) for name in about}
         refuse_changes(folder, before | _named(was["plan"]), about | _named(_plain(plan)))
         return
@@ -172,15 +174,22 @@ def _named(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_complete(
-    folder: Path, plan: Plan, reward: str | None, model: str, lora: str | None = None
+    folder: Path,
+    plan: Plan,
+    reward: str | None,
+    model: str,
+    lora: str | None = None,
+    quantize: str = "none",
 ) -> bool:
     """Return whether the folder holds this run with all its shards, without loading the model.
 
     Arguments as for `open_run`. The weights of the model are not compared, only its name.
     """
     about = {"plan": _plain(plan), "reward": reward, "model": model, "lora": lora}
+    about |= {"quantize": quantize}
     try:
-        was = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        was = {"quantize": "none"} | json.loads(text)
         same = {name: was[name] for name in about} == about
     except (OSError, ValueError, KeyError, TypeError):
         return False

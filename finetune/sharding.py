@@ -21,6 +21,7 @@ from accelerate import (
 )
 from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["follow", "from_main", "prepare", "reads_once", "shard", "whole_others"]
 
@@ -86,6 +87,9 @@ def follow(network: nn.Module, accelerator: Accelerator) -> None:
 def prepare(accelerator: Accelerator, network: Any, optimizer: Any) -> tuple[Any, Any]:
     """Return the network and its optimiser as accelerate prepares them."""
     if not accelerator.is_fsdp2:
+        # DDP cannot broadcast quantised weights, which every process has loaded
+        packed = [n for n, p in network.named_parameters() if hasattr(p, "__tensor_flatten__")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, packed)
         return accelerator.prepare(network, optimizer)
     with _buffers_apart(network):
         network, optimizer = accelerator.prepare(network, optimizer)

@@ -293,8 +293,8 @@ def test_neither_decoder_nor_text_encoder_is_resident(scored, tmp_path, monkeypa
         gc.collect()
         alive.extend(part() is not None for part in parts)
 
-    monkeypatch.setattr(train_gdro, "loading", SimpleNamespace(**vars(loading)))
-    monkeypatch.setattr(train_gdro.loading, "load_pipeline", load)
+    monkeypatch.setattr(training, "loading", SimpleNamespace(**vars(loading)))
+    monkeypatch.setattr(training.loading, "load_pipeline", load)
     monkeypatch.setattr(training, "loop", look)
     words = [f"--rollouts={scored / 'run'}", f"--out={tmp_path / 'out'}", "--gdro.k=3"]
     assert train_gdro.main([*words, "--gdro.steps=1", "--gdro.groups=2"]) == 0

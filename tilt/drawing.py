@@ -10,6 +10,7 @@ from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, check, optional, s
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 from tilt.loading import ABOUT_DTYPE, DTYPE
+from tilt.quantization import ABOUT_QUANTIZE, QUANTIZE
 
 __all__ = ["Drawing", "call_of", "filter_of"]
 
@@ -31,6 +32,7 @@ class Drawing:
     seed: int = setting(0, SEED, "seed of the whole run")
     max_batch: int | None = setting(None, optional(whole(1)), "maximum batch of one network call")
     dtype: str = setting("auto", DTYPE, ABOUT_DTYPE)
+    quantize: str = setting("none", QUANTIZE, ABOUT_QUANTIZE)
     resume: bool = setting(False, FLAG, "make only missing or damaged parts")
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from steering import tiny
 from steering.adapters import check_lora, load_lora
 from steering.attention import set_attention, shield
 from steering.hub import HUB_ID, one_sentence, where
+from tilt import quantization
 
 __all__ = [
     "ABOUT_DTYPE",
@@ -63,12 +64,19 @@ def check_name(name: str) -> None:
         raise ValueError(f"there is no model {shown:.80}: {hint}")
 
 
-def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **components: Any) -> Any:
+def load_pipeline(
+    name: str,
+    dtype: torch.dtype,
+    lora: str | None = None,
+    quantize: str = "none",
+    **components: Any,
+) -> Any:
     """Load the pipeline `name`, embedded, a folder or a hub id (in this order), on the CPU
     in `dtype`.
 
-    components: modules that replace the stored ones. Raises ValueError if the name does not exist
-    or is not a pipeline, and if the LoRA does not fit completely (`load_lora`).
+    quantize: "none", "8bit" or "4bit" (`tilt.quantization`), which loads to the GPU; components:
+    modules that replace the stored ones. Raises ValueError if the name does not exist or is not a
+    pipeline, and if the LoRA does not fit completely (`load_lora`).
     """
     check_name(name)
     path, offline = (name, True) if name in tiny.NAMES else where(name)
@@ -77,6 +85,11 @@ def load_pipeline(name: str, dtype: torch.dtype, lora: str | None = None, **comp
     with one_sentence(f"the model {name}", path, offline):
         from diffusers import DiffusionPipeline
 
+        if quantize != "none":
+            folder = str(tiny.FOLDER / name) if name in tiny.NAMES else path
+            index: Any = DiffusionPipeline.load_config(folder, local_files_only=offline)
+            made = quantization.config_of(quantize, dtype, index, components)
+            components["quantization_config"] = made
         if name in tiny.NAMES:
             pipe = tiny.load(name, dtype=dtype, **components)
         else:
@@ -229,9 +242,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def resolved(settings: Any) -> Any:
     """Return the settings with "auto" replaced by the dtype that it means here, to be recorded.
 
+    Raises ValueError if their `quantize` is not possible here.
+
     Nothing is allocated on a device, since every process would take memory of the first GPU.
     """
     from accelerate.utils import parse_flag_from_env
+
+    quantization.check(settings.quantize)
 
     device, kind = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
     if kind is not None and not parse_flag_from_env("ACCELERATE_USE_CPU"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 import rewards
-from finetune import config, ranges
+from finetune import config, ranges, zero
 from finetune.checks import Check, Watch
 from finetune.loop import begin as start
 from finetune.loop import export as save
@@ -28,6 +29,7 @@ from tilt import drawing, hub, loading, model_card
 from tilt.loading import ABOUT_DTYPE, DTYPE
 from tilt.processes import PATIENCE, is_main
 from tilt.prompts import read_texts
+from tilt.quantization import ABOUT_QUANTIZE, QUANTIZE
 from tilt.report import training as page
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "critic_of",
     "export",
     "finished",
+    "loader_of",
     "loop",
     "metrics",
     "pipeline_of",
@@ -58,6 +61,7 @@ class TrainingRun:
     model: str | None = setting(None, optional(NAME), "hub id, folder, tiny-sd3 or tiny-sd")
     lora: str | None = setting(None, optional(NAME), "LoRA to start from, for a further round")
     dtype: str = setting("auto", DTYPE, f"{ABOUT_DTYPE} (the LoRA is float32)")
+    quantize: str = setting("none", QUANTIZE, ABOUT_QUANTIZE)
     save_every: int = setting(50, whole(1), "steps between checkpoints")
     save_lora_every: int = setting(
         0, whole(0), "steps between LoRAs saved as lora-000100/ and so on; 0: none"
@@ -99,7 +103,21 @@ def accelerator_of(settings: TrainingRun) -> Accelerator:
     patience: Any = [InitProcessGroupKwargs(timeout=PATIENCE)]
     accelerator = Accelerator(log_with=loggers, project_dir=settings.out, kwargs_handlers=patience)
     shard(accelerator)
+    if settings.quantize != "none" and (accelerator.is_fsdp2 or zero.is_on(accelerator)):
+        raise ValueError(
+            f"quantize is {settings.quantize!r}, which is not supported with FSDP and DeepSpeed; "
+            "run several processes without them, or set quantize=none"
+        )
     return accelerator
+
+
+def loader_of(settings: TrainingRun, name: str) -> Callable[..., Any]:
+    """Return a function that loads the pipeline called `name`, without a LoRA, on the CPU.
+
+    It takes modules that replace the stored ones. Weights in 4 bits are on the GPU.
+    """
+    dtype, quantize = loading.DTYPES[settings.dtype], settings.quantize
+    return partial(loading.load_pipeline, name, dtype, quantize=quantize)
 
 
 def refuse_reading_once(accelerator: Accelerator) -> None:

@@ -243,7 +243,8 @@ def ready(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> tup
     jobs, tower = jobs_of(settings, plan, device), tower_of(settings, device)
     dtype = loading.DTYPES[settings.dtype]
     started.say(f"loading {settings.model}")
-    pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
+    pipe = loading.load_pipeline(settings.model, dtype, settings.lora, settings.quantize)
+    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     preview = loading.load_preview("auto", settings.model, dtype)
     preview = preview and preview.to(device)

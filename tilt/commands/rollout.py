@@ -85,8 +85,8 @@ def run(settings: Rollout) -> None:
     plan, settings = plan_of(settings), loading.resolved(settings)
     out, lora = Path(settings.out), digests.of_weights(settings.lora)
     noted = len(list(out.glob(f"*/{NOTE}"))) == len(plan.shards()) or not settings.follow
-    name = settings.model
-    if settings.resume and noted and is_complete(out, plan, settings.reward, name, lora):
+    asked = settings.model, lora, settings.quantize
+    if settings.resume and noted and is_complete(out, plan, settings.reward, *asked):
         started.say("the run is already complete")
         if is_main():
             print(out)
@@ -94,7 +94,7 @@ def run(settings: Rollout) -> None:
     processes = join("auto")
     pipe, reward, preview = processes.agree(lambda: ready(settings, plan, processes.device))
     again = settings.resume
-    processes.told(lambda: open_run(out, pipe, plan, settings.reward, again, name, lora))
+    processes.told(lambda: open_run(out, pipe, plan, settings.reward, again, *asked))
     with tqdm(unit="image", disable=not processes.is_main) as bar:
 
         def drawn(done: float, total: int) -> None:
@@ -128,7 +128,8 @@ def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[A
     if reward:
         reward.check(plan.prompts)
     dtype = loading.DTYPES[settings.dtype]
-    pipe = loading.load_pipeline(settings.model, dtype, settings.lora).to(device)
+    pipe = loading.load_pipeline(settings.model, dtype, settings.lora, settings.quantize)
+    pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     preview = loading.load_preview("auto", settings.model, dtype)
     preview = preview and preview.to(device)

@@ -25,6 +25,7 @@ from steering import FeynmanKac, tiny
 from steering.arguments import MOST_FRAMES, MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
 from tilt import loading
 from tilt.options import Options
+from tilt.quantization import ABOUT_QUANTIZE, QUANTIZE
 
 __all__ = ["MACHINE", "OPTIONS", "SAID_ELSEWHERE", "Steer"]
 
@@ -167,6 +168,7 @@ class Steer:
     filter: Filter = part(Filter, "filter", flat=True)
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps, ...", ON)
     dtype: str = setting("auto", loading.DTYPE, loading.ABOUT_DTYPE, ON)
+    quantize: str = setting("none", QUANTIZE, ABOUT_QUANTIZE, ON)
     attention: str = setting(
         "auto",
         NAME,

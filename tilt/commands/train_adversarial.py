@@ -139,7 +139,7 @@ def run(settings: TrainAdversarial) -> None:
         fixed.check(prompts)
         if not (settings.references and settings.critic_weight):
             training.check_weights(fixed)
-    load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
+    load = training.loader_of(settings, name)
     watch = training.watch_of(
         settings, prompts, settings.reward, stated, load, accelerator, own=True
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def run(settings: TrainGdro) -> None:
     name = settings.model or runs[0].manifest["model"]
     if not name:
         raise ValueError("the rollouts do not record their model; set model=")
-    load = partial(loading.load_pipeline, name, loading.DTYPES[settings.dtype])
+    load = training.loader_of(settings, name)
     watch = training.watch_of(settings, prompts, spec, call, load, accelerator)
     loading.check_trainable(name)
     started.say(f"loading {name}")
