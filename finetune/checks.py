@@ -98,12 +98,17 @@ def corrected(reward: float, quality: float) -> float:
     return reward * (quality - 3) + 0.2
 
 
+def _moved(pipe: Any, device: Any, keep: Sequence[str]) -> Any:
+    return pipe.to(device)
+
+
 @dataclass(frozen=True)
 class Watch:
     """The checks of one training run.
 
     seen, unseen: training and held-out prompts; rewards: "reward" and optionally "quality"; call:
-    keywords of the pipeline's call; load(**components): returns the pipeline with these components.
+    keywords of the pipeline's call; load(**components): returns the pipeline with these components;
+    place(pipe, device, keep=parts): returns it on the device, where these parts stay.
     """
 
     check: Check
@@ -112,6 +117,7 @@ class Watch:
     rewards: Mapping[str, Any]
     call: dict[str, Any]
     load: Callable[..., Any]
+    place: Callable[..., Any] = _moved
 
     def look(self, part: str, network: Any, accelerator: Any) -> tuple[dict[str, float], Image]:
         """Return means by name ("held_out/reward", "train/reward", ...) and a grid of held-out
@@ -126,7 +132,7 @@ class Watch:
             shown.remove()
 
     def _look(self, part: str, network: Any, accelerator: Any) -> tuple[dict[str, float], Image]:
-        pipe = self.load(**{part: network}).to(accelerator.device)
+        pipe = self.place(self.load(**{part: network}), accelerator.device, keep=[part])
         pipe.set_progress_bar_config(disable=True)
         rank, world = accelerator.process_index, accelerator.num_processes
         row: dict[str, float] = {}
@@ -200,7 +206,7 @@ def draw(
         for prompt, images in zip(out.prompts, out.images, strict=True):
             sheet.images.append((next(indices), list(images)))
             pixels = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(list(images)))
-            for name, values in _scored(rewards, pixels.to(pipe.device), prompt).items():
+            for name, values in _scored(rewards, pixels.to(pipe._execution_device), prompt).items():
                 sheet.scores.setdefault(name, []).extend(values)
     return sheet
 

@@ -23,7 +23,7 @@ FILE, RECORD, FINISHED = "state.pt", "settings.yaml", "finished.json"
 MAY_CHANGE = {
     "out", "resume", "steps", "save_every", "log_every", "save_lora_every", "wandb", "push_to_hub",
     "check.every", "check.patience", "micro_groups", "micro_images",
-    "gradient_checkpointing", "compile",
+    "gradient_checkpointing", "compile", "offload",
 }  # fmt: skip
 
 

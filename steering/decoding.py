@@ -298,9 +298,15 @@ def in_float32(pipe: DiffusionPipeline) -> Any:
     """
     vae: Any = getattr(pipe, "vae", None)
     overflows = hasattr(pipe, "upcast_vae") and getattr(vae, "dtype", None) == torch.float16
-    if not overflows or not vae.config.get("force_upcast") or hasattr(vae, "_hf_hook"):
+    if not overflows or not vae.config.get("force_upcast") or _comes_on_demand(vae):
         return None
     return copy.deepcopy(vae).to(torch.float32)
+
+
+def _comes_on_demand(part: torch.nn.Module) -> bool:
+    """Return whether a part, or its layers, are offloaded; copies would call the same hooks."""
+    layers = part.modules()
+    return hasattr(part, "_hf_hook") or any(hasattr(one, "_diffusers_hook") for one in layers)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -68,7 +68,7 @@ def describe(
         **_jsonable(run),
         "preview": None if preview is None else _source(preview),
         "pipeline_keywords": {name: _keyword(name, value) for name, value in keywords.items()},
-        "device": str(pipe.device),
+        "device": str(pipe._execution_device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "versions": versions(),
     }

@@ -114,7 +114,7 @@ def test_it_is_refused_before_anything_is_loaded(monkeypatch):
 
     monkeypatch.setattr(quantization, "check", refuse)
     with pytest.raises(ValueError, match="no 8bit"):
-        loading.resolved(SimpleNamespace(dtype="float32", quantize="8bit"))
+        loading.resolved(SimpleNamespace(dtype="float32", quantize="8bit", offload="none"))
 
 
 def test_sharded_bases_are_not_quantised(tmp_path, monkeypatch):

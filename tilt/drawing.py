@@ -10,6 +10,7 @@ from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, check, optional, s
 from steering import FeynmanKac
 from steering.pipeline import steer_each
 from tilt.loading import ABOUT_DTYPE, DTYPE
+from tilt.offloading import ABOUT_OFFLOAD, OFFLOAD
 from tilt.quantization import ABOUT_QUANTIZE, QUANTIZE
 
 __all__ = ["Drawing", "call_of", "filter_of"]
@@ -33,6 +34,7 @@ class Drawing:
     max_batch: int | None = setting(None, optional(whole(1)), "maximum batch of one network call")
     dtype: str = setting("auto", DTYPE, ABOUT_DTYPE)
     quantize: str = setting("none", QUANTIZE, ABOUT_QUANTIZE)
+    offload: str = setting("none", OFFLOAD, ABOUT_OFFLOAD)
     resume: bool = setting(False, FLAG, "make only missing or damaged parts")
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ __all__ = ["check_adversarial", "check_critic", "check_gdro"]
 
 def check_gdro(settings: Any) -> None:
     """Check the settings of `tilt train gdro`."""
-    _check_checks(settings)
+    _check_checks(settings, "offload")
     if settings.gdro.form == "rank":
         refuse_idle(settings, ["gdro.temperature"], "gdro.form is 'rank'")
 
@@ -65,10 +65,13 @@ def check_critic(settings: Any, kind: str) -> None:
         refuse_idle(settings, ["critic.below"], f"critic.trigger is {critic.trigger!r}")
 
 
-def _check_checks(settings: Any) -> None:
-    """Check the settings of checks, unless earlier checks of the run choose its LoRA."""
+def _check_checks(settings: Any, *others: str) -> None:
+    """Check the settings of checks, unless earlier checks of the run choose its LoRA.
+
+    others: settings that only checks use.
+    """
     if not settings.check.every and not (Path(settings.out) / "checks.csv").exists():
-        refuse_idle(settings, ["check"], "check.every is 0")
+        refuse_idle(settings, ["check", *others], "check.every is 0")
 
 
 def _is(name: str, settings: Any) -> str:

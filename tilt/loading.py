@@ -14,7 +14,7 @@ from steering import tiny
 from steering.adapters import check_lora, load_lora
 from steering.attention import set_attention, shield
 from steering.hub import HUB_ID, one_sentence, where
-from tilt import quantization
+from tilt import offloading, quantization
 
 __all__ = [
     "ABOUT_DTYPE",
@@ -242,13 +242,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def resolved(settings: Any) -> Any:
     """Return the settings with "auto" replaced by the dtype that it means here, to be recorded.
 
-    Raises ValueError if their `quantize` is not possible here.
+    Raises ValueError if their `quantize` and `offload` are not possible here.
 
     Nothing is allocated on a device, since every process would take memory of the first GPU.
     """
     from accelerate.utils import parse_flag_from_env
 
     quantization.check(settings.quantize)
+    offloading.check(settings.offload, settings.quantize)
 
     device, kind = torch.device("cpu"), torch.accelerator.current_accelerator(check_available=True)
     if kind is not None and not parse_flag_from_env("ACCELERATE_USE_CPU"):
@@ -267,7 +268,7 @@ def tune(pipe: Any, compile: bool = False, preview: Any = None) -> None:
     """
     from steering.networks import networks
 
-    if pipe.device.type == "cuda":
+    if pipe._execution_device.type == "cuda":
         parts = [getattr(pipe, name, None) for name in ("unet", "controlnet", "vae")]
         for part in (*parts, preview):
             # 5-D weights, of video models, do not support this layout

@@ -17,7 +17,7 @@ from finetune.checks import Check, Watch
 from finetune.loop import begin as start
 from finetune.loop import export as save
 from finetune.loop import run, snapshot
-from finetune.ranges import FLAG, NAME, TEXT, optional, part, setting, whole
+from finetune.ranges import FLAG, NAME, TEXT, one_of, optional, part, setting, whole
 from finetune.sharding import follow, from_main, reads_once, shard
 from finetune.state import FILE, is_finished
 from rewards.catalogue import OutsideError
@@ -25,7 +25,7 @@ from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
 from steering.call import PipelineCall
 from steering.manifest import fingerprint
-from tilt import drawing, hub, loading, model_card
+from tilt import drawing, hub, loading, model_card, offloading
 from tilt.loading import ABOUT_DTYPE, DTYPE
 from tilt.processes import PATIENCE, is_main
 from tilt.prompts import read_texts
@@ -62,6 +62,12 @@ class TrainingRun:
     lora: str | None = setting(None, optional(NAME), "LoRA to start from, for a further round")
     dtype: str = setting("auto", DTYPE, f"{ABOUT_DTYPE} (the LoRA is float32)")
     quantize: str = setting("none", QUANTIZE, ABOUT_QUANTIZE)
+    offload: str = setting(
+        "none",
+        one_of("none", "group"),
+        "group: text encoders and decoder are in the host's memory, from which each layer moves to "
+        "the device while it computes, in checks and where samples are decoded",
+    )
     save_every: int = setting(50, whole(1), "steps between checkpoints")
     save_lora_every: int = setting(
         0, whole(0), "steps between LoRAs saved as lora-000100/ and so on; 0: none"
@@ -79,7 +85,7 @@ class TrainingRun:
         FLAG,
         "continue from the last checkpoint; steps may be higher, and save_every, log_every, wandb, "
         "save_lora_every, push_to_hub, check.every, check.patience, micro_groups, micro_images, "
-        "compile and gradient_checkpointing may differ",
+        "compile, gradient_checkpointing and offload may differ",
     )
     check: Check = part(Check, "checks while training")
 
@@ -189,7 +195,8 @@ def watch_of(
     for reward in found.values():
         check_weights(reward)
         reward.check([*seen, *unseen])
-    watch = Watch(check, seen, unseen, found, check.call or call, load)
+    place = partial(offloading.place, offload=settings.offload)
+    watch = Watch(check, seen, unseen, found, check.call or call, load, place)
     if check.best not in metrics(watch):
         raise ValueError(
             f"check.best is {check.best!r:.80}, which no check reports; there are {metrics(watch)}"

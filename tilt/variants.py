@@ -200,15 +200,16 @@ def is_finished(
     settings: the request, as in evaluation.json; lora: a digest of the LoRA's weights. The weights
     of the base model are not compared.
     """
+    free = {"resume": True, "offload": "none"}  # what may differ
     try:
         drawn = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["pictures"]
         found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
         variants = [out / variant["name"] for variant in drawn["variants"]]
-        was = [found["settings"] | {"resume": True}, found["lora"]]
+        was = [found["settings"] | free, found["lora"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     asked: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
-    same = was == [json.loads(json.dumps(settings | {"resume": True})), lora]
+    same = was == [json.loads(json.dumps(settings | free)), lora]
     same = same and all(drawn.get(name) == value for name, value in asked.items())
     reported = all((out / name).exists() for name in ("evaluation.md", "grid.png"))
     return same and reported and not any(pending(folder, plan) for folder in variants)

@@ -31,7 +31,7 @@ from rewards.samples import Sample
 from rewards.sets import vendi
 from steering import tiny
 from steering.manifest import fingerprint, versions
-from tilt import digests, drawing, exit_status, loading, measures, started
+from tilt import digests, drawing, exit_status, loading, measures, offloading, started
 from tilt.commands.score import load, score, texts, versioned
 from tilt.measures import Measure
 from tilt.options import Options
@@ -244,7 +244,7 @@ def ready(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> tup
     dtype = loading.DTYPES[settings.dtype]
     started.say(f"loading {settings.model}")
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora, settings.quantize)
-    pipe = pipe.to(device)
+    pipe = offloading.place(pipe, device, settings.offload)
     pipe.set_progress_bar_config(disable=True)
     preview = loading.load_preview("auto", settings.model, dtype)
     preview = preview and preview.to(device)

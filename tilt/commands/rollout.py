@@ -22,7 +22,7 @@ from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from finetune.shards import NOTE
 from steering import tiny
 from steering.adapters import load_lora
-from tilt import digests, drawing, exit_status, loading, started
+from tilt import digests, drawing, exit_status, loading, offloading, started
 from tilt.options import Options
 from tilt.processes import is_main, join
 from tilt.prompts import read
@@ -129,7 +129,7 @@ def ready(settings: Rollout, plan: Plan, device: torch.device | None) -> tuple[A
         reward.check(plan.prompts)
     dtype = loading.DTYPES[settings.dtype]
     pipe = loading.load_pipeline(settings.model, dtype, settings.lora, settings.quantize)
-    pipe = pipe.to(device)
+    pipe = offloading.place(pipe, device, settings.offload)
     pipe.set_progress_bar_config(disable=True)
     preview = loading.load_preview("auto", settings.model, dtype)
     preview = preview and preview.to(device)

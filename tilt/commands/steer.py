@@ -25,7 +25,7 @@ from steering.call import COUNTS_OF_FRAMES
 from steering.manifest import versions
 from steering.settings import population_sizes, scored_steps
 from steering.spread import Spread
-from tilt import loading, quantization, runs, started
+from tilt import loading, offloading, quantization, runs, started
 from tilt.commands.steer_options import MACHINE, OPTIONS, SAID_ELSEWHERE, Steer
 from tilt.processes import Processes, Stopped, is_main, join
 from tilt.prompts import Prompt, read
@@ -139,6 +139,7 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
         check_spread(settings, args, processes.count)
     loading.check_name(args.model)
     quantization.check(args.quantize)
+    offloading.check(args.offload, args.quantize)
     device = processes.device if args.device == "auto" else None
     device = device or loading.pick_device(args.device)
     # resolved, since auto could mean something else when the run is resumed on another machine
@@ -224,7 +225,7 @@ def load(args: Steer) -> tuple[Any, Any]:
     """Return the pipeline and its preview decoder (or None), on the device."""
     dtype = loading.DTYPES[args.dtype]
     pipe = loading.load_pipeline(args.model, dtype, args.lora, args.quantize)
-    pipe = pipe.to(args.device)
+    pipe = offloading.place(pipe, args.device, args.offload)
     preview = loading.load_preview(args.preview, args.model, dtype)
     preview = None if preview is None else preview.to(args.device)
     loading.set_attention(pipe, args.attention)

@@ -24,6 +24,7 @@ from finetune.ranges import (
 from steering import FeynmanKac, tiny
 from steering.arguments import MOST_FRAMES, MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
 from tilt import loading
+from tilt.offloading import ABOUT_OFFLOAD, OFFLOAD
 from tilt.options import Options
 from tilt.quantization import ABOUT_QUANTIZE, QUANTIZE
 
@@ -61,7 +62,7 @@ a prompt file is text with one prompt per line, or .jsonl with one object per li
   {"prompt": "make the hat red", "image": "hat.png"}
 """
 # Settings that may change when a run is resumed: they affect speed or memory, not the target.
-MACHINE = {"device", "attention", "compile", "max_batch", "spread"}
+MACHINE = {"device", "attention", "compile", "max_batch", "spread", "offload"}
 SAID_ELSEWHERE = {
     "out",
     "resume",
@@ -169,6 +170,7 @@ class Steer:
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps, ...", ON)
     dtype: str = setting("auto", loading.DTYPE, loading.ABOUT_DTYPE, ON)
     quantize: str = setting("none", QUANTIZE, ABOUT_QUANTIZE, ON)
+    offload: str = setting("none", OFFLOAD, ABOUT_OFFLOAD, ON)
     attention: str = setting(
         "auto",
         NAME,

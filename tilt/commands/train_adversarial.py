@@ -37,7 +37,7 @@ from finetune.state import check_out, finish
 from rewards.models.critic import KINDS
 from steering import tiny
 from steering.manifest import fingerprint
-from tilt import digests, exit_status, idle_settings, loading, started, training
+from tilt import digests, exit_status, idle_settings, loading, offloading, started, training
 from tilt.options import Options
 from tilt.prompts import read_texts
 from tilt.wording import counted
@@ -255,7 +255,7 @@ def trainer_of(
         if name.startswith(("text_encoder", "tokenizer")):
             setattr(pipe, name, None)
     schedule = schedule_of(model, given)
-    pipe.vae.to(device)
+    offloading.place_part(pipe.vae, device, settings.offload)
     decode = decoder_of(model, pipe, given)
     height, width = decode(torch.zeros(1, *schedule.shape, device=device)).shape[2:]
     score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
