@@ -41,6 +41,10 @@ class Awm(Regression):
     clip: float = setting(1.0, number(0, ends="(]"), "PPO clip range of the ratio")
     old_kl: float = setting(1.0, number(0), "weight of the divergence from the old policy")
 
+    @property
+    def idle(self) -> bool:
+        return not (self.kl or self.old_kl)
+
     def loss(self, noising: Noising, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         score = partial(
             matching_score,

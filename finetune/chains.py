@@ -9,7 +9,7 @@ schedulers with betas, σ for flows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ class Move:
     x: Tensor
     y: Tensor
 
-    def __getitem__(self, rows: slice) -> Move:
+    def __getitem__(self, rows: Sequence[int]) -> Move:
         return Move(self.step, self.x[rows], self.y[rows])
 
 

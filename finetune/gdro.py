@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import zero
 from .buckets import dealt, noises
 from .conditioning import Conditioning
 from .data import Ahead, Data, check_fits
 from .groups import NORMS, draw_groups, target_entropy
-from .learner import TIMES, Learner, Tuning, check_shares, draws
+from .learner import TIMES, Learner, Tuning, check_shares, draws, in_step
 from .losses import FORMS, best_image_loss, gdro_loss, implicit_scores
 from .network import Model
 from .ranges import FLAG, NAME, number, one_of, setting, whole
@@ -128,9 +127,7 @@ class GdroTrainer:
         settings: Gdro,
         accelerator: Any,
     ) -> None:
-        # FSDP needs equal numbers of forward passes on all processes, ZeRO of backward passes
-        equal = accelerator.is_fsdp2 or zero.is_on(accelerator)
-        check_shares(settings.groups, accelerator.num_processes, equal=equal)
+        check_shares(settings.groups, accelerator.num_processes, equal=in_step(accelerator))
         self.settings, self.noising, self.data = settings, model.noising, data
         self.learner = Learner(network, model, settings, accelerator)
         self.inputs = Ahead(self._inputs)
@@ -228,7 +225,7 @@ class GdroTrainer:
             own.x[rows], own.t[rows], own.given[rows]
         )
         loss = (pred * slope[rows]).flatten(1).sum(1)
-        return loss, {"loss": torch.zeros_like(loss)} if rows.start else seen
+        return loss, {"loss": loss[:0]} if rows.start else seen
 
     def _rows(self, inputs: Inputs) -> Rows:
         k, x0 = inputs.rewards.shape[1], inputs.x0.float()

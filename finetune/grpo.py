@@ -22,7 +22,18 @@ from .conditioning import Conditioning
 from .learner import Learner, Tuning, check_shares
 from .network import Model
 from .noising import Noising
-from .online import POPULATION, Batch, Compared, Samples, Score, Task, advantages_of, only
+from .online import (
+    MINIBATCHES,
+    POPULATION,
+    Batch,
+    Compared,
+    Samples,
+    Score,
+    Task,
+    advantages_of,
+    mean,
+    only,
+)
 from .policy_losses import SPREADS, clipped, guarded_log_ratio, policy_loss
 from .ranges import FLAG, number, one_of, optional, setting, whole
 
@@ -55,6 +66,7 @@ class Grpo(Tuning):
     k: int = setting(8, whole(2), "images per prompt")
     micro_groups: int = setting(1, whole(1), "groups that a process evaluates at once")
     updates: int = setting(1, whole(1), "optimiser steps on the same samples")
+    minibatches: int = setting(1, whole(1), MINIBATCHES)
     num_inference_steps: int = setting(10, whole(1, 10_000), "steps of the sampler")
     window_start: int = setting(0, whole(0), "first stochastic step")
     window_size: int = setting(2, whole(1), "number of stochastic steps, which are trained on")
@@ -145,7 +157,7 @@ class Held:
     score: Tensor
     mean: Tensor | None
 
-    def __getitem__(self, rows: slice) -> Held:
+    def __getitem__(self, rows: Sequence[int]) -> Held:
         return Held(self.score[rows], None if self.mean is None else self.mean[rows])
 
 
@@ -168,7 +180,7 @@ class GrpoTrainer:
         check_flow(settings, task.schedule.noising)
         task = replace(task, schedule=replace(task.schedule, sde=settings.sde))
         task.schedule.check_window(settings.window(0), settings.noise)
-        check_shares(settings.groups, accelerator.num_processes, equal=True)
+        check_shares(settings.groups, accelerator.num_processes, True, settings.minibatches)
         self.settings, self.schedule = settings, task.schedule
         self.learner = Learner(network, model, settings, accelerator)
         self.samples = Samples(self.learner, task, settings)
@@ -176,7 +188,7 @@ class GrpoTrainer:
     @property
     def step(self) -> int:
         """The number of epochs so far."""
-        return self.learner.step // self.settings.updates
+        return self.learner.step // (self.settings.updates * self.settings.minibatches)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that resuming needs, including the state of a trained reward."""
@@ -187,18 +199,19 @@ class GrpoTrainer:
         self.samples.load_score(state)
 
     def train_step(self) -> dict[str, float]:
-        """Run one epoch: sample, score, and make `updates` optimiser steps."""
+        """Run one epoch: sample, score, and make `updates` optimiser steps on each minibatch."""
         s, epoch = self.settings, self.step
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
         compared = self.samples.compared(batches)
         old: list[list[Held]] = []
-        if s.updates > 1:
+        if s.updates * s.minibatches > 1:
             with torch.no_grad():
                 old = [[self._held(self._density(b.given, m)) for m in b.moves] for b in batches]
-        seen: dict[str, float] = {}
+        seen: list[dict[str, float]] = []
         for _ in range(s.updates):
-            seen = self._update(batches, compared, old)
-        return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
+            parts = self.samples.minibatches(batches)
+            seen = [self._update(batches, compared, old, places) for places in parts]
+        return self.samples.told(batches) | mean(seen) | self.samples.observed(batches, epoch)
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
         """Sample images of some of the epoch's groups, with the moves of its window."""
@@ -230,22 +243,23 @@ class GrpoTrainer:
         batches: Sequence[Batch],
         compared: Compared,
         old: Sequence[Sequence[Held]],
+        places: Sequence[int],
     ) -> dict[str, float]:
-        """Make one optimiser step over all groups and all steps of the window."""
+        """Make one optimiser step over the batches at these places and all steps of the window."""
         parts = [
             partial(
                 self._kept,
-                compared.kept[i].flatten()[rows],
-                batch.given[rows],
+                compared.kept[i][rows],
+                batches[i].given[rows],
                 move[rows],
-                compared.advantages[i].flatten()[rows],
+                compared.advantages[i][rows],
                 old[i][j][rows] if old else None,
             )
-            for i, batch in enumerate(batches)
-            for j, move in enumerate(batch.moves)
-            for rows in self.learner.pieces(len(batch.latents))
+            for i, rows in self.samples.rows(compared, places, idle=not self.settings.kl)
+            for j, move in enumerate(batches[i].moves)
         ]
-        return self.learner.descend(parts, max(1, compared.scored) * len(batches[0].moves))
+        scored = sum(compared.scored[i] for i in places)
+        return self.learner.descend(parts, max(1, scored) * len(batches[0].moves))
 
     def _kept(self, kept: Tensor, *given: Any) -> tuple[Tensor, dict[str, Tensor]]:
         return only(kept, *self._loss(*given))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .conditioning import Conditioning
 from .network import Model, targets_of
 from .ranges import FLAG, SEED, TEXTS, check, number, setting, whole
 
-__all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws"]
+__all__ = ["TIMES", "Learner", "Tuning", "check_shares", "draws", "in_step"]
 
 TIMES = ("logit_normal", "uniform")  # distributions of t
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # accelerate's names
@@ -122,7 +123,7 @@ class Learner:
 
     def pieces(self, count: int) -> list[slice]:
         """Return `count` rows as slices of rows that are evaluated at once (`micro_images`)."""
-        most = self.settings.micro_images or count
+        most = self.settings.micro_images or max(count, 1)
         return [slice(i, i + most) for i in range(0, count, most)]
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
@@ -148,20 +149,27 @@ class Learner:
 
         Each part is a function that returns its rows' losses and statistics to log; it is called
         again if float16 gradients overflow. Raises FloatingPointError, without a step, if the
-        gradient is not finite. Returns the means of the statistics, and the gradient's norm.
+        gradient is not finite. Returns the mean of each statistic over the entries of all parts,
+        and the gradient's norm. A statistic "loss" replaces the mean loss over `count` rows.
         """
         world, norm = self.accelerator.num_processes, None
+        main = self.accelerator.is_main_process
         sums: dict[str, Tensor] = {}
+        counts: Counter[str] = Counter()
         while norm is None:
             sums.clear()
+            counts.clear()
             for place, part in enumerate(parts):
                 with self._accumulating(last=place == len(parts) - 1):
                     loss, seen = self._part(part)
                     # gradients are averaged over processes, so this gives the mean over all rows
                     self.accelerator.backward(loss.sum() * world / count)
-                _add(sums, seen if "loss" in seen else seen | {"loss": loss})
+                counts.update({name: value.numel() for name, value in seen.items()})
+                if "loss" not in seen:
+                    seen, counts["loss"] = seen | {"loss": loss}, count if main else 0
+                _add(sums, seen)
             norm = self._update()
-        return self.reduced(sums, count) | {"grad_norm": norm}
+        return self._means(sums, counts) | {"grad_norm": norm}
 
     def _part(self, part: Callable[[], Any]) -> Any:
         try:
@@ -217,6 +225,14 @@ class Learner:
         if self.zero:  # its optimiser updates copies, with which it would overwrite the weights
             self.optimizer.optimizer.refresh_fp32_params()
 
+    def _means(self, sums: dict[str, Tensor], counts: Counter[str]) -> dict[str, float]:
+        """Return sums over counts, each of all processes, by name."""
+        found = torch.stack([value.detach().float() for value in sums.values()])
+        over = torch.tensor([float(counts[name]) for name in sums])
+        both = torch.stack([found.to(self.accelerator.device), over.to(self.accelerator.device)])
+        total, entries = self.accelerator.reduce(both)
+        return dict(zip(sums, (total / entries.clamp(min=1)).tolist(), strict=True))
+
     def reduced(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
         """Return means over `count` from the sums of each process, over all processes."""
         values = torch.stack([value.detach().float() for value in sums.values()])
@@ -260,11 +276,23 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"] | {"state": moments})
 
 
-def check_shares(groups: int, world: int, equal: bool = False) -> None:
-    """Raise ValueError if a process has no groups, or if `equal`, more groups than another."""
-    if groups < world or (equal and groups % world):
+def in_step(accelerator: Any) -> bool:
+    """Return whether all processes must make equal numbers of passes.
+
+    FSDP needs equal numbers of forward passes, ZeRO of backward passes.
+    """
+    return accelerator.is_fsdp2 or zero.is_on(accelerator)
+
+
+def check_shares(groups: int, world: int, equal: bool = False, minibatches: int = 1) -> None:
+    """Raise ValueError if a process has no groups in a minibatch, or if `equal`, more than another
+    process."""
+    parts = world * minibatches
+    if groups < parts or (equal and groups % parts):
         what = "equal numbers of them" if equal else "at least one each"
-        raise ValueError(f"groups is {groups} but {world} processes need {what}")
+        who = f"{world} processes" if minibatches == 1 else f"{minibatches} minibatches"
+        who += f" on {world} processes" if minibatches > 1 and world > 1 else ""
+        raise ValueError(f"groups is {groups} but {who} need {what}")
 
 
 def _optimizer(weights: list[Any], settings: Tuning) -> torch.optim.Optimizer:

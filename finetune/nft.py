@@ -23,12 +23,13 @@ from .conditioning import Conditioning
 from .learner import TIMES, Learner, Tuning, check_shares, draws
 from .network import Model
 from .noising import Noising
-from .online import POPULATION, Batch, Samples, Task, only
+from .online import MINIBATCHES, POPULATION, Batch, Compared, Samples, Task, mean, only
 from .policy_losses import SPREADS, nft_loss
 from .ranges import FLAG, number, one_of, optional, setting, whole
 
 __all__ = ["Nft", "NftTrainer", "Regression", "Rows", "draw_times"]
 
+Index = Sequence[int] | slice
 ALL = slice(None)
 
 
@@ -60,6 +61,7 @@ class Regression(Tuning):
     k: int = setting(8, whole(2), "images per prompt")
     micro_groups: int = setting(1, whole(1), "groups that a process evaluates at once")
     updates: int = setting(1, whole(1), "optimiser steps on the same samples")
+    minibatches: int = setting(1, whole(1), MINIBATCHES)
     noisings: int = setting(
         2, whole(1), "noised copies of each image per update, each at its own time"
     )
@@ -94,6 +96,19 @@ class Regression(Tuning):
     # not settings of all methods: see `awm.Awm`
     on_policy = False
     old_kl = 0.0
+
+    @property
+    def in_epoch(self) -> int:
+        """The number of optimiser steps in an epoch."""
+        return self.updates * self.minibatches
+
+    @property
+    def idle(self) -> bool:
+        """Whether groups whose advantages are all 0 add nothing to the gradient.
+
+        NFT pulls the predictions of such groups towards those of the old policy.
+        """
+        return False
 
     def loss(self, noising: Noising, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each row (n,) without the divergence, and statistics to log."""
@@ -149,7 +164,7 @@ class NftTrainer:
     def __init__(
         self, network: Any, model: Model, task: Task, settings: Regression, accelerator: Any
     ) -> None:
-        check_shares(settings.groups, accelerator.num_processes, equal=True)
+        check_shares(settings.groups, accelerator.num_processes, True, settings.minibatches)
         self.settings, self.noising = settings, task.schedule.noising
         self.learner = Learner(network, model, settings, accelerator)
         self.old = lora.Average(self.learner.weights, settings.old_decay, slowly)
@@ -159,7 +174,7 @@ class NftTrainer:
     @property
     def step(self) -> int:
         """The number of epochs so far."""
-        return self.learner.step // self.settings.updates
+        return self.learner.step // self.settings.in_epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that resuming needs, including the old policy and a trained reward."""
@@ -171,7 +186,7 @@ class NftTrainer:
         self.samples.load_score(state)
 
     def train_step(self) -> dict[str, float]:
-        """Run one epoch: sample, score, and make `updates` optimiser steps."""
+        """Run one epoch: sample, score, and make `updates` optimiser steps on each minibatch."""
         s, epoch = self.settings, self.step
         if epoch == 0:  # a LoRA may have been loaded after __init__
             lora.fill(self.old.weights, self.learner.weights)
@@ -179,26 +194,38 @@ class NftTrainer:
             self.sampler = lora.copy(self.learner.weights)
         batches = [self._sampled(epoch, part) for part in self.samples.shares()]
         compared = self.samples.compared(batches)
-        given, kept = ([a.flatten() for a in part] for part in compared[:2])
-        seen: dict[str, float] = {}
+        seen: list[dict[str, float]] = []
         for turn in range(s.updates):
-            parts = [
-                partial(
-                    self._kept,
-                    kept[i][rows],
-                    batch,
-                    given[i][rows],
-                    epoch,
-                    f"noise {turn} {j}",
-                    rows,
-                )
-                for i, batch in enumerate(batches)
-                for j in range(s.noisings)
-                for rows in self.learner.pieces(len(batch.latents))
-            ]
-            seen = self.learner.descend(parts, max(1, compared.scored) * s.noisings)
+            parts = self.samples.minibatches(batches)
+            seen = [self._update(batches, compared, epoch, turn, places) for places in parts]
         self.old.update(self.learner.weights)
-        return self.samples.told(batches) | seen | self.samples.observed(batches, epoch)
+        return self.samples.told(batches) | mean(seen) | self.samples.observed(batches, epoch)
+
+    def _update(
+        self,
+        batches: Sequence[Batch],
+        compared: Compared,
+        epoch: int,
+        turn: int,
+        places: Sequence[int],
+    ) -> dict[str, float]:
+        """Make one optimiser step over the batches at these places."""
+        s = self.settings
+        parts = [
+            partial(
+                self._kept,
+                compared.kept[i][rows],
+                batches[i],
+                compared.advantages[i][rows],
+                epoch,
+                f"noise {turn} {j}",
+                rows,
+            )
+            for i, rows in self.samples.rows(compared, places, s.idle)
+            for j in range(s.noisings)
+        ]
+        scored = sum(compared.scored[i] for i in places)
+        return self.learner.descend(parts, max(1, scored) * s.noisings)
 
     def _sampled(self, epoch: int, groups: Sequence[int]) -> Batch:
         """Sample images of some of the epoch's groups, deterministically."""
@@ -211,7 +238,7 @@ class NftTrainer:
         return only(kept, *self._loss(*given))
 
     def _loss(
-        self, batch: Batch, advantages: Tensor, epoch: int, purpose: str, rows: slice = ALL
+        self, batch: Batch, advantages: Tensor, epoch: int, purpose: str, rows: Index = ALL
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of some of the rows, (n,), and statistics to log."""
         s, learner = self.settings, self.learner
@@ -219,7 +246,7 @@ class NftTrainer:
         plain = batch.plain[rows]
         # these first, since they swap the weights that the autograd graph needs unchanged
         fixed = partial(self._fixed, x, t, plain)
-        own = s.on_policy and s.updates == 1  # the present weights drew the samples
+        own = s.on_policy and s.in_epoch == 1  # the present weights drew the samples
         old = None if own else fixed(lora.swapped(learner.weights, self.sampler))
         ref = fixed(learner.reference()) if s.kl else None
         slow = None

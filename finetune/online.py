@@ -20,7 +20,7 @@ from torch import Tensor
 from .chains import Move, Schedule, sample
 from .conditioning import Conditioning
 from .groups import MOST_DROPPED
-from .learner import Learner, draws
+from .learner import Learner, draws, in_step
 from .policy_losses import group_advantages
 
 __all__ = [
@@ -31,10 +31,14 @@ __all__ = [
     "Settings",
     "Task",
     "advantages_of",
+    "mean",
     "only",
 ]
 
 DECODED = 8  # latents that are decoded at once
+MINIBATCHES = (
+    "disjoint parts of an epoch's groups, each with optimiser steps of its own, `updates` of them"
+)
 POPULATION = (  # the help of a setting of all methods
     "divide advantages by the population's standard deviation, as the code of Flow-GRPO, "
     "DiffusionNFT and AWM does, instead of the sample's"
@@ -51,8 +55,10 @@ class Settings(Protocol):
     seed: int
     groups: int
     k: int
+    minibatches: int
     micro_groups: int
     micro_images: int
+    compile: bool
     advantage_clip: float
     spread: str
     population: bool
@@ -84,19 +90,23 @@ def advantages_of(
 class Compared(NamedTuple):
     """The advantages of an epoch's images.
 
-    advantages, kept: (g, k) for each batch, 0 and False for images without a score; scored: the
-    number of images with a score, over all processes.
+    advantages: (n,) for each batch, 0 for images without a score; kept: on the CPU, which have one;
+    scored: the number that have one in the batches of all processes at this place.
     """
 
     advantages: list[Tensor]
     kept: list[Tensor]
-    scored: int
+    scored: list[int]
 
 
 def only(kept: Tensor, loss: Tensor, seen: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a loss of rows (n,) and its statistics, set to 0 for rows without a score."""
-    rows = ~kept.flatten()
-    return loss.masked_fill(rows, 0), {n: x.masked_fill(rows, 0) for n, x in seen.items()}
+    """Return a loss of rows (n,), 0 for those without a score, and the statistics of the others.
+
+    kept (n,): which have a score, on the CPU.
+    """
+    if kept.all():
+        return loss, seen
+    return loss.masked_fill(~kept.to(loss.device), 0), {n: x[kept] for n, x in seen.items()}
 
 
 @dataclass(frozen=True)
@@ -170,10 +180,46 @@ class Samples:
             self.score.load_state_dict(state["score"])
 
     def shares(self) -> list[list[int]]:
-        """Return this process's groups, in lists that are evaluated at once."""
+        """Return this process's groups, in lists that are evaluated at once.
+
+        Every minibatch has the same number of lists, one minibatch after the other.
+        """
         s, accelerator = self.settings, self.learner.accelerator
-        mine = list(range(accelerator.process_index, s.groups, accelerator.num_processes))
-        return [mine[i : i + s.micro_groups] for i in range(0, len(mine), s.micro_groups)]
+        found, size = [], s.groups // s.minibatches
+        for first in range(0, s.groups, size):
+            mine = range(first, first + size)[
+                accelerator.process_index :: accelerator.num_processes
+            ]
+            found += [[*mine[i : i + s.micro_groups]] for i in range(0, size, s.micro_groups)]
+        return found
+
+    def minibatches(self, batches: Sequence[Batch]) -> list[range]:
+        """Return the places of each minibatch's batches."""
+        size = len(batches) // self.settings.minibatches
+        return [range(i, i + size) for i in range(0, len(batches), size)]
+
+    def rows(
+        self, compared: Compared, places: Sequence[int], idle: bool
+    ) -> list[tuple[int, list[int]]]:
+        """Return (place, rows of the batch) for all that is evaluated at once in these batches.
+
+        idle: whether groups whose advantages are all 0 add nothing to the gradient. These are left
+        out, unless all processes must make equal numbers of passes. What is compiled would be
+        compiled anew for fewer groups, so that whole batches are left out there. Some rows remain,
+        since processes exchange gradients after their last pass.
+        """
+        s, k = self.settings, self.settings.k
+        skips = idle and not in_step(self.learner.accelerator)
+        found, every = [], []
+        for place in places:
+            advantages = compared.advantages[place].view(-1, k)
+            live = (advantages != 0).any(1).cpu()
+            live = live.any().expand_as(live) if s.compile else live
+            rows = torch.arange(advantages.numel()).view(-1, k)
+            for chosen, into in ((rows, every), (rows[live], found)):
+                flat = chosen.flatten().tolist()
+                into += [(place, flat[piece]) for piece in self.learner.pieces(len(flat))]
+        return (found or every[:1]) if skips else every
 
     def batch(
         self,
@@ -258,8 +304,10 @@ class Samples:
         kept = scored if missing else None
         found = advantages_of(total, parts, self.task.weights, self.settings, kept)
         own = slice(first, first + sum(sizes))
-        split = list(found[own].split(sizes)), list(scored[own].split(sizes))
-        return Compared(*split, total.numel() - missing)
+        parts = (x[own].split(sizes) for x in (found, scored.cpu()))
+        advantages, kept = ([x.flatten() for x in part] for part in parts)
+        places = scored.cpu().view(accelerator.num_processes, sum(sizes), -1).sum((0, 2))
+        return Compared(advantages, kept, [int(x.sum()) for x in places.split(sizes)])
 
     def _refuse(self, scored: Tensor, prompts: Sequence[str]) -> None:
         bad = (~scored.flatten()).nonzero().flatten().tolist()
@@ -297,8 +345,13 @@ class Samples:
 
 def _spread(rewards: Tensor) -> Tensor:
     """Return the standard deviation of each group's scored images, (g,)."""
-    found = rewards.std(1)
+    found = rewards.std(1).masked_fill((rewards == rewards[:, :1]).all(1), 0.0)
     for i in (~rewards.isfinite()).any(1).nonzero().flatten().tolist():
         own = rewards[i][rewards[i].isfinite()]
-        found[i] = own.std() if len(own) > 1 else 0.0
+        found[i] = own.std() if len(own.unique()) > 1 else 0.0
     return found
+
+
+def mean(seen: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each statistic of an epoch's last steps, one for each minibatch."""
+    return {name: sum(one[name] for one in seen) / len(seen) for name in seen[0]}

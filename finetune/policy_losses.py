@@ -54,7 +54,8 @@ def group_advantages(
     if kept is not None:
         return _advantages_of_kept(rewards.float(), kept, spread, eps, less)
     rewards = known(rewards.float(), "rewards")
-    centred = rewards - rewards.mean(-1, keepdim=True)
+    flat = (rewards == rewards[:, :1]).all(-1, keepdim=True)  # also where their mean is rounded
+    centred = (rewards - rewards.mean(-1, keepdim=True)).masked_fill(flat, 0.0)
     if spread == "none":
         return centred
     if spread == "group":
@@ -70,7 +71,9 @@ def _advantages_of_kept(
             f"kept must be bool {tuple(rewards.shape)} but is {kept.dtype} {tuple(kept.shape)}"
         )
     r, count = known(rewards.masked_fill(~kept, 0.0), "rewards"), kept.sum(-1, keepdim=True)
-    centred = (r - r.sum(-1, keepdim=True) / count.clamp(min=1)) * kept
+    best = r.masked_fill(~kept, -math.inf).amax(-1, keepdim=True)
+    flat = ((r == best) | ~kept).all(-1, keepdim=True)
+    centred = (r - r.sum(-1, keepdim=True) / count.clamp(min=1)) * (kept & ~flat)
     if spread == "none":
         return centred
     if spread == "group":

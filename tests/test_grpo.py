@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from test_gdro import gradient_of, moved
 from tiny_pipelines import family
 
-from finetune import lora
+from finetune import lora, online
 from finetune.chains import sample, schedule_of
 from finetune.decoding import decoder_of
 from finetune.grpo import Grpo, GrpoTrainer, advantages_of, mean_log_prob
+from finetune.learner import check_shares
 from finetune.network import Model
-from finetune.online import Task
+from finetune.online import Compared, Task
+from finetune.policy_losses import group_advantages
 from finetune.recording import Recorder, record
 from finetune.state import load_state, save_state
 from steering.transitions import Transition
@@ -245,6 +247,116 @@ def test_image_by_image_the_gradient_is_that_of_the_whole_group(changed):
     assert (found - expected).norm() < 1e-3 * expected.norm()
     assert seen == pytest.approx(told, rel=1e-3, abs=1e-5)
     assert max(rows) == changed["micro_images"]
+
+
+def some_flat(images, prompts):
+    """Rewards without a spread for two of the three prompts; 0.1 has no exact mean."""
+    spread = torch.arange(len(images)) % 4 / 4
+    flat = torch.tensor([prompt != PROMPTS[0] for prompt in prompts])
+    return spread.masked_fill(flat, 0.1), {}
+
+
+def with_every_group(trainer):
+    """The trainer, which does not leave out groups without a spread."""
+    own = trainer.samples.rows
+    trainer.samples.rows = lambda compared, places, idle: own(compared, places, False)
+    return trainer
+
+
+def passes(trainer, rows):
+    """Note the rows of each forward pass with gradients."""
+    trainer.learner.bare.register_forward_hook(
+        lambda module, arguments, keywords, output: (
+            rows.append(len(output[0])) if torch.is_grad_enabled() else None
+        ),
+        with_kwargs=True,
+    )
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("changed", "rows"),
+    [
+        ({"micro_groups": 1}, [4, 4]),
+        ({"micro_groups": 3}, [4, 4]),
+        ({"micro_groups": 3, "micro_images": 3}, [3, 3, 1, 1]),
+        ({"micro_groups": 3, "updates": 2}, [4, 4] * 2),
+        ({"micro_groups": 1, "kl": 0.1}, [4] * 6),
+    ],
+    ids=str,
+)
+def test_groups_without_a_spread_are_left_out_and_the_gradient_stays(changed, rows):
+    found, every = [], []
+    short = passes(moved(trainer_of(score=some_flat, **changed)), found)
+    whole = passes(with_every_group(moved(trainer_of(score=some_flat, **changed))), every)
+    (seen, a), (told, b) = gradient_of(short), gradient_of(whole)
+    assert found == rows
+    assert sum(every) == 24 * changed.get("updates", 1)
+    assert a.norm() > 1e-5
+    assert (a - b).norm() < 1e-4 * b.norm()
+    assert seen["flat_groups"] == told["flat_groups"] == pytest.approx(2 / 3)
+    assert seen["loss"] == pytest.approx(told["loss"], abs=1e-6)
+    if changed.get("updates", 1) == 1:
+        assert seen["ratio"] == told["ratio"] == 1.0
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_where_processes_keep_in_step_all_groups_are_computed(sharded, monkeypatch):
+    rows = []
+    trainer = passes(trainer_of(score=some_flat), rows)
+    monkeypatch.setattr(online, "in_step", lambda accelerator: sharded)
+    trainer.train_step()
+    assert sum(rows) == (24 if sharded else 8)
+
+
+def test_of_groups_without_any_spread_one_remains_in_which_processes_exchange_gradients():
+    rows = []
+    trainer = passes(
+        trainer_of(score=lambda images, _: (torch.full((len(images),), 0.1), {})), rows
+    )
+    before = weights_of(trainer)
+    seen = trainer.train_step()
+    assert rows == [4, 4]
+    assert seen["flat_groups"] == seen["ratio"] == 1.0
+    assert torch.equal(weights_of(trainer), before)
+
+
+def test_what_is_compiled_gets_batches_of_one_size():
+    trainer = trainer_of(micro_groups=3)
+    trainer.settings.compile = True
+    compared = Compared([torch.tensor([0.0] * 8 + [1.0, -1, 0, 0])], [], [12])
+    assert trainer.samples.rows(compared, [0], idle=True) == [(0, list(range(12)))]
+    trainer.settings.compile = False
+    assert trainer.samples.rows(compared, [0], idle=True) == [(0, [8, 9, 10, 11])]
+
+
+@pytest.mark.parametrize("kept", [None, torch.tensor([[True] * 6, [True] * 5 + [False]])])
+def test_equal_rewards_have_advantages_of_exactly_0(kept):
+    rewards = torch.full((2, 6), 0.1)
+    for spread in ("group", "global", "none"):
+        assert not group_advantages(rewards, spread=spread, kept=kept).any()
+
+
+def test_minibatches_are_disjoint_parts_of_the_epochs_groups():
+    more = {"groups": 4, "micro_groups": 2, "score": places}
+    trainer, by_hand = (moved(trainer_of(**more, **two)) for two in ({"minibatches": 2}, {}))
+    counts, descend = [], trainer.learner.descend
+    trainer.learner.descend = lambda parts, count: counts.append(count) or descend(parts, count)
+    seen, found = gradient_of(trainer)
+    assert counts == [16, 16]  # two groups of four images, two steps of the window
+    assert (trainer.step, trainer.learner.step) == (1, 2)
+    assert trainer.samples.shares() == [[0, 1], [2, 3]]
+    batches = [by_hand._sampled(0, groups) for groups in ([0, 1], [2, 3])]
+    compared = by_hand.samples.compared(batches)
+    parts, weights = [], by_hand.learner.weights.values()
+    by_hand.learner.optimizer.step = lambda: parts.extend(p.grad.flatten() for p in weights)
+    told = [by_hand._update(batches, compared, [], [place]) for place in (0, 1)]
+    assert (found - torch.cat(parts)).norm() < 1e-4 * found.norm()
+    assert seen["grad_norm"] == pytest.approx(sum(x["grad_norm"] for x in told) / 2, rel=1e-4)
+    with pytest.raises(ValueError, match="groups is 3 but 2 minibatches need equal numbers"):
+        trainer_of(minibatches=2)
+    with pytest.raises(ValueError, match="groups is 4 but 2 minibatches on 4 processes need"):
+        check_shares(4, 4, True, 2)
 
 
 def test_a_second_update_on_the_same_samples_has_another_ratio():

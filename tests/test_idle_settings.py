@@ -35,10 +35,15 @@ IDLE = [
     ("adversarial", ["--check.patience=2"], "check.patience", "check.every is 0"),
     ("adversarial", ["--nft.lr=1"], "nft.lr", "method is 'grpo'"),
     ("adversarial", ["--method=nft", "--grpo.steps=3"], "grpo.steps", "method is 'nft'"),
-    ("adversarial", ["--grpo.clip=1"], "grpo.clip", "grpo.updates is 1"),
+    ("adversarial", ["--grpo.clip=1"], "grpo.clip", "grpo.updates and grpo.minibatches are 1"),
     ("adversarial", ["--awm.lr=1"], "awm.lr", "method is 'grpo'"),
     ("adversarial", ["--method=awm", "--nft.steps=3"], "nft.steps", "method is 'awm'"),
-    ("adversarial", ["--method=awm", "--awm.clip=2"], "awm.clip", "awm.updates is 1"),
+    (
+        "adversarial",
+        ["--method=awm", "--awm.clip=2"],
+        "awm.clip",
+        "awm.updates and awm.minibatches are 1",
+    ),
     (
         "adversarial",
         ["--method=awm", "--awm.old-kl=0", "--awm.old-decay=0.9"],

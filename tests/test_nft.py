@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from test_gdro import gradient_of, moved
-from test_grpo import PROMPTS, brightness, places, weights_of
+from test_grpo import PROMPTS, brightness, passes, places, some_flat, weights_of, with_every_group
 from tiny_pipelines import family
 
 from finetune import lora
@@ -119,6 +119,32 @@ def test_image_by_image_the_gradient_is_that_of_the_whole_group(changed):
     assert (found - expected).norm() < 1e-3 * expected.norm()
     assert seen == pytest.approx(told, rel=1e-3, abs=1e-5)
     assert max(rows) == changed["micro_images"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "count"),
+    [({"kind": Nft}, 3), ({"kind": Awm}, 3), ({"kind": Awm, "old_kl": 0.0}, 1)],
+    ids=str,
+)
+def test_groups_without_a_spread_are_left_out_where_they_add_nothing(changed, count):
+    """Those of NFT are drawn to the old policy, and so are AWM's by old_kl."""
+    found, every = [], []
+    more = {"score": some_flat, "groups": 3, "noisings": 1, "updates": 2} | changed
+    short = passes(moved(trainer_of(**more)), found)
+    whole = passes(with_every_group(moved(trainer_of(**more))), every)
+    (seen, a), (told, b) = gradient_of(short), gradient_of(whole)
+    assert (sum(found), sum(every)) == (8 * count, 24)
+    assert (a - b).norm() < 1e-4 * b.norm()
+    assert seen["loss"] == pytest.approx(told["loss"], abs=1e-6)
+
+
+def test_minibatches_are_disjoint_parts_of_the_epochs_groups():
+    trainer = trainer_of(kind=Awm, minibatches=2, noisings=1)
+    counts, descend = [], trainer.learner.descend
+    trainer.learner.descend = lambda parts, count: counts.append(count) or descend(parts, count)
+    assert trainer.train_step()["ratio"] != 1.0  # of the second
+    assert counts == [4, 4]
+    assert (trainer.step, trainer.learner.step) == (1, 2)
 
 
 def test_the_old_policy_follows_by_the_papers_decay():
@@ -272,13 +298,12 @@ def test_an_image_without_a_score_moves_nothing():
     batch = trainer._sampled(0, [0])
     trainer.samples.drawn = 100
     compared = trainer.samples.compared([batch])
-    assert compared.scored == 3
-    assert compared.kept[0].tolist() == [[True, False, True, True]]
+    assert compared.scored == [3]
+    assert compared.kept[0].tolist() == [True, False, True, True]
     own = batch.rewards[0, [0, 2, 3]]
     wanted = (own - own.mean()) / (own.std() + 1e-4)
-    torch.testing.assert_close(compared.advantages[0][0, [0, 2, 3]], wanted)
-    advantages = compared.advantages[0].flatten()
-    loss, seen = trainer._kept(compared.kept[0], batch, advantages, 0, "noise 0 0")
+    torch.testing.assert_close(compared.advantages[0][[0, 2, 3]], wanted)
+    loss, seen = trainer._kept(compared.kept[0], batch, compared.advantages[0], 0, "noise 0 0")
     assert loss[1] == 0
-    assert seen["moved"][1] == 0
+    assert len(seen["moved"]) == 3
     assert (loss[[0, 2, 3]] > 0).all()

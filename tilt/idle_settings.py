@@ -41,8 +41,9 @@ def _check_method(settings: Any) -> None:
     method, tuned = settings.method, settings.tuned
     if tuned.spread == "none":
         refuse_idle(settings, [f"{method}.population"], f"{method}.spread is 'none'")
-    if tuned.updates == 1 and (method == "grpo" or (method == "awm" and tuned.on_policy)):
-        why = f"{method}.updates is 1, with which every ratio is 1"
+    once = tuned.updates == tuned.minibatches == 1
+    if once and (method == "grpo" or (method == "awm" and tuned.on_policy)):
+        why = f"{method}.updates and {method}.minibatches are 1, with which every ratio is 1"
         refuse_idle(settings, [f"{method}.clip"], why)
     if method == "grpo" and not tuned.kl:
         refuse_idle(settings, ["grpo.kl_space"], "grpo.kl is 0")
