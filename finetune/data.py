@@ -135,15 +135,18 @@ def check_fits(data: Data, network: Any, made_by: str, kind: str) -> None:
     if "UNet" in type(network).__name__ and not getattr(config, "encoder_hid_dim", None):
         text = getattr(config, "cross_attention_dim", None)
     text = text or getattr(config, "joint_attention_dim", None)
+    # some networks take the latents of a picture beside those that they denoise
+    channels = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
     needed = []
     for given in data.forms():
         widths = {value.shape[-1] for value in given.rows[0].values() if value.ndim > 1}
-        needed.append(("latents", given.form.shape, getattr(config, "in_channels", None)))
-        needed.append(("texts", tuple(sorted(widths)), text))
-    for name, found, wanted in needed:
-        if isinstance(wanted, int) and wanted not in found:
+        needed.append(("latents", tuple(given.form.shape), channels))
+        needed.append(("texts", tuple(sorted(widths)), [text]))
+    for name, found, known in needed:
+        wanted = [value for value in known if isinstance(value, int)]
+        if wanted and not {*wanted} & {*found}:
             raise ValueError(
-                f"the rollouts' {name} are {tuple(found)}, but the model expects {wanted} "
+                f"the rollouts' {name} are {found}, but the model expects {wanted[0]} "
                 "channels: it is not the one that they were made with; set model="
             )
 

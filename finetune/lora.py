@@ -216,7 +216,7 @@ def save(pipe_class: Any, part: str, network: Any, folder: Path, main: bool = Tr
     layers = whole(get_peft_model_state_dict(network))
     about = network.peft_config["default"].to_dict()  # stores alpha
     stored = {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": about}
-    if not hasattr(pipe_class, "save_lora_weights"):
+    if part not in getattr(pipe_class, "_lora_loadable_modules", ()):
         pipe_class = _saver(part)
     pipe_class.save_lora_weights(folder, is_main_process=main, **stored)
     return Path(folder) / FILE

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
+from diffusers.guiders import BaseGuidance
 from torch import Tensor, nn
 
 from steering.decoding import do_nothing
@@ -37,6 +38,7 @@ __all__ = [
     "at",
     "calm",
     "check_kind",
+    "guide",
     "hollow",
     "part_of",
     "predict",
@@ -136,6 +138,7 @@ class Model:
         if t.ndim and form.times == "copies":
             t = t.repeat(form.copies)
         view, grads = self.view(x.device), []
+        guide(view, form.guided)
 
         def called(*args: Any, **kwargs: Any) -> Any:
             grads.append(torch.is_grad_enabled())
@@ -202,6 +205,13 @@ def _shell(part: nn.Module) -> nn.Module:
         vars(shell)[kind] = {n: v if v is None else v.detach().to("meta") for n, v in held.items()}
     vars(shell)["_modules"] = {n: m and _shell(m) for n, m in part._modules.items()}
     return shell
+
+
+def guide(view: Any, guided: bool) -> None:
+    """Switch the guider of a copy of a pipeline, if it has one, on or off."""
+    for part in vars(view).values():
+        if isinstance(part, BaseGuidance):
+            part.enable() if guided else part.disable()
 
 
 def _no_modules() -> Iterator[nn.Module]:

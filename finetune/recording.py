@@ -23,7 +23,7 @@ from steering.schedulers import StochasticFlow, stochastic
 from steering.tape import Tape, view_of
 
 from .conditioning import Conditioning, Form, Results, form_of, tensors_of
-from .network import Reached, at, calm, hollow, part_of, reached
+from .network import Reached, at, calm, guide, hollow, part_of, reached
 from .noising import noising_of
 
 __all__ = ["Recorder", "record"]
@@ -59,6 +59,7 @@ class Recorder:
         }
         asked = {self.part: StandIn(getattr(pipe, self.part), _stop)}
         self._view = view_of(pipe, **calm(), **unused, **asked)
+        guide(self._view, guided)
         unfit = [name for name, value in call.items() if not _is_plain(value)]
         if unfit:
             raise ValueError(
@@ -95,6 +96,7 @@ class Recorder:
             if name.startswith("negative_prompt") and isinstance(value, str) and len(prompts) > 1:
                 given[name] = [value] * len(prompts)
         given |= {"generator": noise, "output_type": "latent"}
+        self._called = view
         try:
             view(**{**call, **given})
         except Reached as end:
@@ -212,9 +214,11 @@ class Recorder:
         return {name: v for name, v in call.items() if not name.startswith("negative_")}
 
     def _off(self, name: str, call: dict[str, Any]) -> float:
-        """Return the scale at which the network gets one row for a picture: 1, or for some 0."""
+        """Return the scale at which a picture needs the network once: 1, or for some 0."""
         one, two = (self._head(["a"] * n, call | {name: 1.0})[2] for n in (1, 2))
-        return 1.0 if self._copies(one, two) == 1 else 0.0
+        # one that calls the network twice tells by this property
+        still = getattr(self._called, "do_classifier_free_guidance", False)
+        return 1.0 if self._copies(one, two) == 1 and not still else 0.0
 
     def _copies(self, one: Any, two: Any) -> int:
         """Return the rows of the network's batch per row, from calls with one row and two."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from steering.hub import one_sentence, where
+from steering.networks import networks
 
 __all__ = ["check_lora", "load_lora"]
 
@@ -52,7 +53,7 @@ def load_lora(pipe: Any, lora: str) -> None:
     if found is None:
         return
     path, offline = found
-    if not hasattr(pipe, "load_lora_weights"):
+    if not _has_loader(pipe):
         _load_by_peft(pipe, Path(path), lora)
         return
     stored: list[dict[str, Tensor]] = []
@@ -75,6 +76,14 @@ def load_lora(pipe: Any, lora: str) -> None:
     names = [name for state in stored for name in _names(pipe, state)]
     names += _left_out(Path(path))
     _check_fit(names, set(_loaded(pipe)) - before, f"the LoRA {lora}", type(pipe).__name__)
+
+
+def _has_loader(pipe: Any) -> bool:
+    """Return whether diffusers can load a LoRA into one of the pipeline's networks."""
+    loadable = getattr(pipe, "_lora_loadable_modules", ())
+    return any(
+        n in loadable and hasattr(net, "load_lora_adapter") for n, net in networks(pipe).items()
+    )
 
 
 def _load_by_peft(pipe: Any, path: Path, lora: str) -> None:

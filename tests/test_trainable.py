@@ -1,14 +1,38 @@
-"""Each row of docs/trainable.md is found again."""
+"""Every pipeline that diffusers exports trains, or is refused, as docs/trainable.md says."""
 
-from __future__ import annotations
+import re
 
+import diffusers
 import pytest
-from zoo.training import read, row
+from zoo.accounts import exported
+from zoo.training import CHECKS, PAGE, read, row, trained_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 TABLE = read()
+TRIED = re.findall(r"diffusers (\d+\.\d+)\.", PAGE.read_text(encoding="utf-8"))[0]
+ASKED = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "Flux2", "QwenImage")
+ASKED += ("ZImage", "Sana", "PixArtSigma", "Lumina2", "AuraFlow", "Chroma", "CogView4")
+ASKED += ("HunyuanVideo", "Wan", "LTX")
 
 
-@pytest.mark.slow  # some seconds for each class
-@pytest.mark.parametrize("name", TABLE)
-def test_a_row_of_the_table_is_found_again(name):
+@pytest.mark.skipif(
+    not diffusers.__version__.startswith(f"{TRIED}."),
+    reason=f"the table is of diffusers {TRIED}; what is new in another is found by -m slow",
+)
+def test_every_pipeline_that_diffusers_exports_is_in_the_table():
+    assert sorted(TABLE) == exported()
+    for name in ASKED:
+        assert set(TABLE[f"{name}Pipeline"].cells.values()) == {"yes"}, name
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", ["QwenImagePipeline", "Flux2KleinPipeline", "ZImagePipeline"])
+def test_a_class_of_today_trains(name, check):
+    CHECKS[check](trained_of(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", exported())
+def test_a_pipeline_trains_as_the_table_says(name):
     assert row(name) == TABLE[name]
