@@ -40,12 +40,14 @@ def test_a_run_resumes_and_its_lora_loads(prompts, tmp_path):
     assert train_adversarial.main([*words, f"--out={whole}", "--grpo.steps=2"]) == 0
     assert train_adversarial.main([*words, f"--out={parts}", "--grpo.steps=1"]) == 0
     assert train_adversarial.main([*words, f"--out={parts}", "--grpo.steps=1"]) == 2
+    encoded = (parts / ".conditioning" / "given" / "index.json").stat().st_mtime_ns
     assert train_adversarial.main([*words, f"--out={parts}", "--grpo.steps=2", "--resume"]) == 0
     one, two = (load_file(f / "lora" / "pytorch_lora_weights.safetensors") for f in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
     rows = logged(whole)
     assert [row["ratio"] for row in rows] == [1.0, 1.0]
     assert rows == logged(parts)
+    assert (parts / ".conditioning" / "given" / "index.json").stat().st_mtime_ns == encoded
     tiny.load("tiny-sd3").load_lora_weights(whole / "lora")
     assert "rewards: `jpeg`" in (whole / "lora" / "README.md").read_text()
 

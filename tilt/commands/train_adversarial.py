@@ -24,6 +24,7 @@ from finetune import grpo, nft, references
 from finetune.adversarial import Adversary, likened
 from finetune.awm import Awm
 from finetune.chains import schedule_of
+from finetune.conditioning import Conditioning
 from finetune.critics import Critic, CriticSettings
 from finetune.decoding import decoder_of
 from finetune.grpo import Grpo
@@ -32,8 +33,9 @@ from finetune.nft import Nft
 from finetune.noising import noising_of
 from finetune.online import Samples, Task
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, number, one_of, part, setting, whole
-from finetune.recording import Recorder, record
+from finetune.recording import Recorder
 from finetune.state import check_out, finish
+from finetune.stored import stored
 from rewards.models.critic import KINDS
 from steering import tiny
 from steering.manifest import fingerprint
@@ -245,12 +247,14 @@ def trainer_of(
     """Return the trainer of the chosen method, and the function that scores its samples.
 
     The text encoders are used here and then removed from the pipeline, before the decoder is moved
-    to the device. The network is moved when the trainer prepares it.
+    to the device. The network is moved when the trainer prepares it. The conditioning is on disk.
     """
     model, device = Model(pipe), accelerator.device
-    given, plain = recorder.record(prompts).to("cpu"), None
+    folder = Path(settings.out) / ".conditioning"
+    given, plain = conditioning_of(folder / "given", recorder, prompts, accelerator), None
     if recorder.guided and settings.method != "grpo":  # whose loss is of the network alone
-        plain = record(pipe, prompts, **recorder.call).to("cpu")
+        unguided = Recorder(pipe, recorder.call)
+        plain = conditioning_of(folder / "plain", unguided, prompts, accelerator)
     for name in pipe.components:
         if name.startswith(("text_encoder", "tokenizer")):
             setattr(pipe, name, None)
@@ -263,6 +267,19 @@ def trainer_of(
     task = Task(schedule, prompts, given, eight_bits, score, weights, plain)
     network, kind = getattr(pipe, model.part), METHODS[settings.method][0]
     return kind(network, model, task, settings.tuned, accelerator), score
+
+
+def conditioning_of(
+    folder: Path, recorder: Recorder, prompts: list[str], accelerator: Any
+) -> Conditioning:
+    """Return the conditioning of prompts, which all processes map from a folder (`stored`).
+
+    A resumed run takes what is there if prompts, call and weights are the same.
+    """
+    parts = recorder.pipe.components.items()
+    weights = {n: fingerprint(part) for n, part in parts if isinstance(part, torch.nn.Module)}
+    made_of = json.dumps([recorder.kind.__name__, recorder.call, recorder.guided, weights])
+    return stored(folder, recorder.record, prompts, made_of, accelerator)
 
 
 def check_call(settings: TrainAdversarial) -> None:
