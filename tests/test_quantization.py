@@ -151,8 +151,9 @@ def test_a_network_in_8_bits_predicts_almost_the_same_in_less_memory(dtype, pipe
     linear = [part for part in own.modules() if isinstance(part, nn.Linear)]
     assert {type(part.weight).__name__ for part in linear} == {"Int8Tensor"}
     assert size(own) < (0.35 if dtype == torch.float32 else 0.65) * size(whole)
-    assert {type(part.weight).__name__ for part in pipe.text_encoder.modules() if hasattr(
-        part, "weight")} == {"Parameter"}  # fmt: skip
+    for name, kind in (("text_encoder", "Parameter"), ("text_encoder_3", "Int8Tensor")):
+        linear = [part for part in getattr(pipe, name).modules() if isinstance(part, nn.Linear)]
+        assert {type(part.weight).__name__ for part in linear} == {kind}
     assert fingerprint(own) == fingerprint(load_pipeline(NAME, dtype, quantize="8bit").transformer)
     assert fingerprint(own) != fingerprint(whole)
     given = record(plain, ["a red star", "two blue circles"], **CALL)
