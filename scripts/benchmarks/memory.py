@@ -1,6 +1,7 @@
 """The memory of training and of steering, computed without a GPU: bytes are counted, never used.
 
     python -m scripts.bench memory --models sd15                 a training micro-batch
+    python -m scripts.bench memory --models qwen-image           the same of a larger network
     python -m scripts.bench memory --models sd15 --inference     a steered run
 
 docs/memory.md explains the tables. The networks have no weights (fake tensors). A step is run on
@@ -8,7 +9,8 @@ them, and every storage is counted from its allocation until it is freed; the fi
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -26,12 +28,12 @@ from finetune.network import targets_of
 
 from ..parser import parser_of
 from ..tables import head, line
+from .larger import BASES, BLOCKS, LARGER, asked, pack
 from .networks import (
     MODELS,
     Published,
     decoder_of,
     inputs,
-    keywords,
     latents_of,
     network_of,
     parameters,
@@ -48,6 +50,8 @@ POPULATIONS, DECODED = (4, 8, 16), {512: 8, 1024: 2}  # images that steer() deco
 
 # images of a group, rows of the network for each, and whether decoder and critic are loaded
 METHODS = {"gdro": (6, 1, False), "grpo": (8, 1, True), "grpo, guided": (8, 2, True)}
+EVERY = MODELS | LARGER
+FEW = (2, 4)  # blocks of larger networks that are computed
 
 
 class Count(TorchDispatchMode):
@@ -94,29 +98,44 @@ def step(network: Any, model: Published, rows: int, offline: bool, device: str =
 
     They run on the default device, which is of the type `device`.
     """
-    x = torch.empty(rows, model.latents, *2 * (model.side // 8,))
-    given = {name: torch.empty(rows, *shape) for name, shape in model.given.items()}
-    asked, target = keywords(model, x, torch.empty(rows), given), x
-    if offline:
-        with torch.no_grad(), lora.reference(network), torch.autocast(device, torch.bfloat16):
-            target = network(**asked, return_dict=False)[0].float()
-    with torch.autocast(device, torch.bfloat16):
-        out = network(**asked, return_dict=False)[0]
-    (out.float() - target).square().mean().backward()
+    given, half = asked(model, rows), torch.autocast(device, torch.bfloat16)
+
+    def output() -> Tensor:
+        with half:
+            out = network(**given, return_dict=False)[0]
+        return (torch.stack(out) if isinstance(out, list) else out).float()
+
+    with torch.no_grad(), lora.reference(network):
+        target = output() if offline else None
+    out = output()
+    (out - (torch.zeros_like(out) if target is None else target)).square().mean().backward()
 
 
 @torch.no_grad()
 def look(decoder: Any, tower: Any, model: Published, images: int) -> None:
     """Decode a micro-batch and run the critic on it, 32 pictures at once."""
-    latents = torch.empty(images, model.latents, *2 * (model.side // 8,), dtype=torch.bfloat16)
+    latents = latents_of(model, images, model.side, torch.bfloat16)
     pictures = decoder.decode(latents).sample.float()
+    if model.frames is not None:
+        pictures = pictures.transpose(1, 2).flatten(0, 1)
     for part in pictures.split(32):
         tower(F.interpolate(part, (224, 224), mode="bicubic", antialias=True))
 
 
-def peak(name: str, method: str, images: int, less: bool) -> float:
-    """The most bytes of a micro-batch; less: with gradient checkpointing."""
-    model, (_, copies, online) = MODELS[name], METHODS[method]
+def peak(
+    model: Published,
+    method: str,
+    images: int,
+    less: bool,
+    base: str = "bf16",
+    offline: bool | None = None,
+) -> float:
+    """The most bytes of a micro-batch; less: with gradient checkpointing.
+
+    base: how the frozen weights are held; offline: whether the reference has a pass, too.
+    """
+    _, copies, online = METHODS[method]
+    offline = not online if offline is None else offline
     with torch.device("meta"):
         network, *others = parts_of(model, online)
         lora.attach(network, targets_of(network), RANK, RANK, torch.Generator())
@@ -125,6 +144,9 @@ def peak(name: str, method: str, images: int, less: bool) -> float:
     with FakeTensorMode(), Count() as count:
         for part, dtype in zip((network, *others), HELD_IN, strict=False):
             place(part, dtype)
+        if base in BASES:
+            pack(network, base)
+            count.peak = count.live
         weights = list(lora.parameters(network).values())
         # AdamW's two moments and the average; gradients are left by earlier micro-batches
         kept = [torch.zeros_like(weight) for weight in weights for _ in range(3)]
@@ -132,7 +154,7 @@ def peak(name: str, method: str, images: int, less: bool) -> float:
             weight.grad = torch.zeros_like(weight)
         norms = [patch.object(F, n, in_float(getattr(F, n))) for n in ("layer_norm", "group_norm")]
         with norms[0], norms[1]:  # around the backward pass too, which may recompute
-            step(network, model, images * copies, not online)
+            step(network, model, images * copies, offline)
         if online:
             look(others[0], others[1], model, images)
         del kept
@@ -142,7 +164,7 @@ def peak(name: str, method: str, images: int, less: bool) -> float:
 def row(name: str, method: str, less: bool) -> str:
     """A line of the table; the peak is linear in the images, drawn through one group and two."""
     k = METHODS[method][0]
-    one, two = (peak(name, method, k * groups, less) for groups in (1, 2))
+    one, two = (peak(MODELS[name], method, k * groups, less) for groups in (1, 2))
     each = (two - one) / k
     cells = [name, MODELS[name].side, method, "yes" if less else "no", k]
     cells += [f"{one / 1e9:.1f}", f"{each / 1e9:.2f}", f"{(one - (k - 1) * each) / 1e9:.1f}"]
@@ -150,6 +172,34 @@ def row(name: str, method: str, less: bool) -> str:
         images = max(0, int(k + ((1 - SPARE) * card - one) // each))
         cells.append(f"{images // k} ({images})")
     return line(*cells)
+
+
+def whole_peak(name: str, side: int, method: str, *rest: Any) -> float:
+    """The most bytes of a larger network, drawn through two with fewer blocks, in seconds.
+
+    The pass of the reference, which needs less than the one with gradients, is left out.
+    """
+    model, (setting, blocks) = replace(LARGER[name], side=side), BLOCKS[name]
+    cut = [replace(model, config={**model.config, setting: few}) for few in FEW]
+    a, b = (peak(part, method, *rest, offline=False) for part in cut)
+    return a + (b - a) * (blocks - FEW[0]) / (FEW[1] - FEW[0])
+
+
+def larger_rows(name: str, side: int, less: bool) -> Iterator[str]:
+    """Yield the lines of a larger network: one image, each further one, and what fits."""
+    saved = [0.0] * (1 + len(BASES))  # by weights in 8 and 4 bits
+    for method in ("gdro", "grpo"):
+        one, two = (whole_peak(name, side, method, images, less) for images in (1, 2))
+        if method == "gdro":
+            packed = (whole_peak(name, side, method, 1, less, base) for base in BASES)
+            saved = [0.0, *(one - of for of in packed)]
+        ones, each = [one - of for of in saved], two - one
+        cells = [name, side, method, "yes" if less else "no"]
+        cells += [" / ".join(f"{of / 1e9:.1f}" for of in ones), f"{each / 1e9:.2f}"]
+        for card in CARDS.values():
+            room = [(1 - SPARE) * card - of for of in ones]
+            cells.append(" / ".join(str(max(0, int(1 + left // each))) for left in room))
+        yield line(*cells)
 
 
 @torch.no_grad()
@@ -209,21 +259,36 @@ def steered_row(name: str, side: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table line by line."""
+    """Print the table line by line; larger networks have one of their own."""
     parser = parser_of(__doc__, __name__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=EVERY, default=list(EVERY))
     parser.add_argument("--inference", action="store_true", help="print the table of steering")
+    parser.add_argument("--side", type=int, help="pixels of the pictures of larger networks")
     args = parser.parse_args(argv)
-    heads = ["model", "side", "method", "checkpointing", "k"]
-    heads += ["GB of a group", "GB an image more", "GB of an image"]
-    heads += [f"groups (images) in {card}" for card in CARDS]
-    lines = (row(*of, less) for of in product(args.models, METHODS) for less in (False, True))
+    names = [name for name in args.models if name in MODELS]
+    larger = [name for name in args.models if name in LARGER]
     if args.inference:
         calls = [f"call, k = {k}" for k in POPULATIONS]
         heads = ["model", "side", "weights", "text encoders", *calls, "decode", "sliced"]
         for card in CARDS:
             heads += [f"rows in {card}", "text encoders freed"]
-        lines = (steered_row(*of) for of in product(args.models, DECODED))
-    print(head(*heads))
-    for found in lines:
+        show(heads, (steered_row(*of) for of in product(names, DECODED)))
+        return
+    heads = ["model", "side", "method", "checkpointing", "k"]
+    heads += ["GB of a group", "GB an image more", "GB of an image"]
+    heads += [f"groups (images) in {card}" for card in CARDS]
+    show(heads, (row(*of, less) for of in product(names, METHODS) for less in (False, True)))
+    heads = ["model", "side", "method", "checkpointing"]
+    heads += ["GB of an image (bf16 / 8-bit / 4-bit)", "GB an image more"]
+    heads += [f"images in {card}" for card in CARDS]
+    of = product(larger, (True, False))
+    rows = (larger_rows(name, args.side or LARGER[name].side, less) for name, less in of)
+    show(heads, (found for pair in rows for found in pair))
+
+
+def show(heads: Sequence[str], lines: Iterator[str]) -> None:
+    """Print a table as its lines are computed, or nothing if it has none."""
+    for i, found in enumerate(lines):
+        if i == 0:
+            print(head(*heads))
         print(found, flush=True)

@@ -29,7 +29,8 @@ class Published:
 
     latents: channels. given: the shapes of a prompt's conditioning, by name. side: of pictures, in
     pixels. guided: the network evaluates a picture twice. texts: its text encoders, and how many
-    tokens each reads.
+    tokens each reads. decoder: its class and configuration, by default those of Stable Diffusion;
+    factor: how many pixels a latent is wide; frames: of the latents, if they have such an axis.
     """
 
     family: str
@@ -40,6 +41,9 @@ class Published:
     side: int
     guided: bool = True
     texts: tuple[tuple[str, int], ...] = ()
+    decoder: tuple[str, Mapping[str, Any]] | None = None
+    factor: int = 8
+    frames: int | None = None
 
 
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
@@ -100,7 +104,10 @@ def network_of(model: Published) -> Any:
 
 
 def decoder_of(model: Published) -> Any:
-    """The autoencoder; the models differ only in the channels of the latents."""
+    """The autoencoder; those of Stable Diffusion's class differ only in the latents' channels."""
+    if model.decoder:
+        name, config = model.decoder
+        return getattr(diffusers, name)(**config).requires_grad_(False).eval()
     quant = model.latents == 4
     kind: Any = diffusers.AutoencoderKL  # its annotations allow tuples of one size only
     decoder = kind(
@@ -205,7 +212,9 @@ def keywords(model: Published, x: Tensor, timesteps: Tensor, given: dict[str, Te
 
 def latents_of(model: Published, rows: int, side: int, dtype: torch.dtype = torch.float32) -> Any:
     """Latents as the decoder takes them, without values."""
-    return torch.empty(rows, model.latents, side // 8, side // 8, dtype=dtype)
+    wide = side // model.factor
+    frames = () if model.frames is None else (model.frames,)
+    return torch.empty(rows, model.latents, *frames, wide, wide, dtype=dtype)
 
 
 def parameters(module: nn.Module) -> int:
@@ -225,3 +234,6 @@ def place(module: nn.Module, dtype: torch.dtype) -> None:
             if old is not None:
                 kept = dtype if old.is_floating_point() else old.dtype
                 part._buffers[name] = torch.empty(old.shape, dtype=kept)
+        for name, old in vars(part).items():  # tables that are no buffers
+            if isinstance(old, Tensor) and old.is_meta:
+                vars(part)[name] = torch.empty(old.shape, dtype=old.dtype)
