@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import tiny_pipelines
 from pages import INDENTED, PAGES, ROOT, SPAN, blocks, prose
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from zoo.accounts import ANIMALS
+from zoo.building import Animal, pipeline_of
 
 from scripts import bench
 from scripts.benchmarks import frontier, tuning
@@ -52,6 +55,16 @@ MODELS: dict[str, Callable] = {
     "stabilityai/stable-diffusion-xl-base-1.0": tiny_pipelines.sdxl,
     "stabilityai/stable-diffusion-3.5-medium": tiny_pipelines.sd3,
     "path/to/my-pipeline": tiny_pipelines.sd,
+}
+LARGER = {
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+    "black-forest-labs/FLUX.2-klein-4B": "Flux2KleinPipeline",
+    "Tongyi-MAI/Z-Image": "ZImagePipeline",
+    "Qwen/Qwen-Image": "QwenImagePipeline",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "WanPipeline",
+}
+MODELS |= {
+    name: partial(pipeline_of, kind, ANIMALS.get(kind, Animal())) for name, kind in LARGER.items()
 }
 # what is not run here: the file that runs it, and how that reads there
 ELSEWHERE = {
@@ -91,7 +104,7 @@ BENCHES = {
     "training": "--model tiny-sd3 --device cpu --pairs 2",
     "tuning": "--images 4 --test-images 2 --processes 1",
     "online": "--every 2",
-    "memory": "--models sd15",
+    "memory": "--models sd15 klein-4b",
     "adversarial": "--images 2",
     "scale": "",
 }
@@ -147,7 +160,9 @@ def small(line: str, page: str, half: bool = False) -> str:
     found = re.match(r"tilt ((?:train )?\w+)", line)
     name = found[1] if found else ""
     line = SPEC.sub(_embedded, line)
-    line = re.sub(r"--call\.(height|width) 512", r"--call.\1 16", line)
+    line = re.sub(r"--call\.(height|width) (512|640|1024)", r"--call.\1 16", line)
+    if "rollout" in name and "FLUX.2-klein" in line:  # the small encoder has few layers
+        line += " --call.text-encoder-out-layers [1]"
     more = [SMALL.get(name, ""), ALSO.get(page, {}).get(name, "")]
     more += [HALF.get(name, "")] if half else []
     more += ["--check.images 1"] if "--check.prompts " in line else []

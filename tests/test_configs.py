@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from scripts.benchmarks import memory
-from tilt.commands import train_adversarial, train_gdro
+from scripts.benchmarks import larger, memory
+from scripts.benchmarks.networks import network_of, parameters
+from tilt.commands import evaluate, rollout, train_adversarial, train_gdro
 
+READ = {
+    "rollout": rollout.OPTIONS,
+    "evaluate": evaluate.OPTIONS,
+    "train gdro": train_gdro.OPTIONS,
+    "train adversarial": train_adversarial.OPTIONS,
+}
+BILLIONS = {"flux-dev": 11.9, "klein-4b": 4.0, "z-image": 6.15, "qwen-image": 20.4, "wan22-5b": 5.0}
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "scripts/configs").glob("*.yaml"))
 LAUNCH = ROOT / "scripts/configs/fsdp.yaml"  # of accelerate, not of a script
@@ -34,6 +45,47 @@ def test_a_recipe_holds_settings_of_its_script(file):
     settings = kind.read(["--config", str(file)])
     method = settings.gdro if kind is train_gdro.OPTIONS else settings.grpo
     assert method.steps > 0
+
+
+def test_the_commands_of_the_recipes_are_understood(monkeypatch):
+    """They are run by test_commands.py, which is slow."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    every = re.findall(r"^tilt .*(?:\\\n.*)*", text, re.MULTILINE)
+    read = 0
+    for line in every:
+        words = shlex.split(line.replace("\\\n", " "))[1:]
+        name = " ".join(words[:2]) if words[0] == "train" else words[0]
+        if name in READ:
+            READ[name].read(words[len(name.split()) :])
+            read += 1
+    assert read >= 30
+
+
+@pytest.mark.parametrize("name", larger.LARGER)
+def test_larger_networks_have_about_the_parameters_of_their_cards(name):
+    with torch.device("meta"):
+        found = parameters(network_of(larger.LARGER[name]))
+    assert found == pytest.approx(BILLIONS[name] * 1e9, rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", larger.LARGER)
+def test_a_larger_network_is_computed_from_few_blocks(name, monkeypatch):
+    """Of the smallest pictures: what one image takes, and what 4 bits save of it."""
+    model, (setting, _) = larger.LARGER[name], larger.BLOCKS[name]
+    monkeypatch.setitem(larger.BLOCKS, name, (setting, 6))
+    more = {"num_layers": 1} if setting == "num_single_layers" else {}
+    small = replace(model, config={**model.config, **more})
+    monkeypatch.setitem(memory.LARGER, name, small)
+    drawn = memory.whole_peak(name, 64, "gdro", 1, True)
+    six = replace(small, side=64, config={**small.config, setting: 6})
+    whole = memory.peak(six, "gdro", 1, True, offline=False)
+    assert drawn == pytest.approx(whole, rel=0.01)
+    packed = memory.peak(six, "gdro", 1, True, "4bit", offline=False)
+    with torch.device("meta"):
+        held = 2 * parameters(network_of(six))
+    assert 0.6 * held < whole - packed < 0.72 * held  # of 16 bits, 4.5 are left
 
 
 def test_accelerate_launch_takes_the_configuration_of_fsdp():
