@@ -190,7 +190,7 @@ class Samples:
             mine = range(first, first + size)[
                 accelerator.process_index :: accelerator.num_processes
             ]
-            found += [[*mine[i : i + s.micro_groups]] for i in range(0, size, s.micro_groups)]
+            found += [[*mine[i : i + s.micro_groups]] for i in range(0, len(mine), s.micro_groups)]
         return found
 
     def minibatches(self, batches: Sequence[Batch]) -> list[range]:

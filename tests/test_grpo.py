@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -357,6 +358,15 @@ def test_minibatches_are_disjoint_parts_of_the_epochs_groups():
         trainer_of(minibatches=2)
     with pytest.raises(ValueError, match="groups is 4 but 2 minibatches on 4 processes need"):
         check_shares(4, 4, True, 2)
+
+
+def test_processes_share_the_groups_of_each_minibatch():
+    trainer = trainer_of(groups=8, minibatches=2, micro_groups=2)
+    for rank, expected in enumerate(([[0, 2], [4, 6]], [[1, 3], [5, 7]])):
+        trainer.learner.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+        assert trainer.samples.shares() == expected
+    trainer.settings.micro_groups = trainer.settings.minibatches = 1
+    assert trainer.samples.shares() == [[1], [3], [5], [7]]
 
 
 def test_a_second_update_on_the_same_samples_has_another_ratio():
