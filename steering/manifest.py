@@ -32,7 +32,8 @@ __all__ = ["PER_PROMPT", "describe", "fingerprint", "join", "select", "versions"
 PER_PROMPT = ("prompts", "occurrences", "references")  # lists with one entry per prompt
 _PACKAGES = (
     "tilt-diffusion", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors",
-    "open_clip_torch", "rapidocr", "onnxruntime", "Pillow",
+    "open_clip_torch", "rapidocr", "onnxruntime", "Pillow", "torchao",
+    "bitsandbytes",
 )  # fmt: skip
 _SAMPLE = 256  # number of values per tensor that a fingerprint reads
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import tiny_pipelines
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune import lora
@@ -238,3 +238,27 @@ def test_a_folder_of_several_is_no_guess(tmp_path):
         save_file({"x": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(ValueError, match=r"holds a\.safetensors, b\.safetensors: name one"):
         check_lora(str(tmp_path))
+
+
+def test_a_class_without_a_loader_takes_its_own_lora_and_no_other(tmp_path):
+    pipe = tiny_pipelines.pixart()
+    network = pipe.transformer
+    weights = lora.attach(network, targets_of(network), 2, 4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.fill_(0.1)
+    lora.save(type(pipe), "transformer", network, tmp_path)
+    fresh = tiny_pipelines.pixart()
+    load_lora(fresh, str(tmp_path))
+    ours, theirs = lora.parameters(network), lora.parameters(fresh.transformer)
+    assert len(ours) == len(theirs)
+    assert all((value == 0.1).all() for value in theirs.values())
+    other = tuned(tmp_path / "other")  # of Stable Diffusion
+    with pytest.raises(ValueError, match="was not saved for PixArtAlphaPipeline"):
+        load_lora(tiny_pipelines.pixart(), str(other))
+    state = load_file(tmp_path / lora.FILE)
+    name = next(iter(state))
+    state[name] = state[name][:, :1]
+    save_file(state, tmp_path / "cut.safetensors")
+    with pytest.raises(ValueError, match="was not saved for PixArtAlphaPipeline"):
+        load_lora(tiny_pipelines.pixart(), str(tmp_path / "cut.safetensors"))
