@@ -258,7 +258,7 @@ def test_a_class_without_a_loader_takes_its_own_lora_and_no_other(tmp_path):
         load_lora(tiny_pipelines.pixart(), str(other))
     state = load_file(tmp_path / lora.FILE)
     name = next(iter(state))
-    state[name] = state[name][:, :1]
+    state[name] = state[name][:1].clone()
     save_file(state, tmp_path / "cut.safetensors")
     with pytest.raises(ValueError, match="was not saved for PixArtAlphaPipeline"):
         load_lora(tiny_pipelines.pixart(), str(tmp_path / "cut.safetensors"))
