@@ -92,8 +92,8 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
             raise ValueError(f"{shard.folder} has no rewards {reward!r}; {known}; score them first")
         tensors = shard.tensors()
         latents.append(tensors.pop("latents"))
-        rows += (given := _rows(tensors))
-        texts += [shard.form()] * len(given)
+        rows += (found := _rows(tensors))
+        texts += [shard.form()] * len(found)
         own = [row["group"] for row in shard.table(["group"])]
         first = max(prompts, default=-1) + 1 - min(own)  # shards of other numbers may be missing
         prompts += [first + group for group in own]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steering.transitions import Transition, log_prob
 
-from .chains import SDES, Move
+from .chains import SDES, Move, Schedule
 from .conditioning import Conditioning
 from .learner import Learner, Tuning, check_shares
 from .network import Model
@@ -171,6 +171,12 @@ def check_flow(settings: Grpo, noising: Noising) -> None:
             )
 
 
+def check_window(settings: Grpo, schedule: Schedule) -> None:
+    """Raise ValueError if the first window of this schedule has no moves to learn from."""
+    steps = replace(schedule, sde=settings.sde)
+    steps.check_window(settings.window(0), settings.noise)
+
+
 class GrpoTrainer:
     """Trains a network on its own samples, one epoch at a time."""
 
@@ -179,7 +185,7 @@ class GrpoTrainer:
     ) -> None:
         check_flow(settings, task.schedule.noising)
         task = replace(task, schedule=replace(task.schedule, sde=settings.sde))
-        task.schedule.check_window(settings.window(0), settings.noise)
+        check_window(settings, task.schedule)
         check_shares(settings.groups, accelerator.num_processes, True, settings.minibatches)
         self.settings, self.schedule = settings, task.schedule
         self.learner = Learner(network, model, settings, accelerator)

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .chains import Move, Schedule, sample
-from .conditioning import Conditioning
+from .conditioning import Conditioning, Form
 from .groups import MOST_DROPPED
 from .learner import Learner, draws, in_step
 from .policy_losses import group_advantages
@@ -31,6 +31,7 @@ __all__ = [
     "Settings",
     "Task",
     "advantages_of",
+    "check_guidance",
     "mean",
     "only",
 ]
@@ -147,6 +148,15 @@ class Task:
     plain: Conditioning | None = None
 
 
+def check_guidance(scale: float | None, form: Form) -> None:
+    """Raise ValueError for a scale below 1, unless it is an input of the network."""
+    if scale is not None and scale < 1 and not form.embedded:
+        raise ValueError(
+            f"guidance_scale is {scale}, but pipelines treat values below 1 as no guidance, "
+            "like 1; set 1 or more"
+        )
+
+
 class Samples:
     """Samples and scores the images of a run's epochs.
 
@@ -154,12 +164,7 @@ class Samples:
     """
 
     def __init__(self, learner: Learner, task: Task, settings: Settings) -> None:
-        scale = settings.guidance_scale
-        if scale is not None and scale < 1 and not task.given.form.embedded:
-            raise ValueError(
-                f"guidance_scale is {scale}, but pipelines treat values below 1 as no guidance, "
-                "like 1; set 1 or more"
-            )
+        check_guidance(settings.guidance_scale, task.given.form)
         self.learner, self.task, self.settings = learner, task, settings
         self.schedule, self.score = task.schedule, cast(Any, task.score)
         self.drawn = self.dropped = 0  # images of all epochs, and how many of them have no score

@@ -70,7 +70,8 @@ def save_qwen(folder: Path, dtype: torch.dtype = torch.float32) -> str:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+        model = model.to(dtype)
     model.save_pretrained(folder)
     Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(),

@@ -107,7 +107,7 @@ class OnCuda:
 
     def __init__(self, pipe):
         self.__dict__.update(pipe.components)
-        self.device = torch.device("cuda")
+        self.device = self._execution_device = torch.device("cuda")
 
 
 def is_channels_last(network):

@@ -6,6 +6,7 @@ import logging
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import family
 
 from finetune import lora
+from finetune.conditioning import Conditioning
 from finetune.data import Data, load_data
 from finetune.gdro import Gdro, GdroTrainer
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
@@ -223,7 +225,8 @@ def test_a_resumed_run_keeps_its_moved_reference(tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():
     trainer = trainer_of()
-    latents = torch.full(trainer.data.latents.shape, float("nan"))
+    held: Any = trainer.data.latents
+    latents = torch.full(held.shape, float("nan"))
     trainer.data = replace(trainer.data, latents=latents)
     before = weights_of(trainer)
     with pytest.raises(FloatingPointError, match="step 0: implicit scores are not finite"):
@@ -301,6 +304,7 @@ def test_rollouts_with_rewards_become_data(tmp_path):
     assert [g.rewards.tolist() for g in data.groups] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
     assert len(data.latents) == 9
     given = record(pipe, PROMPTS, **call)
+    assert isinstance(data.given, Conditioning)
     assert data.given.form == given.form
     for ours, theirs in zip(data.given.rows, given.rows, strict=True):
         assert ours.keys() == theirs.keys()

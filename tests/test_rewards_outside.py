@@ -222,14 +222,14 @@ def test_every_argument_of_every_reward_is_closed(name, key, parameter, planted)
     """New rewards and arguments are closed until somebody opens them."""
     takes_text = "str" in str(parameter.annotation)
     needs = {"calibrated": {"file": "tiny"}, "clip_above": {"at": 1}, "critic": {"source": "tiny"}}
-    needs["soft_tifa"] = {"questions": "tiny"}
+    needs |= {"soft_tifa": {"questions": "tiny"}, "remote": {"url": "tiny"}}
     parts = ["a=jpeg", "jpeg"] if name in AGGREGATORS else []
     for value in (str(planted), "planted_module:f", HUB, "http://127.0.0.1:1/v1", "planted.json"):
         given = needs.get(name, {}) | {key: f'"{value}"'}
         text = f"{name}({', '.join(parts + [f'{k}={v}' for k, v in given.items()])})"
         closed = takes_text and (key not in CHOICES or ":" in value)
         with watched() as seen:
-            if closed or name in ("calibrated", "soft_tifa"):  # which need a file
+            if closed or name in ("calibrated", "soft_tifa", "remote"):  # which need more
                 with pytest.raises(OutsideError):
                     read(text)
             else:  # to be refused by the reward, as none of its words, or no number

@@ -208,10 +208,10 @@ def test_steered_rollouts_pass_each_prompt_s_references(tmp_path):
     seen = []
 
     def compared(images, prompts, *, references=None):
-        seen.append((set(prompts), {one[0].getpixel((0, 0)) for one in references}))
+        seen.append((set(prompts), {one[0].getpixel((0, 0)) for one in references or ()}))
         return images.mean((1, 2, 3))
 
-    compared.wants_references = True
+    compared.wants_references = True  # type: ignore[attr-defined]
     pipe, call = family("sd")
     names = tuple((str(tmp_path / f"{colour}.png"),) for colour in ("red", "blue"))
     plan = Plan(("a", "b"), images=1, steered=2, call=call, references=names)

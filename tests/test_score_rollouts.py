@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,7 +167,7 @@ def test_the_references_of_the_prompts_reach_the_reward(tmp_path, capsys):
     assert call(tmp_path / "run", "dino(random:0) + 0*jpeg", "--batch-size", "3") == 0
     reward = rewards.load("dino(random:0)")
     for shard, files in zip(Rollouts(tmp_path / "run").shards, (named[:2], named[2:]), strict=True):
-        given = [[open_picture(name) for name in names] for names in files for _ in range(2)]
+        given = [[open_picture(Path(name)) for name in names] for names in files for _ in range(2)]
         rows = [row["prompt"] for row in shard.table(["prompt"])]
         expected = reward(to_images(shard.images()), rows, references=given)
         assert shard.rewards()["dino"] == pytest.approx(expected.tolist(), abs=1e-5)

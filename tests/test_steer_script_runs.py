@@ -104,7 +104,8 @@ def test_manifest_repeats_the_run(finished):
     assert [prompt["seed"] for prompt in manifest["prompts"]] == [0, 7, 0]
     assert manifest["prompts"][1]["text"].endswith("wd λ 猫")
     assert {"model", "reward", "particles", "steps", "dtype"} <= manifest["settings"].keys()
-    assert manifest["machine"].keys() == {"device", "attention", "compile", "max_batch", "spread"}
+    known = {"device", "attention", "compile", "max_batch", "spread", "offload"}
+    assert manifest["machine"].keys() == known
     assert manifest["machine"]["device"] != "auto"
     assert manifest["command"] == ["tilt", "steer", *arguments]
     assert {"python", "torch", "diffusers"} <= manifest["versions"].keys()

@@ -111,13 +111,18 @@ def reading_order(boxes: np.ndarray) -> list[int]:
         return common >= 0.5 * min(bottom[i] - top[i], bottom[j] - top[j])
 
     lines: list[list[int]] = []
-    for i in sorted(range(len(boxes)), key=lambda i: (top[i] + bottom[i], left[i], top[i])):
+    whole = [tuple(box) for box in boxes.reshape(len(boxes), 8)]  # where nothing else differs
+
+    def height(i: int) -> tuple[float, ...]:
+        return (top[i] + bottom[i], left[i], top[i], *whole[i])
+
+    for i in sorted(range(len(boxes)), key=height):
         line = next((line for line in lines if all(level(i, j) for j in line)), None)
         if line is None:
             lines.append([i])
         else:
             line.append(i)
-    return [i for line in lines for i in sorted(line, key=lambda i: (left[i], top[i]))]
+    return [i for line in lines for i in sorted(line, key=lambda i: (left[i], top[i], *whole[i]))]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from finetune.grpo import Grpo
 from finetune.network import Model, part_of
 from finetune.nft import Nft
 from finetune.noising import noising_of
-from finetune.online import Samples, Task
+from finetune.online import Samples, Task, check_guidance
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, number, one_of, part, setting, whole
 from finetune.recording import Recorder
 from finetune.state import check_out, finish
@@ -246,10 +246,20 @@ def trainer_of(
 ) -> tuple[Any, Any]:
     """Return the trainer of the chosen method, and the function that scores its samples.
 
-    The text encoders are used here and then removed from the pipeline, before the decoder is moved
-    to the device. The network is moved when the trainer prepares it. The conditioning is on disk.
+    What can be refused is refused before anything is written. The text encoders are used here and
+    then removed from the pipeline. The network is moved to the device when the trainer prepares it.
+    The conditioning is on disk.
     """
-    model, device = Model(pipe), accelerator.device
+    model, device, tuned = Model(pipe), accelerator.device, settings.tuned
+    first = recorder.record(prompts[:1]).to("cpu")
+    check_guidance(tuned.guidance_scale, first.form)
+    schedule = schedule_of(model, first)
+    if settings.method == "grpo":
+        grpo.check_window(tuned, schedule)
+    offloading.place_part(pipe.vae, device, settings.offload)
+    decode = decoder_of(model, pipe, first)
+    height, width = decode(torch.zeros(1, *schedule.shape, device=device)).shape[2:]
+    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
     folder = Path(settings.out) / ".conditioning"
     given, plain = conditioning_of(folder / "given", recorder, prompts, accelerator), None
     if recorder.guided and settings.method != "grpo":  # whose loss is of the network alone
@@ -258,15 +268,10 @@ def trainer_of(
     for name in pipe.components:
         if name.startswith(("text_encoder", "tokenizer")):
             setattr(pipe, name, None)
-    schedule = schedule_of(model, given)
-    offloading.place_part(pipe.vae, device, settings.offload)
-    decode = decoder_of(model, pipe, given)
-    height, width = decode(torch.zeros(1, *schedule.shape, device=device)).shape[2:]
-    score, weights = reward_of(settings, fixed, prompts, (height, width), accelerator)
     eight_bits = lambda latents: _eight_bits(decode(latents))  # noqa: E731
     task = Task(schedule, prompts, given, eight_bits, score, weights, plain)
     network, kind = getattr(pipe, model.part), METHODS[settings.method][0]
-    return kind(network, model, task, settings.tuned, accelerator), score
+    return kind(network, model, task, tuned, accelerator), score
 
 
 def conditioning_of(
