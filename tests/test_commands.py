@@ -76,6 +76,10 @@ ELSEWHERE = {
     r"^pip install deepspeed$": ("tests/test_launch_deepspeed.py", r"reason=\"needs deepspeed\""),
     r"^\.venv/bin/python -m pytest ": ("Makefile", r"-m pytest -q$"),
     r"^PYTHONPATH=tests python -m zoo$": ("tests/test_zoo.py", r"assert row\(name\) == TABLE"),
+    r"^PYTHONPATH=tests python -m zoo\.training$": (
+        "tests/test_trainable.py",
+        r"assert row\(name\) == TABLE",
+    ),
     r"^accelerate launch --config_file .*/(fsdp|deepspeed|gpus)\.yaml": (
         "tests/test_configs.py",
         "{}",

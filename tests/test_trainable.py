@@ -26,8 +26,11 @@ def test_every_pipeline_that_diffusers_exports_is_in_the_table():
         assert set(TABLE[f"{name}Pipeline"].cells.values()) == {"yes"}, name
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("QwenImagePipeline", "WanPipeline")]
+
+
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("name", ["QwenImagePipeline", "Flux2KleinPipeline", "ZImagePipeline"])
+@pytest.mark.parametrize("name", ["Flux2KleinPipeline", *SLOW])
 def test_a_class_of_today_trains(name, check):
     CHECKS[check](trained_of(name))
 
