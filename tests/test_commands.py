@@ -109,7 +109,7 @@ BENCHES = {
     "training": "--model tiny-sd3 --device cpu --pairs 2",
     "tuning": "--images 4 --test-images 2 --processes 1",
     "online": "--every 2",
-    "memory": "--models sd15 klein-4b",
+    "memory": "--models sd15",
     "adversarial": "--images 2",
     "scale": "",
 }
