@@ -232,7 +232,7 @@ def _built_in(call: Call) -> Call:
         given[key] = value
     for name in names:
         if parameters[name].default is inspect.Parameter.empty and name not in given:
-            what = "FOLDER" if name == "source" else "FILE"
+            what = {"source": "FOLDER", "url": "http://HOST:PORT"}.get(name, "FILE")
             raise ValueError(f"the reward {call.name} needs its {name}, as in {call.name}({what})")
     return Call(call.name, (), tuple((name, given[name]) for name in names if name in given))
 

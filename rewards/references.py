@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .images import to_images
 
-__all__ = ["POOLS", "entries_of", "pictures_of"]
+__all__ = ["POOLS", "each_once", "entries_of", "pictures_of"]
 
+T = TypeVar("T")
 # scores (m,) of one image and its references -> the score ()
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {"max": Tensor.amax, "mean": Tensor.mean}
 WANTED = "one entry for each image, an image or a list of images"
@@ -34,3 +35,15 @@ def pictures_of(entry: Any, index: int) -> list[Tensor]:
         parts = entry if isinstance(entry, list | tuple) else [entry]
         return [row for part in parts for row in to_images(part).split(1)]
     raise ValueError(f"references has no image for image {index}; give at least one")
+
+
+def each_once(entries: Sequence[Any], read: Callable[[Any, int], T]) -> list[T]:
+    """Return read(entry, index) of each entry; one and the same object is read once.
+
+    The particles of a prompt have the same entry.
+    """
+    known: dict[int, T] = {}
+    for i, entry in enumerate(entries):
+        if id(entry) not in known:
+            known[id(entry)] = read(entry, i)
+    return [known[id(entry)] for entry in entries]

@@ -4,6 +4,8 @@ TILT_TEST has the tests run as on another processor: see processors.py.
 """
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import processors
 import pytest
@@ -19,6 +21,25 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
     tiny_pipelines.sd().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """The endpoint of a judge, which answers as the test says."""
+    from judge_server import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+def qwen(request, tmp_path_factory) -> str:
+    """A small untrained Qwen2.5-VL in a folder, in either dtype."""
+    import torch
+    from small_judge import save_qwen
+
+    return save_qwen(tmp_path_factory.mktemp("qwen"), getattr(torch, request.param))
 
 
 @pytest.fixture

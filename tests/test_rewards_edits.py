@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from clip_folders import pictures as smooth
-from judge_server import Server, grey, pictures, question, says
+from judge_server import grey, pictures, question, says
 from PIL import Image
-from small_judge import save_qwen
 
 import rewards
 from rewards.images import to_images
@@ -20,18 +18,6 @@ from rewards.models.clip_image import ClipImageReward
 from rewards.models.vlm_judge import PRESETS, JudgeReward
 
 ANSWER = '{"reasoning" : "the hat is \\"red\\" [1, 2]", "score" : [20, 12.5]}'
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def qwen(request, tmp_path_factory) -> str:
-    return save_qwen(tmp_path_factory.mktemp("qwen"), request.param)
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,16 @@ def test_a_file_that_is_absent_or_empty_is_refused(tmp_path):
         prompts.read_metadata(tmp_path / "empty.jsonl")
 
 
+def test_a_prompt_may_hold_any_character_but_the_file_must_be_utf_8(tmp_path):
+    (tmp_path / "m.jsonl").write_text(
+        json.dumps(GOOD | {"prompt": "a\u2028b\x85"}, ensure_ascii=False), encoding="utf-8-sig"
+    )
+    assert list(prompts.read_metadata(tmp_path / "m.jsonl")) == ["a\u2028b"]
+    (tmp_path / "m.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"m\.jsonl is not UTF-8"):
+        prompts.read_metadata(tmp_path / "m.jsonl")
+
+
 def test_equal_lines_of_one_prompt_are_one_entry(tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n")
     (entry,) = prompts.read_metadata(tmp_path / "m.jsonl").values()

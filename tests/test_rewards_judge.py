@@ -20,13 +20,6 @@ from rewards.models.vlm_judge import PRESETS, JudgeReward
 KEY = "sk-very-secret"
 
 
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
 def level(body: Any) -> int:
     """The grey of the picture that was sent."""
     return int(picture(body)[0, 0, 0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from judge_server import Server, first_tokens, grey, question
 from PIL import Image
-from small_judge import save_qwen
 
 import rewards
 from rewards.catalogue import OutsideError
@@ -22,18 +20,6 @@ from rewards.models.soft_tifa import SoftTifaReward, arithmetic, geometric
 
 SHAPES = Path(__file__).with_name("shapes_questions.jsonl")
 LONGEST = "a blue cross above a red star"
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def qwen(request, tmp_path_factory) -> str:
-    return save_qwen(tmp_path_factory.mktemp("qwen"), request.param)
 
 
 def ask(server: Server, file: Path = SHAPES, **options: Any) -> SoftTifaReward:
@@ -172,7 +158,7 @@ ASKED = {"prompt": "a cat", "vqa_list": [["Is there a cat?", "Yes"]]}
     ("records", "message"),
     [
         ([], "is empty"),
-        ([[1]], "line 1 .* has no questions"),
+        ([[1]], "line 1 .* is not like those of GenEval 2's"),
         ([{"vqa_list": []}], "line 1 .*prompt"),
         ([ASKED | {"prompt": 3}], "the prompt is 3"),
         ([{"prompt": "a"}], "vqa_list"),
@@ -180,7 +166,10 @@ ASKED = {"prompt": "a cat", "vqa_list": [["Is there a cat?", "Yes"]]}
         ([ASKED | {"vqa_list": ["Is it?"]}], r"must hold \[question, answer\]"),
         ([ASKED | {"vqa_list": [["Is it?", True]]}], r"must hold \[question, answer\]"),
         ([ASKED | {"vqa_list": [["Which?", "light blue"]]}], "answer of one word"),
-        ([ASKED, ASKED | {"vqa_list": [["Is it?", "no"]]}], "line 2 .* other questions"),
+        (
+            [ASKED, ASKED | {"vqa_list": [["Is it?", "no"]]}],
+            "line 2 .* contradicts an earlier line",
+        ),
     ],
 )
 def test_a_file_that_is_no_file_of_questions_is_refused(tmp_path, records, message):

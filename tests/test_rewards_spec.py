@@ -312,6 +312,7 @@ def test_the_range_of_a_sum_follows_the_signs():
         ("unified_reward(7b)", "write judge"),
         ("hpsv2", r"write hps\(version=v2\)"),
         ("critic", r"needs its source, as in critic\(FOLDER\)"),
+        ("remote", r"needs its url, as in remote\(http://HOST:PORT\)"),
         ("critic(batch_size=2)", "needs its source"),
         ("0.5*(clip + jpeg)", r"brackets alone hold no sum; .* as in 0.5\*mean\(clip, jpeg\)"),
         ("(clip + jpeg)*0.5", "brackets alone hold no sum"),

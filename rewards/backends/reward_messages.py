@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..images import to_images
+from ..references import each_once
 
 __all__ = [
     "JSON",
@@ -180,18 +181,17 @@ def restored(x: Tensor, reciprocal: bool = False) -> Tensor:
 
 def _add_references(tensors: dict[str, Tensor], references: Sequence[Any]) -> list[list[int]]:
     """Add each reference image once; return the numbers of those of each image."""
-    known: dict[int, list[int]] = {}  # the particles of one prompt have the same entry
-    for entry in references:
-        if id(entry) in known:
-            continue
-        known[id(entry)] = []
+
+    def add(entry: Any, _index: int) -> list[int]:
+        numbers = []
         for picture in entry if isinstance(entry, list | tuple) else [entry]:
             for row in to_images(picture, "cpu").split(1):
                 sent, reciprocal = _smallest(row)
-                number = len(tensors) - 1  # without the images
-                tensors[f"reference.{number}"] = (row if reciprocal else sent)[0].clone()
-                known[id(entry)].append(number)
-    return [known[id(entry)] for entry in references]
+                numbers.append(len(tensors) - 1)  # without the images
+                tensors[f"reference.{numbers[-1]}"] = (row if reciprocal else sent)[0].clone()
+        return numbers
+
+    return each_once(references, add)
 
 
 def write_answer(total: Tensor, components: Mapping[str, Tensor], identity: str) -> bytes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .files import read_by_prompt
 from .rules import COLOURS, DIRECTIONS, TASKS, Entry, Expected
 
 __all__ = ["CLASSES", "grammar", "included", "parse", "phrase", "read_metadata"]
@@ -37,32 +36,7 @@ def read_metadata(path: str | Path) -> dict[str, Entry]:
 
     Raises ValueError for a line that is not an entry or contradicts an earlier one of its prompt.
     """
-    path = Path(os.path.expanduser(path))
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"there is no metadata file {str(path)!r}; give GenEval's evaluation_metadata.jsonl, "
-            "or one like it"
-        )
-    entries: dict[str, Entry] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            prompt, entry = str(record["prompt"]).strip(), _entry(record)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(
-                f"line {number} of {path} is not an entry of GenEval's metadata: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if entries.setdefault(prompt, entry) != entry:
-            raise ValueError(
-                f"line {number} of {path} asks for other things than an earlier line of the same "
-                f"prompt {prompt!r}; keep one of them"
-            )
-    if not entries:
-        raise ValueError(f"the metadata file {str(path)!r} is empty; give one with prompts")
-    return entries
+    return read_by_prompt(path, "metadata file", "GenEval's evaluation_metadata.jsonl", _entry)
 
 
 def _entry(record: Mapping[str, Any]) -> Entry:

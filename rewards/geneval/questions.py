@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import read_by_prompt
 from .prompts import NUMBERS
 
 __all__ = ["Questions", "read_questions", "spellings"]
@@ -19,44 +18,10 @@ def read_questions(path: str | Path) -> dict[str, Questions]:
     """Return the questions and answers of a file like geneval2_data.jsonl, by prompt.
 
     A line is {"prompt": ..., "vqa_list": [[question, answer], ...]}; other keys are ignored. Raises
-    ValueError for a line that is not, or that asks other questions than an earlier one.
+    ValueError for a line that is not, or that contradicts an earlier one of its prompt.
     """
-    path = Path(os.path.expanduser(path))
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"there is no file of questions {str(path)!r}; give GenEval 2's geneval2_data.jsonl, "
-            "or one like it"
-        )
-    found: dict[str, Questions] = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            prompt, questions = _prompt(record), _questions(record)
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise ValueError(
-                f"line {number} of {path} has no questions in GenEval 2's format: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if found.setdefault(prompt, questions) != questions:
-            raise ValueError(
-                f"line {number} of {path} asks other questions than an earlier line of the same "
-                f"prompt {prompt!r}; keep one of them"
-            )
-    if not found:
-        raise ValueError(f"the file of questions {str(path)!r} is empty; give one with prompts")
-    return found
-
-
-def _prompt(record: Mapping[str, Any]) -> str:
-    if not isinstance(record["prompt"], str):
-        raise ValueError(f"the prompt is {record['prompt']!r:.80} but must be text")
-    return record["prompt"].strip()
+    example = "GenEval 2's geneval2_data.jsonl"
+    return read_by_prompt(path, "file of questions", example, _questions)
 
 
 def _questions(record: Mapping[str, Any]) -> Questions:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_choice
-from ..references import POOLS, entries_of, pictures_of
+from ..references import POOLS, each_once, entries_of, pictures_of
 from ..towers.sources import towers
 from .base import Card, NetworkReward
 
@@ -66,13 +66,9 @@ class ClipImageReward(NetworkReward):
         entries = entries_of("the CLIP image reward", references, len(images))
         self.towers.to(device)
         features = self.towers.image_features(images, self.batch_size)
-        known: dict[int, Tensor] = {}  # particles of one prompt have the same entry
-        scores = []
-        for i, entry in enumerate(entries):
-            if id(entry) not in known:
-                known[id(entry)] = self._features(pictures_of(entry, i))
-            with torch.autocast(features.device.type, enabled=False):
-                scores.append(POOLS[self.pool](known[id(entry)] @ features[i]))
+        known = each_once(entries, lambda entry, i: self._features(pictures_of(entry, i)))
+        with torch.autocast(features.device.type, enabled=False):
+            scores = [POOLS[self.pool](r @ x) for r, x in zip(known, features, strict=True)]
         return torch.stack(scores)
 
     def _features(self, pictures: Sequence[Tensor]) -> Tensor:

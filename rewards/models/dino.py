@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..arguments import check_choice, check_number
 from ..images import check_inputs
-from ..references import POOLS, entries_of, pictures_of
+from ..references import POOLS, each_once, entries_of, pictures_of
 from ..towers.dino_backbone import Tokens, view
 from .base import Card, NetworkReward
 
@@ -100,15 +100,15 @@ class DinoReward(NetworkReward):
     ) -> Tensor:
         entries = entries_of("the DINO reward", references, len(images))
         tokens = self._tokens(images)
-        known: dict[int, Tokens] = {}  # particles of one prompt have the same list of references
-        scores = []
-        for i, entry in enumerate(entries):
-            if id(entry) not in known:
-                found = [self.view.reference(picture) for picture in pictures_of(entry, i)]
-                known[id(entry)] = Tokens(*(torch.stack(part) for part in zip(*found, strict=True)))
-            image = Tokens(tokens.cls[i], tokens.patches[i])
-            scores.append(self._likeness(image, known[id(entry)]))
+        scores = [
+            self._likeness(Tokens(tokens.cls[i], tokens.patches[i]), known)
+            for i, known in enumerate(each_once(entries, self._references))
+        ]
         return torch.stack(scores)
+
+    def _references(self, entry: Any, index: int) -> Tokens:
+        found = [self.view.reference(picture) for picture in pictures_of(entry, index)]
+        return Tokens(*(torch.stack(part) for part in zip(*found, strict=True)))
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return the CLS tokens of images (n, 3, h, w) in [0, 1] as unit float32 vectors (n, d)."""

@@ -96,27 +96,15 @@ class SoftTifaReward:
     ) -> None:
         check_choice("the soft_tifa mode", mode, MODES)
         self.name = "soft_tifa"
-        self.spec = written(
-            "soft_tifa",
-            SoftTifaReward,
-            **{"questions": questions, "source": source, "mode": mode, "url": url, "model": model},
-            **{"key_env": key_env, "invalid": invalid, "timeout": timeout, "retries": retries},
-            concurrency=concurrency,
-        )
+        asking: dict[str, Any] = {
+            **{"source": source, "url": url, "model": model, "key_env": key_env},
+            **{"invalid": invalid, "timeout": timeout, "retries": retries},
+            "concurrency": concurrency,
+        }
+        self.spec = written("soft_tifa", SoftTifaReward, questions=questions, mode=mode, **asking)
         self.mode = mode
         self.questions = read_questions(questions)
-        self.asker = Asker(
-            source,
-            url,
-            model,
-            key_env=key_env,
-            invalid=invalid,
-            max_tokens=1,
-            timeout=timeout,
-            retries=retries,
-            concurrency=concurrency,
-            device=device,
-        )
+        self.asker = Asker(**asking, max_tokens=1, device=device)
         every = {pair for pairs in self.questions.values() for pair in pairs}
         self.asker.check([question for question, _ in every], "question")
         if isinstance(self.asker.model, LocalVlm):

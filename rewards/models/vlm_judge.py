@@ -22,7 +22,7 @@ from ..arguments import check_choice
 from ..backends.asking import AnswersQuestions, Asker, NoScore, Pictures
 from ..backends.judge_presets import PRESETS, Preset
 from ..images import check_inputs, to_uint8
-from ..references import entries_of, pictures_of
+from ..references import each_once, entries_of, pictures_of
 from ..spec import written
 from .base import Card
 
@@ -95,36 +95,29 @@ class JudgeReward:
         device: torch.device | str | None = None,
     ) -> None:
         check_choice("the judge's preset", preset, PRESETS)
-        texts = {"source": source, "question": question, "pattern": pattern, "key_env": key_env}
-        _check_texts(**texts)
+        _check_texts(source=source, question=question, pattern=pattern, key_env=key_env)
         if not isinstance(compares, bool | None):
             raise ValueError(f"the judge's compares is {compares!r}; give true or false")
         self.name = "judge"
+        asking: dict[str, Any] = {
+            **{"source": source, "url": url, "model": model, "key_env": key_env},
+            **{"invalid": invalid, "timeout": timeout, "retries": retries},
+            "concurrency": concurrency,
+        }
         self.spec = written(
             "judge",
             JudgeReward,
-            **{"preset": preset, "url": url, "model": model, "low": low, "high": high},
-            **{"compares": compares, "invalid": invalid, "max_tokens": max_tokens},
-            **{"timeout": timeout, "retries": retries, "concurrency": concurrency},
-            **texts,
+            **{"preset": preset, "question": question, "pattern": pattern, "low": low},
+            **{"high": high, "compares": compares, "max_tokens": max_tokens},
+            **asking,
         )
         self.task = _task(PRESETS[preset], question, pattern, low, high)
         if compares is not None:
             self.task = replace(self.task, sources=math.inf if compares else 0)
         bounded = not self.task.patterns or self.task.low is not None
         self.range: tuple[float | None, float | None] = (0.0, 1.0) if bounded else (None, None)
-        self.asker = Asker(
-            source,
-            url,
-            model,
-            key_env=key_env,
-            invalid=invalid,
-            max_tokens=self.task.max_tokens if max_tokens is None else max_tokens,
-            timeout=timeout,
-            retries=retries,
-            concurrency=concurrency,
-            device=device,
-        )
+        longest = self.task.max_tokens if max_tokens is None else max_tokens
+        self.asker = Asker(**asking, max_tokens=longest, device=device)
         self.model: AnswersQuestions = self.asker.model
 
     @property
@@ -142,11 +135,8 @@ class JudgeReward:
         shown: list[Pictures] = [(picture,) for picture in to_uint8(images)]
         if self.wants_references and shown:
             entries = entries_of("the judge", references, len(images))
-            known: dict[int, list[np.ndarray]] = {}  # particles of one prompt have the same entry
-            for i, entry in enumerate(entries):
-                if id(entry) not in known:
-                    known[id(entry)] = self._sources(entry, i)
-                shown[i] = (*known[id(entry)], *shown[i])
+            sources = each_once(entries, self._sources)
+            shown = [(*before, *after) for before, after in zip(sources, shown, strict=True)]
         return self.asker.scores(shown, prompts, self._ask, images.device)
 
     def _sources(self, entry: Any, index: int) -> list[np.ndarray]:
