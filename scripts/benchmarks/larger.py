@@ -1,12 +1,14 @@
 """Larger published networks in their real shapes and without weights, for the memory of training.
 
-FLUX.2-klein-4B and Wan2.2-TI2V-5B have the numbers of diffusers' conversion scripts; Qwen-Image and
-Z-Image those of their own config.json, which are diffusers' defaults. The decoders of FLUX.2 and
-Qwen-Image are diffusers' defaults, which were not compared with the models' own files.
+FLUX.2-klein-4B and Wan2.2-TI2V-5B have the numbers of diffusers' conversion scripts. Qwen-Image and
+Z-Image have diffusers' defaults, which others quote as their config.json; the files themselves were
+not seen. The decoders of FLUX.2 and Qwen-Image are diffusers' defaults too and were compared with
+nothing. The numbers of parameters agree with the models' cards (tests/test_configs.py).
 Legend: n rows, l tokens of a text.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ WAN_DECODER = {
     "scale_factor_spatial": 16,
 }
 # Texts of FLUX and Wan are padded to 512 tokens. Those of Qwen-Image and Z-Image have their own
-# length, of which 128 is assumed. The video has 33 frames of about 480 x 832 pixels.
+# length, of which 128 is assumed. The video has 33 frames of about as many pixels as 480 x 832.
 LARGER = {
     "flux-dev": FLUX_DEV,
     "klein-4b": Published(
@@ -68,7 +70,7 @@ LARGER = {
         factor=16,
     ),
 }
-
+LARGER["wan22-5b-image"] = replace(LARGER["wan22-5b"], frames=1)
 
 # The setting with the number of a network's blocks, of which all are alike, and that number.
 BLOCKS = {
@@ -77,6 +79,7 @@ BLOCKS = {
     "z-image": ("n_layers", 30),
     "qwen-image": ("num_layers", 60),
     "wan22-5b": ("num_layers", 30),
+    "wan22-5b-image": ("num_layers", 30),
 }
 
 

@@ -122,17 +122,18 @@ def look(decoder: Any, tower: Any, model: Published, images: int) -> None:
         tower(F.interpolate(part, (224, 224), mode="bicubic", antialias=True))
 
 
-def peak(
+def peaks(
     model: Published,
     method: str,
     images: int,
     less: bool,
     base: str = "bf16",
     offline: bool | None = None,
-) -> float:
-    """The most bytes of a micro-batch; less: with gradient checkpointing.
+) -> tuple[float, float]:
+    """The most bytes of a micro-batch in training, and while it is decoded and scored.
 
-    base: how the frozen weights are held; offline: whether the reference has a pass, too.
+    less: with gradient checkpointing; base: how the frozen weights are held; offline: whether the
+    reference has a pass, too. The second is 0 if nothing is decoded.
     """
     _, copies, online = METHODS[method]
     offline = not online if offline is None else offline
@@ -155,10 +156,16 @@ def peak(
         norms = [patch.object(F, n, in_float(getattr(F, n))) for n in ("layer_norm", "group_norm")]
         with norms[0], norms[1]:  # around the backward pass too, which may recompute
             step(network, model, images * copies, offline)
+        trained, count.peak = count.peak, 0
         if online:
             look(others[0], others[1], model, images)
         del kept
-    return float(count.peak)
+    return float(trained), float(count.peak)
+
+
+def peak(*of: Any, **more: Any) -> float:
+    """The most bytes of a micro-batch, of the arguments of `peaks`."""
+    return max(peaks(*of, **more))
 
 
 def row(name: str, method: str, less: bool) -> str:
@@ -174,26 +181,30 @@ def row(name: str, method: str, less: bool) -> str:
     return line(*cells)
 
 
-def whole_peak(name: str, side: int, method: str, *rest: Any) -> float:
-    """The most bytes of a larger network, drawn through two with fewer blocks, in seconds.
+def whole_peaks(name: str, side: int, method: str, *rest: Any) -> tuple[float, float]:
+    """The two peaks of a larger network, each drawn through two with fewer blocks, in seconds.
 
-    The pass of the reference, which needs less than the one with gradients, is left out.
+    With few blocks, decoding may need more than training, and with all of them less. The pass of
+    the reference, which needs less than the one with gradients, is left out.
     """
     model, (setting, blocks) = replace(LARGER[name], side=side), BLOCKS[name]
     cut = [replace(model, config={**model.config, setting: few}) for few in FEW]
-    a, b = (peak(part, method, *rest, offline=False) for part in cut)
-    return a + (b - a) * (blocks - FEW[0]) / (FEW[1] - FEW[0])
+    few, more = (peaks(part, method, *rest, offline=False) for part in cut)
+    share = (blocks - FEW[0]) / (FEW[1] - FEW[0])
+    trained, decoded = (a + (b - a) * share for a, b in zip(few, more, strict=True))
+    return trained, decoded
 
 
 def larger_rows(name: str, side: int, less: bool) -> Iterator[str]:
     """Yield the lines of a larger network: one image, each further one, and what fits."""
     saved = [0.0] * (1 + len(BASES))  # by weights in 8 and 4 bits
     for method in ("gdro", "grpo"):
-        one, two = (whole_peak(name, side, method, images, less) for images in (1, 2))
+        firsts, seconds = (whole_peaks(name, side, method, images, less) for images in (1, 2))
+        one, each = max(firsts), max(b - a for a, b in zip(firsts, seconds, strict=True))
         if method == "gdro":
-            packed = (whole_peak(name, side, method, 1, less, base) for base in BASES)
+            packed = (max(whole_peaks(name, side, method, 1, less, base)) for base in BASES)
             saved = [0.0, *(one - of for of in packed)]
-        ones, each = [one - of for of in saved], two - one
+        ones = [one - of for of in saved]
         cells = [name, side, method, "yes" if less else "no"]
         cells += [" / ".join(f"{of / 1e9:.1f}" for of in ones), f"{each / 1e9:.2f}"]
         for card in CARDS.values():

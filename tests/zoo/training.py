@@ -246,8 +246,9 @@ def read() -> dict[str, Row]:
 
 HEAD = """# Which pipelines train
 
-Every pipeline class that diffusers {version} exports, trained on a tiny instance with random
-weights (`tests/zoo/training.py`). This page is written by `PYTHONPATH=tests python -m
+Every pipeline class that diffusers {version} exports. Those of the first table were trained on a
+tiny instance with random weights (`tests/zoo/training.py`); the second table says why the others
+were not. This page is written by `PYTHONPATH=tests python -m
 zoo.training`, and `pytest -m slow tests/test_trainable.py` finds each cell again.
 
 Adding a class takes nothing: the network is called by the pipeline's own call, whose head is
