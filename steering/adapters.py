@@ -16,7 +16,7 @@ from torch import Tensor
 from steering.hub import one_sentence, where
 from steering.networks import networks
 
-__all__ = ["check_lora", "load_lora"]
+__all__ = ["check_lora", "load_lora", "unload_lora"]
 
 
 def check_lora(lora: str | None) -> tuple[str, bool] | None:
@@ -76,6 +76,19 @@ def load_lora(pipe: Any, lora: str) -> None:
     names = [name for state in stored for name in _names(pipe, state)]
     names += _left_out(Path(path))
     _check_fit(names, set(_loaded(pipe)) - before, f"the LoRA {lora}", type(pipe).__name__)
+
+
+def unload_lora(pipe: Any) -> None:
+    """Remove the LoRAs that were loaded into the pipeline, also by `load_lora` without a loader."""
+    from diffusers.utils import recurse_remove_peft_layers
+
+    if _has_loader(pipe):
+        pipe.unload_lora_weights()
+        return
+    for module in _modules(pipe).values():
+        if hasattr(module, "peft_config"):
+            recurse_remove_peft_layers(module)
+            del module.peft_config
 
 
 def _has_loader(pipe: Any) -> bool:

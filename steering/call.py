@@ -133,8 +133,8 @@ class PipelineCall:
     def _check_sizes(self) -> None:
         if self.value("num_inference_steps") is not None:
             check_count("num_inference_steps", self.value("num_inference_steps"), MOST_STEPS)
-        sizes = {"height": MOST_PIXELS, "width": MOST_PIXELS, "num_frames": MOST_FRAMES}
-        for name, most in sizes.items():
+        sizes = {"height": MOST_PIXELS, "width": MOST_PIXELS}
+        for name, most in (sizes | dict.fromkeys(COUNTS_OF_FRAMES, MOST_FRAMES)).items():
             if self.keywords.get(name) is not None:
                 check_count(name, self.keywords[name], most)
 
@@ -301,11 +301,14 @@ def _drops_out(module: torch.nn.Module) -> bool:
 
 
 def refuse_videos(pipe: Any, keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError if a call with these keywords generates several frames per row."""
+    """Raise ValueError if a call with these keywords generates several frames per row.
+
+    None, the default of CogVideoX, means as many as its network was trained on.
+    """
     parameters = inspect.signature(type(pipe).__call__).parameters
     for name in COUNTS_OF_FRAMES:
-        frames = keywords.get(name, parameters[name].default) if name in parameters else None
-        if frames not in (None, 1):
+        frames = keywords.get(name, parameters[name].default) if name in parameters else 1
+        if frames != 1:
             raise ValueError(
                 f"{name}={frames!r:.80}: this call generates videos, but images are needed here; "
                 f"pass {name}=1."

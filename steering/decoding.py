@@ -103,7 +103,8 @@ class Decoder:
         Raises ValueError if decoding fails.
         """
         if self._decode is not None:
-            self.chosen(_decoded(self._decode, x0[:1])[0])
+            few = x0[: min(2, self._at_once(x0))]  # two, to see that each latent has a result
+            self.chosen(_decoded(self._decode, few)[0])
             if funnel and self._mixes(x0):
                 raise ValueError(
                     f"{type(self._pipe).__name__} mixes the rows of a call after its last step, so "
@@ -207,6 +208,15 @@ class Decoder:
         """Return the result of decode= for all latents, and the sampling rate of sounds, else 0."""
         decode: Any = self._decode
         parts = [_decoded(decode, part) for part in latents.split(self._at_once(latents))]
+        kinds = list(dict.fromkeys((tuple(values.shape[1:]), rate) for values, rate in parts))
+        if len(kinds) > 1:
+            said = " and ".join(
+                f"{shape} at {rate} Hz" if rate else f"{shape}" for shape, rate in kinds
+            )
+            raise ValueError(
+                f"decode= returned {said} in one run; return one shape and one sampling rate for "
+                "all latents."
+            )
         return torch.cat([values for values, _ in parts]), parts[0][1]
 
     def _refused(self, why: str) -> Undecodable:
@@ -340,7 +350,7 @@ def _decoded(decode: Callable[[Tensor], Any], latents: Tensor) -> tuple[Tensor, 
     pair = isinstance(made, tuple) and len(made) == 2
     values: Any = made[0] if pair else made
     rate: Any = made[1] if pair else 0
-    fits = isinstance(values, Tensor) and len(values) == n
+    fits = isinstance(values, Tensor) and values.ndim > 0 and len(values) == n
     if pair:
         fits = fits and values.ndim == 3 and is_count(rate)
     else:
@@ -350,6 +360,11 @@ def _decoded(decode: Callable[[Tensor], Any], latents: Tensor) -> tuple[Tensor, 
             f"decode= returned {_form(made)} for {n} latents; return one image for each, "
             f"({n}, 3, h, w) in [0, 1], or one video, ({n}, frames, 3, h, w), or a pair of "
             f"waveforms in [-1, 1], ({n}, channels, samples), and their sampling rate."
+        )
+    if not values.is_floating_point():
+        raise ValueError(
+            f"decode= returned values of {values.dtype}; return floats, images in [0, 1] and "
+            "waveforms in [-1, 1]."
         )
     return values.squeeze(1) if values.ndim == 5 and values.shape[1] == 1 else values, rate
 

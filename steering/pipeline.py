@@ -62,16 +62,17 @@ def steer(
     """Draw `particles` weighted images per prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
 
     Args:
-        reward: reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,); it also gets `references`,
-            one per prompt, as a keyword if there are any. references="image" passes the image of
-            the call's keyword `image`: the source, where the pipeline edits an image.
-        particles: At most 10,000; also at most 10,000 steps and 16,384 pixels a side.
+        reward: reward(images (n, 3, h, w) in [0, 1], n prompts) -> (n,), a `RewardFunction`. It
+            also gets `references`, one per prompt, as a keyword if there are any;
+            references="image" passes the image of the call's keyword `image`, the source of an
+            edit.
+        particles: At most 10,000; also at most 10,000 steps or frames and 16,384 pixels a side.
         seed: 0 to 2**63 - 1.
         preview: An AutoencoderTiny that decodes the images scored during the run. The final images
             come from the pipeline's own decoder, and the final reward is that of the 8-bit image.
-        decode: Latents (n, ...) -> images in [0, 1], for pipelines whose own decoder cannot be
-            called; or videos (n, frames, 3, h, w), or a pair of waveforms in [-1, 1], (n, channels,
-            samples), and their sampling rate. The reward gets waveforms as they are.
+        decode: Latents (n, ...) -> floats in place of the pipeline's own decoder: images in [0, 1],
+            (n, 3, h, w); videos (n, frames, 3, h, w); or a pair of waveforms in [-1, 1], (n,
+            channels, samples), and their sampling rate in Hz. It replaces preview and preview_size.
         max_batch: Maximum number of rows that the network evaluates at once. If memory runs out,
             it is halved as often as necessary, also for "auto" (or None), but not with spread.
         preview_size: The sides of the images scored during the run, as a share of the final ones.
@@ -87,19 +88,18 @@ def steer(
         video_score: The score of a video: the "mean" or the "min" of its frames' scores.
         pipe_kwargs: Keywords of the pipeline's own call.
 
-    Other batch sizes (max_batch, prompts_per_call, spread, a halving) use the same noise. In
-    float32 they give the same images to one grey level in at most 1 % of the values, unless a
-    draw of resampling lies that close to the boundary between two particles (docs/checked.md).
-
     Raises ValueError before any step for arguments that cannot work, and during the run for a
-    reward that is not finite. If anything ends the run early, including Ctrl-C, the exception's
-    `finished` is the Steered of the finished prompts, or None. It includes prompts whose steps were
-    finished but whose decoding or final scores failed: latents, no images, NaN for every number.
+    reward that is not finite. `Steered` says what a run that ends early keeps.
     """
     given = dict(locals())  # must come first: the arguments, as steer_each() takes them
     given |= given.pop("pipe_kwargs")
     if "only" in pipe_kwargs:
         raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")
+    return _joined(given)
+
+
+def _joined(given: dict[str, Any]) -> Steered:
+    """Return the results of steer_each() as one; `finished` of an exception has those before it."""
     parts: list[Steered] = []
     try:
         for part in steer_each(**given):
@@ -140,22 +140,10 @@ def steer_each(
     The arguments are checked when this is called, before the first result is requested. `only`
     lists the indices of the prompts to run; each uses the same noise as when all are run.
     """
+    given = dict(locals())  # must come first
     prompts = check_prompts(prompts)
-    check_steer(
-        num_prompts=len(prompts),
-        particles=particles,
-        settings=settings,
-        seed=seed,
-        decode=decode,
-        max_batch=max_batch,
-        prompts_per_call=prompts_per_call,
-        progress=progress,
-        references=references,
-        preview_size=preview_size,
-        guidance_interval=guidance_interval,
-        watch=watch,
-        only=only,
-    )
+    checked = inspect.signature(check_steer).parameters.keys() & given.keys()
+    check_steer(num_prompts=len(prompts), **{name: given[name] for name in checked})
     check_pipeline(pipe, decode is not None)
     ours = tuple(inspect.signature(steer).parameters)
     call = PipelineCall.check(pipe, prompts, pipe_kwargs, ours[:-1])

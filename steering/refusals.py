@@ -40,9 +40,9 @@ def refuse_unsteerable(pipe: DiffusionPipeline, decodes: bool = False) -> None:
             )
         if not decodes:
             raise ValueError(
-                f"{kind} generates sound; pass decode=, a function from latents to a pair of "
-                "waveforms in [-1, 1], (n, channels, samples), and their sampling rate, and a "
-                "reward of such waveforms."
+                f"{kind} generates sound; pass steer() decode=, a function from latents to a "
+                "pair of waveforms in [-1, 1], (n, channels, samples), and their sampling rate, "
+                "and a reward of such waveforms."
             )
     if not any(name in parts for name in _DRAW):
         raise ValueError(

@@ -26,6 +26,14 @@ class Steered:
 
     The mean of f weighted by softmax(log_weights) estimates its expectation under the tilted law;
     `log_z` is the log of an unbiased estimate of E_p[exp(λ r)].
+
+    Other batch sizes (max_batch, prompts_per_call, spread, a halving) use the same noise. In
+    float32 they give the same images to one grey level in at most 1 % of the values, unless a
+    draw of resampling lies that close to the boundary between two particles (docs/checked.md).
+
+    If anything ends steer() early, including Ctrl-C, the exception's `finished` is the Steered of
+    the finished prompts, or None. It includes prompts whose steps were finished but whose decoding
+    or final scores failed: latents, no images, NaN for every number.
     """
 
     prompts: tuple[str, ...]

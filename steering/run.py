@@ -79,6 +79,11 @@ class Run:
                 "guidance_interval= and funnel out, or pass pag_scale=0."
             )
         check_preview(self.pipe, self.preview)
+        if self.decode is not None and (self.preview is not None or self.preview_size != 1):
+            raise ValueError(
+                "decode= also makes the images scored during the run, on which preview= and "
+                "preview_size= have no effect; leave them out."
+            )
         if not needs_scores(self.settings, self.k):
             return
         refuse_momentum(self.pipe, self.call.value("guidance_scale"))

@@ -68,6 +68,24 @@ def noise(generator: torch.Generator, width: int, height: int, smooth: int = 1) 
     return Image.fromarray(values).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def _described(k: int, settings: FeynmanKac) -> dict:
+    return {
+        "model": "tiny-sd3",
+        "pipeline": "StableDiffusion3Pipeline",
+        "reward": "ocr + 'x' <i>",
+        "particles": k,
+        "seed": 3,
+        "settings": {
+            "reward_scale": settings.reward_scale,
+            "min_ess": settings.min_ess,
+            "potential": "difference",
+        },
+        "pipeline_keywords": {"num_inference_steps": 20},
+        "versions": {"torch": "2.14.1"},
+        "weights": {"transformer": "0123456789abcdef"},
+    }
+
+
 def save(
     folder: Path,
     prompts: list[str],
@@ -106,23 +124,7 @@ def save(
         "log_weights": state.log_weights.tolist(),
         "log_z": final_log_z(state).tolist(),
     }
-    manifest = {
-        "prompts": prompts,
-        "model": "tiny-sd3",
-        "pipeline": "StableDiffusion3Pipeline",
-        "reward": "ocr + 'x' <i>",
-        "particles": sizes[0],
-        "seed": 3,
-        "settings": {
-            "reward_scale": settings.reward_scale,
-            "min_ess": settings.min_ess,
-            "potential": "difference",
-        },
-        "pipeline_keywords": {"num_inference_steps": 20},
-        "versions": {"torch": "2.14.1"},
-        "weights": {"transformer": "0123456789abcdef"},
-        "results": results,
-    }
+    manifest = _described(sizes[0], settings) | {"prompts": prompts, "results": results}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     lineage = Lineage(20, tuple(scores)).to_json()
     if previews and scores:

@@ -11,7 +11,7 @@ from torch import nn
 from finetune import lora
 from finetune.network import part_of, targets_of
 from steering import tiny
-from steering.adapters import _loaded, check_lora, load_lora
+from steering.adapters import _loaded, check_lora, load_lora, unload_lora
 from tilt import loading
 
 RANK = 2
@@ -253,6 +253,12 @@ def test_a_class_without_a_loader_takes_its_own_lora_and_no_other(tmp_path):
     ours, theirs = lora.parameters(network), lora.parameters(fresh.transformer)
     assert len(ours) == len(theirs)
     assert all((value == 0.1).all() for value in theirs.values())
+    own = [name for name, _ in tiny_pipelines.pixart().transformer.named_parameters()]
+    for _ in range(2):  # as rollouts do that follow a training run
+        unload_lora(fresh)
+        assert [name for name, _ in fresh.transformer.named_parameters()] == own
+        load_lora(fresh, str(tmp_path))
+        assert len(lora.parameters(fresh.transformer)) == len(ours)
     other = tuned(tmp_path / "other")  # of Stable Diffusion
     with pytest.raises(ValueError, match="was not saved for PixArtAlphaPipeline"):
         load_lora(tiny_pipelines.pixart(), str(other))

@@ -2,6 +2,7 @@
 
 # pyright: reportArgumentType=false
 
+import itertools
 import json
 import wave
 from pathlib import Path
@@ -16,6 +17,7 @@ from zoo.audio import RATE, waves
 from zoo.building import call_of, pipeline_of
 from zoo.checks import SCORED, Subject, fingerprint, own
 
+import steering.run
 import tilt.report
 from steering import FeynmanKac, Steered, steer
 from steering.call import PipelineCall
@@ -128,7 +130,7 @@ def test_texts_beside_the_prompts_are_given_to_each_row():
 
 
 def test_what_makes_sound_needs_a_decode_of_its_own():
-    with pytest.raises(ValueError, match="AceStepPipeline generates sound; pass decode=, a func"):
+    with pytest.raises(ValueError, match=r"AceStepPipeline generates sound; pass steer\(\) deco"):
         steer(bare("AceStepPipeline"), PROMPT, loudness, progress=False)
     with pytest.raises(ValueError, match="LTX2Pipeline generates sound beside images, with lat"):
         steer(bare("LTX2Pipeline"), PROMPT, loudness, decode=waves, progress=False)
@@ -137,17 +139,48 @@ def test_what_makes_sound_needs_a_decode_of_its_own():
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda x: waves(x)[0], r"returned \(1, 2, 32\) for 1 latents; .* a pair of waveforms"),
-        (lambda x: (waves(x)[0][0], RATE), r"returned \(\(2, 32\), 8000\) for 1 latents"),
-        (lambda x: (waves(x)[0], 8000.0), r"returned \(\(1, 2, 32\), 8000.0\) for 1 latents"),
-        (lambda x: (waves(x)[0], None), r"returned \(\(1, 2, 32\), None\) for 1 latents"),
-        (lambda x: None, "returned None for 1 latents"),
-        (lambda x: "a.wav", "returned str for 1 latents"),
+        (lambda x: waves(x)[0], r"returned \(2, 2, 32\) for 2 latents; .* a pair of waveforms"),
+        (lambda x: (waves(x)[0][0], RATE), r"returned \(\(2, 32\), 8000\) for 2 latents"),
+        (lambda x: (waves(x)[0], 8000.0), r"returned \(\(2, 2, 32\), 8000.0\) for 2 latents"),
+        (lambda x: (waves(x)[0], None), r"returned \(\(2, 2, 32\), None\) for 2 latents"),
+        (lambda x: None, "returned None for 2 latents"),
+        (lambda x: "a.wav", "returned str for 2 latents"),
+        (lambda x: (waves(x)[0].mul(32767).short(), RATE), "returned values of torch.int16; ret"),
     ],
 )
 def test_what_is_no_pair_of_waveforms_and_rate_is_refused(made, said):
     with pytest.raises(ValueError, match=f"decode= {said}"):
         run(sound(), decode=made)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x, cut: (x[..., cut:], RATE), r"\(2, 32\) at 8000 Hz and \(2, 24\) at 8000 Hz"),
+        (lambda x, cut: (x, RATE + cut), r"\(2, 32\) at 8000 Hz and \(2, 32\) at 8008 Hz"),
+    ],
+)
+def test_sounds_of_several_lengths_or_rates_are_refused(monkeypatch, change, said):
+    monkeypatch.setattr(steering.run, "DECODE_CHUNK", 1)
+    number = itertools.count()
+    with pytest.raises(ValueError, match=f"decode= returned {said} in one run; return one shape"):
+        run(sound(), decode=lambda x: change(waves(x)[0], 8 * (next(number) == 2)))
+
+
+def test_a_decode_that_makes_one_sound_of_several_latents_is_refused_before_the_first_step():
+    it = sound()
+    steps = []
+    decode = lambda x: (waves(x)[0][:1], RATE)  # noqa: E731
+    with pytest.raises(ValueError, match=r"decode= returned \(\(1, 2, 32\), 8000\) for 2 latents"):
+        run(it, PLAIN, decode=decode, watch=steps.append)
+    assert not steps
+
+
+@pytest.mark.parametrize("more", [{"preview_size": 0.5}, {"preview": torch.nn.Identity()}])
+def test_a_preview_that_decode_would_replace_is_refused(more):
+    said = "decode= also makes the images scored|preview= is a Identity"
+    with pytest.raises(ValueError, match=said):
+        run(sound(), **more)
 
 
 def test_frames_of_sounds_are_refused():

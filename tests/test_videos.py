@@ -242,6 +242,16 @@ def test_one_frame_is_an_image():
 # --- decode=, smaller previews, weights
 
 
+@pytest.mark.parametrize("settings", [SCORED, FeynmanKac(min_ess=0.0)])
+def test_a_decode_of_8_bits_is_refused(settings):
+    """It would be saved as white, because levels above 1 are clipped."""
+    it = Subject(odd_pipeline(), {"num_inference_steps": 6})
+    decode = lambda x: x[:, :3].sigmoid().mul(255).byte()  # noqa: E731
+    with pytest.raises(ValueError, match=r"decode= returned values of torch.uint8; return floats"):
+        run(it, settings, decode=decode)
+    assert len(it.pipe.unet.rows) == 1
+
+
 def test_decode_may_return_videos():
     def decode(latents):
         return latents[:, None, :3].sigmoid() * torch.tensor([1.0, 0.5])[:, None, None, None]
@@ -395,5 +405,11 @@ def test_rollouts_and_evaluations_of_images_refuse_videos():
         evaluation = EvaluationPlan(("a",), ((),), 1, 0, call=call)
         with pytest.raises(ValueError, match=f"num_frames={frames}: this call generates videos, b"):
             start(pipe, Variant("base"), evaluation, [0])
+
+    class Cog:
+        def __call__(self, prompt, num_frames=None): ...
+
+    with pytest.raises(ValueError, match="num_frames=None: this call generates videos, but"):
+        refuse_videos(Cog(), {})
     refuse_videos(pipe, {"num_frames": 1})
     refuse_videos(odd_pipeline(), {})

@@ -21,7 +21,7 @@ from finetune.ranges import NAME, optional, setting, whole
 from finetune.rollouts import Plan, check, generate, is_complete, open_run
 from finetune.shards import NOTE
 from steering import tiny
-from steering.adapters import load_lora
+from steering.adapters import load_lora, unload_lora
 from tilt import digests, drawing, exit_status, loading, offloading, started
 from tilt.options import Options
 from tilt.processes import is_main, join
@@ -114,7 +114,7 @@ def renew(pipe: Any, run: Path) -> dict[str, Any]:
     """Load the last LoRA that a training run saved, and return its step and its digest."""
     step, folder = newest(run)
     if folder:
-        pipe.unload_lora_weights()
+        unload_lora(pipe)
         load_lora(pipe, str(folder))
     return {"step": step, "lora": digests.of_weights(str(folder)) if folder else None}
 

@@ -16,8 +16,9 @@ def command(manifest: dict[str, Any]) -> str:
 
 
 def call(manifest: dict[str, Any]) -> str:
-    """Return Python code that repeats the call; pipe and reward must be defined beforehand.
+    """Return Python code that repeats the call.
 
+    pipe, reward, and the function decode if one was given, must be defined beforehand.
     Every value is written as a literal, so that no text of a manifest becomes code.
     """
     names = (
@@ -37,6 +38,7 @@ def call(manifest: dict[str, Any]) -> str:
         "    prompts,",
         "    reward,",
         *(f"    {name}={value!r}," for name, value in given.items()),
+        *(["    decode=decode,"] if manifest.get("decode") is True else []),
         ")",
     ]
     return "\n".join(lines)
