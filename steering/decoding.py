@@ -180,6 +180,11 @@ class Decoder:
             images = torch.from_numpy(images).permute(0, 3, 1, 2).to(latents.device)
         if not isinstance(images, Tensor) or len(images) != self._num:
             raise self._refused('its output_type="pt" returns no tensor with one image per row')
+        if images.ndim not in (4, 5) or images.shape[-3] != 3:
+            raise self._refused(
+                f'its output_type="pt" returns {tuple(images.shape)}, not (n, 3, h, w) or (n, '
+                "frames, 3, h, w)"
+            )
         if images.ndim == 5 and images.shape[1] == 1 and not self.first_alone:
             images = images.squeeze(1)  # (n, frames, 3, h, w)
         images = images if rows is None or rows.live is None else images[rows.live]

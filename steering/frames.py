@@ -44,8 +44,8 @@ class Frames:
         """
         if frames is None and self != Frames():
             raise ValueError(
-                "this call generates no videos of several frames, to which alone score_frames= "
-                "and video_score= apply; leave them out."
+                "this call generates no videos of several frames, and score_frames= and "
+                "video_score= apply only to those; leave them out."
             )
         if is_count(self.which) and frames is not None and self.which > frames:
             raise ValueError(

@@ -25,7 +25,8 @@ class Score:
     ess: Tensor  # (b,), 1 to k, before resampling
     ancestors: Tensor  # (b, num) int64
     resampled: Tensor  # (b,) bool: the weights were folded into log_z and set to 0
-    previews: Tensor | None = None  # (b, k, 3, h, w) uint8, small images of x̂0
+    # (b, k, 3, h, w) uint8, small images of x̂0, of videos the middle scored frame; None for sounds
+    previews: Tensor | None = None
 
     @property
     def replaced(self) -> Tensor:

@@ -45,7 +45,8 @@ class Steered:
     log_z: Tensor  # (b,)
     lineage: Lineage
     latents: Tensor  # (b, k_final, *shape), as the pipeline returns them
-    last: Tensor  # the same as the last step left them, which some pipelines unpack or rescale
+    # the same as the last step left them, which some pipelines unpack, rescale or mix with a mask
+    last: Tensor
     manifest: dict[str, Any]  # settings, seed and versions that repeat the run
 
     @property
@@ -72,7 +73,7 @@ class Steered:
         small images of a prompt's particles, one column per score. `tilt.report.write` shows them.
 
         A video is saved as a folder of PNG frames, whose score is the recorded one, and beside it
-        as an animated WebP to look at; a sound as WAV, without parameters.
+        as an animated WebP of 16 frames a second to look at; a sound as WAV, without parameters.
 
         For prompts without images, whose decoding or final scores failed, only the latents are
         written: "latents" (k, *shape) in undecoded-0000.safetensors, ..., listed in the manifest.

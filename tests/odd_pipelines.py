@@ -169,7 +169,7 @@ class OddPipeline(DiffusionPipeline):
         if "frames" in odd:
             images = images[:, None] * torch.tensor([1.0, 0.2, 0.9, 0.7, 0.4])[:, None, None, None]
             if output_type == "pt":
-                return (images,)
+                return (images.movedim(1, 2) if "channels first" in odd else images,)
             return ([self._pil(video) for video in images],)
         if output_type == "pt":
             return (images.permute(0, 2, 3, 1).numpy() if "arrays" in odd else images,)

@@ -380,7 +380,7 @@ def test_a_tail_that_fails_is_refused_at_the_first_step(settings):
 
 def test_a_decode_that_fails_is_refused_at_the_first_step():
     pipe = odd_pipeline()
-    with pytest.raises(ValueError, match=r"decode= returned \(1, 4, 8, 8\) for 1 latents"):
+    with pytest.raises(ValueError, match=r"decode= returned \(2, 4, 8, 8\) for 2 latents"):
         latents(pipe, FeynmanKac(min_ess=0.0), decode=lambda x: x)
     assert len(pipe.unet.rows) == 1
 

@@ -127,7 +127,7 @@ def test_decode_lets_a_pipeline_in_whose_tail_cannot_be_reached():
         np.array_equal(np.asarray(a), np.asarray(b))
         for a, b in zip(out.images[0], expected, strict=True)
     )
-    assert shapes == [(1, 4, 8, 8), (2, 4, 8, 8), (2, 4, 8, 8)]  # the first is a trial
+    assert shapes == [(2, 4, 8, 8), (2, 4, 8, 8), (2, 4, 8, 8)]  # the first is a trial
 
 
 def test_without_progress_nothing_is_printed(capfd):

@@ -620,7 +620,7 @@ def test_pipelines_that_cannot_work_are_refused():
     half = family("sd")[0].vae.half()
     with pytest.raises(ValueError, match=r"preview= is torch.float16 .* preview.to\(torch.float32"):
         steer(pipe, PROMPT, brightness, preview=half, **keywords)
-    with pytest.raises(ValueError, match=r"decode= returned \(1, 4, 8, 8\) for 1 latents"):
+    with pytest.raises(ValueError, match=r"decode= returned \(2, 4, 8, 8\) for 2 latents"):
         steer(pipe, PROMPT, brightness, 2, decode=lambda x: x, progress=False, **keywords)
     with pytest.raises(ValueError, match=r"only= is an argument of steer_each"):
         steer(pipe, PROMPT, brightness, only=[0], **keywords)

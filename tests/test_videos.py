@@ -231,6 +231,14 @@ def test_frames_of_images_are_refused_in_words(settings, more, decode):
     assert len(it.pipe.unet.rows) == 1
 
 
+def test_channels_are_not_taken_for_frames():
+    it = Subject(odd_pipeline("frames", "channels first"), {"num_inference_steps": 6})
+    said = re.escape("returns (3, 3, 5, 8, 8), not (n, 3, h, w) or (n, frames, 3, h, w)")
+    with pytest.raises(ValueError, match=said):
+        run(it)
+    assert len(it.pipe.unet.rows) == 1
+
+
 def test_one_frame_is_an_image():
     pipe, keywords = family("wan")
     out = run(Subject(pipe, keywords))
@@ -363,13 +371,15 @@ def test_the_command_steers_videos(tmp_path, capsys):
     folder = tmp_path / "out"
     words = [PROMPT, "--model", str(tmp_path / "wan"), "--reward", "jpeg", "--particles", "2"]
     words += ["--steps", "3", "--height", "16", "--width", "16", "--num-frames", "5"]
-    words += ["--score-from", "0.3", "--score-frames", "2", "--video-score", "min", "--compare"]
+    words += ["--dtype", "bfloat16", "--score-from", "0.3", "--score-frames", "2"]
+    words += ["--video-score", "min", "--compare"]
     assert command.main([*words, "--out", str(folder)]) == 0
     (steered,) = folder.glob("0000-*/steered")
     manifest = json.loads((steered / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["score_frames"] == 2
     assert manifest["video_score"] == "min"
     assert manifest["pipeline_keywords"]["num_frames"] == 5
+    assert manifest["dtype"] == "bfloat16"
     assert len(list((steered / "0000-01").glob("*.png"))) == 5
     assert (folder / "grid.png").exists()
     capsys.readouterr()

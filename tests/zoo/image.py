@@ -100,6 +100,7 @@ ANIMALS: dict[str, Animal] = {
     "PRXPipeline": Animal(
         {"text_encoder": "Qwen3Model", "tokenizer": "Qwen2Tokenizer", "vae": "AutoencoderKL"}
     ),
+    "PRXPixelPipeline": Animal({"transformer": {"in_channels": 3}}),  # of pixels
     "PixArtSigmaPAGPipeline": Animal({"transformer": {"num_layers": 2}}),
     "QwenImage21Pipeline": Animal(),
     "LongCatImagePipeline": Animal({"vae": {"latent_channels": 16}}),

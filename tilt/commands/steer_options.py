@@ -138,7 +138,7 @@ class Steer:
     score_frames: Any = setting(
         "all",
         Range("all, first, or a whole number, 1 or more", _is_frames),
-        "frames of a video that the reward scores: all, the first, or so many evenly spaced ones",
+        "frames of a video that the reward scores: all, first, or a number of evenly spaced ones",
         MODEL,
     )
     video_score: str = setting(
