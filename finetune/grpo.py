@@ -207,7 +207,7 @@ class GrpoTrainer:
     def train_step(self) -> dict[str, float]:
         """Run one epoch: sample, score, and make `updates` optimiser steps on each minibatch."""
         s, epoch = self.settings, self.step
-        batches = [self._sampled(epoch, part) for part in self.samples.shares()]
+        batches = [self._sampled(epoch, part) for part in self.samples.shares(epoch)]
         compared = self.samples.compared(batches)
         old: list[list[Held]] = []
         if s.updates * s.minibatches > 1:

@@ -192,7 +192,7 @@ class NftTrainer:
             lora.fill(self.old.weights, self.learner.weights)
         if s.on_policy:
             self.sampler = lora.copy(self.learner.weights)
-        batches = [self._sampled(epoch, part) for part in self.samples.shares()]
+        batches = [self._sampled(epoch, part) for part in self.samples.shares(epoch)]
         compared = self.samples.compared(batches)
         seen: list[dict[str, float]] = []
         for turn in range(s.updates):

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from .buckets import dealt
 from .chains import Move, Schedule, sample
 from .conditioning import Conditioning, Form
 from .groups import MOST_DROPPED
@@ -184,24 +185,30 @@ class Samples:
         if self.learns:
             self.score.load_state_dict(state["score"])
 
-    def shares(self) -> list[list[int]]:
-        """Return this process's groups, in lists that are evaluated at once.
+    def shares(self, epoch: int) -> list[list[int]]:
+        """Return this process's groups of an epoch, in lists that are evaluated at once.
 
-        Every minibatch has the same number of lists, one minibatch after the other.
+        The lists of a minibatch are neighbours. Those of all processes have equal sizes, and the
+        groups of a list are of one kind (`finetune.buckets`), so that each is one pass.
         """
         s, accelerator = self.settings, self.learner.accelerator
-        found, size = [], s.groups // s.minibatches
-        for first in range(0, s.groups, size):
-            mine = range(first, first + size)[
-                accelerator.process_index :: accelerator.num_processes
-            ]
-            found += [[*mine[i : i + s.micro_groups]] for i in range(0, len(mine), s.micro_groups)]
-        return found
+        rank, world = accelerator.process_index, accelerator.num_processes
+        kinds = [
+            tuple(source[[i]].kind() for source in (self.task.given, self.task.plain) if source)
+            for i in self._chosen(epoch)
+        ]
+        size = s.groups // s.minibatches
+        return [
+            [first + i for i in part]
+            for first in range(0, s.groups, size)
+            for part in dealt(kinds[first : first + size], rank, world, s.micro_groups)
+        ]
 
-    def minibatches(self, batches: Sequence[Batch]) -> list[range]:
+    def minibatches(self, batches: Sequence[Batch]) -> list[list[int]]:
         """Return the places of each minibatch's batches."""
-        size = len(batches) // self.settings.minibatches
-        return [range(i, i + size) for i in range(0, len(batches), size)]
+        s, size = self.settings, self.settings.groups // self.settings.minibatches
+        of = [batch.groups[0] // size for batch in batches]
+        return [[i for i, part in enumerate(of) if part == one] for one in range(s.minibatches)]
 
     def rows(
         self, compared: Compared, places: Sequence[int], idle: bool

@@ -347,7 +347,7 @@ def test_minibatches_are_disjoint_parts_of_the_epochs_groups():
     seen, found = gradient_of(trainer)
     assert counts == [16, 16]  # two groups of four images, two steps of the window
     assert (trainer.step, trainer.learner.step) == (1, 2)
-    assert trainer.samples.shares() == [[0, 1], [2, 3]]
+    assert trainer.samples.shares(0) == [[0, 1], [2, 3]]
     batches = [by_hand._sampled(0, groups) for groups in ([0, 1], [2, 3])]
     compared = by_hand.samples.compared(batches)
     parts, weights = [], by_hand.learner.weights.values()
@@ -367,9 +367,31 @@ def test_processes_share_the_groups_of_each_minibatch():
     trainer = trainer_of(groups=8, minibatches=2, micro_groups=2)
     for rank, expected in enumerate(([[0, 2], [4, 6]], [[1, 3], [5, 7]])):
         trainer.learner.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
-        assert trainer.samples.shares() == expected
+        assert trainer.samples.shares(0) == expected
     trainer.settings.micro_groups = trainer.settings.minibatches = 1
-    assert trainer.samples.shares() == [[1], [3], [5], [7]]
+    assert trainer.samples.shares(0) == [[1], [3], [5], [7]]
+
+
+def test_groups_of_other_shapes_are_evaluated_apart_and_equally_often_by_all_processes(monkeypatch):
+    """As FSDP needs: a list of two kinds would be two passes, where another process makes one."""
+    trainer = trainer_of(groups=8, minibatches=2, micro_groups=2)
+    samples = trainer.samples
+    names = [name for name, axis in samples.task.given.form.axes.items() if axis == 0]
+    long = {n: torch.cat([x, x], 1) for n in names if (x := samples.task.given.rows[0][n]).ndim > 2}
+    rows = [dict(row) for row in samples.task.given.rows]
+    rows[0] |= long
+    given = replace(samples.task.given, rows=rows)
+    samples.task = replace(samples.task, given=given)
+    monkeypatch.setattr(samples, "_chosen", lambda epoch: [0, 1, 1, 2, 1, 0, 2, 0])
+    shares = []
+    for rank in range(2):
+        trainer.learner.accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+        shares.append(samples.shares(0))
+    assert shares == [[[0], [2], [4], [5]], [[1], [3], [6], [7]]]
+    trainer.learner.accelerator = SimpleNamespace(process_index=0, num_processes=1)
+    assert samples.shares(0) == [[0], [1, 2], [3], [4, 6], [5, 7]]
+    batches: Any = [SimpleNamespace(groups=groups) for groups in samples.shares(0)]
+    assert samples.minibatches(batches) == [[0, 1, 2], [3, 4]]
 
 
 def test_a_second_update_on_the_same_samples_has_another_ratio():
@@ -420,7 +442,7 @@ def test_an_image_without_a_score_is_as_if_it_had_not_been_drawn(spread, micro):
     given = {"spread": spread, "micro_groups": micro, "groups": 3, "k": 4, "kl": 0.1}
     found, by_hand = trainer_of(score=without(1), **given), trainer_of(score=without(), **given)
     seen = found.train_step()
-    batches = [by_hand._sampled(0, part) for part in by_hand.samples.shares()]
+    batches = [by_hand._sampled(0, part) for part in by_hand.samples.shares(0)]
     rewards = torch.cat([batch.rewards for batch in batches])
     others = [rewards[0, [0, 2, 3]], rewards[1], rewards[2]]
     every = torch.cat(others).std() + 1e-4

@@ -24,7 +24,6 @@ from finetune import grpo, nft, references
 from finetune.adversarial import Adversary, likened
 from finetune.awm import Awm
 from finetune.chains import schedule_of
-from finetune.conditioning import Conditioning
 from finetune.critics import Critic, CriticSettings
 from finetune.decoding import decoder_of
 from finetune.grpo import Grpo
@@ -35,11 +34,11 @@ from finetune.online import Samples, Task, check_guidance
 from finetune.ranges import FLAG, KEYWORDS, NAME, TEXT, number, one_of, part, setting, whole
 from finetune.recording import Recorder
 from finetune.state import check_out, finish
-from finetune.stored import stored
 from rewards.models.critic import KINDS
 from steering import tiny
 from steering.manifest import fingerprint
 from tilt import digests, exit_status, idle_settings, loading, offloading, started, training
+from tilt.conditioning import check_call, conditioning_of, recorder_of
 from tilt.options import Options
 from tilt.prompts import read_texts
 from tilt.wording import counted
@@ -214,28 +213,6 @@ def contents(settings: TrainAdversarial, prompts: list[str]) -> dict[str, str]:
     return found
 
 
-def recorder_of(
-    settings: TrainAdversarial, pipe: Any, call: dict[str, Any], device: torch.device
-) -> Recorder:
-    """Return what encodes prompts, with guidance if it is set above 1; moves the encoders.
-
-    Raises ValueError for a negative prompt that would have no effect.
-    """
-    for name, encoder in pipe.components.items():
-        if name.startswith("text_encoder") and encoder is not None:
-            encoder.to(device)
-    scale = settings.tuned.guidance_scale
-    wanted = {} if scale is None else {"guidance_scale": scale}
-    negative = {"negative_prompt": settings.negative_prompt} if settings.negative_prompt else {}
-    found = Recorder(pipe, call | wanted | negative, guided=scale is not None and scale > 1)
-    if negative and (found.embedded or not found.guided):
-        raise ValueError(
-            f"negative_prompt is {settings.negative_prompt!r} but has no effect without guidance; "
-            f"set {settings.method}.guidance_scale above 1, or leave it out"
-        )
-    return found
-
-
 def trainer_of(
     settings: TrainAdversarial,
     pipe: Any,
@@ -272,28 +249,6 @@ def trainer_of(
     task = Task(schedule, prompts, given, eight_bits, score, weights, plain)
     network, kind = getattr(pipe, model.part), METHODS[settings.method][0]
     return kind(network, model, task, tuned, accelerator), score
-
-
-def conditioning_of(
-    folder: Path, recorder: Recorder, prompts: list[str], accelerator: Any
-) -> Conditioning:
-    """Return the conditioning of prompts, which all processes map from a folder (`stored`).
-
-    A resumed run takes what is there if prompts, call and weights are the same.
-    """
-    parts = recorder.pipe.components.items()
-    weights = {n: fingerprint(part) for n, part in parts if isinstance(part, torch.nn.Module)}
-    made_of = json.dumps([recorder.kind.__name__, recorder.call, recorder.guided, weights])
-    return stored(folder, recorder.record, prompts, made_of, accelerator)
-
-
-def check_call(settings: TrainAdversarial) -> None:
-    """Raise ValueError for keywords of the pipeline's call that sampling would ignore."""
-    own = {name: f"{settings.method}.{name}" for name in ("guidance_scale", "num_inference_steps")}
-    own |= {"negative_prompt": "negative_prompt"}
-    for name in settings.call:
-        if name in own:
-            raise ValueError(f"call.{name} has no effect in training; set {own[name]}= instead")
 
 
 def check_references(settings: TrainAdversarial, fixed: Any, watch: Any) -> None:
