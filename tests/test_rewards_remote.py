@@ -193,8 +193,9 @@ def test_references_arrive_whatever_form_they_have_and_each_only_once():
         once = pack(images, prompts, [shared] * 5, "")
         assert once.images == 5 + 2
         assert pack(images, prompts, [list(shared) for _ in range(5)], "").images == 5 + 5 * 2
-        with pytest.raises(ValueError, match="5 images need references of 5 entries"):
+        with pytest.raises(ValueError, match="5 images need references of 5 entries but got 2"):
             reward(images, prompts, references=entries[:2])
+        assert not rewards.load(f"remote({live.url})", imports=True).needs_references  # optional
     with Live("delta(jpeg)") as live:
         images = pictures(2)
         here = rewards.load("delta(jpeg)")(images, ["a", "b"], references=[images[1:], images[:1]])
@@ -202,6 +203,7 @@ def test_references_arrive_whatever_form_they_have_and_each_only_once():
         assert torch.equal(here, there)
         with pytest.raises(ValueError, match=r"HTTP 422: delta compares with reference images"):
             remote(live.url)(images, ["a", "b"])
+        assert rewards.load(f"remote({live.url})", imports=True).needs_references
 
 
 def test_a_server_that_is_away_for_a_while_costs_no_score():
@@ -265,13 +267,20 @@ def test_what_takes_too_long_is_nan_and_the_rest_is_not(caplog):
 
 
 def test_a_failure_of_the_reward_is_tried_again_and_its_refusal_is_not(odd, caplog):
-    caplog.set_level(logging.ERROR, "tilt.serve")
-    reward = remote(odd.url, retries=2, batch_size=1)
+    caplog.set_level(logging.CRITICAL, "tilt.serve")
+    caplog.set_level(logging.WARNING)
+    reward = remote(odd.url, retries=99, batch_size=1)
+    once, sent = reward.client._once, []
+    reward.client._once = lambda *words: sent.append(words) or once(*words)
     scores = reward(pictures(2), ["break", "3"])
     assert scores[0].isnan()
     assert scores[1] == 3
-    once, sent = reward.client._once, []
-    reward.client._once = lambda *words: sent.append(words) or once(*words)
+    assert len(sent) == 3 + 1  # an error in the code of a reward would never pass
+    assert re_said(caplog)[-1].endswith(
+        "failed 3 times; the last time it answered HTTP 500 (the reward failed with RuntimeError: "
+        "out of memory)"
+    )
+    sent.clear()
     with pytest.raises(ValueError, match="HTTP 422: the prompt 'refuse' cannot be scored: write a"):
         reward(pictures(3), ["1", "refuse", "2"])
     assert len(sent) <= 3

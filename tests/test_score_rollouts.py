@@ -93,6 +93,30 @@ def test_another_version_of_a_reward_scores_anew(folder, seen, monkeypatch):
     assert sizes == [4, 2] * 2
 
 
+def absent(images, prompts):
+    asked.append(len(images))
+    return torch.full((len(images),), torch.nan if away else 0.5)
+
+
+asked: list[int] = []
+away: list[bool] = []
+
+
+def test_shards_with_nan_are_scored_again_but_once_only(folder):
+    """A run that is followed ends although a reward goes on giving NaN."""
+    spec = "test_score_rollouts:absent"
+    away.append(True)
+    assert call(folder, spec) == 0
+    assert asked == [4, 2]
+    assert call(folder, spec, "--follow") == 0
+    assert asked == [4, 2] * 2
+    away.clear()
+    assert call(folder, spec, "--resume") == 0
+    assert asked == [4, 2] * 3
+    assert call(folder, spec, "--resume") == 0
+    assert asked == [4, 2] * 3
+
+
 def test_what_is_finished_needs_no_reward(folder, seen, monkeypatch, capsys):
     def never(*args, **kwargs):
         raise AssertionError("a reward was loaded")

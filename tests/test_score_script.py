@@ -1,6 +1,7 @@
 """scripts/score.py end to end on drawn pictures, offline."""
 
 import json
+import math
 import re
 import resource
 
@@ -72,6 +73,34 @@ def test_an_interrupted_run_is_carried_on_without_scoring_again(folder, seen, ca
     assert len(read_table(folder / "scores.csv")) == 3
     assert score.main([*command, "--resume"]) == 0
     assert seen == PROMPTS[2:]
+
+
+def absent(images, prompts):
+    """Brightness, but NaN for the prompts in `away`."""
+    asked.extend(prompts)
+    return [
+        math.nan if p in away else float(x.mean()) for x, p in zip(images, prompts, strict=True)
+    ]
+
+
+asked: list[str] = []
+away: set[str] = set()
+
+
+def test_what_has_no_score_is_asked_for_again(folder, capsys):
+    command = [str(folder), "--reward", "test_score_script:absent", "--device", "cpu"]
+    away.update(PROMPTS[1:])
+    assert score.main(command) == 0
+    away.clear()
+    asked.clear()
+    assert score.main([*command, "--resume"]) == 0
+    assert asked == PROMPTS[1:]
+    rows = read_table(folder / "scores.csv")
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert all(math.isfinite(row["reward"]) for row in rows)
+    assert score.main([*command, "--resume"]) == 0
+    assert asked == PROMPTS[1:]
+    assert "is complete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tilt.score_summary import draw, rank_correlation, summary
 from tilt.score_table import Table, read_table, spec_of, write_table
 
 ROWS = [
-    {"image": f"{i}.png", "prompt": 'a "b",\u2028c', "reward": i / 3, "x": float(i), "y": math.nan}
+    {"image": f"{i}.png", "prompt": 'a "b",\u2028c', "reward": i / 3, "x": float(i), "y": math.inf}
     for i in range(4)
 ]
 
@@ -19,14 +19,37 @@ def test_a_table_is_read_back_as_it_was_written(tmp_path, suffix):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     path = tmp_path / f"scores{suffix}"
+    rows = [*ROWS[:3], ROWS[3] | {"reward": math.nan, "y": math.nan}]
     table = Table(path, "x + y")
-    table.add(ROWS[2:])
-    table.add(ROWS[:2])
-    assert table.finish(ROWS)
+    table.add(rows[2:])
+    table.add(rows[:2])
+    assert table.finish(rows)
     assert {p.name for p in tmp_path.iterdir()} - {"scores.csv.spec"} == {path.name}
     assert spec_of(path) == "x + y"
-    for row, back in zip(ROWS, read_table(path), strict=True):
+    for row, back in zip(rows, read_table(path), strict=True):
         assert all(row[k] == back[k] or (math.isnan(row[k]) and math.isnan(back[k])) for k in row)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("score", ["reward", "y"])
+def test_nan_is_no_score_so_it_is_asked_for_again(tmp_path, suffix, score):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    path, without = tmp_path / f"scores{suffix}", ROWS[1] | {score: math.nan}
+    first = Table(path, "x")
+    first.add([ROWS[0], without, ROWS[2]])
+    assert first.missing(ROWS) == [1, 3]
+    first.finish(ROWS[:3])
+    assert len(read_table(path)) == 3
+    one, other = (Table(path, "x", resume=True, index=i) for i in range(2))
+    assert one.missing(ROWS) == [1, 3]
+    one.add([ROWS[1]])
+    other.add([ROWS[3]])  # its file begins with the finished table, and so with the NaN
+    last = Table(path, "x", resume=True)
+    assert last.missing(ROWS) == []
+    assert last.finish(ROWS)
+    assert read_table(path) == ROWS
+    assert not Table(path, "x", resume=True).finish(ROWS)
 
 
 def test_an_interrupted_table_goes_on_after_its_last_whole_line(tmp_path):
@@ -158,7 +181,7 @@ def test_summary_counts_what_is_missing(tmp_path):
 
 def test_a_row_that_was_cut_off_is_scored_again(tmp_path):
     rows = [
-        {"image": f"{i}.png", "prompt": "a", "reward": i / 3, "clip": math.nan} for i in range(3)
+        {"image": f"{i}.png", "prompt": "a", "reward": i / 3, "clip": math.inf} for i in range(3)
     ]
     path = tmp_path / "scores.csv"
     write_table(path, rows, "clip")
@@ -166,7 +189,8 @@ def test_a_row_that_was_cut_off_is_scored_again(tmp_path):
     lines = whole.splitlines(keepends=True)
     wanted = [{"image": row["image"], "prompt": row["prompt"]} for row in rows]
     for text, missing in (
-        (whole, []),  # an empty cell is a NaN
+        (whole, []),
+        (whole.replace(",inf", ",", 1), [0]),  # an empty cell is a NaN
         ("".join([lines[0], "0.png,a\n", *lines[2:]]), [0]),
         ("".join(lines[:3]) + "2.png,a,0.6", [2]),
     ):

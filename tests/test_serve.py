@@ -313,6 +313,7 @@ def test_what_is_served_is_described(live):
         "range": [None, None],
         "differentiable": False,
         "wants_references": False,
+        "needs_references": False,
         "max_bytes": 1 << 22,
         "max_images": 512,
         "max_pixels": 1 << 20,

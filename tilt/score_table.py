@@ -25,6 +25,7 @@ __all__ = [
     "TEXTS",
     "Table",
     "ensure_writable",
+    "is_scored",
     "read_table",
     "spec_of",
     "working_files",
@@ -66,12 +67,17 @@ class Table:
             self.rows = read_table(path)
 
     def collect(self) -> None:
-        """Read the rows of all processes' working files, in which a row may be more than once."""
+        """Read the rows of all processes' working files, in which a row may be more than once.
+
+        Of two that are the same row, one that has its scores is kept, or else the later one.
+        """
         rows = {_key(row): row for row in self.rows}
         for part in working_files(self.path):
             was, found = _read_part(part)
             self._check(self.spec if was is None else was)
-            rows |= {_key(row): row for row in found}
+            for row in found:
+                if is_scored(row) or not is_scored(rows.get(_key(row), row)):
+                    rows[_key(row)] = row
         self.rows = list(rows.values())
 
     def _check(self, was: str) -> None:
@@ -82,11 +88,13 @@ class Table:
             )
 
     def missing(self, wanted: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the indices of `wanted`, rows given by their `TEXTS`, that the table lacks.
+        """Return the indices of `wanted`, rows given by their `TEXTS`, that have no scores yet.
 
-        Raises ValueError if the table contains rows that are not wanted.
+        The table lacks them, or one of their scores is NaN. Raises ValueError if the table contains
+        rows that are not wanted.
         """
-        asked, there = {_key(row) for row in wanted}, {_key(row) for row in self.rows}
+        asked = {_key(row) for row in wanted}
+        scored = {_key(row) for row in self.rows if is_scored(row)}
         extra = [row for row in self.rows if _key(row) not in asked]
         if extra:
             raise ValueError(
@@ -94,7 +102,7 @@ class Table:
                 f"{extra[0]['image']} with the prompt {extra[0]['prompt']!r}; ask for these too, "
                 "or give another --out"
             )
-        return [i for i, row in enumerate(wanted) if _key(row) not in there]
+        return [i for i, row in enumerate(wanted) if _key(row) not in scored]
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows and write them to disk; raises ValueError if that fails."""
@@ -137,6 +145,11 @@ def writable(path: Path) -> AbstractContextManager[None]:
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(row.get(name, "") for name in TEXTS)
+
+
+def is_scored(row: Mapping[str, Any]) -> bool:
+    """Return whether no score of a row is NaN, which stands for a score that is missing."""
+    return not any(_is_nan(value) for value in row.values())
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> str:

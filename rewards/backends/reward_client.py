@@ -24,6 +24,7 @@ LONGEST_CONNECT = 10.0  # seconds
 LONGEST_WAIT = 30.0  # seconds between two attempts, unless the server asks for more
 LONGEST_ASKED = 60.0  # seconds that a server may ask for
 TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # status codes to retry
+BROKEN, TRIES = 500, 3  # the status of a reward that failed, and how often it may
 ADDRESS = re.compile(r"https?://[^\s/?#@]+(/[^\s?#@]*)?")
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,13 @@ class Unanswered(RuntimeError):
 
 
 class _Failure(Exception):
-    """One attempt failed, for a reason that may pass; asked: seconds that the server asks for."""
+    """One attempt failed, for a reason that may pass.
 
-    def __init__(self, reason: str, asked: float = 0) -> None:
-        self.asked = asked
+    asked: seconds that the server asks for; broken: whether the reward failed, not the connection.
+    """
+
+    def __init__(self, reason: str, asked: float = 0, broken: bool = False) -> None:
+        self.asked, self.broken = asked, broken
         super().__init__(reason)
 
 
@@ -45,8 +49,9 @@ class RewardClient:
 
     A request that times out, cannot connect or gets one of the statuses TEMPORARY is sent again up
     to `retries` times. The wait before it starts at `backoff` seconds, doubles up to 30, and is at
-    least what the server asks for by Retry-After, up to a minute. Any other status is raised at
-    once, as ValueError with the server's sentence.
+    least what the server asks for by Retry-After, up to a minute. Status 500, of a reward that
+    failed, is given up at its third time, because an error in the reward would never pass. Any
+    other status is raised at once, as ValueError with the server's sentence.
 
     It can be pickled, copied, and used by several threads and by forked processes.
 
@@ -112,12 +117,16 @@ class RewardClient:
         stop: threading.Event | None = None,
     ) -> bytes:
         tries, stop, reason = tries or self.retries + 1, stop or threading.Event(), ""
+        made = broken = 0
         for attempt in range(tries):
             try:
                 return self._once(method, path, content, kind)
             except _Failure as failure:
                 reason, asked = str(failure), failure.asked
-            if attempt + 1 < tries:
+                made, broken = attempt + 1, broken + failure.broken
+            if broken == TRIES:
+                break
+            if made < tries:
                 if attempt == 2:  # a short pause is not worth a line
                     log.warning("the reward server at %s %s; trying again", self.url, reason)
                 wait = min(self.backoff * 2**attempt, LONGEST_WAIT)
@@ -125,7 +134,7 @@ class RewardClient:
             if stop.is_set():
                 break
         raise Unanswered(
-            f"the reward server at {self.url} failed {tries} times; the last time it {reason}"
+            f"the reward server at {self.url} failed {made} times; the last time it {reason}"
         )
 
     def _once(self, method: str, path: str, content: bytes | None, kind: str) -> bytes:
@@ -153,7 +162,8 @@ class RewardClient:
         if status in TEMPORARY:
             asked = response.headers.get("Retry-After", "")
             failure = f"answered HTTP {status}" + (f" ({said})" if said else "")
-            raise _Failure(failure, float(asked) if asked.isdecimal() else 0)
+            seconds = float(asked) if asked.isdecimal() else 0
+            raise _Failure(failure, seconds, broken=status == BROKEN)
         said = said or "it is another service, or another version of this one"
         raise ValueError(f"{self.url} answered HTTP {status}: {said}")
 

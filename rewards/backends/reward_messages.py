@@ -48,6 +48,7 @@ __all__ = [
 
 JSON, SAFETENSORS = "application/json", "application/x-safetensors"  # content types
 PROTOCOL = "tilt reward 1"
+FLAGS = ("wants_references", "needs_references")
 LIMITS = ("max_bytes", "max_images", "max_pixels")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -76,6 +77,7 @@ class Served:
         components: The names of its components.
         range: Bounds of the total, None where there is none.
         wants_references: Whether it uses reference images.
+        needs_references: Whether it cannot score without them.
         max_bytes: Largest body of a request.
         max_images: Largest number of images and references in a request.
         max_pixels: Largest number of their pixels.
@@ -86,6 +88,7 @@ class Served:
     components: tuple[str, ...]
     range: tuple[float | None, float | None]
     wants_references: bool
+    needs_references: bool
     max_bytes: int
     max_images: int
     max_pixels: int
@@ -119,12 +122,12 @@ class Served:
             and isinstance(names, list)
             and all(isinstance(name, str) and 0 < len(name) <= 200 for name in names)
             and all(isinstance(found.get(key), str) for key in ("spec", "identity"))
-            and isinstance(found.get("wants_references"), bool)
+            and all(isinstance(found.get(key), bool) for key in FLAGS)
             and all(type(found.get(key)) is int for key in LIMITS)
         )
         if not good:
             raise ValueError("it is not the description of a reward")
-        kept = ("spec", "identity", "wants_references", *LIMITS)
+        kept = ("spec", "identity", *FLAGS, *LIMITS)
         own = {key: found[key] for key in kept}
         return cls(components=tuple(found["components"]), range=(low, high), **own)
 

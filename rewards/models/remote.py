@@ -21,6 +21,7 @@ from ..arguments import check_batch_size, check_number
 from ..backends.reward_client import RewardClient, Unanswered
 from ..backends.reward_messages import Served, UnreadableAnswer, pack, read_answer
 from ..images import check_inputs
+from ..references import entries_of
 from ..spec import written
 from .base import Card
 
@@ -37,8 +38,9 @@ class RemoteReward:
     Images travel without loss, so that on a machine of the same kind the scores are those of the
     same reward in this process. An image whose request fails at every attempt (a time-out, no
     connection, a temporary error) scores NaN, and a line is logged; training leaves such an image
-    out. With the defaults, a server may be away for two minutes. Whatever the reward itself refuses
-    raises the same ValueError as it does in this process.
+    out. With the defaults, a server may be away for two and a half minutes. Whatever the reward
+    itself refuses raises the same ValueError as it does in this process; if it raises another
+    error three times, the images score NaN.
 
     The server is asked for its reward when this object is made. If it serves another one later,
     a ValueError is raised.
@@ -84,6 +86,7 @@ class RemoteReward:
         self.served: Served = self.client.describe()
         self.range = self.served.range
         self.wants_references = self.served.wants_references
+        self.needs_references = self.served.needs_references
         self.reports = self.served.reported
 
     def check(self, prompts: Sequence[str]) -> None:
@@ -120,13 +123,8 @@ class RemoteReward:
 
     def _entries(self, references: Any, count: int) -> Sequence[Any] | None:
         if references is None or not self.wants_references:
-            return None
-        if not hasattr(references, "__len__") or len(references) != count:
-            raise ValueError(
-                f"{count} images need references of {count} entries, an image or a list of images "
-                "for each"
-            )
-        return list(references)
+            return None  # the served reward refuses it, if it needs them
+        return entries_of(self.name, references, count)
 
     def _requests(
         self,

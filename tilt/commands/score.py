@@ -32,7 +32,7 @@ from tilt.loading import pick_device
 from tilt.options import Options
 from tilt.processes import Processes, Stopped, join
 from tilt.score_summary import FIGURES, draw, summary
-from tilt.score_table import TEXTS, Table, ensure_writable, read_table, working_files
+from tilt.score_table import TEXTS, Table, ensure_writable, is_scored, read_table, working_files
 
 if TYPE_CHECKING:
     from finetune.shards import Rollouts, Shard
@@ -73,7 +73,7 @@ class Score:
     out: str | None = setting(
         None, optional(NAME), ".csv or .parquet file (default: scores.csv beside the images)"
     )
-    resume: bool = setting(False, FLAG, "skip images that --out already contains")
+    resume: bool = setting(False, FLAG, "skip images that already have their scores (NaN is none)")
     follow: bool = setting(
         False, FLAG, "score shards of rollouts as other jobs draw them, until all are scored"
     )
@@ -151,7 +151,7 @@ def score_pictures(
         score(reward, [samples[i] for i in left], table, settings.batch_size, device, share)
         processes.finish()
     except KeyboardInterrupt as cut:
-        kept = f"{len(table.rows)} of {len(samples)} are kept"
+        kept = f"{sum(map(is_scored, table.rows))} of {len(samples)} are kept"
         raise type(cut)(kept if processes.count == 1 else "finished batches are kept") from None
     if processes.is_main:
         table.collect()
@@ -210,7 +210,7 @@ def score(
     """
     index, count = share
     mine = list(batches(samples, size))[index::count]
-    there = len(table.rows)
+    there = sum(map(is_scored, table.rows))
     every, hidden = there + sum(map(len, mine)), index > 0
     with torch.no_grad(), tqdm(total=every, initial=there, unit="image", disable=hidden) as bar:
         for batch in mine:
@@ -252,7 +252,7 @@ def score_rollouts(
     """Add the columns "reward" and each component to every shard of `tilt rollout`.
 
     Existing columns are replaced. --resume skips shards in which all of them have this spec and
-    this version of the reward.
+    this version of the reward, and no score is NaN. While it follows, NaN is not asked for again.
     """
     from finetune.following import PAUSE
     from finetune.learnability import little_in_rollouts
@@ -300,12 +300,19 @@ def unscored(
     growing: bool = False,
     known: Sequence[str] = (),
 ) -> tuple[Rollouts, list[Shard]]:
-    """Return the rollouts, and the shards whose columns are not all by the specs in `made_by`."""
+    """Return the rollouts, and the shards whose columns are not all by the specs in `made_by`.
+
+    NaN is no score, except in shards that are `known`, which have just been asked for.
+    """
     from finetune.shards import Rollouts
 
+    def is_left(shard: Shard) -> bool:
+        by = {(shard.scored_by(name), shard.versions().get(name, "")) for name in names}
+        asked = shard.folder.name in known
+        return by != made_by or not (asked or all(map(is_scored, scored(shard, names))))
+
     run = Rollouts(source, growing, known)
-    by = [{(s.scored_by(n), s.versions().get(n, "")) for n in names} for s in run.shards]
-    return run, [shard for shard, of in zip(run.shards, by, strict=True) if of != made_by]
+    return run, [shard for shard in run.shards if is_left(shard)]
 
 
 def load_for_rollouts(run: Rollouts, spec: str, device: torch.device) -> rewards.WeightedSum:

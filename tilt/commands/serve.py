@@ -41,7 +41,9 @@ class Serve:
     port: int = setting(7870, whole(0, 65535), "port to listen on; 0 is any free one")
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps")
     queue: int = setting(
-        32, whole(1, 10_000), "requests that may wait; further ones are told to come back later"
+        32,
+        whole(1, 10_000),
+        "requests that may be there at a time, one of them scored; others are told to come back",
     )
     max_megabytes: int = setting(64, whole(1, 4096), "largest request, in 2**20 bytes")
     max_images: int = setting(

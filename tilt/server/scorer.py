@@ -43,6 +43,7 @@ def described(reward: rewards.WeightedSum, **limits: int) -> Served:
         components=tuple(component_names(reward.parts)),
         range=(_end(reward.range[0]), _end(reward.range[1])),
         wants_references=reward.wants_references,
+        needs_references=reward.needs_references,
         **limits,
     )
 
