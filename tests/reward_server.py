@@ -110,6 +110,10 @@ class Live:
         self.stop()
 
 
+def pictures(n: int, seed: int = 0, size: tuple[int, int] = (9, 14)) -> Tensor:
+    return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
 def remote(url: str, **options: Any) -> Any:
     """The reward at this address, impatient between its attempts."""
     from rewards.models.remote import RemoteReward
