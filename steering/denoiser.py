@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steering.axes import Axes, joined, picked, rows_in, rows_of, take
+from steering.axes import Axes, joined, leaves, picked, rows_in, rows_of, take
 from steering.following import Following
 from steering.networks import StandIn, kind_of, networks
 
@@ -169,9 +169,18 @@ def _once(encoder: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     order = torch.arange(len(source), device=source.device)
     first = torch.full((int(source.max()) + 1,), len(source), device=source.device)
     first = first.scatter_reduce(0, source, order, "amin")
-    if len(first) == len(source):
+    if len(first) in (len(source), tokens[0].shape[1]):  # else an axis of n rows may be of tokens
         return encoder(*args, **kwargs)
     cut = {key: part[first] if isinstance(part, Tensor) else part for key, part in call.items()}
     positional = [part for key, part in cut.items() if isinstance(key, int)]
     named = {key: part for key, part in cut.items() if isinstance(key, str)}
-    return picked(None, encoder(*positional, **named), source)  # any cache in the output is unused
+    out = encoder(*positional, **named)
+    axes = {path: _axis(value, len(first)) for path, value in leaves(out, {}, ())}
+    if any(axis is None for axis in axes.values()):
+        return encoder(*args, **kwargs)
+    return take(out, axes, (), source)  # any cache in the output is unused
+
+
+def _axis(out: Tensor, n: int) -> int | None:
+    """Return the axis of an encoder's output that has n rows: the first, or that after tokens."""
+    return next((i for i, size in enumerate(out.shape[:2]) if size == n), None)

@@ -4,6 +4,8 @@
 # pyright: reportOptionalMemberAccess=false
 # diffusers annotates its schedulers and configs more narrowly than it uses them
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import ControlNetModel
@@ -13,7 +15,7 @@ from tiny_pipelines import family
 
 from steering import FeynmanKac, steer
 from steering.axes import Unclear
-from steering.denoiser import Denoiser, Rows, denoisers
+from steering.denoiser import Denoiser, Rows, denoisers, distinct
 from steering.networks import kind_of, networks, refuse_step_caches
 from steering.probe import Batch
 
@@ -198,6 +200,36 @@ def test_it_passes_for_the_network():
     assert found["unet"].dtype == torch.float32
     with denoisers(family("flux")[0], Rows(1), Batch())["transformer"].cache_context("cond"):
         pass
+
+
+class Reader(torch.nn.Module):
+    """A text encoder whose rows are on the axis `axis` of its outputs."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis, self.rows = axis, []
+
+    def forward(self, input_ids, attention_mask=None):
+        self.rows.append(len(input_ids))
+        states = (input_ids * attention_mask)[..., None] * torch.arange(1.0, 6.0)
+        states = states.movedim(0, self.axis)
+        return BaseOutput(states=states, each=(states + 1, None))
+
+
+@pytest.mark.parametrize(
+    ("axis", "length", "rows"), [(0, 3, 2), (1, 3, 2), (2, 3, 4), (0, 2, 4), (1, 2, 4)]
+)
+def test_equal_texts_are_encoded_once_wherever_the_encoder_has_its_rows(axis, length, rows):
+    """Of ChatGLM, which Kolors reads with, it is the second axis, after the tokens."""
+    reader = Reader(axis)
+    tokens = torch.arange(2 * length).reshape(2, length)[torch.tensor([1, 0, 1, 0])]
+    mask = torch.ones_like(tokens)
+    found = distinct(SimpleNamespace(components={"text_encoder": reader}))["text_encoder"]
+    out = found(tokens, attention_mask=mask)
+    assert reader.rows[-1] == rows  # of all texts, where an axis of two may be that of two tokens
+    expected = reader(tokens, attention_mask=mask)
+    assert torch.equal(out.states, expected.states)
+    assert torch.equal(out.each[0], expected.each[0])
 
 
 def test_networks_that_are_compiled_are_told_apart():

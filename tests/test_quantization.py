@@ -86,6 +86,12 @@ def test_networks_and_large_text_encoders_are_quantised():
     }
 
 
+def test_a_text_encoder_that_diffusers_holds_is_one_of_transformers():
+    """Its weights are loaded by transformers, which takes a configuration of its own."""
+    index = {"text_encoder": ["kolors", "ChatGLMModel"], "unet": ["diffusers", "UNet2D"]}
+    assert quantization._libraries(index) == {"text_encoder": "transformers", "unet": "diffusers"}
+
+
 @pytest.mark.parametrize(("quantize", "package"), quantization._PACKAGES.items())
 def test_a_missing_or_an_old_package_is_named(quantize, package, monkeypatch):
     def missing(name):

@@ -13,7 +13,7 @@ TABLE = read()
 TRIED = re.findall(r"diffusers (\d+\.\d+)\.", PAGE.read_text(encoding="utf-8"))[0]
 ASKED = ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "Flux2", "QwenImage")
 ASKED += ("ZImage", "Sana", "PixArtSigma", "Lumina2", "AuraFlow", "Chroma", "CogView4")
-ASKED += ("HunyuanVideo", "Wan", "LTX")
+ASKED += ("HunyuanVideo", "Wan", "LTX", "Kolors")
 
 
 @pytest.mark.skipif(

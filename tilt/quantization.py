@@ -76,7 +76,7 @@ def _libraries(index: Mapping[str, Any]) -> dict[str, str]:
         library, kind = about if isinstance(about, list) and len(about) == 2 else (None, None)
         encodes = part.startswith("text_encoder") and not str(kind).startswith("CLIP")
         if library is not None and (part in NETWORKS or encodes):
-            found[part] = library
+            found[part] = "transformers" if encodes else library  # kolors has ChatGLM, of theirs
     return found
 
 

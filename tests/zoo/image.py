@@ -29,6 +29,30 @@ _EIGHT = {
 }
 _KLEIN = Animal(call={"text_encoder_out_layers": (1,)}, steer={"decode": squashed})
 _CONTROL = Animal(call={"image": picture(1)})
+# as published: 1100 timesteps, texts projected to the network's width, their sum beside the sizes
+_KOLORS = Animal(
+    {
+        "scheduler": (
+            "EulerDiscreteScheduler",
+            {
+                "beta_start": 0.00085,
+                "beta_end": 0.014,
+                "beta_schedule": "scaled_linear",
+                "num_train_timesteps": 1100,
+                "steps_offset": 1,
+                "timestep_spacing": "leading",
+            },
+        ),
+        "unet": {
+            "cross_attention_dim": 16,
+            "encoder_hid_dim": 32,
+            "encoder_hid_dim_type": "text_proj",
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        },
+    }
+)
 
 ANIMALS: dict[str, Animal] = {
     "BriaFibo2Pipeline": Animal(
@@ -83,6 +107,7 @@ ANIMALS: dict[str, Animal] = {
             "vae": {"latent_channels": 16},
         }
     ),
+    **{f"Kolors{task}Pipeline": _KOLORS for task in ("", "Img2Img", "PAG")},
     "HiDreamImagePipeline": Animal({"tokenizer_4": "LlamaTokenizer"}),
     "Ideogram4Pipeline": Animal(
         {"text_encoder": "Qwen3VLModel"},

@@ -2,7 +2,11 @@
 
 # pyright: reportPrivateImportUsage=false, reportArgumentType=false
 
+import functools
+import io
 import string
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -58,6 +62,25 @@ _VL = {
 _QWEN2 = _VL | {"vision_config": _SEEN | {"fullatt_block_indexes": [0]}}
 _QWEN3 = _VL | {"vision_config": _SEEN | {"deepstack_visual_indexes": [1]}}
 
+# of Kolors, whose published text encoder has 28 layers, 4096 wide, with 32 heads in 2 groups
+_CHATGLM = {
+    "hidden_size": 32,
+    "ffn_hidden_size": 32,
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "kv_channels": 8,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "add_qkv_bias": True,
+    "original_rope": True,
+    "seq_length": 512,
+    "padded_vocab_size": 300,
+    "use_cache": True,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
 TEXTS: dict[str, dict[str, Any]] = {
     "CLIPTextModel": _TEXT | {"max_position_embeddings": 77},
     "CLIPTextModelWithProjection": _TEXT | {"max_position_embeddings": 77},
@@ -95,6 +118,7 @@ TEXTS: dict[str, dict[str, Any]] = {
         "vision_config": _TEXT | _TOWER | {"model_type": "clip_vision_model"},
         "image_token_index": 5,
     },
+    "ChatGLMModel": _CHATGLM,
     "MultilingualCLIP": _TEXT | {"transformerDimensions": 32, "numDims": 32},
 }
 
@@ -150,6 +174,29 @@ def _roberta() -> Any:
     return transformers.RobertaTokenizer(vocab=vocab, merges=[], model_max_length=16)
 
 
+def _chatglm() -> Any:
+    from diffusers.pipelines.kolors import ChatGLMTokenizer
+
+    return ChatGLMTokenizer(str(Path(_letters_model().name) / "tokenizer.model"))
+
+
+@functools.cache
+def _letters_model() -> tempfile.TemporaryDirectory[str]:
+    """A folder with a sentencepiece model of letters, which its tokenizers read when saved too."""
+    import sentencepiece
+
+    made, folder = io.BytesIO(), tempfile.TemporaryDirectory()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore[reportAttributeAccessIssue]
+        sentence_iterator=iter(_LETTERS),
+        model_writer=made,
+        model_type="char",
+        vocab_size=len(_LETTERS) + 4,  # and <unk>, <s>, </s> and a blank
+        minloglevel=2,
+    )
+    (Path(folder.name) / "tokenizer.model").write_bytes(made.getvalue())
+    return folder
+
+
 def _sees(processor: str, patch: int) -> Any:
     images = transformers.Qwen2VLImageProcessor(
         patch_size=patch, min_pixels=(2 * patch) ** 2, max_pixels=(4 * patch) ** 2
@@ -168,6 +215,7 @@ TOKENIZERS = {
     "BertTokenizer": _bert,
     "XLMRobertaTokenizer": _xlmr,
     "RobertaTokenizer": _roberta,
+    "ChatGLMTokenizer": _chatglm,
     "ClapFeatureExtractor": transformers.ClapFeatureExtractor,
     "CLIPImageProcessor": lambda: transformers.CLIPImageProcessor(
         size={"shortest_edge": 32}, crop_size=32
