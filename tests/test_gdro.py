@@ -10,52 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import family
+from trainers import PROMPTS, data_of, gdro, gradient_of, moved, resumed, weights_of
 
 from finetune import lora
 from finetune.conditioning import Conditioning
-from finetune.data import Data, load_data
-from finetune.gdro import Gdro, GdroTrainer
+from finetune.data import load_data
+from finetune.gdro import Gdro
 from finetune.groups import Group, draw_groups, make_groups, normalised, target_entropy
 from finetune.learner import check_shares
-from finetune.network import Model
 from finetune.recording import record
 from finetune.rollouts import Plan, generate, open_run
 from finetune.shards import Rollouts, add_rewards
 from finetune.state import load_state, save_state
 
-PROMPTS = ["a red star", "two blue circles", "a cross"]
-
-
-def data_of(pipe, call, m=4):
-    generator = torch.Generator().manual_seed(0)
-    given = record(pipe, PROMPTS, **call)
-    latents = torch.randn(len(PROMPTS) * m, *given.form.shape, generator=generator)
-    groups = [
-        Group(i, torch.arange(m) + m * i, torch.rand(m, generator=generator))
-        for i in range(len(PROMPTS))
-    ]
-    return Data(latents, given, groups, 0)
-
 
 def trainer_of(name="sd3", **changed):
-    pipe, call = family(name)
-    data = data_of(pipe, call)
-    settings = Gdro(
-        **{"groups": 2, "k": 3, "rank": 2, "alpha": 2, "lr": 1e-3, "micro_groups": 1} | changed
-    )
-    model = Model(pipe)
-    return GdroTrainer(getattr(pipe, model.part), model, data, settings, Accelerator(cpu=True))
+    return gdro(*family(name), **changed)
 
 
 def pipe_class():
     return type(family("sd3")[0])
-
-
-def weights_of(trainer):
-    return torch.cat([p.detach().flatten() for p in trainer.learner.weights.values()])
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
@@ -71,18 +47,7 @@ def test_every_family_takes_a_step(name):
 
 
 def test_ten_steps_are_five_and_a_resumed_five_bit_for_bit(tmp_path):
-    whole = trainer_of()
-    for _ in range(10):
-        whole.train_step()
-    first = trainer_of()
-    for _ in range(5):
-        first.train_step()
-    save_state(first, tmp_path)
-    second = trainer_of()
-    assert load_state(second, tmp_path)
-    for _ in range(5):
-        second.train_step()
-    assert torch.equal(weights_of(second), weights_of(whole))
+    whole, second, _ = resumed(trainer_of, tmp_path, 5, 5)
     for name, mean in whole.learner.average.weights.items():
         assert torch.equal(second.learner.average.weights[name], mean)
     assert not load_state(second, tmp_path / "nothing")
@@ -95,23 +60,6 @@ def test_how_groups_are_split_does_not_matter():
         for name in a.keys() - {"accuracy"}:  # of scores that are 0 but for rounding
             assert a[name] == pytest.approx(b[name], abs=1e-4)
     torch.testing.assert_close(weights_of(one), weights_of(many), atol=1e-5, rtol=1e-4)
-
-
-def moved(trainer):
-    """The trainer, after its adapter was moved away from the reference."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for weight in trainer.learner.weights.values():
-            weight.add_(torch.randn(weight.shape, generator=generator) / 8)
-    return trainer
-
-
-def gradient_of(trainer):
-    """The first step's statistics, and the gradient by which it moves."""
-    found = []
-    weights = trainer.learner.weights.values()
-    trainer.learner.optimizer.step = lambda: found.extend(p.grad.flatten() for p in weights)
-    return trainer.train_step(), torch.cat(found)
 
 
 @pytest.mark.parametrize(
@@ -210,17 +158,7 @@ def test_a_second_round_goes_on_from_its_lora(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_moved_reference(tmp_path):
-    whole = trainer_of(refresh=2)
-    for _ in range(5):
-        whole.train_step()
-    first, second = trainer_of(refresh=2), trainer_of(refresh=2)
-    for _ in range(3):
-        first.train_step()
-    save_state(first, tmp_path)
-    load_state(second, tmp_path)
-    for _ in range(2):
-        second.train_step()
-    assert torch.equal(weights_of(second), weights_of(whole))
+    resumed(trainer_of, tmp_path, 3, 2, refresh=2)
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move():

@@ -10,12 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import test_gdro
-import test_grpo
-import test_nft
 import torch
 from accelerate import Accelerator
 from tiny_pipelines import family
+from trainers import data_of, gdro, gradient_of, grpo, moved, nft, places, resumed
 
 from finetune import learner, lora
 from finetune.data import Data
@@ -26,9 +24,7 @@ from finetune.recording import record
 from finetune.state import load_state, save_state
 
 HALVES = [torch.bfloat16, torch.float16]
-KINDS = {"gdro": test_gdro, "grpo": test_grpo, "nft": test_nft}
-# An image counts for its place, so that another rounding of the samples does not reorder them.
-PLACES = lambda images, _: (torch.arange(len(images)) % 4 / 4, {})  # noqa: E731
+KINDS = {"gdro": gdro, "grpo": grpo, "nft": nft}
 
 
 def in_half(name: str, dtype: torch.dtype) -> Any:
@@ -36,35 +32,20 @@ def in_half(name: str, dtype: torch.dtype) -> Any:
     return pipe.to(dtype), call
 
 
-@pytest.fixture
-def trainer_of(monkeypatch):
-    """Any of the trainers, of a pipeline in a type."""
-
-    def made(kind: str, dtype: torch.dtype, name: str = "sd3", **changed):
-        monkeypatch.setattr(KINDS[kind], "family", lambda name: in_half(name, dtype))
-        few = {"groups": 2, "k": 3} if kind == "gdro" else {"score": PLACES, "groups": 1, "k": 2}
-        return KINDS[kind].trainer_of(name, **few | changed)
-
-    return made
-
-
-def first_gradient(trainer) -> tuple[dict[str, float], torch.Tensor]:
-    """What the first step says, and the gradient that it moves by."""
-    found: list[torch.Tensor] = []
-    weights = trainer.learner.weights.values()
-    trainer.learner.optimizer.step = lambda: found.extend(p.grad.flatten() for p in weights)
-    return trainer.train_step(), torch.cat(found)
+def trainer_of(kind: str, dtype: torch.dtype, name: str = "sd3", **changed: Any) -> Any:
+    few = {"groups": 2, "k": 3} if kind == "gdro" else {"score": places, "groups": 1, "k": 2}
+    return KINDS[kind](*in_half(name, dtype), **few | changed)
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_gradient_is_that_of_float32(kind, name, trainer_of):
+def test_the_first_gradient_is_that_of_float32(kind, name):
     """To 8 bits of a bfloat16 in some twenty roundings, one after another: a tenth; to 11 bits of
     a float16: two hundredths."""
-    told, expected = first_gradient(trainer_of(kind, torch.float32, name))
+    told, expected = gradient_of(trainer_of(kind, torch.float32, name))
     assert expected.norm() > 1e-5
     for dtype, share in zip(HALVES, (0.1, 0.02), strict=True):
-        seen, found = first_gradient(trainer_of(kind, dtype, name))
+        seen, found = gradient_of(trainer_of(kind, dtype, name))
         assert found.dtype == torch.float32
         assert (found - expected).norm() < share * expected.norm()
         assert seen["loss"] == pytest.approx(told["loss"], rel=share / 5, abs=1e-4)
@@ -77,34 +58,23 @@ def test_the_first_gradient_is_that_of_float32(kind, name, trainer_of):
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_that_learns_is_float32_and_a_run_resumes_bit_for_bit(
-    kind, dtype, trainer_of, tmp_path
-):
-    whole, first, second = (trainer_of(kind, dtype) for _ in range(3))
-    for _ in range(3):
-        whole.train_step()
+def test_all_that_learns_is_float32_and_a_run_resumes_bit_for_bit(kind, dtype, tmp_path):
+    whole, _, _ = resumed(lambda: trainer_of(kind, dtype), tmp_path, 1, 2)
     own = whole.learner
     frozen = {p.dtype for n, p in own.bare.named_parameters() if n not in own.weights}
     moments = [v.dtype for state in own.optimizer.state.values() for v in state.values() if v.ndim]
     held = [value.dtype for part in (own.weights, own.average.weights) for value in part.values()]
     assert frozen == {dtype}
     assert {*moments, *held} == {torch.float32}
-    first.train_step()
-    save_state(first, tmp_path)
-    assert load_state(second, tmp_path)
-    for _ in range(2):
-        second.train_step()
-    for a, b in zip(own.weights.values(), second.learner.weights.values(), strict=True):
-        assert torch.equal(a, b)
 
 
-def test_samples_and_their_moves_are_float32(trainer_of):
+def test_samples_and_their_moves_are_float32():
     batch = trainer_of("grpo", torch.bfloat16)._sampled(0, [0])
     kept = [batch.latents, batch.images, *(end for move in batch.moves for end in (move.x, move.y))]
     assert {value.dtype for value in kept} == {torch.float32}
 
 
-def test_gradients_that_overflow_in_float16_are_taken_again_at_another_scale(trainer_of, tmp_path):
+def test_gradients_that_overflow_in_float16_are_taken_again_at_another_scale(tmp_path):
     whole, large = (trainer_of("gdro", torch.float16, lr=1e-3) for _ in range(2))
     large.learner.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
     large.learner.optimizer.scaler = scaler
@@ -123,15 +93,13 @@ def test_gradients_that_overflow_in_float16_are_taken_again_at_another_scale(tra
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_image_by_image_the_gradient_is_that_of_the_whole_group(dtype, trainer_of):
+def test_image_by_image_the_gradient_is_that_of_the_whole_group(dtype):
     """Also where those of float16 overflow at first, and all is taken again."""
-    whole, parts = (
-        test_gdro.moved(trainer_of("gdro", dtype, micro_images=most)) for most in (0, 1)
-    )
+    whole, parts = (moved(trainer_of("gdro", dtype, micro_images=most)) for most in (0, 1))
     if dtype == torch.float16:
         parts.learner.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
         parts.learner.optimizer.scaler = parts.learner.accelerator.scaler
-    (told, expected), (seen, found) = first_gradient(whole), first_gradient(parts)
+    (told, expected), (seen, found) = gradient_of(whole), gradient_of(parts)
     share = 0.1 if dtype == torch.bfloat16 else 0.02
     assert (found - expected).norm() < share * expected.norm()
     assert seen["loss"] == pytest.approx(told["loss"], rel=share)
@@ -145,7 +113,7 @@ def test_float16_is_refused_where_its_gradients_cannot_be_scaled():
             learner._scale_gradients(SimpleNamespace(is_fsdp2=fsdp), zero)
 
 
-def test_an_engine_that_switches_autocast_off_does_not_reach_the_network(trainer_of):
+def test_an_engine_that_switches_autocast_off_does_not_reach_the_network():
     """As DeepSpeed's, which this stands for, on a GPU."""
     alone, trainer = trainer_of("gdro", torch.bfloat16), trainer_of("gdro", torch.bfloat16)
     network = trainer.learner.network
@@ -158,11 +126,11 @@ def test_an_engine_that_switches_autocast_off_does_not_reach_the_network(trainer
     assert trainer.train_step() == alone.train_step()
 
 
-def test_checkpointed_blocks_are_computed_again_in_the_same_precision(trainer_of):
+def test_checkpointed_blocks_are_computed_again_in_the_same_precision():
     plain, less = (
         trainer_of("gdro", torch.bfloat16, gradient_checkpointing=on) for on in (False, True)
     )
-    (_, a), (_, b) = first_gradient(plain), first_gradient(less)
+    (_, a), (_, b) = gradient_of(plain), gradient_of(less)
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
@@ -180,7 +148,7 @@ def test_rollouts_of_another_precision_serve(name, network):
     pipe, call = family(name)
     model = Model(pipe)
     other = torch.bfloat16 if network == torch.float32 else torch.float32
-    data: Any = test_gdro.data_of(pipe, call)
+    data: Any = data_of(pipe, call)
     data = Data(data.latents.to(other), cast(data.given, other), data.groups, 0)
     settings = Gdro(groups=2, k=3, rank=2, alpha=2, micro_groups=1)
     part = getattr(pipe, model.part).to(network)

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from accelerate import Accelerator
-from test_gdro import gradient_of, moved
-from test_grpo import PROMPTS, brightness, passes, places, some_flat, weights_of, with_every_group
 from tiny_pipelines import family
+from trainers import (
+    assert_image_by_image,
+    gradient_of,
+    moved,
+    nft,
+    passes,
+    places,
+    resumed,
+    some_flat,
+    weights_of,
+    with_every_group,
+)
 
 from finetune import lora
 from finetune.awm import Awm
-from finetune.chains import schedule_of
-from finetune.decoding import decoder_of
-from finetune.network import Model
-from finetune.nft import Nft, NftTrainer, draw_times
-from finetune.online import Task
-from finetune.recording import Recorder, record
-from finetune.state import load_state, save_state
+from finetune.nft import Nft, draw_times
 
 
-def trainer_of(name="sd3", score=brightness, kind: Any = Nft, **changed):
-    pipe, call = family(name)
-    scale = changed.get("guidance_scale", 1.0)
-    call |= {"num_inference_steps": 3, "guidance_scale": scale}
-    model = Model(pipe)
-    settings = kind(
-        **{"groups": 2, "k": 4, "rank": 2, "alpha": 2, "lr": 1e-3, "num_inference_steps": 3}
-        | changed
-    )
-    given = Recorder(pipe, call, guided=scale > 1).record(PROMPTS)
-    decode = decoder_of(model, pipe, given)
-    plain = record(pipe, PROMPTS, **call) if scale > 1 else None
-    task = Task(schedule_of(model, given), PROMPTS, given, decode, score, plain=plain)
-    return NftTrainer(getattr(pipe, model.part), model, task, settings, Accelerator(cpu=True))
+def trainer_of(name="sd3", **changed):
+    return nft(*family(name), **changed)
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
@@ -70,15 +59,7 @@ def test_the_first_gradient_is_that_of_regression_weighted_by_advantages():
 @pytest.mark.parametrize("kind", [Nft, Awm])
 def test_four_epochs_are_two_and_a_resumed_two_bit_for_bit(tmp_path, kind):
     more = {"updates": 2, "noisings": 1, "kl": 0.1, "kind": kind}
-    whole, first, second = (trainer_of(**more) for _ in range(3))
-    seen = [whole.train_step() for _ in range(4)]
-    for _ in range(2):
-        first.train_step()
-    save_state(first, tmp_path)
-    assert load_state(second, tmp_path)
-    assert second.step == 2
-    assert [second.train_step() for _ in range(2)] == seen[2:]
-    assert torch.equal(weights_of(whole), weights_of(second))
+    _, _, seen = resumed(trainer_of, tmp_path, 2, 2, **more)
     assert seen[0]["kl"] > 0  # of the epoch's second update; the first was at the reference
 
 
@@ -100,27 +81,16 @@ def test_images_come_from_the_old_policy_and_not_from_how_groups_are_split():
 
 
 @pytest.mark.parametrize(
-    "changed",
+    ("size", "changed"),
     [
-        {"kind": Nft, "micro_images": 1, "kl": 0.1},
-        {"kind": Nft, "micro_images": 3, "micro_groups": 2, "adaptive": True},
-        {"kind": Awm, "micro_images": 3},
+        (1, {"kind": Nft, "kl": 0.1}),
+        (3, {"kind": Nft, "micro_groups": 2, "adaptive": True}),
+        (3, {"kind": Awm}),
     ],
     ids=str,
 )
-def test_image_by_image_the_gradient_is_that_of_the_whole_group(changed):
-    rows, more = [], {"score": places, "groups": 2}
-    whole, parts = (
-        moved(trainer_of(**more | changed | most)) for most in ({"micro_images": 0}, {})
-    )
-    parts.learner.bare.register_forward_hook(
-        lambda module, arguments, keywords, output: rows.append(len(output[0])), with_kwargs=True
-    )
-    (told, expected), (seen, found) = gradient_of(whole), gradient_of(parts)
-    assert expected.norm() > 1e-5
-    assert (found - expected).norm() < 1e-3 * expected.norm()
-    assert seen == pytest.approx(told, rel=1e-3, abs=1e-5)
-    assert max(rows) == changed["micro_images"]
+def test_image_by_image_the_gradient_is_that_of_the_whole_group(size, changed):
+    assert_image_by_image(trainer_of, size, **{"score": places, "groups": 2} | changed)
 
 
 @pytest.mark.parametrize(

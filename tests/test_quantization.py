@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_gdro import data_of, weights_of
 from torch import nn
+from trainers import gdro, weights_of
 from two_processes import run_pair
 
 from finetune import lora
-from finetune.gdro import Gdro, GdroTrainer
-from finetune.network import Model, predict
+from finetune.gdro import GdroTrainer
+from finetune.network import predict
 from finetune.recording import record
 from finetune.rollouts import Plan, is_complete, open_run
 from steering import tiny
@@ -46,11 +46,7 @@ def bitsandbytes_on_a_cpu(monkeypatch):
 
 
 def trainer_of(pipe: Any, accelerator: Any = None, **changed: Any) -> GdroTrainer:
-    model, data = Model(pipe), data_of(pipe, CALL)
-    given = {"groups": 2, "k": 3, "rank": 2, "alpha": 2, "lr": 1e-3, "micro_groups": 1}
-    settings = Gdro(**given | changed)
-    accelerator = accelerator or Accelerator(cpu=True)
-    return GdroTrainer(getattr(pipe, model.part), model, data, settings, accelerator)
+    return gdro(pipe, CALL, accelerator, **changed)
 
 
 def size(network: nn.Module) -> int:
@@ -222,9 +218,7 @@ def test_a_lora_is_trained_on_a_base_in_4_bits_on_a_gpu():
     pytest.importorskip("bitsandbytes", reason="4 bits need bitsandbytes")
     pipe = load_pipeline(NAME, torch.bfloat16, quantize="4bit")
     assert pipe.transformer.device.type == "cuda"
-    data, model = data_of(pipe, CALL), Model(pipe)
-    settings = Gdro(groups=2, k=3, rank=2, alpha=2, lr=1e-3, micro_groups=1)
-    trainer = GdroTrainer(pipe.transformer, model, data, settings, Accelerator())
+    trainer = trainer_of(pipe, Accelerator())
     trainer.train_step()
     assert any(p.any() for name, p in trainer.learner.weights.items() if "lora_B" in name)
 
@@ -246,7 +240,7 @@ import sys, torch
 from pathlib import Path
 from accelerate import Accelerator
 from test_quantization import NAME, trainer_of
-from test_gdro import weights_of
+from trainers import weights_of
 from tilt.loading import load_pipeline
 accelerator = Accelerator(cpu=True)
 trainer = trainer_of(load_pipeline(NAME, torch.float32, quantize="8bit"), accelerator)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from reward_server import EXACT, Live, gate, pictures, remote
-from test_grpo import trainer_of, weights_of
+from tiny_pipelines import family
+from trainers import grpo, weights_of
 
 import rewards
 from rewards.backends import reward_client
@@ -47,7 +48,7 @@ def test_a_training_run_whose_server_is_started_again_is_the_local_run():
     try:
         for score in (live.reward.evaluate, scored):
             torch.manual_seed(0)
-            trainer = trainer_of(score=score, micro_groups=1)
+            trainer = grpo(*family("sd3"), score=score, micro_groups=1)
             for _ in range(2):
                 assert trainer.train_step()["dropped"] == 0
             weights.append(weights_of(trainer))
