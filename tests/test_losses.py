@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune import tensor_checks
 from finetune.losses import (
     best_image_loss,
     dpo_loss,
@@ -21,14 +19,6 @@ from finetune.losses import (
     shuffled_order,
     soft_preference_loss,
     target_distribution,
-)
-from finetune.policy_losses import (
-    clipped,
-    group_advantages,
-    guarded_log_ratio,
-    matching_score,
-    nft_loss,
-    policy_loss,
 )
 
 TAU = 0.3
@@ -282,43 +272,6 @@ def test_the_likelihood_weight_makes_the_score_the_exact_log_ratio():
     torch.testing.assert_close(eps, elbo_weight(t))
 
 
-# --- policies
-
-
-def test_advantages_have_no_mean_and_a_unit_spread():
-    _, rewards = groups(6, g=5)
-    for spread in ("group", "global", "none"):
-        assert group_advantages(rewards, spread=spread).sum(1).abs().max() < 1e-5
-    scaled = group_advantages(rewards, eps=0.0)
-    torch.testing.assert_close(scaled.std(1), torch.ones(5))
-    assert group_advantages(torch.ones(2, 4)).abs().max() == 0
-    whole = group_advantages(rewards, spread="global", eps=0.0)
-    centred = rewards.float() - rewards.float().mean(1, keepdim=True)
-    torch.testing.assert_close(whole, centred / rewards.float().std())
-
-
-def test_on_the_sampling_policy_the_gradient_is_minus_the_advantage():
-    old = torch.tensor([-1.0, -2.0, -3.0])
-    advantages = torch.tensor([1.0, -0.5, 0.0])
-    log_prob = old.clone().requires_grad_(True)
-    loss = policy_loss(log_prob, old, advantages, clip=0.2)
-    (gradient,) = torch.autograd.grad(loss.sum(), log_prob)
-    torch.testing.assert_close(gradient, -advantages)
-    assert clipped(log_prob, old).sum() == 0
-
-
-@pytest.mark.parametrize(("ratio", "sign"), list(itertools.product((0.5, 1.0, 2.0), (1.0, -1.0))))
-def test_clipping_takes_the_worse_of_both(ratio, sign):
-    log_prob = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss = policy_loss(log_prob, torch.zeros(1), torch.tensor([sign]), clip=0.1)
-    wanted = -min(ratio * sign, min(max(ratio, 0.9), 1.1) * sign)
-    assert loss.item() == pytest.approx(wanted)
-    (gradient,) = torch.autograd.grad(loss, log_prob)
-    stopped = (ratio > 1.1 and sign > 0) or (ratio < 0.9 and sign < 0)
-    assert (gradient.abs().item() == 0) == stopped
-    assert clipped(log_prob, torch.zeros(1), clip=0.1).item() == float(ratio != 1.0)
-
-
 def test_kto_pulls_the_desirable_up_and_the_undesirable_down():
     scores = torch.tensor([0.3, -0.2, 0.5], requires_grad=True)
     desirable = torch.tensor([True, True, False])
@@ -330,196 +283,3 @@ def test_kto_pulls_the_desirable_up_and_the_undesirable_down():
     (gradient,) = torch.autograd.grad(loss.sum(), scores)
     assert (gradient[:2] < 0).all()
     assert gradient[2] > 0
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: gdro_loss(torch.zeros(2, 1), torch.zeros(2, 1), temperature=1.0), "k of 2"),
-        (lambda: gdro_loss(torch.zeros(2, 3), torch.zeros(2, 4), temperature=1.0), "k of 2"),
-        (lambda: gdro_loss(*groups(), temperature=0.0), "must be positive"),
-        (lambda: gdro_loss(*groups(), temperature=1.0, form="best"), "must be one of"),
-        (lambda: group_advantages(torch.ones(2, 2), spread="batch"), "must be one of"),
-        (lambda: elbo_weight(torch.ones(1), "v"), "must be 'velocity'"),
-    ],
-)
-def test_mistakes_are_refused_with_a_sentence(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_the_optimum_of_nft_is_its_closed_form():
-    """v_old + (2/β) E[r (v - v_old)] where E[v] = v_old, as on images of the old policy."""
-    draws = torch.Generator().manual_seed(3)
-    target = torch.randn(64, 5, generator=draws, dtype=torch.float64)
-    good, old = torch.rand(64, generator=draws, dtype=torch.float64), target.mean(0)
-    move = torch.zeros(5, dtype=torch.float64, requires_grad=True)
-    beta = 0.7
-    loss = nft_loss((old + move).expand(64, 5), old.expand(64, 5), target, good, beta=beta).mean()
-    (slope,) = torch.autograd.grad(loss, move)
-    # quadratic with curvature 2 β² / 5, so that one Newton step from 0 is the optimum
-    found = -slope / (2 * beta**2 / 5)
-    expected = 2 / beta * (good[:, None] * (target - old)).mean(0)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        nft_loss(target, target, target, good + 1)
-
-
-NAN, INF = math.nan, math.inf
-PREDS = torch.zeros(2, 3, 4, 5)
-
-
-def spoiled(tensor, value):
-    tensor = tensor.clone().float()
-    tensor.view(-1)[1] = value
-    return tensor
-
-
-OF_KNOWN = {
-    "gdro": lambda r: gdro_loss(torch.zeros(2, 3), r, temperature=1.0, form="full"),
-    "gdro rank": lambda r: gdro_loss(torch.zeros(2, 3), r, temperature=1.0, form="rank"),
-    "best": lambda r: best_image_loss(PREDS, PREDS, r),
-    "order": shuffled_order,
-    "targets": lambda r: target_distribution(r, 1.0),
-    "advantages": group_advantages,
-    "policy": lambda a: policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), a),
-}
-OF_PROBABILITIES = {
-    "soft": lambda p: soft_preference_loss(torch.zeros(4), torch.zeros(4), p),
-    "nft": lambda p: nft_loss(torch.zeros(4, 5), torch.zeros(4, 5), torch.zeros(4, 5), p),
-    "elbo": elbo_weight,
-    "matching": lambda t: matching_score(torch.ones(4, 5), torch.zeros(4, 5), t, time_power=1.0),
-}
-OF_PREDICTED = {
-    "implicit": lambda x: implicit_scores(x, PREDS, PREDS, beta=1.0),
-    "gdro": lambda x: gdro_loss(x[:, :, 0, 0], torch.rand(2, 3), temperature=1.0, form="top1"),
-    "best": lambda x: best_image_loss(x[:1, :1], x[:1, :1] * 0, torch.zeros(1, 1)),
-    "dpo": lambda x: dpo_loss(x, PREDS),
-    "soft": lambda x: soft_preference_loss(x, PREDS, PREDS),
-    "kto": lambda x: kto_loss(x, torch.ones_like(x, dtype=torch.bool)),
-    "policy": lambda x: policy_loss(x, PREDS, PREDS),
-    "nft": lambda x: nft_loss(x, PREDS, PREDS, torch.zeros(2)),
-    "adaptive nft": lambda x: nft_loss(x, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(2)),
-    "matching": lambda x: matching_score(x, PREDS, torch.ones(2), power=0.25),
-}
-
-
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_rewards_that_are_not_finite_are_refused(value):
-    for name, loss in OF_KNOWN.items():
-        loss(torch.rand(2, 3))
-        with pytest.raises(ValueError, match="must be finite but 1 of 6"):
-            loss(spoiled(torch.rand(2, 3), value))
-        assert name
-
-
-@pytest.mark.parametrize("value", [NAN, -0.001, 1.001, INF])
-def test_what_is_no_probability_is_refused(value):
-    for loss in OF_PROBABILITIES.values():
-        loss(torch.tensor([0.25, 0.5, 0.75, 1.0]))
-        with pytest.raises(ValueError, match=r"must be finite and in \[0, 1\] but 1 of 4 are not"):
-            loss(spoiled(torch.rand(4), value))
-
-
-def test_predictions_that_are_not_finite_are_no_loss():
-    for loss in OF_PREDICTED.values():
-        loss(torch.rand_like(PREDS))
-        with pytest.raises(FloatingPointError, match="not finite: lower the learning rate"):
-            loss(torch.full_like(PREDS, NAN))
-
-
-def test_on_a_device_a_wrong_value_makes_the_loss_nan(monkeypatch):
-    """No look at the device is taken: the values say so themselves, an order of them too."""
-
-    monkeypatch.setattr(tensor_checks, "_is_free_to_look", lambda values: False)
-    rewards = spoiled(torch.rand(2, 3), INF)
-    for name in ("gdro", "gdro rank", "best", "targets", "policy"):
-        if name == "best":
-            loss = best_image_loss(PREDS, PREDS, rewards)
-        elif name.startswith("gdro"):
-            form = "rank" if "rank" in name else "full"
-            loss = gdro_loss(torch.zeros(2, 3), rewards, temperature=1.0, form=form)
-        else:
-            loss = OF_KNOWN[name](rewards)
-        assert loss.isnan().any(), name
-        assert not loss.isnan().all(), name
-    for loss in OF_PROBABILITIES.values():
-        found = loss(torch.tensor([0.25, 2.0, 0.75, 0.5]))
-        assert found.isnan().tolist() == [False, True, False, False]
-
-
-FLAT = torch.zeros(4)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=0.0),
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=NAN),
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=1.0, weight=torch.ones(7)),
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=1.0, weight=torch.ones(5, 2, 3)),
-        lambda: best_image_loss(PREDS, PREDS[:, :2], torch.zeros(2, 3)),
-        lambda: best_image_loss(PREDS, PREDS, torch.zeros(2, 4)),
-        lambda: dpo_loss(FLAT, FLAT[:3]),
-        lambda: dpo_loss(FLAT, FLAT[:1]),
-        lambda: soft_preference_loss(FLAT, FLAT, FLAT[:1]),
-        lambda: kto_loss(FLAT, torch.ones(3, dtype=torch.bool)),
-        lambda: kto_loss(FLAT, torch.ones(4)),
-        lambda: kto_loss(FLAT, torch.ones(4, dtype=torch.bool), weights=(1.0, NAN)),
-        lambda: kto_loss(FLAT, torch.ones(4, dtype=torch.bool), weights=(-1.0, 1.0)),
-        lambda: group_advantages(FLAT),
-        lambda: group_advantages(torch.zeros(4, 1)),
-        lambda: group_advantages(torch.zeros(2, 3), eps=-1.0),
-        lambda: group_advantages(torch.zeros(2, 3), kept=torch.ones(2, 3)),
-        lambda: group_advantages(torch.zeros(2, 3), kept=torch.ones(2, 2, dtype=torch.bool)),
-        lambda: policy_loss(FLAT, FLAT, FLAT[:3]),
-        lambda: policy_loss(FLAT, FLAT, FLAT, clip=0.0),
-        lambda: policy_loss(FLAT, FLAT, FLAT, clip=NAN),
-        lambda: clipped(FLAT, FLAT[:3]),
-        lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(3)),
-        lambda: nft_loss(PREDS, PREDS[:1], PREDS, torch.zeros(2)),
-        lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), beta=NAN),
-        lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(3)),
-        lambda: matching_score(PREDS, PREDS[:1], torch.ones(2)),
-        lambda: matching_score(PREDS, PREDS, torch.ones(3)),
-        lambda: matching_score(PREDS, PREDS, torch.ones(2), power=1.5),
-        lambda: matching_score(PREDS, PREDS, torch.ones(2), time_power=-1.0),
-        lambda: guarded_log_ratio(FLAT[:2], FLAT[:2], PREDS, PREDS[:1], torch.tensor(0.5)),
-        lambda: guarded_log_ratio(FLAT, FLAT, PREDS, PREDS, torch.tensor(0.5)),
-        lambda: guarded_log_ratio(FLAT[:2], FLAT[:2], PREDS, PREDS, torch.ones(3)),
-        lambda: target_distribution(torch.zeros(2, 3), INF),
-        lambda: gdro_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=NAN),
-    ],
-)
-def test_shapes_and_numbers_that_make_no_loss_are_refused(call):
-    with pytest.raises(ValueError, match=r"must|needed|broadcast"):
-        call()
-
-
-@pytest.mark.parametrize("spread", ["group", "global", "none"])
-def test_without_some_images_advantages_are_those_of_the_others(spread):
-    rewards = torch.rand(3, 5, generator=torch.Generator().manual_seed(2))
-    kept = torch.ones(3, 5, dtype=torch.bool)
-    kept[0, 1] = kept[0, 4] = kept[2, 0] = False
-    found = group_advantages(rewards.masked_fill(~kept, NAN), spread=spread, kept=kept)
-    assert (found[~kept] == 0).all()
-    deviation = rewards[kept].std() + 1e-4
-    for row in range(3):
-        own = rewards[row, kept[row]]
-        divisor = {"group": own.std() + 1e-4, "global": deviation, "none": 1.0}[spread]
-        torch.testing.assert_close(found[row, kept[row]], (own - own.mean()) / divisor)
-    torch.testing.assert_close(
-        group_advantages(rewards, spread=spread, kept=torch.ones_like(kept)),
-        group_advantages(rewards, spread=spread),
-    )
-
-
-def test_one_image_alone_has_no_advantage():
-    kept = torch.tensor([[True, False, False], [False, False, False]])
-    for spread in ("group", "global", "none"):
-        assert (
-            group_advantages(
-                torch.full((2, 3), NAN).masked_fill(kept, 2.0), spread=spread, kept=kept
-            )
-            == 0
-        ).all()

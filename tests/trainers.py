@@ -48,8 +48,8 @@ def brightness(images, prompts):
 
 
 def grpo(pipe, call, score=brightness, **changed):
-    steps = {"num_inference_steps": 4}
-    model, settings = Model(pipe), Grpo(**SMALL | {"groups": 3} | steps | changed)
+    steps: dict[str, Any] = {"num_inference_steps": 4}
+    model, settings = Model(pipe), Grpo(**SMALL | steps | {"groups": 3} | changed)
     given = record(pipe, PROMPTS, **call | steps | {"guidance_scale": 1.0})
     decode, schedule = decoder_of(model, pipe, given), schedule_of(model, given)
     task = Task(schedule, PROMPTS, given, decode, score, weights={"brightness": 1.0})
@@ -57,7 +57,8 @@ def grpo(pipe, call, score=brightness, **changed):
 
 
 def nft(pipe, call, score=brightness, kind: Any = Nft, **changed):
-    steps, scale = {"num_inference_steps": 3}, changed.get("guidance_scale", 1.0)
+    steps: dict[str, Any] = {"num_inference_steps": 3}
+    scale = changed.get("guidance_scale", 1.0)
     model, settings = Model(pipe), kind(**SMALL | steps | changed)
     call = call | steps | {"guidance_scale": scale}
     given = Recorder(pipe, call, guided=scale > 1).record(PROMPTS)
