@@ -49,6 +49,7 @@ class Form:
     times: str = "each"
 
     def dumps(self) -> str:
+        """Return the form as JSON text."""
         return json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)
 
     @staticmethod
@@ -89,6 +90,7 @@ class Conditioning:
         return self._mapped(lambda value: value.to(device, non_blocking=True))
 
     def pinned(self) -> Conditioning:
+        """Copy the tensors to pinned memory, from which they are copied to a GPU asynchronously."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Any) -> Conditioning:

@@ -22,7 +22,7 @@ def decoder_of(model: Model, pipe: Any, given: Conditioning) -> Callable[[Tensor
     """Return a function from latents (n, ...) to float images (n, 3, h, w) in [0, 1].
 
     pipe: the pipeline, of which the decoder is used; given: the conditioning of any prompt. Images
-    are the pipeline's own, without its safety checker and watermark.
+    are the pipeline's own, without its safety checker and watermark. No gradients pass.
     """
     precise, row = in_float32(pipe), given[:1]
     decoders = {

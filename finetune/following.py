@@ -72,7 +72,7 @@ class Following:
 
     @property
     def step(self) -> int:
-        """The number of updates so far."""
+        """Return the number of updates so far."""
         return self.trainer.step
 
     def train_step(self) -> dict[str, float]:
@@ -104,6 +104,7 @@ class Following:
         self.run = run
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the trainer's state, with the names and a digest of the shards that it saw."""
         column = self.trainer.settings.reward
         return self.trainer.state_dict() | {
             "seen": self._names(),
@@ -111,6 +112,7 @@ class Following:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue on the same shards; raises ValueError if they were drawn or scored again."""
         self._use(list(state["seen"]))
         if self.run.digest(self.trainer.settings.reward) != state["digest"]:
             raise ValueError("the shards that it had seen were drawn or scored again")

@@ -136,10 +136,12 @@ class Average:
         torch._foreach_lerp_(list(self.weights.values()), present, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the step, the whole weights and the bound's name; all processes must call it."""
         law = self.bound.__name__
         return {"step": self.step, "weights": whole(self.weights), "law": law}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over such a state; raises ValueError if its bound is another one."""
         law = state.get("law")
         if self.decay and law != self.bound.__name__:
             raise ValueError(

@@ -91,9 +91,11 @@ def part_of(pipe: Any) -> str:
 def predict(pipe: Any, given: Conditioning, x: Tensor, t: Tensor) -> Tensor:
     """Return what the network of `pipe` predicts for x_t (n, ...) at t (n,) or ().
 
-    given: n rows of `recording.record`. The result is what the pipeline passes to its scheduler, in
-    the form that `noising_of(pipe).prediction` names, with guidance if the conditioning has it.
-    Gradients follow `torch.is_grad_enabled()`. A trainer uses `Model`, which prepares this once.
+    given: n rows of `recording.record`. x and t are on the network's device. The result has x's
+    shape; it is what the pipeline passes to its scheduler, in the form that
+    `noising_of(pipe).prediction` names, with guidance if the conditioning has it. Gradients follow
+    `torch.is_grad_enabled()`. Raises ValueError for a pipeline whose call does more than predict. A
+    trainer uses `Model`, which prepares this once.
     """
     model = Model(pipe)
     return model.predict(getattr(pipe, model.part), given, x, t)

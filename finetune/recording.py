@@ -35,9 +35,9 @@ _NEAR, _FAR = 0.25, 0.75  # two times
 def record(pipe: Any, prompts: Sequence[str], **call: Any) -> Conditioning:
     """Return the conditioning of prompts, one row each, for `network.predict`.
 
-    call: keywords of the pipeline's call; they are recorded as well. Classifier-free guidance is
-    off, while a guidance scale that is an input of the network is kept. Raises ValueError for a
-    pipeline that cannot be trained.
+    call: keywords of the pipeline's call, numbers and texts; they are recorded as well.
+    Classifier-free guidance is off, while a guidance scale that is an input of the network is kept.
+    Raises ValueError for a pipeline that cannot be trained, and for other keywords, such as images.
     """
     return Recorder(pipe, call).record(prompts)
 

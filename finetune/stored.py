@@ -36,7 +36,8 @@ def stored(
     """Return the conditioning of prompts, memory-mapped; all processes must call this.
 
     The main process calls record(some of the prompts) and writes the folder, unless that holds
-    what was made of the same. made_of: names the model and the call.
+    what was made of the same. made_of: names the model and the call. Raises ValueError if the
+    folder cannot be written or read.
     """
     about = hashlib.sha256(json.dumps([made_of, *prompts]).encode()).hexdigest()
     with disk_errors(folder, ELSEWHERE):

@@ -79,7 +79,7 @@ class Frames:
 def evenly_spaced(frames: int, num: int) -> list[int]:
     """Return the indices of `num` of `frames` frames, first and last included; the middle of one.
 
-    They are rounded to the nearest, halves up.
+    They are rounded to the nearest, halves up; 1 <= num <= frames.
     """
     if num == 1:
         return [(frames - 1) // 2]

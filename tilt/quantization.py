@@ -26,7 +26,7 @@ _PACKAGES = {"8bit": ("torchao", (0, 15)), "4bit": ("bitsandbytes", (0, 46))}  #
 
 
 def check(quantize: str) -> None:
-    """Raise ValueError if what this setting needs is missing."""
+    """Raise ValueError if what "8bit" or "4bit" needs is missing; "none" needs nothing."""
     if quantize == "none":
         return
     package, oldest = _PACKAGES[quantize]
@@ -54,7 +54,7 @@ def config_of(
     """Return the PipelineQuantizationConfig for a pipeline of this model_index.json.
 
     dtype: that of the other layers, in which quantised ones compute; without: parts that are not
-    loaded. None if there is nothing to quantise.
+    loaded. None if there is nothing to quantise. Raises ValueError as `check` does.
     """
     check(quantize)
     if quantize == "none":

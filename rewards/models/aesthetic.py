@@ -174,6 +174,7 @@ class AestheticHead(nn.Module):
         self.add_module(kind, nn.Sequential(*layers))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the scores (n, 1) of embeddings (n, d)."""
         return self.get_submodule(self.kind)(x)
 
 

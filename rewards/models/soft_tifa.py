@@ -26,14 +26,14 @@ ENDING = " Answer in one word."  # of every question, in GenEval 2's evaluation.
 
 
 def geometric(chances: Sequence[float]) -> float:
-    """Return the m-th root of the product."""
+    """Return the m-th root of the product of m >= 1 probabilities."""
     if not all(chances):
         return 0.0
     return math.exp(math.fsum(math.log(p) for p in chances) / len(chances))
 
 
 def arithmetic(chances: Sequence[float]) -> float:
-    """Return the sum divided by m."""
+    """Return the sum of m >= 1 probabilities divided by m."""
     return math.fsum(chances) / len(chances)
 
 

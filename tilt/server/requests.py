@@ -40,7 +40,11 @@ class BadRequest(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a request asks to score; `identity` is that of the reward it was made for, or ""."""
+    """What a request asks to score: images (n, 3, h, w), floats in [0, 1], each with its prompt.
+
+    references: for each image a list of images (3, h, w), or None; identity: that of the reward for
+    which the request was made, or "".
+    """
 
     images: Tensor
     prompts: list[str]
