@@ -12,6 +12,9 @@ TUNED := $(DEMO_OUT)/tuned
 TUNED_OF := $(DEMO_OUT)/tuned-of
 TUNED_IMAGES ?= 12
 TUNED_STEPS ?= 50
+# pytest in two processes, since the tests compute on one thread each; WORKERS=0 runs it in one.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 # The tests that draw in batches of several shapes, or compare with other software.
 PORTABLE := $(addprefix tests/test_, $(addsuffix .py, pipeline_parity decoding embedded checks evaluate \
   rollouts spread nft gdro rewards_clip rewards_siglip rewards_towers))
@@ -86,14 +89,14 @@ demo-tuned: $(READY)
 	  --guidance-scale 1 --reward ocr --compare --resume $(DEMO_ARGS) --out $(DEMO_OUT)/tuned-steered
 
 test: $(DEV)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 # With PyTorch's simplest kernels, where the last digits of a row depend on the batch: tests/processors.py
 test-portable: export ATEN_CPU_CAPABILITY = default
 test-portable: export ONEDNN_MAX_CPU_ISA = SSE41
 test-portable: $(DEV)
 	$(BIN)/python -m pytest -q tests/test_scale.py tests/test_configs.py -k allocator
-	TILT_TEST=noise=8 $(BIN)/python -m pytest -q $(PORTABLE)
+	TILT_TEST=noise=8 $(PYTEST) $(PORTABLE)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -q -m slow
@@ -102,7 +105,7 @@ test-browser: $(BROWSER)
 	$(BIN)/python -m pytest -q -m browser
 
 test-docs: $(DEV)
-	$(BIN)/python -m pytest -q -m slow tests/test_commands.py
+	$(PYTEST) -m slow tests/test_commands.py
 
 app: $(APP)
 	$(BIN)/tilt app

@@ -92,7 +92,7 @@ def schedule_of(model: Model, given: Conditioning) -> Schedule:
     device, shape = torch.device("cpu"), given.form.shape
     view = model.view(device)
     vars(view)["scheduler"] = scheduler
-    run(view, given[:1].to(device), torch.zeros(1, *shape))
+    run(view, given[:1].to(device), torch.zeros(1, *shape), model.dtype)
     noising = model.noising
     timesteps = scheduler.timesteps.as_subclass(Tensor).cpu()
     if noising.flow:

@@ -32,7 +32,8 @@ class Form:
 
     call: keywords of the pipeline's call; results: for each method of the head its results, with
     names in place of tensors; axes: by name the axis of a tensor's rows, "entries" for a list with
-    one tensor per row, or None for what all rows share; shape: of one row of latents. guided:
+    one tensor per row, or None for what all rows share; shape: of one row of latents; dtype: of the
+    network, by its name in torch. guided:
     whether predictions have classifier-free guidance; embedded: whether the guidance scale is an
     input of the network; copies: rows of the network's batch per row of the call (2 with guidance
     in one batch). times: whether a call takes a timestep for each of its rows ("rows"), for each
@@ -43,6 +44,7 @@ class Form:
     results: Results
     axes: dict[str, int | str | None]
     shape: tuple[int, ...]
+    dtype: str = "float32"
     guided: bool = False
     embedded: bool = False
     copies: int = 1
@@ -121,8 +123,10 @@ class Conditioning:
         return tuple(row[name].shape for name in sorted(row) if axes[name] != _ENTRIES)
 
     def results(self, dtype: torch.dtype) -> Results:
-        """Return the head's results for these rows, with floating-point tensors in `dtype`.
+        """Return the head's results for these rows, for a network in `dtype`.
 
+        Tensors in the dtype that the network had when they were recorded are cast; others, such as
+        positions in float32, stay what the pipeline made them.
         Raises ValueError if what all rows of a call share differs between them.
         """
         joined = {name: self._joined(name, dtype) for name in self.form.axes}
@@ -134,7 +138,7 @@ class Conditioning:
     def _joined(self, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
         axis = self.form.axes[name]
         own = {id(row): row[name] for row in self.rows}
-        if self.rows[0][name].is_floating_point():
+        if str(self.rows[0][name].dtype) == f"torch.{self.form.dtype}":
             own = {key: value.to(dtype) for key, value in own.items()}
         values = [own[id(row)] for row in self.rows]
         if axis == _ENTRIES:

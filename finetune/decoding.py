@@ -38,7 +38,7 @@ def decoder_of(model: Model, pipe: Any, given: Conditioning) -> Callable[[Tensor
         latents = latents.to(dtype)
         n, view = len(latents), model.view(latents.device)
         vars(view).update(decoders)
-        tape = Tape(row.repeated(n).to(latents.device).results(latents.dtype))
+        tape = Tape(row.repeated(n).to(latents.device).results(model.dtype))
         call = given.form.call | {"prompt": [""] * n}
         chain = stochastic(model.scheduler, 0.0)
         return Decoder(view, chain, tape, call, n, precise=precise).images(latents)

@@ -104,12 +104,14 @@ def predict(pipe: Any, given: Conditioning, x: Tensor, t: Tensor) -> Tensor:
 class Model:
     """A pipeline as a trainer sees it, without weights, so that the pipeline may be deleted.
 
-    kind: the pipeline's class; part: the attribute of the network; noising: how latents are noised.
+    kind: the pipeline's class; part: the attribute of the network; noising: how latents are noised;
+    dtype: of the network.
     """
 
     def __init__(self, pipe: Any) -> None:
         self.kind, self.part, self.noising = type(pipe), part_of(pipe), noising_of(pipe)
         self.scheduler, self._tried = stochastic(pipe.scheduler, 0.0), False
+        self.dtype: torch.dtype = getattr(pipe, self.part).dtype
         modules = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
         self._hollow = {name: hollow(part, _gone) for name, part in modules.items()}
         self._view = view_of(pipe, **calm(), **self._hollow)
@@ -151,7 +153,7 @@ class Model:
         part.device = x.device
         vars(view)[self.part] = part
         vars(view)["scheduler"] = at(self.scheduler, self.noising.timesteps(t))
-        output, sample = reached(view, given, x)
+        output, sample = reached(view, given, x, self.dtype)
         if len(grads) > 1 and not form.guided:
             raise self._refused(
                 f"it calls its {self.part} {len(grads)} times in a step, though guidance is off"
@@ -251,21 +253,21 @@ def at(scheduler: Any, timesteps: Tensor) -> Any:
     return made
 
 
-def run(view: Any, given: Conditioning, x: Tensor) -> Any:
+def run(view: Any, given: Conditioning, x: Tensor, dtype: torch.dtype) -> Any:
     """Run a pipeline's call of n rows with gradients, its head replayed with x (n, ...) as latents.
 
     It returns latents.
     """
-    vars(view).update(Tape(given.results(x.dtype)).players(view, x))
+    vars(view).update(Tape(given.results(dtype)).players(view, x))
     call = given.form.call | {"prompt": [""] * len(x), "output_type": "latent"}
     decorated = type(view).__call__
     return getattr(decorated, "__wrapped__", decorated)(view, **call)  # without torch.no_grad()
 
 
-def reached(view: Any, given: Conditioning, x: Tensor) -> Any:
+def reached(view: Any, given: Conditioning, x: Tensor, dtype: torch.dtype) -> Any:
     """Return what was found where `Reached` ends such a call; ValueError if nothing ends it."""
     try:
-        run(view, given, x)
+        run(view, given, x, dtype)
     except Reached as end:
         return end.found
     kind = type(view).__name__

@@ -52,6 +52,7 @@ class Recorder:
     def __init__(self, pipe: Any, call: Mapping[str, Any], guided: bool = False) -> None:
         self.pipe, self.part, self.kind = pipe, part_of(pipe), type(pipe)
         self._scheduler, self._noising = stochastic(pipe.scheduler, 0.0), noising_of(pipe)
+        self._dtype: torch.dtype = getattr(pipe, self.part).dtype
         unused = {
             name: hollow(module, _stop)
             for name, module in pipe.components.items()
@@ -129,6 +130,7 @@ class Recorder:
         one, latents, asked = self._head([prompt], self.call)
         two, _, beside = self._head([prompt] * 2, self.call)
         form = form_of(name, one, two, self.call, tuple(latents.shape[1:]))
+        form = replace(form, dtype=str(self._dtype).removeprefix("torch."))
         row = tensors_of(form, one)
         copies = self._copies(asked, beside)
         if copies > 1 and not self.guided:
@@ -173,7 +175,7 @@ class Recorder:
     def _reached(self, scheduler: Any, given: Conditioning, x: Tensor) -> Any:
         view = copy.copy(self._view)
         vars(view)["scheduler"] = scheduler
-        return reached(view, given, x)
+        return reached(view, given, x, self._dtype)
 
     def _takes(self, given: Conditioning, latents: Tensor) -> bool:
         """Return whether a call with a time for each row gives the network what two calls do."""
@@ -183,7 +185,7 @@ class Recorder:
 
         def asked(given: Conditioning, t: Tensor) -> Any:
             x = latents.expand(len(given), *latents.shape[1:])
-            return reached(self._at(t), given, x)
+            return reached(self._at(t), given, x, self._dtype)
 
         try:
             mixed = asked(given, each)

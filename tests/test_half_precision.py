@@ -139,19 +139,21 @@ def cast(given, dtype):
         {n: v.to(dtype) if v.is_floating_point() else v for n, v in row.items()}
         for row in given.rows
     ]
-    return replace(given, rows=rows)
+    form = replace(given.form, dtype=str(dtype).removeprefix("torch."))
+    return replace(given, rows=rows, form=form)
 
 
 @pytest.mark.parametrize("network", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["sdxl", "flux"])
 def test_rollouts_of_another_precision_serve(name, network):
     pipe, call = family(name)
-    model = Model(pipe)
     other = torch.bfloat16 if network == torch.float32 else torch.float32
     data: Any = data_of(pipe, call)
     data = Data(data.latents.to(other), cast(data.given, other), data.groups, 0)
     settings = Gdro(groups=2, k=3, rank=2, alpha=2, micro_groups=1)
-    part = getattr(pipe, model.part).to(network)
+    pipe.to(network)
+    model = Model(pipe)
+    part = getattr(pipe, model.part)
     trainer = GdroTrainer(part, model, data, settings, Accelerator(cpu=True))
     assert trainer.train_step()["grad_norm"] > 0
 

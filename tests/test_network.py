@@ -127,7 +127,9 @@ def test_a_call_that_changes_its_latents_is_refused(monkeypatch):
     pipe, call = made("StableDiffusionPipeline")
     given, model = record(pipe, PROMPTS[:1], **call), Model(pipe)
     real = network.run
-    monkeypatch.setattr(network, "run", lambda view, given, x: real(view, given, 2 * x))
+    monkeypatch.setattr(
+        network, "run", lambda view, given, x, dtype: real(view, given, 2 * x, dtype)
+    )
     with pytest.raises(ValueError, match="changes its latents before its first step"):
         model.predict(pipe.unet, given, torch.ones(1, *given.form.shape), torch.tensor(0.5))
 

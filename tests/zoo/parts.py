@@ -111,7 +111,8 @@ class Harmless:
 
 def _awake(network: torch.nn.Module) -> torch.nn.Module:
     """In evaluation mode, with values where a layer starts at zero and would have no effect."""
-    for weight in network.parameters():
-        if not weight.any() or not weight.isfinite().all():
+    for name, weight in network.named_parameters():
+        empty = name == "pad_token"  # Lumina's, which holds what its memory held before
+        if empty or not weight.any() or not weight.isfinite().all():
             torch.nn.init.normal_(weight, std=0.1)
     return network.eval()

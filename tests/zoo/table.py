@@ -2,7 +2,7 @@
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from zoo.accounts import ANIMALS, bare, reason, refusal
 from zoo.building import Animal, call_of, pipeline_of
 from zoo.checks import CHECKS, Subject
 
-__all__ = ["PAGE", "Row", "read", "row", "write"]
+__all__ = ["PAGE", "Row", "lines", "read", "row", "write"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "pipelines.md"
 _HEAD = """# Which pipelines run
@@ -81,14 +81,15 @@ def _outcome(function: Callable[[Subject], None], it: Subject) -> tuple[str, str
     return "yes", ""
 
 
-def read() -> dict[str, Row]:
+def read(page: Path = PAGE, checks: Collection[str] = CHECKS) -> dict[str, Row]:
+    """The rows of a page whose tables have a column for each check."""
     rows = {}
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
+    for line in page.read_text(encoding="utf-8").splitlines():
         if not line.startswith("| `"):
             continue
         name, *rest = [part.strip() for part in line.strip("|").split("|")]
         name = name.strip("`")
-        cells = dict(zip(CHECKS, rest[:-1], strict=True)) if len(rest) > 1 else {}
+        cells = dict(zip(checks, rest[:-1], strict=True)) if len(rest) > 1 else {}
         rows[name] = Row(name, cells, rest[-1])
     return rows
 
@@ -99,10 +100,10 @@ def write(rows: dict[str, Row]) -> None:
     tried = [r for r in rows.values() if r.cells]
     parts = [_HEAD.format(version=diffusers.__version__), _count(tried)]
     heads = ["class", *CHECKS, "note"]
-    parts.append(_lines(heads, [[f"`{r.name}`", *r.cells.values(), r.note] for r in tried]))
+    parts.append(lines(heads, [[f"`{r.name}`", *r.cells.values(), r.note] for r in tried]))
     rest = [r for r in rows.values() if not r.cells]
     parts.append("## Refused, or not tried\n")
-    parts.append(_lines(["class", "note"], [[f"`{r.name}`", r.note] for r in rest]))
+    parts.append(lines(["class", "note"], [[f"`{r.name}`", r.note] for r in rest]))
     PAGE.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -128,6 +129,6 @@ def _count(tried: list[Row]) -> str:
     )
 
 
-def _lines(heads: list[str], rows: list[list[str]]) -> str:
+def lines(heads: list[str], rows: list[list[str]]) -> str:
     table = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n"

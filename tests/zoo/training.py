@@ -8,7 +8,7 @@
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from finetune.data import Data, check_fits
 from finetune.gdro import Gdro, GdroTrainer
 from finetune.groups import Group
 from finetune.network import Model, guide, predict, targets_of
-from finetune.recording import record
+from finetune.recording import Recorder
 from steering.adapters import load_lora
 from steering.schedulers import stochastic
 from steering.tape import view_of
 from zoo import table
 from zoo.accounts import ANIMALS, exported, reason, refusal
 from zoo.building import Animal, call_of, pipeline_of
+from zoo.checks import CHECKS as STEERED
+from zoo.table import Row, lines
 
 __all__ = ["CHECKS", "PAGE", "Row", "Trained", "read", "row", "trained_of", "write"]
 
@@ -45,21 +47,26 @@ class Trained:
     pipe: Any
     model: Model
     given: Conditioning
+    latents: torch.dtype = torch.float32
 
     @property
     def network(self) -> Any:
         return getattr(self.pipe, self.model.part)
 
 
-def trained_of(name: str) -> Trained:
+def trained_of(name: str, dtype: torch.dtype = torch.float32) -> Trained:
     """A small pipeline; raises ValueError for one that cannot be trained."""
     animal = ANIMALS.get(name, Animal())
-    pipe, call = seeded(name, animal), call_of(name, animal)
-    given = record(pipe, PROMPTS, **call)
-    for length in (256, 1024):  # a template takes the first tokens
-        if "max_sequence_length" in call and not differ(given):
-            given = record(pipe, PROMPTS, **call | {"max_sequence_length": length})
-    return Trained(name, pipe, Model(pipe), given)
+    pipe, call = seeded(name, animal).to(dtype), call_of(name, animal)
+    for length in (None, 256, 1024):  # a template takes the first tokens
+        if length is not None and "max_sequence_length" in call:
+            call["max_sequence_length"] = length
+        recorder = Recorder(pipe, call)
+        given = recorder.record(PROMPTS)
+        if differ(given):
+            break
+    prepared = recorder._head([PROMPTS[0]], recorder.call)[1]
+    return Trained(name, pipe, Model(pipe), given, prepared.dtype)
 
 
 def seeded(name: str, animal: Animal) -> Any:
@@ -98,6 +105,7 @@ def first_step(it: Trained, prompt: str) -> tuple[Tensor, Tensor, float]:
     except _Stepped:
         pass
     output, sample, timestep = found
+    sample = sample.to(it.latents)  # some are cast for the scheduler
     steps = it.model.noising.num_train_timesteps
     return output, sample, timestep / steps if it.model.noising.flow else (timestep + 0.5) / steps
 
@@ -155,15 +163,20 @@ def attached(it: Trained) -> dict[str, Any]:
     return weights
 
 
-def gdro(it: Trained) -> None:
-    """20 steps of GDRO lower the loss on what it was trained on."""
+def trainer_of(it: Trained) -> GdroTrainer:
+    """GDRO on random latents and rewards for both prompts."""
     generator, k = Generator().manual_seed(5), 4
     latents = torch.randn(len(PROMPTS) * k, *it.given.form.shape, generator=generator)
     groups = [Group(i, torch.arange(k) + k * i, torch.arange(k) / k) for i in range(len(PROMPTS))]
     data = Data(latents, it.given, groups, 0)
     check_fits(data, it.network, it.name, it.name)
     settings = Gdro(groups=2, k=k, micro_groups=2, rank=2, alpha=2, lr=1e-2, warmup=1, beta=2.0)
-    trainer = GdroTrainer(it.network, it.model, data, settings, Accelerator(cpu=True))
+    return GdroTrainer(it.network, it.model, data, settings, Accelerator(cpu=True))
+
+
+def gdro(it: Trained) -> None:
+    """20 steps of GDRO lower the loss on what it was trained on."""
+    trainer = trainer_of(it)
 
     @torch.no_grad()
     def loss() -> float:
@@ -174,6 +187,20 @@ def gdro(it: Trained) -> None:
     for _ in range(20):
         trainer.train_step()
     assert loss() < before
+
+
+def half(it: Trained) -> None:
+    """In bfloat16 a prediction is the own call's, too, and GDRO moves the float32 adapter."""
+    it = trained_of(it.name, torch.bfloat16)
+    same(it)
+    trainer = trainer_of(it)
+    before = lora.copy(trainer.learner.weights)
+    assert trainer.train_step()["grad_norm"] > 0
+    moved = trainer.learner.weights
+    assert any(not torch.equal(moved[name], before[name]) for name in before)
+    assert all(
+        weight.dtype == torch.float32 and weight.isfinite().all() for weight in moved.values()
+    )
 
 
 def loads(it: Trained) -> None:
@@ -197,17 +224,9 @@ CHECKS: dict[str, Callable[[Trained], None]] = {
     "rows": rows,
     "gradients": gradients,
     "gdro": gdro,
+    "bfloat16": half,
     "loads": loads,
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """`cells` has an outcome for each check, none where `note` says why nothing was tried."""
-
-    name: str
-    cells: dict[str, str] = field(default_factory=dict)
-    note: str = ""
 
 
 def row(name: str) -> Row:
@@ -215,7 +234,7 @@ def row(name: str) -> Row:
     why = reason(name)
     if why is not None:
         return Row(name, note=f"not tried: {why}")
-    steered = table.read().get(name, table.Row(name)).cells
+    steered = table.read(table.PAGE, STEERED).get(name, Row(name)).cells
     if refusal(name) is not None or steered.get("reward") == "refused":
         return Row(name, note="not tried: steer() refuses it, so it draws no rollouts")
     try:
@@ -235,13 +254,7 @@ def row(name: str) -> Row:
 
 
 def read() -> dict[str, Row]:
-    found = {}
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("| `"):
-            name, *rest = [part.strip() for part in line.strip("|").split("|")]
-            cells = dict(zip(CHECKS, rest[:-1], strict=True)) if len(rest) > 1 else {}
-            found[name.strip("`")] = Row(name.strip("`"), cells, rest[-1])
-    return found
+    return table.read(PAGE, CHECKS)
 
 
 HEAD = """# Which pipelines train
@@ -268,6 +281,8 @@ three ways, each of which is one sentence before training:
 - **gradients**: every weight of a LoRA on the attention projections gets a gradient, but for
   layers whose result the network itself does not use.
 - **gdro**: 20 steps of GDRO lower the loss.
+- **bfloat16**: with the pipeline in bfloat16, **same** holds, too, and a step of GDRO moves the
+  LoRA, whose weights are float32.
 - **loads**: a saved LoRA, loaded into a fresh pipeline, gives the tuned network, to 1e-5.
 
 """
@@ -279,18 +294,13 @@ def write(found: dict[str, Row]) -> None:
     parts = [
         HEAD.format(version=diffusers.__version__),
         f"{len(tried)} classes were trained; all of this holds for {len(whole)} of them.\n\n",
-        _lines(
+        lines(
             ["class", *CHECKS, "note"], [[f"`{r.name}`", *r.cells.values(), r.note] for r in tried]
         ),
         "\n## Refused, or not tried\n\n",
-        _lines(["class", "note"], [[f"`{r.name}`", r.note] for r in found.values() if not r.cells]),
+        lines(["class", "note"], [[f"`{r.name}`", r.note] for r in found.values() if not r.cells]),
     ]
     PAGE.write_text("".join(parts), encoding="utf-8")
-
-
-def _lines(heads: list[str], lines: list[list[str]]) -> str:
-    table = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table) + "\n"
 
 
 def main(wanted: list[str]) -> None:
