@@ -175,7 +175,7 @@ def _once(encoder: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     positional = [part for key, part in cut.items() if isinstance(key, int)]
     named = {key: part for key, part in cut.items() if isinstance(key, str)}
     out = encoder(*positional, **named)
-    axes = {path: _axis(value, len(first)) for path, value in leaves(out, {}, ())}
+    axes: Axes = {path: _axis(value, len(first)) for path, value in leaves(out, {}, ())}
     if any(axis is None for axis in axes.values()):
         return encoder(*args, **kwargs)
     return take(out, axes, (), source)  # any cache in the output is unused

@@ -1,8 +1,10 @@
 """tilt.loading: what is no pipeline, or does not fit one, is refused in a sentence."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import tiny_pipelines
 import torch
@@ -14,12 +16,14 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from diffusers.utils import dummy_torch_and_transformers_and_sentencepiece_objects
 
 from steering import FeynmanKac, steer, tiny
 from steering.manifest import fingerprint
 from tilt import loading
 from tilt.commands import steer as script
 from tilt.loading import PREVIEWS, load_pipeline, load_preview, pick_preview
+from tilt.model_files import files_of, variant_of
 
 
 @pytest.mark.parametrize("kind", ["NoSuchPipeline", "UNet2DConditionModel"])
@@ -35,6 +39,73 @@ def test_an_empty_file_is_no_lora_for_a_pipeline_without_a_loader(tmp_path):
     lora.touch()
     with pytest.raises(ValueError, match=r"cannot be read .*PixArtAlphaPipeline takes a local"):
         load_pipeline(str(tmp_path), torch.float32, lora=str(lora))
+
+
+# --- what is there, before weights are loaded
+
+
+@pytest.mark.parametrize("load", [loading.check_trainable, lambda x: load_pipeline(x, torch.half)])
+@pytest.mark.parametrize("index", [{"_class_name": "KolorsPipeline"}, {"unet": "KolorsPipeline"}])
+def test_a_package_that_the_libraries_need_for_a_class_is_named(tmp_path, monkeypatch, load, index):
+    """diffusers then exports a class that only complains; it takes no prompt."""
+    without = vars(dummy_torch_and_transformers_and_sentencepiece_objects)["KolorsPipeline"]
+    monkeypatch.setitem(vars(diffusers), "KolorsPipeline", without)
+    monkeypatch.setattr("diffusers.utils.import_utils._sentencepiece_available", False)
+    parts = {"unet": ["diffusers", index.get("unet", "UNet2DConditionModel")]}
+    index = {"_class_name": "StableDiffusionPipeline"} | index | parts
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    said = "needs sentencepiece, which is not installed: pip install sentencepiece$"
+    with pytest.raises(ValueError, match=said):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("kept", ["folder", "cache"])
+def test_weights_in_a_variant_alone_are_loaded(tmp_path, monkeypatch, kept):
+    """Kolors is published in fp16 alone."""
+    pipe, name, folder = tiny_pipelines.sd(), str(tmp_path / "model"), tmp_path / "model"
+    if kept == "cache":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        name, revision = "some/model", "0" * 40
+        folder = tmp_path / "models--some--model" / "snapshots" / revision
+        (tmp_path / "models--some--model" / "refs").mkdir(parents=True)
+        (tmp_path / "models--some--model" / "refs" / "main").write_text(revision)
+    pipe.save_pretrained(folder, variant="fp16")
+    pipe.text_encoder.save_pretrained(folder / "text_encoder")  # both
+    loaded = load_pipeline(name, torch.float32)
+    assert fingerprint(loaded.unet) == fingerprint(pipe.unet)
+
+
+def test_the_variant_is_that_of_a_part_without_other_weights():
+    index = {"unet": ["diffusers", "A"], "vae": ["diffusers", "B"], "prior": [None, None]}
+    index["text_encoder"] = ["kolors", "ChatGLMModel"]
+    unet, vae = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
+    both = [f"{vae}.safetensors", f"{vae}.fp16.safetensors", "text_encoder/model.safetensors"]
+    shard = "-00001-of-00002"
+    for files, variant in [
+        ([*both, f"{unet}.bin"], None),
+        ([*both, f"{unet}{shard}.safetensors", f"{unet}.fp16{shard}.safetensors"], None),
+        ([*both, f"{unet}.fp16.safetensors"], "fp16"),
+        ([*both, f"{unet}.fp16{shard}.safetensors"], "fp16"),
+        ([*both, f"{unet}{shard}.fp16.safetensors"], "fp16"),
+        ([*both, f"{unet}.non_ema.bin", "readme.fp16.bin"], "non_ema"),
+        ([*both, "prior/model.fp16.bin", "other/model.fp16.bin"], None),  # parts that it lacks
+        ([], None),
+    ]:
+        assert variant_of(index, files) == variant, files
+    with pytest.raises(ValueError, match="the variants bf16, fp16 alone; give a folder with one"):
+        variant_of(index, [f"{unet}.fp16.bin", f"{unet}.bf16.bin"])
+
+
+def test_the_files_of_the_hub_are_asked_for(monkeypatch):
+    held = [SimpleNamespace(rfilename="unet/model.fp16.bin")]
+    info = lambda self, name, timeout: SimpleNamespace(siblings=held)  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", info)
+    assert files_of("some/model", offline=False) == ["unet/model.fp16.bin"]
+    assert files_of("some/model", offline=True) == []
+
+
+# --- preview decoders
 
 
 # what the config.json of madebyollin/taesd, taesdxl (4), taesd3 and taef1 (16) say

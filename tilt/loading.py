@@ -15,6 +15,7 @@ from steering.adapters import check_lora, load_lora
 from steering.attention import set_attention, shield
 from steering.hub import HUB_ID, one_sentence, where
 from tilt import offloading, quantization
+from tilt.model_files import files_of, index_of, variant_of
 
 __all__ = [
     "ABOUT_DTYPE",
@@ -81,20 +82,19 @@ def load_pipeline(
     check_name(name)
     path, offline = (name, True) if name in tiny.NAMES else where(name)
     check_lora(lora)
-    shield()
+    index = index_of(name, str(tiny.FOLDER / name) if name in tiny.NAMES else path, offline)
     with one_sentence(f"the model {name}", path, offline):
         from diffusers import DiffusionPipeline
 
         if quantize != "none":
-            folder = str(tiny.FOLDER / name) if name in tiny.NAMES else path
-            index: Any = DiffusionPipeline.load_config(folder, local_files_only=offline)
             made = quantization.config_of(quantize, dtype, index, components)
             components["quantization_config"] = made
         if name in tiny.NAMES:
             pipe = tiny.load(name, dtype=dtype, **components)
         else:
+            variant = variant_of(index, files_of(path, offline))
             pipe = DiffusionPipeline.from_pretrained(
-                path, dtype=dtype, local_files_only=offline, **components
+                path, dtype=dtype, local_files_only=offline, variant=variant, **components
             )
     if lora is not None:
         load_lora(pipe, lora)
@@ -133,14 +133,11 @@ def check_trainable(name: str) -> None:
     check_name(name)
     if name in tiny.NAMES:
         return
-    shield()
-    path, offline = where(name)
-    with one_sentence(f"the model {name}", path, offline):
-        import diffusers
+    index = index_of(name, *where(name))
+    import diffusers
 
-        from finetune.network import check_kind
+    from finetune.network import check_kind
 
-        index: Any = diffusers.DiffusionPipeline.load_config(path, local_files_only=offline)
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     if kind is not None:
         held = [part for part, about in index.items() if isinstance(about, list) and about[0]]
@@ -151,20 +148,19 @@ def pick_preview(choice: str, model: str) -> str:
     """Return the name of the preview decoder for `choice`, without loading the model.
 
     The name is a folder, a hub id, "tiny" (the embedded one) or "none". For "auto", only the
-    configuration of the model's VAE is read; raises ValueError if that is missing.
+    configurations of the model and its VAE are read; raises ValueError if that is missing.
     """
     if choice != "auto":
         return choice
     if model in tiny.NAMES:
         return _EMBEDDED
-    shield()
     path, offline = where(model)
+    index = index_of(model, path, offline)
+    if (index.get("vae") or (None, None))[1] != "AutoencoderKL":
+        return "none"
     with one_sentence(f"the model {model}", path, offline):
-        from diffusers import AutoencoderKL, DiffusionPipeline
+        from diffusers import AutoencoderKL
 
-        index: Any = DiffusionPipeline.load_config(path, local_files_only=offline)
-        if (index.get("vae") or (None, None))[1] != "AutoencoderKL":
-            return "none"
         return _suited(AutoencoderKL.load_config(path, subfolder="vae", local_files_only=offline))
 
 

@@ -147,13 +147,13 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
     args.dtype = str(loading.pick_dtype(args.dtype, device)).removeprefix("torch.")
     if args.reward is None:
         args.reward = "clip(tiny)" if args.model in tiny.NAMES else "clip"
+    args.preview = loading.pick_preview(args.preview, args.model)
     reward = None
     if not is_finished(args, prompts):
         started.say(f"loading {args.reward}")
         reward = rewards.load(args.reward, device, imports=True)
         reward.check([prompt.text for prompt in prompts])
         check_references(prompts, reward)
-    args.preview = loading.pick_preview(args.preview, args.model)
     return prompts, settings, reward
 
 
