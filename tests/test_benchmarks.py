@@ -218,6 +218,14 @@ def test_a_measurement_of_training_has_a_ratio_for_each_pair(monkeypatch):
     assert "| tiny-sd3 | gdro | 12.0 | 8.0 | 1.500 |" in training.row(found)
 
 
+def test_what_surrounds_a_network_is_timed_without_it(monkeypatch):
+    clock = iter([9.0, 0.002, 0.001, 0.003])  # seconds; the first prediction is a warm-up
+    monkeypatch.setattr(training, "seconds", lambda call: (call(), next(clock))[1])
+    fails = lambda *args, **kwargs: pytest.fail("the network computed")  # noqa: E731
+    monkeypatch.setattr("diffusers.SD3Transformer2DModel.forward", fails)
+    assert training.around("tiny-sd3", 3) == pytest.approx((2.0, 1.0))
+
+
 def test_the_table_compares_runs_prompt_by_prompt():
     def row(name, tuned):
         span = {"low": 0.0, "high": 1.0}

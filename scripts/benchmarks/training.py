@@ -7,6 +7,9 @@ else: for gdro a forward without the adapter, one with it, and the backward of a
 grpo the forwards that sample, then a forward and a backward for each step of the window. With grpo,
 the share of the decoder in a step is given too, as the bare network has none. sd15, sdxl and sd35m
 are networks of that size with random weights, in bfloat16 with gradient checkpointing.
+
+--call prints how long a prediction takes with a network that returns at once: that is what the
+pipeline's own call costs around its network, whatever the device.
 """
 
 import itertools
@@ -246,6 +249,18 @@ def measure(model: str, method: str, pairs: int, device: torch.device = CPU) -> 
     }
 
 
+def around(model: str, calls: int = 100) -> tuple[float, float]:
+    """Milliseconds of a prediction beside its network, for 6 rows: the median, the least."""
+    subject, k = subject_of(model, CPU), 6
+    x, t = torch.randn(k, *subject.given.form.shape), torch.rand(k)
+    given = subject.given[[0]].repeated(k)
+    idle = StandIn(subject.network, lambda *args, **kwargs: (x,))
+    found = [
+        1e3 * seconds(lambda: subject.model.predict(idle, given, x, t)) for _ in range(calls + 1)
+    ]
+    return statistics.median(found[1:]), min(found[1:])
+
+
 def row(found: dict[str, Any]) -> str:
     """A measurement as a row of the table below HEAD."""
     low, middle, high = statistics.quantiles(found["ratios"], n=4)
@@ -262,9 +277,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--method", nargs="+", default=["gdro"], choices=METHODS)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--call", action="store_true", help="only what surrounds the network")
     args = parser.parse_args(argv)
     if args.pairs < 2:
         parser.error(f"--pairs is {args.pairs} but must be 2 or more")
+    if args.call:
+        print(head("model", "ms around the network, median", "least"))
+        for model in args.model:
+            print(line(model, *(f"{ms:.2f}" for ms in around(model))), flush=True)
+        return
     device = loading.pick_device(args.device)
     dtypes = {torch.float32 if model in tiny.NAMES else torch.bfloat16 for model in args.model}
     print("; ".join(about(device, dtype) for dtype in sorted(dtypes, key=str)), end="")
