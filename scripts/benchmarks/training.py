@@ -182,7 +182,7 @@ def bare_grpo(trainer: grpo.GrpoTrainer) -> Callable[[], None]:
         return asked(learner, given, x.to(device), t.to(device))
 
     one, group = call_of(1, 1), call_of(1, s.k)
-    parts = [call_of(len(share), s.k) for share in samples.shares()]
+    parts = [call_of(len(share), s.k) for share in samples.shares(0)]
 
     def step() -> None:
         with torch.no_grad():
