@@ -137,7 +137,7 @@ def open_run(
     """Make the folder with its manifest, or check that it belongs to the same run.
 
     model: the name to load the pipeline by again, by default the one it was loaded by. lora: a
-    digest of the LoRA's weights, for `is_complete`. quantize: what the weights were quantised to.
+    digest of the LoRA's weights. quantize: what the weights were quantised to.
     """
     network = getattr(pipe, part_of(pipe))
     about = {
@@ -147,14 +147,16 @@ def open_run(
         "quantize": quantize,
         "weights": fingerprint(network),
         "reward": reward,
+        "lora": lora,
     }
     was = _manifest_of(folder)
     if begun(folder, MANIFEST, kind="run of rollouts", resume=resume):
-        old = {"dtype": about["dtype"], "quantize": "none"} | was  # older runs lack them
+        # older runs lack them
+        old = {"dtype": about["dtype"], "quantize": "none", "lora": lora} | was
         before = {name: old.get(name) for name in about}
         refuse_changes(folder, before | _named(was["plan"]), about | _named(_plain(plan)))
         return
-    about |= {"plan": _plain(plan), "lora": lora, "versions": versions()}
+    about |= {"plan": _plain(plan), "versions": versions()}
     with disk_errors(folder, ELSEWHERE):
         write(folder / MANIFEST, json.dumps(about, indent=1, ensure_ascii=False))
 

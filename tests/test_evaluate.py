@@ -32,6 +32,7 @@ from tilt.measures import (
     spread,
 )
 from tilt.statistics import bootstrap, wins
+from tilt.variants import open_folder
 
 PROMPTS = ('the word "CAT"', "three stars", "a red circle")
 CALL = ["--call.num-inference-steps=4", "--call.guidance-scale=1.0"]
@@ -242,10 +243,33 @@ def test_resuming_draws_what_is_missing_and_scores_by_another_reward(done, capsy
     assert after["sections"]["Rewards"] == before["sections"]["Rewards"][1:]
     assert after["sections"]["Diversity"] == before["sections"]["Diversity"]
     capsys.readouterr()
-    for changed, message in (({}, "add --resume"), ({"seed": 1}, "begun with --seed 0, not 1")):
+    for changed, message in (
+        ({}, "add --resume"),
+        ({"seed": 1}, "begun with --seed 0, not 1"),
+        ({"dtype": "bfloat16"}, "begun with --dtype 'float32', not 'bfloat16'"),
+    ):
         more = ["--resume"] if changed else []
         assert script.main([*words(done, **changed), *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_setting_that_made_other_weights_is_named(tmp_path):
+    """Also to an evaluation that an older version began, which did not record it."""
+    about = {"model": "m", "dtype": "float32", "lora": None, "quantize": "none"}
+    about |= {"weights": {"unet": "1"}}
+    before = {name: about[name] for name in ("model", "weights")}
+    open_folder(tmp_path / "new", about, {}, resume=False)
+    open_folder(tmp_path / "old", before, {}, resume=False)
+    for run, name, other in (
+        ("new", "dtype", "bfloat16"),
+        ("new", "lora", "1f3a"),
+        ("new", "quantize", "8bit"),
+        ("old", "quantize", "8bit"),
+    ):
+        changed = about | {name: other, "weights": {"unet": "2"}}
+        with pytest.raises(ValueError, match=f"begun with {name}={about[name]!r}, not '{other}'"):
+            open_folder(tmp_path / run, changed, {}, resume=True)
+    open_folder(tmp_path / "old", about, {}, resume=True)
 
 
 def test_the_report_of_the_training_around_it_gets_the_table(done, capsys, monkeypatch):

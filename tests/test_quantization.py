@@ -134,6 +134,8 @@ def test_rollouts_record_it_and_are_resumed_with_the_same(tmp_path):
     open_run(tmp_path, pipe, plan, None, False, NAME)
     with pytest.raises(ValueError, match="begun with quantize='none', not '8bit'"):
         open_run(tmp_path, pipe, plan, None, True, NAME, quantize="8bit")
+    with pytest.raises(ValueError, match="begun with lora=None, not '1f3a'"):
+        open_run(tmp_path, pipe, plan, None, True, NAME, "1f3a")
     assert not is_complete(tmp_path, plan, None, NAME, quantize="8bit")
 
 

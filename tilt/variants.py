@@ -173,7 +173,9 @@ def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resum
     file, about = out / "manifest.json", json.loads(json.dumps(about))
     was = _manifest_of(file)
     if begun(out, file.name, kind="evaluation", resume=resume):
-        old, scored_by = was["pictures"], was["scorers"]
+        scored_by, old = was["scorers"], {"quantize": "none"} | was["pictures"]
+        for name in ("dtype", "lora"):  # older evaluations lack them
+            old.setdefault(name, about.get(name))
         refuse_changes(out, {name: old.get(name) for name in about}, about)
         if scored_by != scorers:
             for table in out.glob("*/*.csv*"):

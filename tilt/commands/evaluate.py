@@ -209,6 +209,9 @@ def run(settings: Evaluate, line: str) -> None:
     networks = {n: part for n, part in pipe.components.items() if isinstance(part, nn.Module)}
     about = asdict(plan) | {
         "model": settings.model,
+        "lora": lora,
+        "dtype": settings.dtype,
+        "quantize": settings.quantize,
         "weights": {name: fingerprint(part) for name, part in networks.items()},
         "variants": [asdict(replace(v, reward=v.reward and v.reward.spec)) for v in variants],
     }
