@@ -8,6 +8,7 @@ schedulers with betas, σ for flows.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from steering.schedulers import stochastic
 from steering.transitions import Transition, ddim_transition, flow_transition, sde_transition
 
 from .conditioning import Conditioning
-from .network import Model, run
+from .network import Model, Reached, guide, run
 from .noising import Noising
 
 __all__ = ["SDES", "Move", "Schedule", "sample", "schedule_of"]
@@ -84,17 +85,17 @@ class Schedule:
 def schedule_of(model: Model, given: Conditioning) -> Schedule:
     """Return the steps that the call of `given` takes, as DDIM or Euler.
 
-    A copy of the pipeline is called with a scheduler that has no steps left; the schedule is what
-    that call sets.
+    A copy of the pipeline is called until it calls its network; the schedule is what that call
+    sets.
     """
     scheduler: Any = stochastic(model.scheduler, 0.0)
-    scheduler.chain.finished = True
     device, shape = torch.device("cpu"), given.form.shape
-    view = model.view(device)
+    view = model.view(device, _end)
+    guide(view, given.form.guided)
     vars(view)["scheduler"] = scheduler
-    run(view, given[:1].to(device), torch.zeros(1, *shape), model.dtype)
-    noising = model.noising
-    timesteps = scheduler.timesteps.as_subclass(Tensor).cpu()
+    with contextlib.suppress(Reached):  # what follows may need the decoder, as FLUX.2's end does
+        run(view, given[:1].to(device), torch.zeros(1, *shape), model.dtype)
+    noising, timesteps = model.noising, scheduler.timesteps.cpu()
     if noising.flow:
         sigmas = scheduler.sigmas.float().cpu()[-len(timesteps) - 1 :]
         return Schedule(noising, shape, sigmas[:-1], sigmas[:-1], sigmas[1:])
@@ -102,6 +103,10 @@ def schedule_of(model: Model, given: Conditioning) -> Schedule:
     before = timesteps - total // scheduler.num_inference_steps
     after = torch.where(before >= 0, every[before.clamp(min=0)], scheduler.final_alpha_cumprod)
     return Schedule(noising, shape, (timesteps + 0.5) / total, every[timesteps], after)
+
+
+def _end(*_: Any, **__: Any) -> Any:
+    raise Reached(None)
 
 
 @dataclass(frozen=True)

@@ -116,11 +116,20 @@ class Model:
         self._hollow = {name: hollow(part, _gone) for name, part in modules.items()}
         self._view = view_of(pipe, **calm(), **self._hollow)
 
-    def view(self, device: torch.device) -> Any:
-        """Return a copy of the pipeline that computes on a device and has no networks."""
+    def view(self, device: torch.device, call: Callable[..., Any] | None = None) -> Any:
+        """Return a copy of the pipeline that computes on a device and has no networks.
+
+        call: what the pipeline then calls in place of the network that is trained.
+        """
         for part in self._hollow.values():
             part.device = device
-        return copy.copy(self._view)
+        view = copy.copy(self._view)
+        if call is not None:
+            shell = self._hollow[self.part]._module
+            part: Any = StandIn(shell, call, modules=_no_modules, cache_context=_no_context)
+            part.device = device
+            vars(view)[self.part] = part
+        return view
 
     def predict(self, network: Any, given: Conditioning, x: Tensor, t: Tensor) -> Tensor:
         """Return the prediction of `network`, which is the pipeline's or wraps it.
@@ -141,17 +150,14 @@ class Model:
         form = given.form
         if t.ndim and form.times == "copies":
             t = t.repeat(form.copies)
-        view, grads = self.view(x.device), []
-        guide(view, form.guided)
+        grads: list[bool] = []
 
         def called(*args: Any, **kwargs: Any) -> Any:
             grads.append(torch.is_grad_enabled())
             return network(*args, **kwargs)
 
-        shell = self._hollow[self.part]._module
-        part: Any = StandIn(shell, called, modules=_no_modules, cache_context=_no_context)
-        part.device = x.device
-        vars(view)[self.part] = part
+        view = self.view(x.device, called)
+        guide(view, form.guided)
         vars(view)["scheduler"] = at(self.scheduler, self.noising.timesteps(t))
         output, sample = reached(view, given, x, self.dtype)
         if len(grads) > 1 and not form.guided:

@@ -64,14 +64,32 @@ LARGER = {
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "WanPipeline",
 }
 OF_LARGER = re.compile(r"runs/(flux|klein|zimage|qwen|wan)\b")  # in bfloat16 alone, for time
+# what its model_index.json and the configs of its scheduler and decoder say, apart from sizes
+WAN22 = Animal(
+    {
+        "scheduler": ("UniPCMultistepScheduler", {"flow_shift": 5.0}),
+        "transformer": {"in_channels": 48, "out_channels": 48},
+        "vae": {"z_dim": 48, "in_channels": 12, "out_channels": 12, "is_residual": True}
+        | {"dim_mult": [1, 2, 4, 4], "patch_size": 2, "scale_factor_spatial": 16}
+        | {"decoder_base_dim": 4, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48},
+    },
+    {"expand_timesteps": True},
+)
 MODELS |= {
-    name: partial(pipeline_of, kind, ANIMALS.get(kind, Animal())) for name, kind in LARGER.items()
+    name: partial(
+        pipeline_of, kind, {"WanPipeline": WAN22}.get(kind) or ANIMALS.get(kind, Animal())
+    )
+    for name, kind in LARGER.items()
 }
 # what is not run here: the file that runs it, and how that reads there
 ELSEWHERE = {
     r"^make app|^tilt app": ("tests/test_app_browser.py", r"\"scripts/app\.py\""),
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
+    r"^tilt train adversarial .* runs/(?:flux|zimage|wan)-online ": (  # for time
+        "tests/test_configs.py",
+        "commands_of_the_recipes_are_understood",
+    ),
     r"^tilt serve ": ("tests/test_serve.py", r"\"tilt\", \"serve\", spec"),
     r"^tilt .*remote\(http": ("tests/test_serve.py", r"\"--reward\", f\"remote\("),
     r"^pip install deepspeed$": ("tests/test_launch_deepspeed.py", r"reason=\"needs deepspeed\""),
@@ -165,10 +183,13 @@ def small(line: str, page: str, half: bool = False) -> str:
     found = re.match(r"tilt ((?:train )?\w+)", line)
     name = found[1] if found else ""
     line = SPEC.sub(_embedded, line)
-    line = re.sub(r"--call\.(height|width) (512|640|1024)", r"--call.\1 16", line)
-    if "rollout" in name and "FLUX.2-klein" in line:  # the small encoder has few layers
+    line = re.sub(r"--call\.(height|width) (512|1024)", r"--call.\1 16", line)
+    line = re.sub(r"--call\.(height|width) 640", r"--call.\1 32", line)
+    if name and "FLUX.2-klein" in line:  # the small encoder has few layers
         line += " --call.text-encoder-out-layers [1]"
     more = [SMALL.get(name, ""), ALSO.get(page, {}).get(name, "")]
+    if "/nft_" in line:
+        more = [option.replace("--grpo.", "--nft.") for option in more]
     more += [HALF.get(name, "")] if half else []
     more += ["--check.images 1"] if "--check.prompts " in line else []
     return " ".join([line, *more])

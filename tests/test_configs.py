@@ -36,6 +36,7 @@ RECIPES = [file for file in CONFIGS if file not in (LAUNCH, ZERO, GPUS)]
 KINDS = {
     "gdro": train_gdro.OPTIONS,
     "grpo": train_adversarial.OPTIONS,
+    "nft": train_adversarial.OPTIONS,
     "adversarial": train_adversarial.OPTIONS,
 }
 
@@ -44,7 +45,7 @@ KINDS = {
 def test_a_recipe_holds_settings_of_its_script(file):
     kind = KINDS[file.stem.split("_")[0]]
     settings = kind.read(["--config", str(file)])
-    method = settings.gdro if kind is train_gdro.OPTIONS else settings.grpo
+    method = settings.gdro if kind is train_gdro.OPTIONS else settings.tuned
     assert method.steps > 0
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from test_network import made
 from tiny_pipelines import family
 from trainers import (
     PROMPTS,
@@ -22,6 +24,7 @@ from finetune.grpo import Grpo, advantages_of, mean_log_prob
 from finetune.network import Model
 from finetune.policy_losses import group_advantages
 from finetune.recording import Recorder, record
+from steering.schedulers import stochastic
 from steering.transitions import Transition
 
 NAMES = ["sd", "sd2", "sdxl", "sd3", "flux"]
@@ -57,8 +60,6 @@ def test_without_noise_the_samples_are_the_pipelines_own(name, guidance):
 
     draws = torch.zeros(1, *shape)
     found, moves = sample(predict, schedule, start, given.repeated(2), range(0, 1), 0.0, draws)
-    from steering.schedulers import stochastic
-
     pipe.scheduler = stochastic(pipe.scheduler, 0.0)
     expected = latents_of(pipe, call, 2, latents=start)
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-3)
@@ -76,6 +77,21 @@ def test_the_schedule_needs_no_encoders(name):
     schedule = schedule_of(model, given)
     assert len(schedule) == call["num_inference_steps"]
     assert schedule.shape == given.form.shape
+
+
+@pytest.mark.parametrize("kind", ["Flux2Klein", "QwenImage", "ZImage", "Wan", "HunyuanImage"])
+def test_the_schedule_is_that_of_a_call(kind):
+    """Also of classes that need their decoder after the last step, whatever they return (FLUX.2),
+    or encode what their guider needs (HunyuanImage)."""
+    pipe, call = made(f"{kind}Pipeline")
+    model, given = Model(pipe), record(pipe, PROMPTS[:1], **call)
+    own: Any = stochastic(pipe.scheduler, 0.0)
+    pipe.scheduler = own
+    pipe(prompt=PROMPTS[0], output_type="latent", **given.form.call)
+    found = schedule_of(model, given)
+    assert torch.equal(found.now, own.sigmas[:-1])
+    assert torch.equal(found.after, own.sigmas[1:])
+    assert len(found) == call["num_inference_steps"]
 
 
 @pytest.mark.parametrize("name", NAMES)
