@@ -93,7 +93,7 @@ ELSEWHERE = {
     r"^tilt serve ": ("tests/test_serve.py", r"\"tilt\", \"serve\", spec"),
     r"^tilt .*remote\(http": ("tests/test_serve.py", r"\"--reward\", f\"remote\("),
     r"^pip install deepspeed$": ("tests/test_launch_deepspeed.py", r"reason=\"needs deepspeed\""),
-    r"^\.venv/bin/python -m pytest ": ("Makefile", r"-m pytest -q$"),
+    r"^\.venv/bin/python -m pytest ": ("Makefile", r"-m pytest -q -n "),
     r"^PYTHONPATH=tests python -m zoo$": ("tests/test_zoo.py", r"assert row\(name\) == TABLE"),
     r"^PYTHONPATH=tests python -m zoo\.training$": (
         "tests/test_trainable.py",
