@@ -88,8 +88,12 @@ class Conditioning:
         return replace(self, rows=[row for row in self.rows for _ in range(count)])
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """Copy the tensors to a device, asynchronously if they are in pinned memory."""
-        return self._mapped(lambda value: value.to(device, non_blocking=True))
+        """Copy the tensors to a device, asynchronously if they are in pinned memory.
+
+        A copy to the CPU is complete when this returns.
+        """
+        later = torch.device(device).type != "cpu"  # nothing waits for what the CPU reads
+        return self._mapped(lambda value: value.to(device, non_blocking=later))
 
     def pinned(self) -> Conditioning:
         """Copy the tensors to pinned memory, from which they are copied to a GPU asynchronously."""

@@ -35,6 +35,7 @@ class Noising:
 
     def timesteps(self, t: Tensor) -> Tensor:
         """Return the network's timesteps (n,): floats up to T for a flow, else integers."""
+        t = t.to(_precise(t))  # in 16 bits, the product would be rounded to whole steps and more
         if self.flow:
             return t * self.num_train_timesteps
         return (t * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
@@ -45,8 +46,8 @@ class Noising:
         if self.alphas_cumprod is None:
             share = t.view(shape)
             return (1 - share) * x0 + share * noise, noise - x0
-        kept = self.alphas_cumprod.to(x0.device)[self.timesteps(t)].view(shape).to(x0.dtype)
-        signal, spread = kept.sqrt(), (1 - kept).sqrt()
+        kept = self.alphas_cumprod.to(x0.device)[self.timesteps(t)].view(shape).to(_precise(x0))
+        signal, spread = kept.sqrt().to(x0.dtype), (1 - kept).sqrt().to(x0.dtype)
         x = signal * x0 + spread * noise
         targets = {
             "epsilon": lambda: noise,
@@ -80,19 +81,24 @@ class Noising:
         """
         if self.alphas_cumprod is None:
             return torch.ones_like(t)
-        kept = self.alphas_cumprod.to(t)[self.timesteps(t)]
+        kept = self.alphas_cumprod.to(t.device, _precise(t))[self.timesteps(t)]
         one = torch.ones_like(kept)
         factor = {"epsilon": 1 / kept, "v_prediction": one, "sample": 1 / (1 - kept)}
-        return factor[self.prediction]
+        return factor[self.prediction].to(t.dtype)
 
     def x0_error(self, t: Tensor) -> Tensor:
         """Return the factor from the prediction's error to that of x0, without its sign, (n,)."""
         if self.alphas_cumprod is None:
             return t
-        kept = self.alphas_cumprod.to(t)[self.timesteps(t)]
+        kept = self.alphas_cumprod.to(t.device, _precise(t))[self.timesteps(t)]
         one, spread = torch.ones_like(kept), (1 - kept).sqrt()
         factor = {"epsilon": spread / kept.sqrt(), "v_prediction": spread, "sample": one}
-        return factor[self.prediction]
+        return factor[self.prediction].to(t.dtype)
+
+
+def _precise(value: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float32 for 16 bits, in which 1 - ᾱ vanishes."""
+    return torch.promote_types(value.dtype, torch.float32)
 
 
 def noising_of(pipe: Any) -> Noising:

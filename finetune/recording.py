@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from steering.axes import Unclear, compared, rows_in, take
+from steering.keywords import check_keywords
 from steering.networks import StandIn
 from steering.schedulers import StochasticFlow, stochastic
 from steering.tape import Tape, view_of
@@ -29,6 +30,8 @@ from .noising import noising_of
 __all__ = ["Recorder", "record"]
 
 _SCALES = ("guidance_scale", "true_cfg_scale")  # classifier-free guidance is off at 1
+# what the recording or the training sets, or what would have no effect
+_OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "eta")
 _NEAR, _FAR = 0.25, 0.75  # two times
 
 
@@ -61,11 +64,7 @@ class Recorder:
         asked = {self.part: StandIn(getattr(pipe, self.part), _stop)}
         self._view = view_of(pipe, **calm(), **unused, **asked)
         guide(self._view, guided)
-        unfit = [name for name, value in call.items() if not _is_plain(value)]
-        if unfit:
-            raise ValueError(
-                f"{self.kind.__name__} cannot be trained with {unfit[0]}=: only texts are learned"
-            )
+        _check(self.kind, call)
         self.guided, self.embedded = guided, False
         self.call = self._settled(dict(call))
         self.form: Form | None = None
@@ -93,8 +92,9 @@ class Recorder:
         tape.record(view)
         noise = [Generator().manual_seed(0) for _ in prompts]
         given: dict[str, Any] = {"prompt": prompts if len(prompts) > 1 else prompts[0]}
-        for name, value in call.items():  # most pipelines want as many negative prompts
-            if name.startswith("negative_prompt") and isinstance(value, str) and len(prompts) > 1:
+        for name, value in call.items():  # most pipelines want as many other texts as prompts
+            text = name.startswith(("prompt_", "negative_prompt")) and isinstance(value, str)
+            if text and len(prompts) > 1:
                 given[name] = [value] * len(prompts)
         given |= {"generator": noise, "output_type": "latent"}
         self._called = view
@@ -229,6 +229,21 @@ class Recorder:
             return (rows_in(self.kind.__name__, two, axes) or 0) // 2
         except Unclear as error:
             raise ValueError(f"{self.kind.__name__} cannot be trained: {error.why}") from None
+
+
+def _check(kind: type, call: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first keyword that a recording cannot have."""
+    known = inspect.signature(kind.__call__).parameters
+    for name, value in call.items():
+        if name in _OURS:
+            raise ValueError(f"{name}= has no meaning in training; leave it out")
+        if name not in known:  # also where the call takes any name, and does nothing with it
+            raise ValueError(f"{kind.__name__} takes no keyword {name}=")
+        if not _is_plain(value):
+            raise ValueError(
+                f"{kind.__name__} cannot be trained with {name}=: only texts are learned"
+            )
+    check_keywords(kind.__call__, call, kind.__name__)
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import diffusers
@@ -14,7 +15,7 @@ from zoo.building import Animal, call_of, pipeline_of
 from zoo.training import Trained, first_step
 
 from finetune import network
-from finetune.conditioning import Form, form_of
+from finetune.conditioning import Conditioning, Form, form_of
 from finetune.network import Model, check_kind, predict
 from finetune.recording import Recorder, record
 
@@ -146,3 +147,48 @@ def test_a_call_without_gradients_is_refused():
 def no_gradients(self: Any, *args: Any, **kwargs: Any) -> Any:
     with torch.no_grad():  # unlike a decorator, it cannot be left out
         return diffusers.StableDiffusionPipeline.__call__(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"gudance_scale": 4.0}, "StableDiffusionPipeline takes no keyword gudance_scale="),
+        ({"prompt": "a cat"}, "prompt= has no meaning in training; leave it out"),
+        ({"eta": 1.0}, "eta= has no meaning"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt= has no meaning"),
+        ({"height": "64"}, "height='64': StableDiffusionPipeline takes a whole number"),
+        ({"prompt_embeds": torch.ones(1, 77, 8)}, "cannot be trained with prompt_embeds=: only"),
+    ],
+)
+def test_a_keyword_without_an_effect_is_refused(given, why):
+    """Also by a call that takes any name, as that of Stable Diffusion does."""
+    pipe, call = made("StableDiffusionPipeline")
+    with pytest.raises(ValueError, match=re.escape(why)):
+        Recorder(pipe, call | given)
+
+
+def test_a_second_text_is_that_of_every_prompt():
+    pipe, call = made("StableDiffusionXLPipeline")
+    given = record(pipe, PROMPTS, **call, prompt_2="as a drawing")
+    x = torch.randn(2, *given.form.shape, generator=Generator().manual_seed(0))
+    t = torch.tensor([0.3, 0.8])
+    with torch.no_grad():
+        found, plain = (predict(pipe, one, x, t) for one in (given, record(pipe, PROMPTS, **call)))
+        alone = [predict(pipe, given[[i]], x[[i]], t[i]) for i in range(2)]
+    torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    assert (found - plain).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+class Copied(torch.Tensor):
+    """A tensor that notes how it was copied."""
+
+    def to(self, device, non_blocking=False):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.tensor(float(non_blocking))
+
+
+@pytest.mark.parametrize(("device", "later"), [("cpu", 0), (torch.device("cpu"), 0), ("cuda", 1)])
+def test_a_copy_to_the_cpu_is_complete_when_it_returns(device, later):
+    """PyTorch copies from a GPU into pinned memory, and does not wait for the last byte."""
+    form = form_of("Any", {}, {}, {}, (1,))
+    given = Conditioning(form, [{"a": torch.zeros(2).as_subclass(Copied)}])
+    assert given.to(device).rows[0]["a"] == later

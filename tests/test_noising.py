@@ -95,3 +95,23 @@ def test_the_velocity_weight_makes_one_error_cost_the_same_whatever_is_predicted
     torch.testing.assert_close(cost["epsilon"], cost["v_prediction"])
     torch.testing.assert_close(cost["sample"], cost["v_prediction"])
     assert (Noising("velocity", 100).velocity_weight(t) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["sd", "sd2", "sd3"])
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_its_inputs(name, half):
+    """Where 1 - ᾱ is 1e-3, which in bfloat16 is 0, and where a timestep is no 16-bit number."""
+    noising = noising_of(family(name)[0])
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 5, 4, 8, 8, generator=generator).to(half)
+    t = torch.tensor([0.0, 0.0025, 0.3, 0.68, 0.995]).to(half)
+    assert torch.equal(noising.timesteps(t), noising.timesteps(t.float()))
+    close: dict[str, Any] = {"rtol": torch.finfo(half).eps * 2, "atol": torch.finfo(half).eps * 4}
+    for found, exact in zip(
+        noising.noised(x0, noise, t),
+        noising.noised(x0.double(), noise.double(), t.double()),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.double(), exact, **close)
+    for weight in (noising.velocity_weight, noising.x0_error):
+        torch.testing.assert_close(weight(t).double(), weight(t.double()), **close)
