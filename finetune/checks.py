@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from steering.frames import Frames
+from steering.outputs import levels, still
 from steering.pipeline import steer_each
 
 from .ranges import KEYWORDS, NAME, SEED, TEXT, check, setting, whole
@@ -70,7 +71,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Sheet:
-    """The result of a check: scores of all images by name, and the images of each prompt."""
+    """The result of a check: scores of all images or videos by name, and an image of each."""
 
     scores: dict[str, list[float]] = field(default_factory=dict)
     images: list[tuple[int, list[Image]]] = field(default_factory=list)
@@ -108,7 +109,8 @@ class Watch:
 
     seen, unseen: training and held-out prompts; rewards: "reward" and optionally "quality"; call:
     keywords of the pipeline's call; load(**components): returns the pipeline with these components;
-    place(pipe, device, keep=parts): returns it on the device, where these parts stay.
+    place(pipe, device, keep=parts): returns it on the device, where these parts stay; frames: how
+    the rewards score videos.
     """
 
     check: Check
@@ -118,6 +120,7 @@ class Watch:
     call: dict[str, Any]
     load: Callable[..., Any]
     place: Callable[..., Any] = _moved
+    frames: Frames = field(default_factory=Frames)
 
     def look(self, part: str, network: Any, accelerator: Any) -> tuple[dict[str, float], Image]:
         """Return means by name ("held_out/reward", "train/reward", ...) and a grid of held-out
@@ -141,11 +144,12 @@ class Watch:
             if not prompts:
                 continue
             mine = range(rank, len(prompts), world)
-            sheet = draw(pipe, prompts, mine, self.rewards, self.check, self.call)
+            given = (self.check, self.call, self.frames)
+            sheet = draw(pipe, prompts, mine, self.rewards, *given)
             most = range(0, len(prompts), world)
             if accelerator.is_fsdp2 and _calls(mine) < _calls(most):
                 # forward passes on other processes need this process's shard of the weights
-                draw(pipe, prompts, range(1), {}, self.check, self.call)
+                draw(pipe, prompts, range(1), {}, *given)
             sheets = gather_object([sheet])
             row |= {f"{split}/{name}": value for name, value in means(sheets).items()}
             if split == "held_out":
@@ -181,12 +185,14 @@ def draw(
     rewards: Mapping[str, Any],
     check: Check,
     call: dict[str, Any],
+    frames: Frames = Frames(),  # noqa: B008 (frozen)
 ) -> Sheet:
     """Draw `check.images` images of each prompt in `only` by the stock sampler, and score them.
 
-    rewards: by name, as `rewards.load` makes them; components of "reward" are reported as well. A
-    prompt's noise depends only on the seed and the prompt; in float32, other prompts in the call
-    change its images by at most one grey level in at most 1 % of the values (docs/checked.md).
+    rewards: by name, as `rewards.load` makes them; components of "reward" are reported as well.
+    frames: how videos are scored, of which the sheet has the middle frames. A prompt's noise
+    depends only on the seed and the prompt; in float32, other prompts in the call change its images
+    by at most one grey level in at most 1 % of the values (docs/checked.md).
     """
     sheet = Sheet()
     drawn = steer_each(
@@ -204,17 +210,20 @@ def draw(
     indices = iter(only)
     for out in drawn:
         for prompt, images in zip(out.prompts, out.images, strict=True):
-            sheet.images.append((next(indices), list(images)))
-            pixels = VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(list(images)))
-            for name, values in _scored(rewards, pixels.to(pipe._execution_device), prompt).items():
+            sheet.images.append((next(indices), [still(image) for image in images]))
+            pixels = levels(images).to(pipe._execution_device)
+            texts = [prompt] * len(images)
+            for name, values in _scored(rewards, pixels, texts, frames).items():
                 sheet.scores.setdefault(name, []).extend(values)
     return sheet
 
 
-def _scored(rewards: Mapping[str, Any], images: Tensor, prompt: str) -> dict[str, list[float]]:
+def _scored(
+    rewards: Mapping[str, Any], images: Tensor, prompts: list[str], frames: Frames
+) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for name, reward in rewards.items():
-        total, parts = reward.evaluate(images, [prompt] * len(images))
+        total, parts = frames.evaluate(reward, images, prompts)
         if name == "reward" and len(parts) > 1:
             found |= {part: values.tolist() for part, values in parts.items()}
         found[name] = total.tolist()

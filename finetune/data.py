@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning, Form, Mixed, Row
 from .groups import Group, make_groups, normalised
-from .shards import Rollouts
+from .shards import Rollouts, Shard
 
 __all__ = ["Ahead", "Data", "ShardRows", "check_fits", "load_data"]
 
@@ -98,19 +98,26 @@ def load_data(runs: Rollouts | Sequence[Rollouts], reward: str, norm: str, k: in
         first = max(prompts, default=-1) + 1 - min(own)  # shards of other numbers may be missing
         prompts += [first + group for group in own]
         rewards += columns[reward]
-    made = {(shard.scored_by(reward), shard.versions().get(reward, "")) for shard in every}
-    if len(made) > 1:
-        specs = sorted({spec for spec, _ in made})
-        what = f"specs, {specs}" if specs[1:] else f"versions of {specs[0]}"
-        raise ValueError(
-            f"the shards' rewards {reward!r} are of different {what}; score the rollouts again"
-        )
+    _check_alike(every, reward)
     groups, dropped, unscored = make_groups(prompts, torch.tensor(rewards, dtype=torch.float64), k)
     forms = {text: Form.loads(text) for text in dict.fromkeys(texts)}
     given: Conditioning | Mixed = Mixed([forms[text] for text in texts], rows)
     if len(forms) == 1:
         given = Conditioning(given.forms[0], rows)
     return Data(ShardRows(latents), given, normalised(groups, norm), dropped, unscored)
+
+
+def _check_alike(shards: Sequence[Shard], reward: str) -> None:
+    """Raise ValueError if the shards' rewards are not of one spec, version and choice of frames."""
+    specs = sorted({shard.scored_by(reward) for shard in shards})
+    versions = {shard.versions().get(reward, "") for shard in shards}
+    frames = sorted({str(f) for shard in shards if (f := shard.frames().get(reward))})
+    what = f"frames, {frames}" if frames[1:] else f"versions of {specs[0]}"
+    what = f"specs, {specs}" if specs[1:] else what
+    if specs[1:] or frames[1:] or len(versions) > 1:
+        raise ValueError(
+            f"the shards' rewards {reward!r} are of different {what}; score the rollouts again"
+        )
 
 
 def _rows(tensors: Mapping[str, Tensor]) -> list[Row]:

@@ -19,9 +19,11 @@ __all__ = [
     "NAME",
     "PROMPTS",
     "REFERENCES",
+    "SCORE_FRAMES",
     "SEED",
     "TEXT",
     "TEXTS",
+    "VIDEO_SCORE",
     "Range",
     "check",
     "group",
@@ -180,4 +182,9 @@ KEYWORDS = Range(
     "keywords with their values",
     lambda value: isinstance(value, dict) and all(map(_is_name, value)),
 )
+SCORE_FRAMES = Range(
+    "all, first, or a whole number, 1 or more",
+    lambda value: value in ("all", "first") or whole(1).allows(value),
+)
+VIDEO_SCORE = one_of("mean", "min")
 SEED = Range("a whole number from 0 to 2**63 - 1", whole(0, 2**63 - 1).allows)

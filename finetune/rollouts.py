@@ -1,10 +1,10 @@
-"""Rollouts: images of many prompts with the latents and conditioning that training needs.
+"""Rollouts: images or videos of many prompts, with the latents and conditioning of training.
 
 A run is a folder of shards of a few prompts each:
 
     manifest.json                  model, call, filter, seed and versions of the run
     00012/table.parquet            a row per image: prompt, group, index, seed, steered, log_weight,
-                                   settings, image (PNG); `datasets.load_dataset("parquet", ...)`
+                                   settings, image (PNG), or frames of a video (`pictures`)
     00012/tensors.safetensors      latents (rows, ...), each prompt's conditioning, and its form
     00012/shard.json               sha256 of both
     00012/rewards.parquet          columns that scoring adds, in the rows' order
@@ -16,7 +16,6 @@ little `max_batch` and other kernels change them.)
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,20 +23,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 from steering import FeynmanKac, Steered
-from steering.call import refuse_videos
+from steering.call import frames_of
+from steering.frames import Frames
 from steering.lineage import Moment
 from steering.manifest import fingerprint, versions
 from steering.pipeline import steer_each
 
-from . import ranges
+from . import pictures, ranges
 from .files import atomic, disk_errors, write
 from .folder import ELSEWHERE, begun, refuse_changes
 from .network import part_of
@@ -56,17 +54,8 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+FRAMES = {"score_frames": "all", "video_score": "mean"}  # recorded for steered images
 PLAIN = FeynmanKac(reward_scale=0.0, min_ess=0.0, noise=0.0)  # the pipeline's own sampler
-FEATURES = {
-    "prompt": {"dtype": "string", "_type": "Value"},
-    "group": {"dtype": "int64", "_type": "Value"},
-    "index": {"dtype": "int64", "_type": "Value"},
-    "seed": {"dtype": "int64", "_type": "Value"},
-    "steered": {"dtype": "bool", "_type": "Value"},
-    "log_weight": {"dtype": "float64", "_type": "Value"},
-    "settings": {"dtype": "string", "_type": "Value"},
-    "image": {"_type": "Image"},
-}
 
 
 @dataclass(frozen=True)
@@ -75,6 +64,7 @@ class Plan:
 
     call: keywords of the pipeline's call. Steered images have different noise from plain ones.
     references: the files of each prompt's images for rewards that compare with some, or ().
+    score_frames, video_score: how the filter's reward scores videos, as in steer().
     """
 
     prompts: tuple[str, ...]
@@ -86,6 +76,8 @@ class Plan:
     max_batch: int | None = None
     call: dict[str, Any] = field(default_factory=dict)
     references: tuple[tuple[str, ...], ...] = ()
+    score_frames: int | str = "all"
+    video_score: str = "mean"
 
     RANGES: ClassVar[dict[str, Range]] = {
         "prompts": PROMPTS,
@@ -97,10 +89,13 @@ class Plan:
         "max_batch": optional(whole(1)),
         "call": KEYWORDS,
         "references": REFERENCES,
+        "score_frames": ranges.SCORE_FRAMES,
+        "video_score": ranges.VIDEO_SCORE,
     }
 
     def __post_init__(self) -> None:
         ranges.check(self, self.RANGES)
+        Frames(self.score_frames, self.video_score)  # checks the two together
         counts = {"images": self.images, "steered": self.steered}
         if sum(counts.values()) < 2:
             raise ValueError(f"{counts} make no group; make two or more images per prompt")
@@ -153,8 +148,8 @@ def open_run(
     if begun(folder, MANIFEST, kind="run of rollouts", resume=resume):
         # older runs lack them
         old = {"dtype": about["dtype"], "quantize": "none", "lora": lora} | was
-        before = {name: old.get(name) for name in about}
-        refuse_changes(folder, before | _named(was["plan"]), about | _named(_plain(plan)))
+        before = {name: old.get(name) for name in about} | _named(_since(plan) | was["plan"])
+        refuse_changes(folder, before, about | _named(_plain(plan)))
         return
     about |= {"plan": _plain(plan), "versions": versions()}
     with disk_errors(folder, ELSEWHERE):
@@ -192,6 +187,7 @@ def is_complete(
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         was = {"quantize": "none"} | json.loads(text)
+        was["plan"] = _since(plan) | was["plan"]
         same = {name: was[name] for name in about} == about
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -202,12 +198,19 @@ def _plain(plan: Plan) -> dict[str, Any]:
     found = json.loads(json.dumps(asdict(plan)))
     if not plan.references:  # older runs do not record them
         del found["references"]
-    return found
+    return {name: v for name, v in found.items() if name not in FRAMES or plan.steered}
+
+
+def _since(plan: Plan) -> dict[str, Any]:
+    """Return the entries that older runs lack."""
+    return FRAMES if plan.steered else {}
 
 
 def check(pipe: Any, plan: Plan, reward: Any = None, preview: Any = None) -> None:
     """Raise ValueError, before any folder is made, for a call or a filter that cannot work."""
-    refuse_videos(pipe, plan.call)
+    _, frames = frames_of(type(pipe), plan.call)
+    if plan.steered and frames is not None:
+        Frames(plan.score_frames, plan.video_score).check(None if frames == 1 else frames)
     for _ in _runs(pipe, plan, reward, preview, plan.prompts[0]):
         pass  # making the iterator checks the arguments; nothing is drawn yet
 
@@ -271,13 +274,13 @@ def _make(
     recorder: Any,
 ) -> None:
     indices = plan.shards()[number]
+    prompts = [plan.prompts[i] for i in indices]
+    given = recorder.record(prompts)  # first, since it refuses what cannot be trained
     parts = [
         part
         for i in indices
         for part in _of_prompt(pipe, plan, reward, preview, plan.prompts[i], i, meter)
     ]
-    prompts = [plan.prompts[i] for i in indices]
-    given = recorder.record(prompts)
     tensors = {
         f"given.{i}.{name}": value
         for i, row in enumerate(given.rows)
@@ -293,9 +296,7 @@ def _make(
 def _write_shard(
     scratch: Path, rows: list[dict[str, Any]], tensors: dict[str, Tensor], form: str
 ) -> None:
-    about = {"huggingface": json.dumps({"info": {"features": FEATURES}})}
-    table = pa.Table.from_pylist(rows, _schema()).replace_schema_metadata(about)
-    pq.write_table(table, scratch / "table.parquet")
+    pictures.write(scratch / "table.parquet", rows)
     held = {name: value.contiguous().cpu() for name, value in tensors.items()}
     save_file(held, scratch / "tensors.safetensors", {"form": form})
     hashes = {name: sha256(scratch / name) for name in ("table.parquet", "tensors.safetensors")}
@@ -333,6 +334,7 @@ def _runs(
                 references=[_references(plan, prompt)] * 2 if compares else None,
                 watch=partial(meter.step, count) if meter else None,
                 only=[occurrence],  # different occurrences of a prompt have different noise
+                **({name: getattr(plan, name) for name in FRAMES} if occurrence else {}),
                 **plan.call,
             )
             yield settings, run, occurrence == 1
@@ -361,26 +363,7 @@ def _rows(
             "steered": steered,
             "log_weight": float(out.log_weights[0, i]),
             "settings": text,
-            "image": {"bytes": _png(image), "path": f"{group:05d}-{'s' * steered}{i:02d}.png"},
+            **pictures.cells(image, f"{group:05d}-{'s' * steered}{i:02d}"),
         }
         for i, image in enumerate(out.images[0])
     ]
-
-
-def _schema() -> pa.Schema:
-    kinds = {
-        "string": pa.string(),
-        "int64": pa.int64(),
-        "bool": pa.bool_(),
-        "float64": pa.float64(),
-    }
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.schema(
-        [(name, kinds[f["dtype"]] if "dtype" in f else picture) for name, f in FEATURES.items()]
-    )
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from steering.frames import Frames
+
+from . import pictures
 from .files import atomic
 
 __all__ = [
@@ -49,10 +51,13 @@ class Shard:
         """Return the rows, with these columns or all."""
         return pq.read_table(self.folder / "table.parquet", columns=columns).to_pylist()
 
-    def images(self) -> list[Image.Image]:
-        """Return the RGB images, in the rows' order."""
-        rows = self.table(["image"])
-        return [Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+    def images(self) -> Iterator[Image.Image | list[Image.Image]]:
+        """Yield the RGB images, or the lists of the videos' frames, in the rows' order."""
+        return pictures.read(self.folder / "table.parquet")
+
+    def num_frames(self) -> int | None:
+        """Return the number of frames of each video; None for images."""
+        return pictures.num_frames(self.folder / "table.parquet")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return "latents" (rows, ...) and each prompt's "given.INDEX.NAME", memory-mapped."""
@@ -101,6 +106,10 @@ class Shard:
     def versions(self) -> dict[str, str]:
         """Return `rewards.identity` of the specs at the time of scoring, where known."""
         return self._about("versions")
+
+    def frames(self) -> dict[str, Frames]:
+        """Return which frames the scores of videos are of, and how, by column, where known."""
+        return {name: Frames(*about) for name, about in self._about("frames").items()}
 
     def bounds(self) -> dict[str, list[float | None]]:
         """Return the smallest and largest possible reward of each column, where known."""
@@ -213,11 +222,12 @@ def add_rewards(
     spec: str = "",
     bounds: Mapping[str, tuple[float | None, float | None]] | None = None,
     version: str = "",
+    frames: Frames | None = None,
 ) -> None:
     """Add or replace columns of rewards atomically; spec: the reward that scored them.
 
-    bounds: the range of the rewards of a column; version: `rewards.identity(spec)`. Other columns
-    and their metadata are kept.
+    bounds: the range of the rewards of a column; version: `rewards.identity(spec)`; frames: which
+    frames of videos were scored. Other columns and their metadata are kept.
     """
     merged = shard.rewards() | {name: list(values) for name, values in columns.items()}
     kept = {name: ends for name, ends in shard.bounds().items() if name not in columns}
@@ -226,6 +236,10 @@ def add_rewards(
         "versions": json.dumps(shard.versions() | dict.fromkeys(columns, version)),
         "bounds": json.dumps(kept | dict(bounds or {})),
     }
+    of_videos = {name: value for name, value in shard.frames().items() if name not in columns}
+    of_videos |= dict.fromkeys(columns, frames) if frames else {}
+    if of_videos:
+        about["frames"] = json.dumps({n: [f.which, f.score] for n, f in of_videos.items()})
     table = pa.table({k: pa.array(v, pa.float64()) for k, v in merged.items()})
     with atomic(shard.folder / "rewards.parquet") as scratch:
         pq.write_table(table.replace_schema_metadata(about), scratch)

@@ -30,6 +30,7 @@ __all__ = [
     "PipelineCall",
     "check_pipeline",
     "check_preview",
+    "frames_of",
     "refuse_videos",
 ]
 
@@ -300,19 +301,27 @@ def _drops_out(module: torch.nn.Module) -> bool:
     return isinstance(module, _DropoutNd) and module.training and module.p > 0
 
 
-def refuse_videos(pipe: Any, keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError if a call with these keywords generates several frames per row.
+def frames_of(kind: type, keywords: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Return the name and the value of the number of frames that a call of a class asks for.
 
-    None, the default of CogVideoX, means as many as its network was trained on.
+    The value is 1 for images; None, the default of CogVideoX, means as many as its network was
+    trained on.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = inspect.signature(kind.__call__).parameters
     for name in COUNTS_OF_FRAMES:
-        frames = keywords.get(name, parameters[name].default) if name in parameters else 1
-        if frames != 1:
-            raise ValueError(
-                f"{name}={frames!r:.80}: this call generates videos, but images are needed here; "
-                f"pass {name}=1."
-            )
+        if name in parameters:
+            return name, keywords.get(name, parameters[name].default)
+    return "", 1
+
+
+def refuse_videos(kind: type, keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError if a call of a class generates several frames per row."""
+    name, frames = frames_of(kind, keywords)
+    if frames != 1:
+        raise ValueError(
+            f"{name}={frames!r:.80}: this call generates videos, but images are needed here; pass "
+            f"{name}=1."
+        )
 
 
 def check_preview(pipe: Any, preview: Any) -> None:

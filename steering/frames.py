@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from steering.outputs import scaled
 from steering.settings import is_count
 
 __all__ = ["Frames", "evenly_spaced"]
+
+AT_ONCE = 64  # frames per call of a reward, to bound its memory
+# images (n, 3, h, w) and what each belongs to -> totals (n,) and parts
+Scored = Callable[[Tensor, list[Any]], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,12 @@ class Frames:
                 "its score; leave video_score out, or score several frames."
             )
 
+    def __str__(self) -> str:
+        if self.which in ("first", 1):
+            return "the first frame" if self.which == "first" else "the middle frame"
+        which = "all frames" if self.which == "all" else f"{self.which} evenly spaced frames"
+        return f"the {'mean' if self.score == 'mean' else 'minimum'} of {which}"
+
     def check(self, frames: int | None) -> None:
         """Raise ValueError if videos of so many frames have not those that are to be scored.
 
@@ -44,13 +57,12 @@ class Frames:
         """
         if frames is None and self != Frames():
             raise ValueError(
-                "this call generates no videos of several frames, and score_frames= and "
-                "video_score= apply only to those; leave them out."
+                "there are no videos of several frames here, and score_frames= and video_score= "
+                "apply only to those; leave them out."
             )
         if is_count(self.which) and frames is not None and self.which > frames:
             raise ValueError(
-                f"score_frames={self.which}: the videos of this call have {frames} frames; pass "
-                "at most as many."
+                f"score_frames={self.which}: the videos have {frames} frames; pass at most as many."
             )
 
     def chosen(self, videos: Tensor) -> Tensor:
@@ -60,6 +72,45 @@ class Frames:
         if self.which == "first":
             return videos[:, :1]
         return videos[:, evenly_spaced(videos.shape[1], self.which)]
+
+    def evaluate(
+        self,
+        reward: Any,
+        outputs: Tensor,
+        prompts: Sequence[str],
+        references: Sequence[Any] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what `reward.evaluate` says of n images (n, 3, h, w) or videos (n, f, 3, h, w).
+
+        They are quantised or floats; the results are the totals (n,) and the parts by name.
+        """
+
+        def function(images: Tensor, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+            of_rows = None if references is None else [references[i] for i in rows]
+            return reward.evaluate(images, [prompts[i] for i in rows], references=of_rows)
+
+        chosen = self.chosen(outputs) if outputs.ndim == 5 else outputs
+        return self.applied(function, chosen, range(len(outputs)))
+
+    def applied(
+        self, function: Scored, outputs: Tensor, rows: Sequence[Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the totals (n,) and parts of n images or sounds, or of n videos' chosen frames.
+
+        rows: what `function` gets of each, with a frame that of its video.
+        """
+        if outputs.ndim != 5:
+            return function(scaled(outputs), list(rows))
+        n, m = outputs.shape[:2]
+        single, each = outputs.flatten(0, 1), [row for row in rows for _ in range(m)]
+        found = [
+            function(scaled(single[i : i + AT_ONCE]), each[i : i + AT_ONCE])
+            for i in range(0, n * m, AT_ONCE)
+        ]
+        total = torch.cat([total for total, _ in found]).view(n, m)
+        names = found[0][1]
+        parts = {name: torch.cat([part[name] for _, part in found]).view(n, m) for name in names}
+        return self.combined(total, parts)
 
     def combined(
         self, totals: Tensor, parts: dict[str, Tensor]

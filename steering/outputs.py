@@ -18,8 +18,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 __all__ = [
-    "Output", "Sound", "from_levels", "levels", "save", "scaled", "shown", "to_levels", "to_pil",
-    "to_tensor",
+    "Output", "Sound", "from_levels", "levels", "save", "scaled", "shown", "still", "to_levels",
+    "to_pil", "to_tensor",
 ]  # fmt: skip
 
 _FRAMES_PER_SECOND = 16  # of the animation that is saved beside a video's frames
@@ -92,6 +92,11 @@ def shown(outputs: Tensor) -> Tensor | None:
     if outputs.ndim == 3:
         return None
     return outputs if outputs.ndim == 4 else outputs[:, (outputs.shape[1] - 1) // 2]
+
+
+def still(output: Image.Image | list[Image.Image]) -> Image.Image:
+    """Return an image, or the middle frame of a video."""
+    return output[(len(output) - 1) // 2] if isinstance(output, list) else output
 
 
 def save(folder: Path, stem: str, output: Output, about: str) -> str:

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from steering.frames import Frames
-from steering.outputs import scaled
 
 __all__ = ["PromptScorer", "RewardFunction"]
 
@@ -25,9 +25,6 @@ class RewardFunction(Protocol):
     """
 
     def __call__(self, images: Tensor, prompts: list[str], /) -> Tensor: ...
-
-
-FRAMES_AT_ONCE = 64  # frames of videos per call of a reward, to bound its memory
 
 
 class PromptScorer:
@@ -97,20 +94,9 @@ class PromptScorer:
         self, function: Any, outputs: Tensor, indices: Sequence[int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the totals (b, k) and the parts that `function` returns."""
-        is_video, b = outputs.ndim == 5, len(indices)
-        single = outputs.flatten(0, 1) if is_video else outputs
-        rows = [i for i in indices for _ in range(len(single) // b)]
-        size = FRAMES_AT_ONCE if is_video else len(single)
-        starts = range(0, len(rows), size)
-        found = [
-            self._call(function, scaled(single[i : i + size]), rows[i : i + size]) for i in starts
-        ]
-        total = torch.cat([total for total, _ in found])
-        parts = {name: torch.cat([part[name] for _, part in found]) for name in found[0][1]}
-        if is_video:
-            each = outputs.shape[:2]
-            parts = {name: part.reshape(each) for name, part in parts.items()}
-            total, parts = self._frames.combined(total.reshape(each), parts)
+        b = len(indices)
+        rows = [i for i in indices for _ in range(len(outputs) // b)]
+        total, parts = self._frames.applied(partial(self._call, function), outputs, rows)
         return total.reshape(b, -1), {name: part.reshape(b, -1) for name, part in parts.items()}
 
     def _call(

@@ -59,7 +59,7 @@ def test_plain_rollouts_are_the_pipelines_own_images(tmp_path, name):
         assert torch.equal(latents[2 * i : 2 * i + 2], own[0])
         shard = run.shards[i // 2]
         for j in range(2):
-            kept = shard.images()[2 * (i % 2) + j]
+            kept = list(shard.images())[2 * (i % 2) + j]
             assert np.array_equal(np.array(kept), np.array(out[0][j]))
 
 
@@ -172,7 +172,7 @@ def test_the_table_loads_with_datasets(tmp_path):
         "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
     )
     assert loaded["prompt"] == [p for p in PROMPTS for _ in range(2)]
-    assert np.array_equal(np.array(loaded[1]["image"]), np.array(run.shards[0].images()[1]))
+    assert np.array_equal(np.array(loaded[1]["image"]), np.array(list(run.shards[0].images())[1]))
 
 
 def test_rewards_are_added_as_columns(tmp_path):

@@ -193,7 +193,7 @@ def test_the_references_of_the_prompts_reach_the_reward(tmp_path, capsys):
     for shard, files in zip(Rollouts(tmp_path / "run").shards, (named[:2], named[2:]), strict=True):
         given = [[open_picture(Path(name)) for name in names] for names in files for _ in range(2)]
         rows = [row["prompt"] for row in shard.table(["prompt"])]
-        expected = reward(to_images(shard.images()), rows, references=given)
+        expected = reward(to_images(list(shard.images())), rows, references=given)
         assert shard.rewards()["dino"] == pytest.approx(expected.tolist(), abs=1e-5)
     assert len(set(run.manifest["plan"]["references"][0])) == 1
     (tmp_path / "green.png").unlink()

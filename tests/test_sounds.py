@@ -184,7 +184,7 @@ def test_a_preview_that_decode_would_replace_is_refused(more):
 
 
 def test_frames_of_sounds_are_refused():
-    with pytest.raises(ValueError, match="this call generates no videos of several frames"):
+    with pytest.raises(ValueError, match="there are no videos of several frames here"):
         run(sound(), score_frames=2)
 
 

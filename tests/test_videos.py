@@ -20,10 +20,8 @@ from zoo.building import call_of, pipeline_of
 from zoo.checks import SCORED, Subject, alone, own
 
 import steering.decoding
-import steering.scoring
+import steering.frames
 import tilt.report
-from finetune import rollouts
-from finetune.rollouts import Plan
 from steering import FeynmanKac, steer
 from steering.call import PipelineCall, refuse_videos
 from steering.frames import Frames, evenly_spaced
@@ -150,7 +148,7 @@ def test_frames_are_scored_a_few_at_a_time_with_their_own_prompts_and_references
     monkeypatch, at_once
 ):
     """By enumeration: the mean or the least of what each frame alone scores."""
-    monkeypatch.setattr(steering.scoring, "FRAMES_AT_ONCE", at_once)
+    monkeypatch.setattr(steering.frames, "AT_ONCE", at_once)
     calls = []
 
     class Reward:
@@ -211,7 +209,7 @@ def test_a_frame_whose_reward_is_not_a_number_is_an_error(score):
         ({"video_score": 1}, "video_score=1: pass"),
         ({"video_score": "min", "score_frames": "first"}, "the minimum of one frame is its score"),
         ({"video_score": "min", "score_frames": 1}, "the minimum of one frame is its score"),
-        ({"score_frames": 6}, "score_frames=6: the videos of this call have 5 frames"),
+        ({"score_frames": 6}, "score_frames=6: the videos have 5 frames"),
     ],
 )
 def test_what_cannot_choose_frames_is_refused(more, said):
@@ -226,7 +224,7 @@ def test_what_cannot_choose_frames_is_refused(more, said):
 @pytest.mark.parametrize("decode", [None, lambda x: x[:, :3].sigmoid()])
 def test_frames_of_images_are_refused_in_words(settings, more, decode):
     it = Subject(odd_pipeline(), {"num_inference_steps": 6})
-    with pytest.raises(ValueError, match="this call generates no videos of several frames"):
+    with pytest.raises(ValueError, match="there are no videos of several frames here"):
         run(it, settings, decode=decode, **more)
     assert len(it.pipe.unet.rows) == 1
 
@@ -243,7 +241,7 @@ def test_one_frame_is_an_image():
     pipe, keywords = family("wan")
     out = run(Subject(pipe, keywords))
     assert isinstance(out.images[0][0], Image.Image)
-    with pytest.raises(ValueError, match="this call generates no videos of several frames"):
+    with pytest.raises(ValueError, match="there are no videos of several frames here"):
         run(Subject(pipe, keywords), score_frames="first")
 
 
@@ -406,12 +404,9 @@ def test_the_number_of_frames_is_named_as_the_pipeline_names_it():
         PipelineCall.check(Sana(), ["a"], {"video_length": 5})
 
 
-def test_rollouts_and_evaluations_of_images_refuse_videos():
+def test_evaluations_of_images_refuse_videos():
     pipe = wan()
     for call, frames in (({}, 81), ({"num_frames": 5}, 5)):
-        plan = Plan(prompts=("a",), images=2, call=call)
-        with pytest.raises(ValueError, match=f"num_frames={frames}: this call generates videos, b"):
-            rollouts.check(pipe, plan)
         evaluation = EvaluationPlan(("a",), ((),), 1, 0, call=call)
         with pytest.raises(ValueError, match=f"num_frames={frames}: this call generates videos, b"):
             start(pipe, Variant("base"), evaluation, [0])
@@ -420,6 +415,6 @@ def test_rollouts_and_evaluations_of_images_refuse_videos():
         def __call__(self, prompt, num_frames=None): ...
 
     with pytest.raises(ValueError, match="num_frames=None: this call generates videos, but"):
-        refuse_videos(Cog(), {})
-    refuse_videos(pipe, {"num_frames": 1})
-    refuse_videos(odd_pipeline(), {})
+        refuse_videos(Cog, {})
+    refuse_videos(type(pipe), {"num_frames": 1})
+    refuse_videos(type(odd_pipeline()), {})

@@ -6,9 +6,22 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.ranges import FLAG, KEYWORDS, NAME, SEED, TEXT, check, optional, setting, whole
+from finetune.ranges import (
+    FLAG,
+    KEYWORDS,
+    NAME,
+    SCORE_FRAMES,
+    SEED,
+    TEXT,
+    VIDEO_SCORE,
+    check,
+    optional,
+    setting,
+    whole,
+)
 from steering import FeynmanKac
 from steering.pipeline import steer_each
+from tilt.framing import ABOUT_FRAMES, ABOUT_SCORE
 from tilt.loading import ABOUT_DTYPE, DTYPE
 from tilt.offloading import ABOUT_OFFLOAD, OFFLOAD
 from tilt.quantization import ABOUT_QUANTIZE, QUANTIZE
@@ -30,6 +43,8 @@ class Drawing:
     call: dict[str, Any] = setting(
         dict, KEYWORDS, "keywords of the pipeline's call, as in --call.guidance-scale 4.5"
     )
+    score_frames: Any = setting("all", SCORE_FRAMES, ABOUT_FRAMES)
+    video_score: str = setting("mean", VIDEO_SCORE, ABOUT_SCORE)
     seed: int = setting(0, SEED, "seed of the whole run")
     max_batch: int | None = setting(None, optional(whole(1)), "maximum batch of one network call")
     dtype: str = setting("auto", DTYPE, ABOUT_DTYPE)

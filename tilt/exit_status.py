@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,10 @@ def of_command(options: Options, argv: Sequence[str], work: Callable[[Any], None
     try:
         work(options.read(argv))
     except (ValueError, OSError) as error:
-        print(f"{options.name}: {one_line(error)}", file=sys.stderr)
+        # only the first word, since a reward's arguments may have the names of options
+        flags, said = options.flags(), one_line(error)
+        said = re.sub(r"^(\w+)(?==| is )", lambda name: flags.get(name[1], name[1]), said)
+        print(f"{options.name}: {said}", file=sys.stderr)
         return 2
     return 0
 

@@ -128,11 +128,14 @@ def empty_network(name: str) -> tuple[str, Any]:
             return part, kind.from_config(config).eval()
 
 
-def check_trainable(name: str) -> None:
-    """Raise ValueError, before weights are loaded, for a pipeline that cannot be trained."""
+def check_trainable(name: str) -> Any:
+    """Raise ValueError, before weights are loaded, for a pipeline that cannot be trained.
+
+    Returns its class; None if it is not known before the model is loaded.
+    """
     check_name(name)
     if name in tiny.NAMES:
-        return
+        return None
     index = index_of(name, *where(name))
     import diffusers
 
@@ -142,6 +145,7 @@ def check_trainable(name: str) -> None:
     if kind is not None:
         held = [part for part, about in index.items() if isinstance(about, list) and about[0]]
         check_kind(kind, held)
+    return kind
 
 
 def pick_preview(choice: str, model: str) -> str:

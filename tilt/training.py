@@ -23,7 +23,8 @@ from finetune.state import FILE, is_finished
 from rewards.catalogue import OutsideError
 from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
-from steering.call import PipelineCall
+from steering.call import PipelineCall, frames_of
+from steering.frames import Frames
 from steering.manifest import fingerprint
 from tilt import drawing, hub, loading, model_card, offloading
 from tilt.loading import ABOUT_DTYPE, DTYPE
@@ -162,12 +163,14 @@ def watch_of(
     load: Callable[..., Any],
     accelerator: Accelerator,
     own: bool = False,
+    frames: Frames = Frames(),  # noqa: B008 (frozen)
 ) -> Watch | None:
     """Return the checks during training, validated beforehand; None if there are none.
 
     trained_on: all training prompts; spec: the reward that is trained on, "" if unknown;
     load(**components): returns the pipeline with these components; own: whether the user wrote
-    `spec`, so that it may import code, and not a file of unknown origin.
+    `spec`, so that it may import code, and not a file of unknown origin; frames: how videos are
+    scored.
     """
     check = settings.check
     if not check.every:
@@ -196,7 +199,7 @@ def watch_of(
         check_weights(reward)
         reward.check([*seen, *unseen])
     place = partial(offloading.place, offload=settings.offload)
-    watch = Watch(check, seen, unseen, found, check.call or call, load, place)
+    watch = Watch(check, seen, unseen, found, check.call or call, load, place, frames)
     if check.best not in metrics(watch):
         raise ValueError(
             f"check.best is {check.best!r:.80}, which no check reports; there are {metrics(watch)}"
@@ -224,6 +227,9 @@ def check_keywords(pipe: Any, watch: Watch | None, prompts: Sequence[str], call:
     PipelineCall.check(pipe, prompts, call)
     if watch:
         PipelineCall.check(pipe, [*watch.seen, *watch.unseen], watch.call)
+        _, frames = frames_of(type(pipe), watch.call)
+        if frames not in (None, 1):
+            watch.frames.check(frames)
 
 
 def critic_of(

@@ -97,7 +97,7 @@ def start(
 
     Raises ValueError for invalid arguments at once, before iteration.
     """
-    refuse_videos(pipe, plan.call)
+    refuse_videos(type(pipe), plan.call)
     m, references = plan.images, None
     if getattr(variant.reward, "wants_references", False) and any(plan.references):
         opened = [[Image.open(name).convert("RGB") for name in names] for names in plan.references]

@@ -1,4 +1,4 @@
-"""Generate the images for fine-tuning: several per prompt, plain or steered.
+"""Generate the images or videos for fine-tuning: several per prompt, plain or steered.
 
 Several processes divide the shards. To resume an interrupted run, repeat the command with --resume.
 """
@@ -62,7 +62,8 @@ def plan_of(settings: Rollout) -> Plan:
     if settings.follow and settings.lora:
         raise ValueError("lora= and follow= both name the LoRA that draws; leave one out")
     if not settings.steered:
-        ranges.refuse_idle(settings, ["filter"], "steered is 0")
+        idle = ["filter", "score_frames", "video_score"]
+        ranges.refuse_idle(settings, idle, "steered is 0")
     known: dict[str, tuple[str, ...]] = {}
     for prompt in read(Path(settings.prompts)):
         known.setdefault(prompt.text, prompt.references)
@@ -77,6 +78,8 @@ def plan_of(settings: Rollout) -> Plan:
         prompts_per_shard=settings.prompts_per_shard,
         max_batch=settings.max_batch,
         call=drawing.call_of(settings.call, defaults),
+        score_frames=settings.score_frames,
+        video_score=settings.video_score,
     )
 
 

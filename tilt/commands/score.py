@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,22 +20,34 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from finetune.ranges import FLAG, NAME, TEXT, optional, setting, whole
+from finetune.ranges import (
+    FLAG,
+    NAME,
+    SCORE_FRAMES,
+    TEXT,
+    VIDEO_SCORE,
+    optional,
+    refuse_idle,
+    setting,
+    whole,
+)
 from rewards.algebra import calibrate
 from rewards.combine import component_names, names_in
-from rewards.images import to_images
-from rewards.samples import Sample, batches, load_batch, open_picture, read_samples
+from rewards.samples import Sample, batches, load_batch, read_samples
+from steering.frames import Frames
 from tilt import started
 from tilt.commands.rewards import listing
 from tilt.exit_status import of_command
+from tilt.framing import ABOUT_FRAMES, ABOUT_SCORE
 from tilt.loading import pick_device
 from tilt.options import Options
 from tilt.processes import Processes, Stopped, join
 from tilt.score_summary import FIGURES, draw, summary
 from tilt.score_table import TEXTS, Table, ensure_writable, is_scored, read_table, working_files
+from tilt.shard_scores import references_of, score_shard, scored, unscored
 
 if TYPE_CHECKING:
-    from finetune.shards import Rollouts, Shard
+    from finetune.shards import Rollouts
 
 EXAMPLES = """\
 examples:
@@ -78,6 +90,8 @@ class Score:
         False, FLAG, "score shards of rollouts as other jobs draw them, until all are scored"
     )
     batch_size: int = setting(32, whole(1), "images per batch")
+    score_frames: Any = setting("all", SCORE_FRAMES, f"in rollouts of videos: {ABOUT_FRAMES}")
+    video_score: str = setting("mean", VIDEO_SCORE, f"in rollouts of videos: {ABOUT_SCORE}")
     device: str = setting("auto", NAME, "auto, cpu, cuda, cuda:1, mps")
     calibrate: str | None = setting(
         None,
@@ -103,6 +117,8 @@ def run(settings: Score) -> None:
     device = processes.device if settings.device == "auto" else None
     device = device or processes.agree(lambda: pick_device(settings.device))
     of_rollouts = settings.follow or (source / "00000" / "tensors.safetensors").is_file()
+    if not of_rollouts:
+        refuse_idle(settings, ["score_frames", "video_score"], f"{source} holds no rollouts")
     work = score_rollouts if of_rollouts else score_pictures
     work(source, settings.reward, settings, device, processes)
 
@@ -264,7 +280,9 @@ def score_rollouts(
     spec, reward = rewards.spelled(spec, imports=True), None
     names, version = ["reward", *names_in(spec)], rewards.identity(spec)
     made_by = {(spec, version)} if settings.resume or settings.follow else set()
-    run, left = processes.told(lambda: unscored(source, names, made_by, settings.follow))
+    frames = Frames(settings.score_frames, settings.video_score)
+    look = partial(unscored, source, names, made_by, frames)
+    run, left = processes.told(lambda: look(settings.follow))
     if left or settings.calibrate or not run.is_complete:
         reward = processes.agree(lambda: load_for_rollouts(run, spec, device))
         named = references_of(run)
@@ -272,47 +290,27 @@ def score_rollouts(
             while left or not run.is_complete:
                 mine = left[processes.index :: processes.count]
                 for shard in tqdm(mine, unit="shard", disable=not (mine and processes.is_main)):
-                    found = score_shard(reward, shard, settings.batch_size, device, named)
-                    add_rewards(shard, found, spec, {"reward": reward.range}, version)
+                    found = score_shard(reward, shard, settings.batch_size, device, named, frames)
+                    of = frames if shard.num_frames() else None
+                    add_rewards(shard, found, spec, {"reward": reward.range}, version, of)
                 if run.is_complete:
                     break
                 time.sleep(0 if left else PAUSE)
                 known = [shard.folder.name for shard in run.shards]
-                look = partial(unscored, source, names, made_by, True, known)
-                run, left = processes.told(look)
+                run, left = processes.told(partial(look, True, known))
             processes.finish()
         except KeyboardInterrupt as cut:
             raise type(cut)("finished shards are kept") from None
     if not processes.is_main:
         return
     rows = [row for shard in run.shards for row in scored(shard, names)]
+    if run.shards[0].num_frames():
+        print(f"videos, scored by {frames}")
     report(rows, source / "scores.histogram.png")
     if reward:
         keep_scale(reward, rows, settings.calibrate)
     if little := little_in_rollouts(run, "reward"):
         print(f"before training on these rollouts: {little}")
-
-
-def unscored(
-    source: Path,
-    names: Sequence[str],
-    made_by: set[tuple[str, str]],
-    growing: bool = False,
-    known: Sequence[str] = (),
-) -> tuple[Rollouts, list[Shard]]:
-    """Return the rollouts, and the shards whose columns are not all by the specs in `made_by`.
-
-    NaN is no score, except in shards that are `known`, which have just been asked for.
-    """
-    from finetune.shards import Rollouts
-
-    def is_left(shard: Shard) -> bool:
-        by = {(shard.scored_by(name), shard.versions().get(name, "")) for name in names}
-        asked = shard.folder.name in known
-        return by != made_by or not (asked or all(map(is_scored, scored(shard, names))))
-
-    run = Rollouts(source, growing, known)
-    return run, [shard for shard in run.shards if is_left(shard)]
 
 
 def load_for_rollouts(run: Rollouts, spec: str, device: torch.device) -> rewards.WeightedSum:
@@ -327,47 +325,6 @@ def load_for_rollouts(run: Rollouts, spec: str, device: torch.device) -> rewards
             "for tilt rollout"
         )
     return reward
-
-
-def references_of(run: Rollouts) -> dict[str, list[str]]:
-    """Return the files of each prompt's reference images; {} for rollouts without any."""
-    plan = run.manifest["plan"]
-    files = plan.get("references") or []
-    return dict(zip(plan["prompts"], files, strict=True)) if files else {}
-
-
-def scored(shard: Shard, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of a shard, with these columns."""
-    columns = shard.rewards()
-    cells = zip(*(columns[name] for name in names), strict=True)
-    return [dict(zip(names, row, strict=True)) for row in cells]
-
-
-def score_shard(
-    reward: rewards.WeightedSum,
-    shard: Shard,
-    size: int,
-    device: torch.device,
-    named: Mapping[str, Sequence[str]],
-) -> dict[str, list[float]]:
-    """Return {column: score of each row} of one shard; named: reference images of each prompt."""
-    prompts, pictures = [row["prompt"] for row in shard.table(["prompt"])], shard.images()
-    references = None
-    if named and reward.wants_references:
-        opened = {p: [open_picture(Path(n)) for n in named[p]] for p in dict.fromkeys(prompts)}
-        references = [opened[prompt] for prompt in prompts]
-    columns: dict[str, list[float]] = {}
-    for start in range(0, len(prompts), size):
-        chosen = slice(start, start + size)
-        with torch.no_grad():
-            total, components = reward.evaluate(
-                to_images(pictures[chosen], device),
-                prompts[chosen],
-                references=references and references[chosen],
-            )
-        for name, column in ({"reward": total} | components).items():
-            columns.setdefault(name, []).extend(column.tolist())
-    return columns
 
 
 def main(argv: Sequence[str]) -> int:

@@ -10,12 +10,13 @@ import rewards
 from finetune.ranges import (
     FLAG,
     NAME,
+    SCORE_FRAMES,
     SEED,
     TEXT,
+    VIDEO_SCORE,
     Range,
     check,
     number,
-    one_of,
     optional,
     part,
     setting,
@@ -24,6 +25,7 @@ from finetune.ranges import (
 from steering import FeynmanKac, tiny
 from steering.arguments import MOST_FRAMES, MOST_PARTICLES, MOST_PIXELS, MOST_STEPS
 from tilt import loading
+from tilt.framing import ABOUT_FRAMES, ABOUT_SCORE
 from tilt.offloading import ABOUT_OFFLOAD, OFFLOAD
 from tilt.options import Options
 from tilt.quantization import ABOUT_QUANTIZE, QUANTIZE
@@ -95,10 +97,6 @@ def _is_batch(value: Any) -> bool:
     return value == "auto" or whole(1).allows(value)
 
 
-def _is_frames(value: Any) -> bool:
-    return value in ("all", "first") or whole(1).allows(value)
-
-
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
@@ -135,18 +133,8 @@ class Steer:
     preview_size: float = setting(
         1.0, number(), "sides of images in intermediate scores, relative to the final ones", MODEL
     )
-    score_frames: Any = setting(
-        "all",
-        Range("all, first, or a whole number, 1 or more", _is_frames),
-        "frames of a video that the reward scores: all, first, or a number of evenly spaced ones",
-        MODEL,
-    )
-    video_score: str = setting(
-        "mean",
-        one_of("mean", "min"),
-        "score of a video: the mean or the minimum of its frames' scores",
-        MODEL,
-    )
+    score_frames: Any = setting("all", SCORE_FRAMES, ABOUT_FRAMES, MODEL)
+    video_score: str = setting("mean", VIDEO_SCORE, ABOUT_SCORE, MODEL)
     steps: int | None = setting(None, optional(whole(1, MOST_STEPS)), "denoising steps", CALL)
     guidance_scale: float | None = setting(
         None, optional(number()), "classifier-free guidance scale", CALL

@@ -36,6 +36,7 @@ from finetune.recording import Recorder
 from finetune.state import check_out, finish
 from rewards.models.critic import KINDS
 from steering import tiny
+from steering.call import refuse_videos
 from steering.manifest import fingerprint
 from tilt import digests, exit_status, idle_settings, loading, offloading, started, training
 from tilt.conditioning import check_call, conditioning_of, recorder_of
@@ -145,7 +146,8 @@ def run(settings: TrainAdversarial) -> None:
         settings, prompts, settings.reward, stated, load, accelerator, own=True
     )
     check_references(settings, fixed, watch)
-    loading.check_trainable(name)
+    if kind := loading.check_trainable(name):
+        refuse_videos(kind, stated)
     started.say(f"loading {name}")
     pipe = load()
     if settings.method == "grpo":

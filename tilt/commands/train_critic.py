@@ -160,6 +160,8 @@ def read_samples(folders: Sequence[str]) -> tuple[list[Sample], tuple[int, int]]
     sizes: dict[str, tuple[int, int]] = {}
     for folder in folders:
         for shard in Rollouts(Path(folder)).shards:
+            if shard.num_frames():
+                raise ValueError(f"{folder} holds videos, and a critic learns from images")
             rows = shard.table(["prompt", "image"])
             samples += [(row["prompt"], row["image"]["bytes"]) for row in rows]
         with Image.open(io.BytesIO(samples[-1][1])) as picture:

@@ -21,8 +21,9 @@ from finetune.gdro import Gdro, GdroTrainer
 from finetune.learnability import little_in_rollouts
 from finetune.network import Model
 from finetune.ranges import NAME, TEXTS, optional, part, setting, whole
-from finetune.shards import Rollouts, check_alike, digest
+from finetune.shards import Rollouts, Shard, check_alike, digest
 from finetune.state import check_out, finish
+from steering.frames import Frames
 from tilt import digests, exit_status, idle_settings, loading, started, training
 from tilt.options import Options
 from tilt.processes import is_main
@@ -84,7 +85,9 @@ def run(settings: TrainGdro) -> None:
     if not name:
         raise ValueError("the rollouts do not record their model; set model=")
     load = training.loader_of(settings, name)
-    watch = training.watch_of(settings, prompts, spec, call, load, accelerator)
+    known = [run.shards[0].frames().get(gdro.reward) for run in runs]
+    frames = next((found for found in known if found), Frames())
+    watch = training.watch_of(settings, prompts, spec, call, load, accelerator, frames=frames)
     loading.check_trainable(name)
     started.say(f"loading {name}")
     pipe = training.pipeline_of(load, name, accelerator)
@@ -103,8 +106,7 @@ def run(settings: TrainGdro) -> None:
         print(f"{count}; {data.dropped} left out, because their rewards are all equal")
         for line in unscored(data):
             print(line)
-    rewarded = f"rewards: the column {gdro.reward!r}, scored by `{spec or 'an unnamed reward'}`"
-    about = [*map(described, runs), rewarded, *unscored(data)]
+    about = [*map(described, runs), rewarded(runs[0].shards[0], gdro.reward), *unscored(data)]
     result = training.Result(kind, name, "offline GDRO", lambda: about)
     shown = ("loss", "accuracy", "drift")
     training.loop(trainer, gdro.steps, settings, watch, shown, weighed, result)
@@ -147,6 +149,13 @@ def described(run: Rollouts) -> str:
         f"call {json.dumps(plan['call'])}; fingerprint of the network that generated them: "
         f"{run.manifest['weights']}"
     )
+
+
+def rewarded(shard: Shard, column: str) -> str:
+    """Return the model card's line about the rewards."""
+    spec, frames = shard.scored_by(column) or "an unnamed reward", shard.frames().get(column)
+    of_videos = f", which scores {frames} of a video" if frames else ""
+    return f"rewards: the column {column!r}, scored by `{spec}`{of_videos}"
 
 
 def unscored(data: Data) -> list[str]:
