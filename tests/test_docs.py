@@ -112,6 +112,12 @@ def test_options_in_commands_are_known(name, monkeypatch):
             parse_spec(settings.reward)
 
 
+def test_the_readme_counts_the_classes_of_the_table_of_trainable_pipelines():
+    readme, table = (ROOT / name for name in ("README.md", "docs/trainable.md"))
+    counted = re.findall(r"\[(\d+) classes of diffusers\]", readme.read_text(encoding="utf-8"))
+    assert counted == re.findall(r"^(\d+) classes were trained", table.read_text("utf-8"), re.M)
+
+
 def test_every_page_is_in_the_navigation_and_what_it_includes_exists():
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 
