@@ -286,7 +286,9 @@ def targets_of(network: nn.Module) -> tuple[str, ...]:
     return tuple(t for t in TARGETS if any(name.endswith(f".{t}") for name in ends))
 
 
-# the usual names in diffusers; those of a second stream of tokens have "add"
+# the usual names in diffusers; those of a second stream of tokens have "add", and FLUX.2's blocks
+# of one stream have a single layer for all three and the MLP
 TARGETS: Sequence[str] = (
     "to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out",
+    "to_qkv_mlp_proj",
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import Flux2Transformer2DModel
 from tiny_pipelines import family
 from torch import nn
 
@@ -111,6 +112,15 @@ def test_the_average_is_one_of_many_updates():
             weights["w"].fill_(float(step >= 297))
         average.update(weights)
     assert average.weights["w"] == pytest.approx(1 - 0.9**3, abs=1e-5)
+
+
+def test_blocks_whose_projections_are_one_layer_are_adapted():
+    """FLUX.2 has more blocks of one stream, with a single layer for all, than of two."""
+    with torch.device("meta"):
+        network = Flux2Transformer2DModel(num_layers=1, num_single_layers=2)
+        weights = lora.attach(network, targets_of(network), 2, 2, torch.Generator())
+    blocks = {".".join(name.split(".")[:2]) for name in weights}
+    assert blocks == {"transformer_blocks.0", *(f"single_transformer_blocks.{i}" for i in (0, 1))}
 
 
 def test_targets_that_match_nothing_name_those_that_would():
