@@ -49,7 +49,8 @@ def brightness(images, prompts):
 
 def grpo(pipe, call, score=brightness, **changed):
     steps: dict[str, Any] = {"num_inference_steps": 4}
-    model, settings = Model(pipe), Grpo(**SMALL | steps | {"groups": 3} | changed)
+    more = SMALL | steps | {"groups": 3} | changed
+    model, settings = Model(pipe), Grpo(**more)
     given = record(pipe, PROMPTS, **call | steps | {"guidance_scale": 1.0})
     decode, schedule = decoder_of(model, pipe, given), schedule_of(model, given)
     task = Task(schedule, PROMPTS, given, decode, score, weights={"brightness": 1.0})
