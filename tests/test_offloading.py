@@ -25,11 +25,10 @@ from finetune.network import Model
 from finetune.recording import record
 from finetune.rollouts import PLAIN
 from steering import FeynmanKac, steer, tiny
-from steering.adapters import load_lora
 from steering.decoding import in_float32
 from tilt import idle_settings, loading, offloading
+from tilt.commands.rollout import renew
 from tilt.commands.train_gdro import TrainGdro
-from tilt.loading import load_pipeline
 from tilt.offloading import place
 from tilt.training import TrainingRun
 from tilt.variants import EvaluationPlan, is_finished
@@ -132,26 +131,30 @@ def test_a_network_in_8_bits_is_offloaded(offload):
     assert torch.equal(plain.latents, other.latents)
 
 
-def test_a_lora_that_is_loaded_later_is_offloaded_too(tmp_path):
-    """As `tilt rollout --follow` does at each shard."""
-    pipe = tiny.load("tiny-sd3")
-    weights = lora.attach(pipe.transformer, ["to_q"], 2, 2, torch.Generator().manual_seed(0))
-    for name, weight in weights.items():
-        weight.data.fill_(0.1 if "lora_B" in name else 0.2)
-    lora.save(type(pipe), "transformer", pipe.transformer, tmp_path)
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_loras_that_are_loaded_later_are_offloaded_too(offload, tmp_path):
+    """As `tilt rollout --follow` loads one after another."""
+    pipe, plain = place(tiny.load("tiny-sd3"), CPU, offload), tiny.load("tiny-sd3")
     run: dict[str, Any] = {"settings": PLAIN, "progress": False, **CALL}
-    pipe = place(tiny.load("tiny-sd3"), CPU, "group")
-    before = steer(pipe, "a", brightness, 2, **run)
-    load_lora(pipe, str(tmp_path))
-    parts = [m for n, m in pipe.transformer.named_modules() if n.endswith(".lora_A.default_0")]
+    found = [steer(pipe, "a", brightness, 2, **run).latents]
+    for step in (1, 2):
+        made = tiny.load("tiny-sd3")
+        weights = lora.attach(made.transformer, ["to_q"], 2, 2, torch.Generator())
+        for weight in weights.values():
+            weight.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(step))
+        folder = tmp_path / f"lora-{step:06d}"
+        folder.mkdir()
+        lora.save(type(made), "transformer", made.transformer, folder)
+        assert renew(pipe, tmp_path, offload)["step"] == renew(plain, tmp_path)["step"] == step
+        found.append(steer(pipe, "a", brightness, 2, **run).latents)
+        assert torch.equal(found[-1], steer(plain, "a", brightness, 2, **run).latents)
+        assert not torch.equal(found[-1], found[-2])
+    parts = [m for n, m in pipe.transformer.named_modules() if ".lora_A." in n]
     assert len(parts) > 3
-    assert all(hasattr(part, "_diffusers_hook") for part in parts)
-    out = steer(pipe, "a", brightness, 2, **run)
-    plain = steer(
-        load_pipeline("tiny-sd3", torch.float32, str(tmp_path)), "a", brightness, 2, **run
-    )
-    assert torch.equal(out.latents, plain.latents)
-    assert not torch.equal(out.latents, before.latents)
+    if offload == "group":
+        assert all(hasattr(part, "_diffusers_hook") for part in parts)
+    else:
+        assert hasattr(pipe.transformer, "_hf_hook")
 
 
 def test_offloading_may_differ_when_an_evaluation_is_resumed(tmp_path):

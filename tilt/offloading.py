@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from finetune.ranges import one_of
 
-__all__ = ["ABOUT_OFFLOAD", "OFFLOAD", "check", "place", "place_part"]
+__all__ = ["ABOUT_OFFLOAD", "OFFLOAD", "apart", "check", "place", "place_part"]
 
 OFFLOAD = one_of("none", "model", "group")
 ABOUT_OFFLOAD = (
@@ -40,6 +41,20 @@ def place(pipe: Any, device: Any, offload: str = "none", keep: Sequence[str] = (
     else:  # without streams, which no GPU has tried here; "leaf_level" hooks decode() as well
         pipe.enable_group_offload(device, offload_type="leaf_level", exclude_modules=list(keep))
     return pipe
+
+
+@contextmanager
+def apart(pipe: Any, offload: str) -> Iterator[None]:
+    """Take "model" offloading off the pipeline while its LoRA is changed.
+
+    The loaders of diffusers put it back for a device of their own choice, or fail without a GPU.
+    """
+    device = pipe._execution_device
+    if offload == "model":
+        pipe.remove_all_hooks()
+    yield
+    if offload == "model":
+        place(pipe, device, offload)
 
 
 def place_part(part: Any, device: torch.device, offload: str) -> None:

@@ -105,7 +105,8 @@ def run(settings: Rollout) -> None:
             bar.refresh()
 
         rank, world = processes.index, processes.count
-        renewed = partial(renew, pipe, Path(settings.follow)) if settings.follow else None
+        follow, offload = settings.follow, settings.offload
+        renewed = partial(renew, pipe, Path(follow), offload) if follow else None
         for _ in generate(out, pipe, plan, reward, rank, world, preview, drawn, renewed):
             pass
     processes.finish()
@@ -113,12 +114,13 @@ def run(settings: Rollout) -> None:
         print(out)
 
 
-def renew(pipe: Any, run: Path) -> dict[str, Any]:
+def renew(pipe: Any, run: Path, offload: str = "none") -> dict[str, Any]:
     """Load the last LoRA that a training run saved, and return its step and its digest."""
     step, folder = newest(run)
     if folder:
-        unload_lora(pipe)
-        load_lora(pipe, str(folder))
+        with offloading.apart(pipe, offload):
+            unload_lora(pipe)
+            load_lora(pipe, str(folder))
     return {"step": step, "lora": digests.of_weights(str(folder)) if folder else None}
 
 
