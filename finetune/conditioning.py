@@ -32,8 +32,8 @@ class Form:
 
     call: keywords of the pipeline's call; results: for each method of the head its results, with
     names in place of tensors; axes: by name the axis of a tensor's rows, "entries" for a list with
-    one tensor per row, or None for what all rows share; shape: of one row of latents; dtype: of the
-    network, by its name in torch. guided:
+    one tensor per row, or None for what all rows share (sums of the rows' lengths are kept as the
+    lengths); shape: of one row of latents; dtype: of the network, by its name in torch. guided:
     whether predictions have classifier-free guidance; embedded: whether the guidance scale is an
     input of the network; copies: rows of the network's batch per row of the call (2 with guidance
     in one batch). times: whether a call takes a timestep for each of its rows ("rows"), for each
@@ -186,6 +186,7 @@ def form_of(
     name: the pipeline's class. Raises ValueError for results that cannot be stored, or whose rows
     cannot be found.
     """
+    one, two = _lengths(one, two)
     try:
         found = compared(name, two, one, 2, 1)
     except Unclear as error:
@@ -200,12 +201,35 @@ def form_of(
     return Form(dict(call), trees, axes, shape)
 
 
+class _Bounds(tuple[Tensor]):
+    """The lengths of the rows, which a pipeline has as sums: 0, and where each row ends."""
+
+
+def _lengths(one: Any, two: Any) -> tuple[Any, Any]:
+    """Return the results of one row and of two with lengths in place of the sums of lengths."""
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        sums = (one.shape, two.shape) == ((2,), (3,)) and not one.is_floating_point()
+        if sums and two.tolist() == [0, one[1].item(), 2 * one[1].item()]:
+            return _Bounds((one.diff(),)), _Bounds((two.diff(),))
+    elif isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        pairs = {key: _lengths(one[key], two[key]) for key in one}
+        first, second = ({key: pair[i] for key, pair in pairs.items()} for i in range(2))
+        return first, second
+    elif type(one) is type(two) and type(one) in (list, tuple) and len(one) == len(two) > 0:
+        pairs = [_lengths(*pair) for pair in zip(one, two, strict=True)]
+        return type(one)(pair[0] for pair in pairs), type(two)(pair[1] for pair in pairs)
+    return one, two
+
+
 def _tree(name: str, value: Any, path: tuple[Any, ...], found: Any, axes: dict[str, Any]) -> Any:
     """Return a result as JSON with names in place of tensors, whose axes are added to `axes`."""
     own = ".".join(map(str, path[1:]))
     if isinstance(value, Tensor):
         axes[own] = found[path]
         return {"tensor": own}
+    if isinstance(value, _Bounds):
+        axes[own] = found[(*path, 0)]
+        return {"bounds": own}
     if found.get(path) == _ENTRIES:
         if len(value) != 1 or not isinstance(value[0], Tensor):
             raise ValueError(f"{name} cannot be trained: {own} is no list with a tensor per row")
@@ -234,6 +258,8 @@ def tensors_of(form: Form, results: Results) -> Row:
         ((kind, held),) = tree.items()
         if kind == "tensor" and isinstance(value, Tensor):
             row[held] = value.detach().clone()  # may be a view of something large
+        elif kind == "bounds" and isinstance(value, Tensor):
+            row[held] = value.diff()
         elif kind == "entries" and len(value) == 1:
             row[held] = value[0].detach().clone()
         elif kind in ("tuple", "list") and len(value) == len(held):
@@ -258,6 +284,10 @@ def _filled(tree: Any, joined: Mapping[str, Any]) -> Any:
     ((kind, held),) = tree.items()
     if kind in ("tensor", "entries"):
         return joined[held]
+    if kind == "bounds":
+        return torch.cat([joined[held].new_zeros(1), joined[held]]).cumsum(
+            0, dtype=joined[held].dtype
+        )
     if kind == "dict":
         return {key: _filled(value, joined) for key, value in held.items()}
     if kind == "plain":

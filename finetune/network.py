@@ -290,5 +290,5 @@ def targets_of(network: nn.Module) -> tuple[str, ...]:
 # of one stream have a single layer for all three and the MLP
 TARGETS: Sequence[str] = (
     "to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out",
-    "to_qkv_mlp_proj",
+    "to_qkv_mlp_proj", "to_key", "to_query", "to_value",
 )  # fmt: skip

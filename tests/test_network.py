@@ -15,7 +15,7 @@ from zoo.building import Animal, call_of, pipeline_of
 from zoo.training import Trained, first_step
 
 from finetune import network
-from finetune.conditioning import Conditioning, Form, form_of
+from finetune.conditioning import Conditioning, Form, form_of, tensors_of
 from finetune.network import Model, check_kind, predict
 from finetune.recording import Recorder, record
 
@@ -122,6 +122,22 @@ def altered(**methods: Any) -> Any:
 def test_what_the_head_returns_has_to_be_stored_by_rows(one, two, why):
     with pytest.raises(ValueError, match=rf"^X cannot be trained: .*{why}"):
         form_of("X", {"encode_prompt": [one]}, {"encode_prompt": [two]}, {}, (4,))
+
+
+def test_sums_of_the_lengths_of_rows_are_made_anew_for_any_rows():
+    """As Kandinsky 5 passes them: 0, and where each row ends."""
+    ends = lambda *sums: {"encode_prompt": [({"ends": torch.tensor(sums, dtype=torch.int32)},)]}  # noqa: E731
+    form = form_of("X", ends(0, 7), ends(0, 7, 14), {}, (4,))
+    form = Form.loads(form.dumps())
+    rows = [tensors_of(form, ends(0, length)) for length in (7, 2, 9)]
+    ((found,),) = Conditioning(form, rows).results(torch.float32)["encode_prompt"]
+    assert found["ends"].tolist() == [0, 7, 9, 18]
+    assert found["ends"].dtype == torch.int32
+    # a pair of numbers that all rows share, and one that is of the rows, but no sum
+    form = form_of("X", ends(0, 7), ends(0, 7), {}, (4,))
+    assert form.axes == {"encode_prompt.0.0.ends": None}
+    with pytest.raises(ValueError, match="X cannot be trained: its argument"):
+        form_of("X", ends(0, 7), ends(0, 7, 7), {}, (4,))
 
 
 def test_a_call_that_changes_its_latents_is_refused(monkeypatch):

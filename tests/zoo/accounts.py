@@ -108,7 +108,6 @@ REASONS: dict[str, str] = {
             "KandinskyPipeline",
             "LDMTextToImagePipeline",
             "OmniGenPipeline",
-            "QwenImage21Pipeline",
             "QwenImageLayeredPipeline",
             "SanaSprintPipeline",
             "SanaSprintImg2ImgPipeline",

@@ -127,7 +127,8 @@ ANIMALS: dict[str, Animal] = {
     ),
     "PRXPixelPipeline": Animal({"transformer": {"in_channels": 3}}),  # of pixels
     "PixArtSigmaPAGPipeline": Animal({"transformer": {"num_layers": 2}}),
-    "QwenImage21Pipeline": Animal(),
+    # its decoder makes pictures with transparency
+    "QwenImage21Pipeline": Animal(call={"height": 32, "width": 32}, steer={"decode": squashed}),
     "LongCatImagePipeline": Animal({"vae": {"latent_channels": 16}}),
     "LongCatImageEditPipeline": Animal(
         {"vae": {"latent_channels": 16}},

@@ -57,7 +57,7 @@ class Trained:
 def trained_of(name: str, dtype: torch.dtype = torch.float32) -> Trained:
     """A small pipeline; raises ValueError for one that cannot be trained."""
     animal = ANIMALS.get(name, Animal())
-    pipe, call = seeded(name, animal).to(dtype), call_of(name, animal)
+    pipe, call = cast(seeded(name, animal), dtype), call_of(name, animal)
     for length in (None, 256, 1024):  # a template takes the first tokens
         if length is not None and "max_sequence_length" in call:
             call["max_sequence_length"] = length
@@ -74,6 +74,17 @@ def seeded(name: str, animal: Animal) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return pipeline_of(name, animal)
+
+
+def cast(pipe: Any, dtype: torch.dtype) -> Any:
+    """Cast a pipeline, but for what its networks keep in float32, as `from_pretrained` loads it."""
+    pipe.to(dtype)
+    for part in pipe.components.values():
+        kept = getattr(part, "_keep_in_fp32_modules", None) or ()
+        for name, weight in part.named_parameters() if kept else ():
+            if set(kept) & set(name.split(".")):
+                weight.data = weight.data.float()
+    return pipe
 
 
 def differ(given: Conditioning) -> bool:
