@@ -16,7 +16,7 @@ from finetune import config
 from finetune.data import load_data
 from finetune.shards import Rollouts, check_alike, digest
 from steering import tiny
-from tilt.commands import rollout, score, train_gdro
+from tilt.commands import rollout, score, train_adversarial, train_gdro
 
 FILE = "pytorch_lora_weights.safetensors"
 SMALL = ["--gdro.groups=2", "--gdro.k=2", "--gdro.rank=2", "--gdro.lr=1e-2", "--log-every=1"]
@@ -120,11 +120,12 @@ class FakeApi:
     endpoint = "https://hub.example"
     calls: ClassVar[list[tuple[str, dict[str, Any]]]]
     fails: ClassVar[tuple[str, ...]] = ()
+    error: ClassVar[type[Exception]] = OSError
 
     def _called(self, name: str, given: dict[str, Any]) -> None:
         self.calls.append((name, given))
         if name in self.fails:
-            raise OSError("403 for hf_SECRET\nat length")
+            raise self.error("403 for hf_SECRET\nat length")
 
     def create_repo(self, repo_id: str, **given: Any) -> None:
         huggingface_hub.utils.validate_repo_id(repo_id)
@@ -179,3 +180,26 @@ def test_an_upload_that_fails_keeps_the_lora_and_is_repeated(made, tmp_path, hub
     hub.fails = ()
     assert trained(tmp_path / "out", *words, "--resume") == 0
     assert capsys.readouterr().out.endswith("https://hub.example/me/words\n")
+
+
+def test_an_online_run_keeps_what_an_upload_that_fails_would_send(tmp_path, hub, capsys):
+    """Also if a file is refused in its transfer, for which the hub's client has another error."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    out, hub.fails, hub.error = tmp_path / "out", ("upload_folder",), RuntimeError
+    words = [f"--prompts={tmp_path / 'prompts.txt'}", f"--out={out}", "--reward=jpeg"]
+    words += [f"--grpo.{name}=2" for name in ("steps", "groups", "k", "rank")]
+    words += ["--grpo.num-inference-steps=2", "--grpo.window-size=1"]
+    words += ["--save-lora-every=1", "--push-to-hub=me/words"]
+    assert train_adversarial.main(words) == 1
+    told = capsys.readouterr().err
+    assert "out/lora is complete, but could not be uploaded to 'me/words' (403 for ***" in told
+    assert "--push-to-hub OWNER/NAME with --resume, which uploads it again" in told
+    one, two, last = (
+        load_file(out / name / FILE) for name in ("lora-000001", "lora-000002", "lora")
+    )
+    assert all(torch.equal(two[name], last[name]) for name in last)
+    assert not all(torch.equal(one[name], last[name]) for name in last)
+    assert "epoch" in (out / "lora-000001/README.md").read_text()
+    hub.fails = ()
+    assert train_adversarial.main([*words, "--resume"]) == 0
+    assert [name for name, _ in hub.calls] == ["create_repo", *["upload_folder"] * 2]

@@ -27,7 +27,7 @@ def upload(folder: Path, repo: str) -> str:
     Raises OSError, which says where the LoRA is kept.
     """
     kept = f"{folder} is complete, but could not be uploaded to {repo!r}"
-    with _masked(kept, OSError) as api:
+    with _masked(kept, OSError, " with resume=true, which uploads it again") as api:
         message = "LoRA trained by tilt-diffusion"
         api.upload_folder(
             repo_id=repo,
@@ -39,16 +39,17 @@ def upload(folder: Path, repo: str) -> str:
 
 
 @contextmanager
-def _masked(what: str, kind: type[Exception]) -> Iterator[Any]:
+def _masked(what: str, kind: type[Exception], how: str = "") -> Iterator[Any]:
     """Yield the hub's client; its errors become one sentence, which never has the token."""
     import httpx
     from huggingface_hub import HfApi, get_token
 
     try:
         yield HfApi()
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    # a RuntimeError is what the client makes of any error while it sends a file
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
         said, token = one_line(error), get_token()
         said = said.replace(token, "***") if token else said
         raise kind(
-            f"{what} ({said:.300}); log in by hf auth login, and give push_to_hub=OWNER/NAME"
+            f"{what} ({said:.300}); log in by hf auth login, and give push_to_hub=OWNER/NAME{how}"
         ) from None
