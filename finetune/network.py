@@ -137,7 +137,9 @@ class Model:
         Arguments and result are those of the function `predict`.
         """
         apart = t.ndim > 0 and given.form.times == "each"
-        parts = [one for part in given.parts() for one in (_runs(t, part) if apart else [part])]
+        parts = [
+            one for part in given.parts() for one in (_runs(t, given, part) if apart else [part])
+        ]
         found = [
             self._predict(
                 network, given[part], x[part], t[part.start] if apart else t[part] if t.ndim else t
@@ -187,11 +189,15 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.to(low).nan_to_num(), b.to(low).nan_to_num())
 
 
-def _runs(t: Tensor, part: slice) -> Iterator[slice]:
-    """Yield the runs of rows with equal t within a slice."""
-    values, start = t.tolist(), part.start
+def _runs(t: Tensor, given: Conditioning, part: slice) -> Iterator[slice]:
+    """Yield the runs of equal rows with equal t within a slice.
+
+    Two prompts that happen to have one t stay apart, or one process would make fewer calls than
+    another, for which FSDP would wait.
+    """
+    values, rows, start = t.tolist(), given.rows, part.start
     for i in range(part.start + 1, part.stop + 1):
-        if i == part.stop or values[i] != values[start]:
+        if i == part.stop or values[i] != values[start] or rows[i] is not rows[start]:
             yield slice(start, i)
             start = i
 

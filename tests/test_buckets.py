@@ -110,6 +110,28 @@ def test_every_process_has_as_many_calls_of_the_network(made, monkeypatch):
         assert len({tuple(len(t) for *_, t, _, _ in share) for share in shares}) == 1
 
 
+@pytest.mark.parametrize("images", [1, 3])
+def test_every_process_makes_as_many_calls_image_by_image(made, monkeypatch, images):
+    trainer = trainer_of(made, groups=6, micro_groups=3, micro_images=images)
+
+    def called(network: Any, given: Any, x: torch.Tensor, t: Any) -> torch.Tensor:
+        calls.append(len(x))
+        return torch.zeros_like(x)
+
+    monkeypatch.setattr(trainer.learner.model, "_predict", called)
+    device = trainer.learner.accelerator.device
+    for step in range(10):
+        counts = set()
+        for rank in range(2):
+            place = SimpleNamespace(process_index=rank, num_processes=2, device=device)
+            monkeypatch.setattr(trainer.learner, "accelerator", place)
+            calls: list[int] = []
+            for part in [part for micro in trainer._inputs(step) for part in trainer._parts(micro)]:
+                part()
+            counts.add(tuple(calls))
+        assert len(counts) == 1
+
+
 def test_prompts_of_several_lengths_are_batched_by_their_lengths(made):
     """Else one process would call the network once, and another twice."""
     trainer = trainer_of(made, groups=4, micro_groups=2)

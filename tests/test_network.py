@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -12,7 +13,7 @@ import torch
 from torch import Generator
 from zoo.accounts import ANIMALS
 from zoo.building import Animal, call_of, pipeline_of
-from zoo.training import Trained, first_step
+from zoo.training import Trained, first_step, rows, same
 
 from finetune import network
 from finetune.conditioning import Conditioning, Form, form_of, tensors_of
@@ -75,6 +76,38 @@ def test_rows_of_different_lengths_are_evaluated_apart():
     given = record(pipe, PROMPTS, **call)
     assert [*given.repeated(2).parts()] == [slice(0, 2), slice(2, 4)]
     assert [*given[[1, 1]].parts()] == [slice(0, 2)]
+
+
+def test_two_prompts_that_happen_to_have_one_time_are_evaluated_apart(monkeypatch):
+    """If a call takes one time alone: else a process could make fewer calls than another."""
+    pipe, call = made("StableDiffusionPipeline")
+    model, given = Model(pipe), record(pipe, PROMPTS, **call)
+    given = replace(given, form=replace(given.form, times="each")).repeated(2)
+    calls: list[Any] = []
+
+    def predict(network: Any, given: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        calls.append((len(x), round(t.item(), 3)))
+        return x
+
+    monkeypatch.setattr(model, "_predict", predict)
+    x = torch.zeros(4, *given.form.shape)
+    for times in ([0.999] * 4, [0.5, 0.5, 0.2, 0.3]):
+        model.predict(pipe.unet, given, x, torch.tensor(times))
+    assert calls == [(2, 0.999), (2, 0.999), (2, 0.5), (1, 0.2), (1, 0.3)]
+
+
+def test_wan_takes_a_time_for_each_of_its_tokens():
+    """As the published Wan 2.2 TI2V-5B does, with its scheduler, whose steps are made Euler's."""
+    parts = {"scheduler": ("UniPCMultistepScheduler", {"flow_shift": 5.0})}
+    pipe = pipeline_of("WanPipeline", Animal(parts, {"expand_timesteps": True}))
+    call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 4.0}
+    call |= {"num_inference_steps": 6, "max_sequence_length": 16}
+    for guided in (False, True):
+        given = Recorder(pipe, call, guided).record(PROMPTS)
+        assert given.form.times == "each"  # where two tokens in a row make it fit two rows, too
+        it = Trained("WanPipeline", pipe, Model(pipe), given)
+        same(it)
+        rows(it)
 
 
 def test_the_form_survives_its_file():
