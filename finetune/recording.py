@@ -267,4 +267,25 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _stop(*args: Any, **kwargs: Any) -> Any:
-    raise Reached(dict(enumerate(args)) | kwargs)
+    called = dict(enumerate(args)) | kwargs
+    raise Reached({name: value for name, value in called.items() if not _is_empty(value)})
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a value is an object that will hold tensors later, as a cache of keys."""
+    known = isinstance(value, Tensor | nn.Module | Mapping | list | tuple)
+    return not known and bool(getattr(value, "__dict__", None)) and not _holds_tensors(value, set())
+
+
+def _holds_tensors(value: Any, seen: set[int]) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if id(value) in seen:  # objects may hold one another
+        return False
+    seen.add(id(value))
+    inside = [*vars(value).values()] if hasattr(value, "__dict__") else []
+    if isinstance(value, Mapping):
+        inside += value.values()
+    elif isinstance(value, list | tuple):
+        inside += value
+    return any(_holds_tensors(item, seen) for item in inside)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -18,7 +19,8 @@ from zoo.training import Trained, first_step, rows, same
 from finetune import network
 from finetune.conditioning import Conditioning, Form, form_of, tensors_of
 from finetune.network import Model, check_kind, predict
-from finetune.recording import Recorder, record
+from finetune.recording import Recorder, _is_empty, record
+from steering.schedulers import stochastic
 
 PROMPTS = ["a red cube", "two dots and a star"]
 
@@ -69,6 +71,37 @@ def test_an_embedded_scale_is_kept_and_classifier_free_guidance_is_off():
     assert recorder.call["true_cfg_scale"] == 1.0
     pipe, call = made("ZImagePipeline")
     assert Recorder(pipe, call).call["guidance_scale"] == 0.0  # at 1 it still computes both
+
+
+def test_a_network_that_keeps_the_keys_of_the_text_is_asked_anew():
+    """Qwen-Image 2.1 computes them in its first step; they do not depend on the time."""
+    name, steps = "QwenImage21Pipeline", []
+    pipe, call = pipeline_of(name, ANIMALS[name]), call_of(name, ANIMALS[name])
+    given = record(pipe, PROMPTS[:1], **call)
+    view, scheduler = copy.copy(pipe), stochastic(pipe.scheduler, 0.0)
+    real = scheduler.step
+
+    def step(output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append((output, timestep / 1000, sample))
+        return real(output, timestep, sample, *args, **kwargs)
+
+    vars(scheduler)["step"] = step
+    view.scheduler = scheduler
+    view(PROMPTS[0], output_type="latent", generator=Generator().manual_seed(0), **given.form.call)
+    assert len(steps) == call["num_inference_steps"]
+    for output, t, x in steps:
+        with torch.no_grad():
+            torch.testing.assert_close(predict(pipe, given, x, t), output, atol=1e-5, rtol=1e-4)
+
+
+def test_objects_are_compared_unless_they_hold_no_tensors():
+    circle = SimpleNamespace(layers=[SimpleNamespace(key=None)])
+    circle.layers[0].owner = circle
+    assert _is_empty(circle)
+    circle.layers[0].key = {"of": (torch.zeros(1),)}
+    plain = ({}, [], 1, None, "a", torch.zeros(1), torch.nn.Identity(), SimpleNamespace())
+    for compared in (circle, *plain):
+        assert not _is_empty(compared)
 
 
 def test_rows_of_different_lengths_are_evaluated_apart():
