@@ -31,6 +31,7 @@ class Noising:
 
     @property
     def flow(self) -> bool:
+        """Whether the latents are those of a flow, not of a diffusion with betas."""
         return self.alphas_cumprod is None
 
     def timesteps(self, t: Tensor) -> Tensor:

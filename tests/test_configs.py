@@ -27,6 +27,13 @@ READ = {
 }
 BILLIONS = {"flux-dev": 11.9, "klein-4b": 4.0, "z-image": 6.15, "qwen-image": 20.4}
 BILLIONS |= {"wan22-5b": 5.0, "wan22-5b-image": 5.0}
+TITLES = {  # in docs/recipes.md
+    "flux-dev": "FLUX.1-dev",
+    "klein-4b": "FLUX.2-klein (4B)",
+    "z-image": "Z-Image",
+    "qwen-image": "Qwen-Image",
+    "wan22-5b-image": "Wan 2.2 TI2V-5B",
+}
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "scripts/configs").glob("*.yaml"))
 LAUNCH = ROOT / "scripts/configs/fsdp.yaml"  # of accelerate, not of a script
@@ -184,3 +191,15 @@ def test_the_peak_is_that_of_the_real_allocator(less):
 def test_the_documented_table_is_what_the_command_prints():
     text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     assert memory.row("sd15", "gdro", less=True) in text
+
+
+def test_the_recipes_of_larger_models_take_what_the_table_of_memory_says():
+    page, recipes = ((ROOT / f"docs/{n}.md").read_text("utf-8") for n in ("memory", "recipes"))
+    table = re.findall(r"^\| (\S+) \| \d+ \| (\w+) \| yes \| (.+?) \|", page, re.MULTILINE)
+    computed = {(name, method): gigabytes.split(" / ") for name, method, gigabytes in table}
+    for name, title in TITLES.items():
+        lines = re.findall(rf"^\| {re.escape(title)}, .*$", recipes, re.MULTILINE)
+        for line, method in zip(lines, ("gdro", "grpo"), strict=True):
+            said = re.findall(r"(?:\| |\(|takes )([\d.]+) GB", line)
+            assert said[0] == computed[name, method][0], line
+            assert set(said) <= set(computed[name, method]), line
