@@ -4,58 +4,30 @@
 # pyright: reportOptionalMemberAccess=false
 # diffusers annotates its schedulers and configs more narrowly than it uses them
 
-import copy
-import dataclasses
 import json
 import logging
-import re
 import threading
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderTiny,
-    EDMEulerScheduler,
-    EulerDiscreteScheduler,
-    FluxKontextPipeline,
-    StableDiffusion3Img2ImgPipeline,
     StableDiffusionPAGPipeline,
 )
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from middle import Settings
 from PIL import Image
-from tiny_pipelines import family, picture, sd, sd3
+from tiny_pipelines import family, sd
+from trapped import PROMPT, SHARP, brightness, snapshot
 
 from steering import Steered, steer
-from steering.call import PipelineCall
 from steering.denoiser import Rows
-from steering.lineage import Lineage, Score, why_nothing_moved
+from steering.lineage import Lineage
 from steering.networks import perturbed
 from steering.particles import Particles
-from steering.pipeline import steer_each
 from steering.schedulers import Chain, Look
 from steering.weights import log_mean_exp
 from tilt.report import genealogy
-
-PROMPT = "a red cube"
-SHARP = Settings(reward_scale=300.0, min_ess=1.0)
-
-
-def brightness(images, prompts):
-    return images.mean((1, 2, 3)) * 10
-
-
-def snapshot(pipe):
-    """Everything a run might have changed: attributes, scheduler, networks' state."""
-    scheduler = {name: repr(value) for name, value in vars(pipe.scheduler).items()}
-    modules = {
-        name: (part.training, sorted(vars(part)), next(part.parameters()).sum().item())
-        for name, part in pipe.components.items()
-        if isinstance(part, torch.nn.Module)
-    }
-    return {name: id(value) for name, value in vars(pipe).items()}, scheduler, modules
-
 
 # --- the pipeline that was passed in
 
@@ -284,179 +256,6 @@ def test_perturbed_attention_is_never_cut(monkeypatch):
     assert asked == [1]  # not tried again with half the batch
 
 
-def test_a_run_that_never_resampled_says_so_once(caplog):
-    pipe, keywords = family("sd")
-    weak, none = Settings(reward_scale=1e-6), Settings(min_ess=0.0)
-    for settings, times in ((weak, 1), (none, 0), (SHARP, 0)):
-        caplog.clear()
-        steer(pipe, ["a", "b"], brightness, 3, settings, progress=False, **keywords)
-        assert caplog.text.count("the run is best-of-k; raise reward_scale") == times
-
-
-def test_a_reward_that_tells_nothing_apart_is_said_to(caplog):
-    pipe, keywords = family("sd")
-    steer(pipe, ["a", "b"], lambda x, _: x[:, 0, 0, 0] * 0, 3, SHARP, progress=False, **keywords)
-    assert "had equal rewards" in caplog.text
-    assert "raise reward_scale" not in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("rewards", "ess", "given", "said"),
-    [
-        ([[2.0, 2.0], [3.0, 3.0]], (2.0, 2.0), {}, "had equal rewards"),
-        ([[2.0, 2.0], [3.0, 3.1]], (2.0, 1.9), {"min_ess": 1.0}, "below 1.9 of 2, and no particle"),
-        (
-            [[2.0, 2.5]],
-            (1.8,),
-            {"min_ess": 0.6},
-            "resample below 1.2: .* raise reward_scale or min",
-        ),
-        ([[2.0, 2.5]], (1.2,), {"min_ess": 0.5}, "below 1.2 of 2, .* raise min_ess"),
-        ([[2.0, 2.5]], (1.1,), {"min_ess": 0.8}, "draw no noise"),
-        ([[2.0, 2.5]], (1.1,), {"min_ess": 0.0}, "^$"),
-        ([[2.0, 2.5]], (1.1,), {"reward_scale": 0.0}, "^$"),
-    ],
-)
-def test_what_is_said_of_a_run_where_nothing_moved_is_what_was_seen(rewards, ess, given, said):
-    stay = torch.arange(2).expand(len(rewards), 2)
-    seen = torch.tensor(rewards), torch.zeros(len(rewards), 2), torch.tensor(ess)
-    chosen = torch.full((len(rewards),), given.get("min_ess") == 1.0)
-    score = Score(0, *seen, stay, chosen)
-    assert re.search(said, why_nothing_moved([score], Settings(**given)))
-    moved = dataclasses.replace(score, ancestors=torch.zeros_like(stay))
-    assert why_nothing_moved([score, moved], Settings(**given)) == ""
-
-
-def test_a_funnel_that_keeps_the_first_particles_has_replaced_the_others():
-    rewards, ess, chosen = torch.zeros(2, 4), torch.ones(2), torch.ones(2) > 0
-    kept = Score(0, rewards, rewards, ess, torch.arange(4).expand(2, 4), chosen)
-    cut = Score(0, rewards, rewards, ess, torch.arange(2).expand(2, 2), chosen)
-    assert kept.replaced.tolist() == [False, False]
-    assert cut.replaced.tolist() == [True, True]
-
-
-def test_scores_that_resampled_everyone_to_one_child_are_not_said_to_have_kept_their_weights():
-    even, stay = torch.tensor([[2.0, 2.5]]), torch.arange(2)[None]
-    score = Score(0, even, even, torch.tensor([2.0]), stay, torch.tensor([True]))
-    said = why_nothing_moved([score], Settings(min_ess=1.0))
-    assert "no particle was replaced" in said
-    assert "No score resampled" not in said
-
-
-# --- rewards
-
-
-def test_a_reward_that_is_not_finite_names_prompt_particle_and_step():
-    pipe, keywords = family("sd")
-    calls = []
-
-    def reward(images, prompts):
-        calls.append(len(images))
-        scores = images.mean((1, 2, 3))
-        scores[1] = torch.nan if len(calls) == 2 else scores[1]
-        return scores
-
-    with pytest.raises(
-        ValueError, match=r"prompt 0, 'a red cube', particle 1 is NaN at step 3 of 6"
-    ):
-        steer(pipe, PROMPT, reward, 3, SHARP, progress=False, **keywords)
-
-    def infinite(images, prompts):
-        return images.mean((1, 2, 3)) / 0
-
-    plain = Settings(min_ess=0.0)
-    with pytest.raises(ValueError, match=r"prompt 1, 'b', particle 0 is inf at the final image"):
-        for _ in steer_each(
-            pipe, ["a", "b"], infinite, 2, plain, progress=False, only=[1], **keywords
-        ):
-            pass
-
-
-class Full:
-    """A reward with everything that is optional."""
-
-    name = "full"
-
-    def __init__(self):
-        self.checked, self.references = [], []
-
-    def check(self, prompts):
-        self.checked.append(prompts)
-        if "forbidden" in prompts:
-            raise ValueError("no score for 'forbidden'")
-
-    def __call__(self, images, prompts, *, references=None):
-        self.references.append((prompts, references))
-        return images.mean((1, 2, 3))
-
-    def evaluate(self, images, prompts, references=None):
-        total = images.mean((1, 2, 3))
-        return total, {"red": images[:, 0].mean((1, 2)), "n": torch.ones(len(images))}
-
-
-def test_a_reward_may_have_parts_references_and_a_check():
-    pipe, keywords = family("sd")
-    reward = Full()
-    prompts = ["x", "y"]
-    settings = Settings(num_scores=1, score_from=0.5)
-    out = steer(
-        pipe, prompts, reward, 2, settings, references=["rx", "ry"], progress=False, **keywords
-    )
-    assert reward.checked == [prompts]
-    assert reward.references == [(["x", "x"], ["rx", "rx"]), (["y", "y"], ["ry", "ry"])]
-    assert out.components["red"].shape == (2, 2)
-    assert torch.equal(out.components["n"], torch.ones(2, 2))
-    with pytest.raises(ValueError, match="no score for 'forbidden'"):
-        steer(pipe, "forbidden", reward, 2, progress=False, **keywords)
-    with pytest.raises(ValueError, match="this reward takes no references"):
-        steer(pipe, "x", brightness, 2, references=["r"], progress=False, **keywords)
-    with pytest.raises(ValueError, match=r"returned shape \(2, 3\) for 2 images"):
-        steer(pipe, "x", lambda images, p: images[:, :, 0, 0], 2, progress=False, **keywords)
-
-
-def kontext():
-    pipe, keywords = family("flux")
-    more = {"image": picture(), "max_area": 256, "_auto_resize": False}
-    return FluxKontextPipeline(**pipe.components), keywords | more
-
-
-@pytest.mark.parametrize("build", [lambda: family("img2img"), kontext], ids=["img2img", "kontext"])
-def test_references_may_be_the_image_that_the_call_edits(build):
-    pipe, keywords = build()
-    source = keywords["image"]
-    call = {"settings": Settings(num_scores=1, score_from=0.5), "progress": False}
-    for image in (source, [source]):
-        reward = Full()
-        keywords["image"] = image
-        steer(pipe, ["x", "y"], reward, 2, references="image", **call, **keywords)
-        assert [prompts for prompts, _ in reward.references] == [["x", "x"], ["y", "y"]]
-        assert all(one is source for _, given in reward.references for one in given)
-
-
-def test_a_reward_that_needs_references_is_refused_without_them():
-    reward = Full()
-    reward.needs_references = True
-    pipe, keywords = family("img2img")
-    with pytest.raises(ValueError, match=r"compares with images that references= gives: pass a"):
-        steer(pipe, "x", reward, 2, progress=False, **keywords)
-    assert not reward.references
-
-
-def test_references_name_a_keyword_that_holds_an_image():
-    different = [picture(), picture()]
-    assert PipelineCall({"image": different}, {}, ("x",)).reference("image") == different
-    pipe, keywords = family("img2img")
-    call = {"progress": False, **keywords}
-    for name in ("picture", "strength", "prompt", ""):
-        with pytest.raises(ValueError, match=r"references=.*this call's are \['image'\]"):
-            steer(pipe, "x", Full(), 2, references=name, **call)
-    with pytest.raises(ValueError, match="this reward takes no references"):
-        steer(pipe, "x", brightness, 2, references="image", **call)
-    pipe, keywords = family("sd")
-    with pytest.raises(ValueError, match="this call has none"):
-        steer(pipe, "x", Full(), 2, references="image", progress=False, **keywords)
-
-
 # --- saving
 
 
@@ -555,162 +354,3 @@ def test_ctrl_c_keeps_the_finished_prompts():
     alone = steer(pipe, "one", impatient, 2, plain, progress=False, **keywords)
     assert torch.equal(kept.latents[0], alone.latents[0])
     assert [len(row) for row in kept.images] == [2, 0]  # of the second the steps were done, no more
-
-
-# --- bad input
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_inference_step": 5}, r"no keyword num_inference_step=; did you mean num_inference_"),
-        ({"callback": print}, "takes no keyword callback="),
-        ({"particle": 2}, r"no keyword particle=; did you mean particles="),
-        ({"potential": "max"}, r"potential is a field .* settings=FeynmanKac\(potential="),
-        ({"num_inference_steps": "6"}, "num_inference_steps='6': pass a whole number"),
-        ({"settings": {"noise": 1.0}}, r"settings is a dict; pass FeynmanKac\("),
-        ({"prompts": None}, "prompts=None: pass one text or more"),
-        ({"decode": 3}, "decode=3: pass a function from latents"),
-        ({"preview": "taesd"}, "preview= is a str; pass a decoder"),
-        ({"num_images_per_prompt": 2}, "num_images_per_prompt= clashes .* pass particles="),
-        ({"generator": None}, "generator= clashes .* seed="),
-        ({"latents": torch.zeros(1)}, "latents= clashes"),
-        ({"output_type": "np"}, "output_type= clashes"),
-        ({"return_dict": False}, "return_dict= clashes"),
-        ({"eta": 1.0}, r"eta= clashes .* FeynmanKac\(noise="),
-        ({"prompt": "x"}, "prompt= clashes"),
-        ({"denoising_end": 0.8}, "denoising_end= clashes"),
-        ({"particles": 0}, "particles=0: pass a whole number of 1 or more"),
-        ({"max_batch": 0}, "max_batch=0: pass"),
-        ({"prompts_per_call": 0}, "prompts_per_call=0: pass"),
-        ({"prompts": []}, r"prompts=\[\]: pass one text or more"),
-        ({"prompts": ["a", 3]}, "pass one text or more"),
-        ({"negative_prompt": ["x"] * 3}, "negative_prompt= has 3 entries for 2 prompts"),
-        ({"references": ["x"], "reward": Full()}, "references= has 1 entries for 2 prompts"),
-        ({"reward": "clip"}, "reward is a str; pass a function"),
-        ({"settings": Settings(noise=0.0)}, r"noise=0 .* min_ess=0 for best-of-k"),
-        ({"settings": Settings(score_from=0.9, score_to=0.95)}, "no step to score between"),
-        ({"settings": Settings(num_scores=2, funnel=(8, 2))}, "start with 8 particles or lower"),
-        ({"settings": Settings(num_scores=5, funnel=(2,) * 5)}, "only 3 steps are scored"),
-    ],
-)
-def test_bad_input_is_refused_before_any_step(monkeypatch, change, message):
-    pipe, keywords = family("sd")
-    before = snapshot(pipe)
-
-    def asked(*args, **kwargs):
-        raise AssertionError("the network was asked")
-
-    monkeypatch.setattr(pipe.unet, "forward", asked)
-    call = {"prompts": ["a", "b"], "reward": brightness, "particles": 4, "progress": False}
-    before = snapshot(pipe)
-    with pytest.raises(ValueError, match=message):
-        steer_each(pipe, **{**call, **keywords, **change})
-    assert snapshot(pipe) == before
-
-
-def test_pipelines_that_cannot_work_are_refused():
-    pipe, keywords = family("sd")
-    with pytest.raises(ValueError, match="got a str; pass a diffusers pipeline"):
-        steer("sd", PROMPT, brightness)
-    with pytest.raises(ValueError, match="latents of 16 channels but this pipeline's have 4"):
-        steer(pipe, PROMPT, brightness, preview=AutoencoderTiny(latent_channels=16), **keywords)
-    with pytest.raises(ValueError, match="of 8 pixels per side but this pipeline's have 2"):
-        steer(pipe, PROMPT, brightness, preview=AutoencoderTiny(), **keywords)
-    half = family("sd")[0].vae.half()
-    with pytest.raises(ValueError, match=r"preview= is torch.float16 .* preview.to\(torch.float32"):
-        steer(pipe, PROMPT, brightness, preview=half, **keywords)
-    with pytest.raises(ValueError, match=r"decode= returned \(2, 4, 8, 8\) for 2 latents"):
-        steer(pipe, PROMPT, brightness, 2, decode=lambda x: x, progress=False, **keywords)
-    with pytest.raises(ValueError, match=r"only= is an argument of steer_each"):
-        steer(pipe, PROMPT, brightness, only=[0], **keywords)
-    pipe, keywords = family("sd3")
-    pipe.text_encoder_3.train()
-    match = r"pipe.text_encoder_3 is in training mode.*pipe.text_encoder_3.eval\(\)"
-    with pytest.raises(ValueError, match=match):
-        steer(pipe, PROMPT, brightness, progress=False, **keywords)
-    pipe = sd()
-    pipe.scheduler = EDMEulerScheduler()
-    with pytest.raises(ValueError, match="EDMEulerScheduler is no flow"):
-        steer(pipe, PROMPT, brightness, progress=False, **keywords)
-    pipe, keywords = family("img2img")
-    with pytest.raises(ValueError, match=r"prompts_per_call=2 with image=.*leave prompts_per_call"):
-        steer(pipe, ["a", "b"], brightness, prompts_per_call=2, progress=False, **keywords)
-    with pytest.raises(ValueError, match="no step to score"):
-        steer(pipe, PROMPT, brightness, progress=False, **{**keywords, "strength": 0.2})
-    pipe, keywords = family("wan")
-    with pytest.raises(ValueError, match=r"num_frames=0: pass a whole number of 1 or more"):
-        steer(pipe, PROMPT, brightness, progress=False, **keywords | {"num_frames": 0})
-
-
-def test_a_fraction_of_the_steps_is_rounded_as_the_pipeline_rounds_it():
-    """Of 10 * 0.25 steps SD takes the floor, SD3 the ceiling; only the latter has a step 1 of 3."""
-    settings = Settings(num_scores=1, score_from=0.3, score_to=0.4, min_ess=1.0)
-    # SD3 with a generator a row wants an image a row
-    call = {"image": [picture()] * 2, "num_inference_steps": 10, "strength": 0.25}
-    pipe = StableDiffusion3Img2ImgPipeline(**sd3().components)
-    out = steer(pipe, PROMPT, brightness, 2, settings, progress=False, **call)
-    assert out.lineage.num_steps == 3
-    pipe, _ = family("img2img")
-    with pytest.raises(ValueError, match=r"no step to score .* of 2 steps"):
-        steer(pipe, PROMPT, brightness, 2, settings, progress=False, **call)
-
-
-def test_a_text_that_is_no_prompt_goes_to_the_pipeline_as_it_is():
-    keywords = {"system_prompt": "be brief", "negative_prompt_2": "x"}
-    defaults = dict.fromkeys(["prompt", *keywords])
-    dealt = PipelineCall(keywords, defaults, ("a", "b")).for_prompts([0, 1], 1, [])
-    assert dealt["system_prompt"] == "be brief"
-    assert dealt["negative_prompt_2"] == ["x", "x"]
-
-
-def test_prompt_embeds_stand_in_for_the_text_that_the_network_sees():
-    pipe, keywords = family("sd")
-    prompts = [PROMPT, "two"]
-    embeds, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
-    text = steer(pipe, prompts, brightness, 2, SHARP, progress=False, **keywords)
-    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative}
-    ours = steer(pipe, prompts, brightness, 2, SHARP, progress=False, **given, **keywords)
-    torch.testing.assert_close(ours.latents, text.latents, rtol=1e-4, atol=1e-4)
-
-
-def test_negative_prompts_go_to_all_or_one_to_each():
-    pipe, keywords = family("sd")
-    both = steer(
-        pipe,
-        ["a", "b"],
-        brightness,
-        2,
-        SHARP,
-        progress=False,
-        negative_prompt=["x", "y"],
-        **keywords,
-    )
-    one = steer(pipe, "b", brightness, 2, SHARP, progress=False, negative_prompt="y", **keywords)
-    assert torch.equal(both.latents[1], one.latents[0])
-    packed = steer(
-        pipe,
-        ["a", "b"],
-        brightness,
-        2,
-        SHARP,
-        progress=False,
-        prompts_per_call=2,
-        negative_prompt="y",
-        **keywords,
-    )
-    torch.testing.assert_close(packed.latents[1], one.latents[0], rtol=1e-3, atol=1e-3)
-
-
-def test_an_image_may_be_packed_when_it_is_the_only_prompt():
-    pipe, keywords = family("img2img")
-    out = steer(pipe, PROMPT, brightness, 2, progress=False, **{**keywords, "image": picture(3)})
-    assert out.images[0][0].size == (16, 16)
-
-
-def test_euler_of_sdxl_is_replaced_and_its_state_kept():
-    pipe = sd(scheduler=EulerDiscreteScheduler(steps_offset=1, timestep_spacing="leading"))
-    pipe.scheduler.set_timesteps(9)
-    before = copy.deepcopy(pipe.scheduler.timesteps)
-    steer(pipe, PROMPT, brightness, 2, progress=False, num_inference_steps=6)
-    assert torch.equal(pipe.scheduler.timesteps, before)

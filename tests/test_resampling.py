@@ -46,7 +46,7 @@ def test_each_particle_has_its_share_of_children_on_average(name: str, num: int)
 
 @every_scheme
 @given(values=weight_lists, num=st.integers(1, 40), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_support(name: str, values: list[float], num: int, seed: int) -> None:
     weights = torch.tensor([values], dtype=torch.float64)
     ancestors = RESAMPLERS[name](weights, num, seeded(seed))

@@ -49,67 +49,78 @@ def tree(**parts: Any) -> nn.ModuleDict:
     return nn.ModuleDict({k: tree(**v) if isinstance(v, dict) else v for k, v in parts.items()})
 
 
+def norm(width: int, eps: float) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=eps)
+
+
+def vision_of(sizes: Sizes) -> nn.ModuleDict:
+    """timm's ViT."""
+    w = sizes.vision_width
+
+    def block() -> nn.ModuleDict:
+        return tree(
+            norm1=norm(w, 1e-6),
+            attn={"qkv": nn.Linear(w, 3 * w), "proj": nn.Linear(w, w)},
+            norm2=norm(w, 1e-6),
+            mlp={"fc1": nn.Linear(w, 4 * w), "fc2": nn.Linear(4 * w, w)},
+        )
+
+    vision = tree(
+        patch_embed={"proj": nn.Conv2d(3, w, sizes.patch, sizes.patch)},
+        blocks=nn.ModuleList([block() for _ in range(sizes.vision_depth)]),
+        norm=norm(w, 1e-6),
+    )
+    positions = (sizes.image // sizes.patch) ** 2 + 1
+    vision.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, w)))
+    vision.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, positions, w)))
+    return vision
+
+
+def text_of(sizes: Sizes) -> nn.ModuleDict:
+    """BERT with cross-attention."""
+    w, d = sizes.vision_width, sizes.text_width
+
+    def attention(source: int) -> dict[str, Any]:
+        inner = {
+            "query": nn.Linear(d, d),
+            "key": nn.Linear(source, d),
+            "value": nn.Linear(source, d),
+        }
+        return {"self": inner, "output": {"dense": nn.Linear(d, d), "LayerNorm": norm(d, 1e-12)}}
+
+    def layer() -> nn.ModuleDict:
+        return tree(
+            attention=attention(d),
+            crossattention=attention(w),
+            intermediate={"dense": nn.Linear(d, 4 * d)},
+            output={"dense": nn.Linear(4 * d, d), "LayerNorm": norm(d, 1e-12)},
+        )
+
+    embeddings = tree(
+        word_embeddings=nn.Embedding(sizes.vocabulary, d),
+        position_embeddings=nn.Embedding(512, d),
+        LayerNorm=norm(d, 1e-12),
+    )
+    embeddings.register_buffer("position_ids", torch.arange(512)[None])
+    layers = nn.ModuleList([layer() for _ in range(sizes.text_depth)])
+    return tree(embeddings=embeddings, encoder={"layer": layers})
+
+
 class Reference(nn.Module):
     """The published architecture: timm's ViT, BERT with cross-attention, an affine MLP."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        w, d = sizes.vision_width, sizes.text_width
-
-        def norm(width: int, eps: float) -> nn.LayerNorm:
-            return nn.LayerNorm(width, eps=eps)
-
-        def block() -> nn.ModuleDict:
-            return tree(
-                norm1=norm(w, 1e-6),
-                attn={"qkv": nn.Linear(w, 3 * w), "proj": nn.Linear(w, w)},
-                norm2=norm(w, 1e-6),
-                mlp={"fc1": nn.Linear(w, 4 * w), "fc2": nn.Linear(4 * w, w)},
-            )
-
-        def attention(source: int) -> dict[str, Any]:
-            inner = {
-                "query": nn.Linear(d, d),
-                "key": nn.Linear(source, d),
-                "value": nn.Linear(source, d),
-            }
-            return {
-                "self": inner,
-                "output": {"dense": nn.Linear(d, d), "LayerNorm": norm(d, 1e-12)},
-            }
-
-        def layer() -> nn.ModuleDict:
-            return tree(
-                attention=attention(d),
-                crossattention=attention(w),
-                intermediate={"dense": nn.Linear(d, 4 * d)},
-                output={"dense": nn.Linear(4 * d, d), "LayerNorm": norm(d, 1e-12)},
-            )
-
-        vision = tree(
-            patch_embed={"proj": nn.Conv2d(3, w, sizes.patch, sizes.patch)},
-            blocks=nn.ModuleList([block() for _ in range(sizes.vision_depth)]),
-            norm=norm(w, 1e-6),
-        )
-        positions = (sizes.image // sizes.patch) ** 2 + 1
-        vision.register_parameter("cls_token", nn.Parameter(torch.zeros(1, 1, w)))
-        vision.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, positions, w)))
-        embeddings = tree(
-            word_embeddings=nn.Embedding(sizes.vocabulary, d),
-            position_embeddings=nn.Embedding(512, d),
-            LayerNorm=norm(d, 1e-12),
-        )
-        embeddings.register_buffer("position_ids", torch.arange(512)[None])
-        layers = nn.ModuleList([layer() for _ in range(sizes.text_depth)])
+        d = sizes.text_width
         self.blip = tree(
-            visual_encoder=vision,
-            text_encoder={"embeddings": embeddings, "encoder": {"layer": layers}},
-            vision_proj=nn.Linear(w, 256),
+            visual_encoder=vision_of(sizes),
+            text_encoder=text_of(sizes),
+            vision_proj=nn.Linear(sizes.vision_width, 256),
             text_proj=nn.Linear(d, 256),
         )
-        widths = [d, 1024, None, 128, None, 64, None, 16, 1]
+        widths = [1024, None, 128, None, 64, None, 16, 1]
         steps: list[nn.Module] = []
-        for width in widths[1:]:
+        for width in widths:
             steps.append(nn.Dropout(0.2) if width is None else nn.Linear(d, width))
             d = width or d
         self.mlp = tree(layers=nn.Sequential(*steps))

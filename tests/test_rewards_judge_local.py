@@ -9,6 +9,7 @@ import pytest
 import torch
 from judge_server import grey
 from PIL import Image
+from small_judge import save_llava
 
 import rewards
 from rewards.models.vlm_judge import JudgeReward
@@ -16,70 +17,7 @@ from rewards.models.vlm_judge import JudgeReward
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory) -> str:
-    """A folder with a small untrained LLaVA whose tokenizer spells bytes, and knows Yes and No."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ye", "Yes", "No"]
-    vocabulary = {word: i for i, word in enumerate([*words, "<image>", "<s>", "</s>", "<pad>"])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Y", "e"), ("Ye", "s"), ("N", "o")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, additional_special_tokens=["<image>"], **special
-    )
-    template = (
-        "{% for m in messages %}USER: {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}"
-        "{% endfor %}{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-    )
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-        ),
-        tokenizer=tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        chat_template=template,
-        num_additional_image_tokens=1,
-    )
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=32, patch_size=16, **sizes),
-        text_config=LlamaConfig(
-            vocab_size=len(vocabulary),
-            max_position_embeddings=2048,
-            bos_token_id=vocabulary["<s>"],
-            eos_token_id=vocabulary["</s>"],
-            pad_token_id=vocabulary["<pad>"],
-            initializer_range=0.5,
-            **sizes,
-        ),
-        image_token_index=vocabulary["<image>"],
-        image_seq_length=4,
-        vision_feature_layer=-1,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
-    folder = tmp_path_factory.mktemp("llava")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+    return save_llava(tmp_path_factory.mktemp("llava"))
 
 
 def test_a_local_model_says_yes_as_its_own_logits_do(llava):

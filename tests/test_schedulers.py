@@ -22,7 +22,8 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
-from tiny_pipelines import ddim, steps_where_stock_ddim_is_nan
+from tiny_parts import ddim
+from tiny_pipelines import steps_where_stock_ddim_is_nan
 
 from steering.schedulers import StochasticDDIM, StochasticFlow, stochastic
 from steering.transitions import ddim_transition

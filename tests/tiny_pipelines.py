@@ -3,16 +3,12 @@
 # pyright: reportArgumentType=false, reportPrivateImportUsage=false
 # diffusers exports lazily and annotates what its pipelines take more narrowly than they do
 
-import string
-
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
     AutoencoderKLWan,
     ControlNetModel,
-    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -29,122 +25,30 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
 )
 from PIL import Image
+from tiny_parts import (
+    LETTERS,
+    clip_text,
+    clip_tokenizer,
+    ddim,
+    seeded,
+    t5_text,
+    t5_tokenizer,
+    unet,
+    vae,
+)
 from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
     UMT5Config,
     UMT5EncoderModel,
 )
-
-_LETTERS = string.ascii_lowercase + string.digits + ".,'-"
-
-
-def _seeded(cls, config, seed=0, from_config=False):
-    """An eval-mode network whose weights come from `seed`, leaving the global stream alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return (cls(config) if from_config else cls(**config)).eval()
-
-
-def clip_tokenizer():
-    tokens = ["<|startoftext|>", "<|endoftext|>", *_LETTERS, *(c + "</w>" for c in _LETTERS)]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
-
-
-def t5_tokenizer():
-    pieces = ["<pad>", "</s>", "<unk>", "▁", *_LETTERS]
-    return T5Tokenizer(
-        vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)],
-        extra_ids=0,
-        model_max_length=16,
-    )
-
-
-def clip_text(width=16, projection=False, seed=0):
-    config = CLIPTextConfig(
-        vocab_size=128,
-        hidden_size=width,
-        intermediate_size=width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    cls = CLIPTextModelWithProjection if projection else CLIPTextModel
-    return _seeded(cls, config, seed, from_config=True)
-
-
-def t5_text(width=16, seed=0):
-    config = T5Config(vocab_size=128, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return _seeded(T5EncoderModel, config, seed, from_config=True)
-
-
-def vae(channels=4, seed=0, **config):
-    return _seeded(
-        AutoencoderKL,
-        {
-            "block_out_channels": (8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "latent_channels": channels,
-            "norm_num_groups": 4,
-            "sample_size": 16,
-            **config,
-        },
-        seed,
-    )
-
-
-def unet(in_channels=4, width=16, seed=0, **config):
-    return _seeded(
-        UNet2DConditionModel,
-        {
-            "sample_size": 8,
-            "in_channels": in_channels,
-            "out_channels": 4,
-            "block_out_channels": (8, 16),
-            "layers_per_block": 1,
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "cross_attention_dim": width,
-            "attention_head_dim": 2,
-            "norm_num_groups": 4,
-            **config,
-        },
-        seed,
-    )
-
-
-def ddim(**config):
-    return DDIMScheduler(
-        **{
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "beta_schedule": "scaled_linear",
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-            **config,
-        }
-    )
+from zoo.decoders import DECODERS
 
 
 def sd(cls=StableDiffusionPipeline, scheduler=None, in_channels=4, **more):
@@ -162,7 +66,7 @@ def sd(cls=StableDiffusionPipeline, scheduler=None, in_channels=4, **more):
 
 
 def sd3(scheduler=None):
-    transformer = _seeded(
+    transformer = seeded(
         SD3Transformer2DModel,
         {
             "sample_size": 8,
@@ -245,7 +149,7 @@ def sdxl_zero_snr():
 
 
 def flux():
-    transformer = _seeded(
+    transformer = seeded(
         FluxTransformer2DModel,
         {
             "patch_size": 1,
@@ -272,7 +176,7 @@ def flux():
 
 
 def controlnet():
-    network = _seeded(
+    network = seeded(
         ControlNetModel,
         {
             "block_out_channels": (8, 16),
@@ -306,7 +210,7 @@ def inpaint9():
 
 
 def pixart():
-    transformer = _seeded(
+    transformer = seeded(
         PixArtTransformer2DModel,
         {
             "sample_size": 8,
@@ -331,7 +235,7 @@ def pixart():
 
 
 def sana():
-    transformer = _seeded(
+    transformer = seeded(
         SanaTransformer2DModel,
         {
             "patch_size": 1,
@@ -347,26 +251,7 @@ def sana():
             "sample_size": 32,
         },
     )
-    decoder = _seeded(
-        AutoencoderDC,
-        {
-            "latent_channels": 4,
-            "attention_head_dim": 2,
-            "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
-            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
-            "encoder_block_out_channels": (8, 8),
-            "decoder_block_out_channels": (8, 8),
-            "encoder_qkv_multiscales": ((), (5,)),
-            "decoder_qkv_multiscales": ((), (5,)),
-            "encoder_layers_per_block": (1, 1),
-            "decoder_layers_per_block": (1, 1),
-            "downsample_block_type": "conv",
-            "upsample_block_type": "interpolate",
-            "decoder_norm_types": "rms_norm",
-            "decoder_act_fns": "silu",
-            "scaling_factor": 0.41407,
-        },
-    )
+    decoder = seeded(AutoencoderDC, DECODERS["AutoencoderDC"] | {"latent_channels": 4})
     text = Gemma2Config(
         head_dim=16,
         hidden_size=8,
@@ -376,10 +261,10 @@ def sana():
         num_key_value_heads=2,
         vocab_size=128,
     )
-    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *_LETTERS]
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
     return SanaPipeline(
         tokenizer=GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[]),
-        text_encoder=_seeded(Gemma2Model, text, from_config=True),
+        text_encoder=seeded(Gemma2Model, text, from_config=True),
         vae=decoder,
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(
@@ -389,7 +274,7 @@ def sana():
 
 
 def wan():
-    transformer = _seeded(
+    transformer = seeded(
         WanTransformer3DModel,
         {
             "num_attention_heads": 2,
@@ -400,14 +285,14 @@ def wan():
             "rope_max_seq_len": 32,
         },
     )
-    decoder = _seeded(
+    decoder = seeded(
         AutoencoderKLWan,
         {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
     )
     text = UMT5Config(vocab_size=128, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     return WanPipeline(
         tokenizer=t5_tokenizer(),
-        text_encoder=_seeded(UMT5EncoderModel, text, from_config=True),
+        text_encoder=seeded(UMT5EncoderModel, text, from_config=True),
         vae=decoder,
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -428,6 +313,7 @@ def half_mask(size=16):
 
 
 _SIZE = {"height": 16, "width": 16}
+
 
 # name -> (builder, keywords of its call)
 FAMILIES = {
