@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from steering import FeynmanKac, Steered
-from steering.call import frames_of
+from steering.call import check_frames
 from steering.frames import Frames
 from steering.lineage import Moment
 from steering.manifest import fingerprint, versions
@@ -208,9 +208,8 @@ def _since(plan: Plan) -> dict[str, Any]:
 
 def check(pipe: Any, plan: Plan, reward: Any = None, preview: Any = None) -> None:
     """Raise ValueError, before any folder is made, for a call or a filter that cannot work."""
-    _, frames = frames_of(type(pipe), plan.call)
-    if plan.steered and frames is not None:
-        Frames(plan.score_frames, plan.video_score).check(None if frames == 1 else frames)
+    if plan.steered:
+        check_frames(Frames(plan.score_frames, plan.video_score), type(pipe), plan.call)
     for _ in _runs(pipe, plan, reward, preview, plan.prompts[0]):
         pass  # making the iterator checks the arguments; nothing is drawn yet
 

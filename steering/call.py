@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from steering.arguments import MOST_FRAMES, MOST_PIXELS, MOST_STEPS, check_count
+from steering.frames import Frames
 from steering.keywords import SUNG, check_keywords, is_per_prompt
 from steering.networks import networks
 from steering.refusals import refuse_unsteerable
@@ -28,6 +29,7 @@ __all__ = [
     "COUNTS_OF_FRAMES",
     "WAYS",
     "PipelineCall",
+    "check_frames",
     "check_pipeline",
     "check_preview",
     "frames_of",
@@ -312,6 +314,13 @@ def frames_of(kind: type, keywords: Mapping[str, Any]) -> tuple[str, int | None]
         if name in parameters:
             return name, keywords.get(name, parameters[name].default)
     return "", 1
+
+
+def check_frames(frames: Frames, kind: type, keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError if it is known that a call of a class does not generate these frames."""
+    _, number = frames_of(kind, keywords)
+    if number is not None:
+        frames.check(None if number == 1 else number)
 
 
 def refuse_videos(kind: type, keywords: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
+import csv
 import json
 import shutil
 
@@ -23,9 +24,10 @@ from finetune.decoding import decoder_of
 from finetune.network import Model
 from finetune.shards import Rollouts
 from rewards.images import to_images
+from rewards.samples import open_picture
 from steering.frames import Frames, evenly_spaced
 from tilt import loading
-from tilt.commands import rollout, score, train_adversarial, train_critic, train_gdro
+from tilt.commands import evaluate, rollout, score, train_adversarial, train_critic, train_gdro
 
 SIZES = {"wan": (5, 16), "ltx": (9, 32)}  # frames and pixels a side
 
@@ -250,3 +252,51 @@ def test_the_frames_load_with_datasets(original, tmp_path):
     kept = list(shard.images())[1]
     for one, other in zip(loaded[1]["frames"], kept, strict=True):
         assert np.array_equal(np.array(one), np.array(other))
+
+
+def test_evaluations_show_and_score_videos(root, name, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text("a cat\n")
+    frames, size = SIZES[name]
+    words = [f"--prompts={tmp_path / 'one.txt'}", f"--out={tmp_path / 'out'}", "--images=2"]
+    words += [f"--model={root / name}", "--dtype=bfloat16", "--reward=jpeg", *call_of(name)]
+    words += ["--steer=jpeg", "--particles=2", "--filter.min-ess=0"]
+    rule = ["--score-frames=2", "--video-score=min"]
+    assert evaluate.main([*words, *rule]) == 0
+    for variant in ("base", "steered"):
+        with (tmp_path / "out" / variant / "rewards.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for i, row in enumerate(rows):
+            place = tmp_path / "out" / variant / f"0000-{i:02d}"
+            assert row["image"] == str(place)
+            kept = [open_picture(path) for path in sorted((place / "video").glob("*.png"))]
+            assert len(kept) == frames
+            with Image.open(place / "video.webp") as shown:
+                assert (shown.n_frames, shown.size) == (frames, (size, size))
+            jpeg = rewards.load("jpeg")
+            ends = [jpeg(to_images([one]), ["a"]).item() for one in (kept[0], kept[-1])]
+            assert float(row["reward"]) == pytest.approx(min(ends), rel=1e-6)
+    page = (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8")
+    assert "whose score is the minimum of 2 evenly spaced frames" in page
+    assert (tmp_path / "out" / "grid.png").exists()
+    monkeypatch.setattr(loading, "load_pipeline", None)  # it is complete
+    assert evaluate.main([*words, *rule, "--resume"]) == 0
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out" / "base" / "0000-01")
+    assert evaluate.main([*words, *rule, "--resume"]) == 0
+    assert evaluate.main([*words, "--score-frames=99"]) == 2
+    assert evaluate.main([*words, "--resume"]) == 2  # steered by another rule
+
+
+def test_a_plain_evaluation_of_videos_is_scored_again_by_another_rule(root, name, tmp_path):
+    (tmp_path / "one.txt").write_text("a cat\n")
+    words = [f"--prompts={tmp_path / 'one.txt'}", f"--out={tmp_path / 'out'}", "--images=1"]
+    words += [f"--model={root / name}", "--dtype=bfloat16", "--reward=jpeg", *call_of(name)]
+    found = {}
+    for rule in ("all", "first"):
+        assert evaluate.main([*words, f"--score-frames={rule}", "--resume"]) == 0
+        with (tmp_path / "out" / "base" / "rewards.csv").open() as file:
+            (row,) = csv.DictReader(file)
+        found[rule] = float(row["reward"])
+    frames = sorted((tmp_path / "out" / "base" / "0000-00" / "video").glob("*.png"))
+    each = [rewards.load("jpeg")(to_images([open_picture(p)]), ["a"]).item() for p in frames]
+    assert found == pytest.approx({"all": sum(each) / len(each), "first": each[0]}, rel=1e-6)

@@ -30,7 +30,6 @@ from steering.scoring import PromptScorer
 from steering.weights import log_mean_exp
 from tilt.commands import steer as command
 from tilt.report import recipe
-from tilt.variants import EvaluationPlan, Variant, start
 
 PROMPT = "a red cube"
 PLAIN = FeynmanKac(reward_scale=0.0)
@@ -404,12 +403,11 @@ def test_the_number_of_frames_is_named_as_the_pipeline_names_it():
         PipelineCall.check(Sana(), ["a"], {"video_length": 5})
 
 
-def test_evaluations_of_images_refuse_videos():
+def test_what_needs_images_refuses_videos_by_the_name_of_their_number():
     pipe = wan()
     for call, frames in (({}, 81), ({"num_frames": 5}, 5)):
-        evaluation = EvaluationPlan(("a",), ((),), 1, 0, call=call)
         with pytest.raises(ValueError, match=f"num_frames={frames}: this call generates videos, b"):
-            start(pipe, Variant("base"), evaluation, [0])
+            refuse_videos(type(pipe), call)
 
     class Cog:
         def __call__(self, prompt, num_frames=None): ...

@@ -1,10 +1,24 @@
-"""The options that say how a reward scores videos."""
+"""How a reward scores videos: the options that say it, and where the frames are."""
 
 from __future__ import annotations
 
-__all__ = ["ABOUT_FRAMES", "ABOUT_SCORE"]
+from pathlib import Path
+
+from steering.frames import Frames
+
+__all__ = ["ABOUT_FRAMES", "ABOUT_SCORE", "frames_in", "scorer"]
 
 ABOUT_FRAMES = (
     "frames of a video that the reward scores: all, first, or a number of evenly spaced ones"
 )
 ABOUT_SCORE = "score of a video: the mean or the minimum of its frames' scores"
+
+
+def frames_in(folder: Path) -> list[Path]:
+    """Return the PNGs of the frames of a video that `tilt evaluate` saved in a folder."""
+    return sorted(folder.glob("video/*.png"))
+
+
+def scorer(reward: str, frames: Frames) -> str:
+    """Return a name of a reward with the frames that it scores, if these are not the default."""
+    return reward if frames == Frames() else f"{reward} [{frames}]"

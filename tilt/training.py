@@ -23,7 +23,7 @@ from finetune.state import FILE, is_finished
 from rewards.catalogue import OutsideError
 from rewards.combine import component_names
 from rewards.models.critic import CriticReward, FeatureModel, PreferenceModel
-from steering.call import PipelineCall, frames_of
+from steering.call import PipelineCall, check_frames, frames_of
 from steering.frames import Frames
 from steering.manifest import fingerprint
 from tilt import drawing, hub, loading, model_card, offloading
@@ -227,9 +227,8 @@ def check_keywords(pipe: Any, watch: Watch | None, prompts: Sequence[str], call:
     PipelineCall.check(pipe, prompts, call)
     if watch:
         PipelineCall.check(pipe, [*watch.seen, *watch.unseen], watch.call)
-        _, frames = frames_of(type(pipe), watch.call)
-        if frames not in (None, 1):
-            watch.frames.check(frames)
+        if frames_of(type(pipe), watch.call)[1] != 1:  # the rule of videos is for videos alone
+            check_frames(watch.frames, type(pipe), watch.call)
 
 
 def critic_of(

@@ -1,6 +1,7 @@
 """Variants of a model: the images that each generates from the same prompts and noise, on disk.
 
-A variant is a folder of images; `0003-01.png` is the second image of prompt 3. Image j of a prompt
+A variant is a folder of images; `0003-01.png` is the second image of prompt 3. A video is a folder,
+`0003-01`, with the PNG frames in `video` and an animation, `video.webp`. Image j of a prompt
 starts from the same noise in every plain variant, and as particle 0 in every steered one.
 Legend: m images per prompt.
 """
@@ -22,8 +23,11 @@ from finetune.folder import ELSEWHERE, begun, refuse_changes
 from finetune.ranges import KEYWORDS, PROMPTS, REFERENCES, SEED, Range, check, optional, whole
 from finetune.rollouts import PLAIN, nothing
 from steering import FeynmanKac
-from steering.call import refuse_videos
+from steering.call import check_frames
+from steering.frames import Frames
+from steering.outputs import save
 from steering.pipeline import steer_each
+from tilt.framing import frames_in
 from tilt.report.grid import Cell, Row, cell_side, fitted
 from tilt.report.grid import grid as painted
 
@@ -91,13 +95,19 @@ class Variant:
 
 
 def start(
-    pipe: Any, variant: Variant, plan: EvaluationPlan, which: Sequence[int], preview: Any = None
-) -> Iterator[list[Image.Image]]:
-    """Return an iterator that generates the m images of each of the prompts `which`.
+    pipe: Any,
+    variant: Variant,
+    plan: EvaluationPlan,
+    which: Sequence[int],
+    preview: Any = None,
+    frames: Frames = Frames(),  # noqa: B008 (frozen)
+) -> Iterator[list[Any]]:
+    """Return an iterator that generates the m images or videos of each of the prompts `which`.
 
-    Raises ValueError for invalid arguments at once, before iteration.
+    frames: how the variant's reward scores videos. Raises ValueError for invalid arguments at once,
+    before iteration.
     """
-    refuse_videos(type(pipe), plan.call)
+    check_frames(frames, type(pipe), plan.call)
     m, references = plan.images, None
     if getattr(variant.reward, "wants_references", False) and any(plan.references):
         opened = [[Image.open(name).convert("RGB") for name in names] for names in plan.references]
@@ -115,23 +125,29 @@ def start(
         progress=False,
         references=references,
         only=[i * m + j for i in which for j in range(m)],
+        **({"score_frames": frames.which, "video_score": frames.score} if variant.reward else {}),
         **plan.call,
     )
     return (out.best for out in steered)
 
 
 def picture(folder: Path, prompt: int, number: int) -> Path:
-    """Return the file of one image of a variant."""
-    return folder / f"{prompt:04d}-{number:02d}.png"
+    """Return the file of one image of a variant, or the folder of its video."""
+    file = folder / f"{prompt:04d}-{number:02d}.png"
+    return file if file.exists() else file.with_suffix("")
 
 
 def pictures(folder: Path, prompt: int, count: int) -> list[Image.Image]:
-    """Open the first `count` images of a prompt, RGB; ValueError names a damaged one."""
+    """Open the first `count` images of a prompt, RGB; ValueError names a damaged one.
+
+    Of videos, these are the middle frames.
+    """
     found = []
     for number in range(count):
         file = picture(folder, prompt, number)
+        frames = frames_in(file) or [file]
         try:
-            with Image.open(file) as image:
+            with Image.open(frames[(len(frames) - 1) // 2]) as image:
                 found.append(image.convert("RGB"))
         except (OSError, SyntaxError) as error:
             raise ValueError(f"{file} is damaged ({error}); delete it and resume") from None
@@ -151,21 +167,31 @@ def draw(
     plan: EvaluationPlan,
     which: Sequence[int],
     preview: Any = None,
+    frames: Frames = Frames(),  # noqa: B008 (frozen)
 ) -> Iterator[int]:
     """Generate and write the images of the prompts `which`; yields each index when it is done.
 
     Images are written atomically, with their prompts in the metadata as those of `tilt steer`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = start(pipe, variant, plan, which, preview)
+    drawn = start(pipe, variant, plan, which, preview, frames)
     for i, images in zip(which, drawn, strict=True):
         for j, image in enumerate(images):
             about = {"prompt": plan.prompts[i], "seed": plan.seed, "occurrence": j}
-            text = PngInfo()
-            text.add_itxt("parameters", json.dumps(about, ensure_ascii=False))
-            with atomic(picture(folder, i, j)) as scratch:
-                image.save(scratch, "PNG", pnginfo=text)
+            _keep(folder / f"{i:04d}-{j:02d}", image, json.dumps(about, ensure_ascii=False))
         yield i
+
+
+def _keep(place: Path, output: Image.Image | list[Image.Image], about: str) -> None:
+    if isinstance(output, list):
+        with atomic(place) as scratch:
+            scratch.mkdir()
+            save(scratch, "video", output, about)
+        return
+    text = PngInfo()
+    text.add_itxt("parameters", about)
+    with atomic(place.with_suffix(".png")) as scratch:
+        output.save(scratch, "PNG", pnginfo=text)
 
 
 def open_folder(out: Path, about: dict[str, Any], scorers: dict[str, str], resume: bool) -> None:
@@ -203,11 +229,12 @@ def is_finished(
     of the base model are not compared.
     """
     free = {"resume": True, "offload": "none"}  # what may differ
+    since = {"score_frames": "all", "video_score": "mean"}  # which older evaluations lack
     try:
         drawn = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["pictures"]
         found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
         variants = [out / variant["name"] for variant in drawn["variants"]]
-        was = [found["settings"] | free, found["lora"]]
+        was = [since | found["settings"] | free, found["lora"]]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     asked: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
@@ -222,8 +249,8 @@ def grid(folder: Path, plan: EvaluationPlan, scores: Mapping[str, Tensor]) -> Im
 
     scores: {variant: (prompts, m)}, shown below the images, of which only the first are drawn.
     """
-    with Image.open(picture(folder / next(iter(scores)), 0, 0)) as first:
-        side = cell_side([first.size])
+    (first,) = pictures(folder / next(iter(scores)), 0, 1)
+    side = cell_side([first.size])
     each = min(EACH, plan.images)
 
     def block(name: str, i: int) -> list[Cell]:

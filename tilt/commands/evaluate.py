@@ -30,9 +30,11 @@ from rewards.models.ocr import quoted_text
 from rewards.samples import Sample
 from rewards.sets import vendi
 from steering import tiny
+from steering.frames import Frames
 from steering.manifest import fingerprint, versions
 from tilt import digests, drawing, exit_status, loading, measures, offloading, started
 from tilt.commands.score import load, score, texts, versioned
+from tilt.framing import scorer
 from tilt.measures import Measure
 from tilt.options import Options
 from tilt.processes import is_main, join
@@ -198,6 +200,7 @@ def tower_of(settings: Evaluate, device: torch.device) -> Any:
 def run(settings: Evaluate, line: str) -> None:
     """Check everything and generate this process's images; the main process scores all images."""
     plan, settings = plan_of(settings), loading.resolved(settings)
+    frames = Frames(settings.score_frames, settings.video_score)
     out, lora = Path(settings.out).resolve(), digests.of_weights(settings.lora)
     if settings.resume and is_finished(out, plan, asdict(settings), lora):
         if is_main():
@@ -216,8 +219,9 @@ def run(settings: Evaluate, line: str) -> None:
         "variants": [asdict(replace(v, reward=v.reward and v.reward.spec)) for v in variants],
     }
     if settings.steer:
-        about["steer"] = versioned(settings.steer)
-    scorers = {"folder": str(out)} | {job.name: versioned(job.reward.spec) for job in jobs}
+        about["steer"] = scorer(versioned(settings.steer), frames)
+    scorers = {job.name: scorer(versioned(job.reward.spec), frames) for job in jobs}
+    scorers |= {"folder": str(out)}
     processes.told(lambda: open_folder(out, about, scorers, settings.resume))
     for variant in variants:
         if settings.lora:
@@ -225,14 +229,15 @@ def run(settings: Evaluate, line: str) -> None:
         folder = out / variant.name
         mine = range(processes.index, len(plan.prompts), processes.count)
         which = [i for i in pending(folder, plan) if i in mine]
-        work = draw(folder, pipe, variant, plan, which, preview)
+        work = draw(folder, pipe, variant, plan, which, preview, frames)
         for _ in tqdm(work, variant.name, len(which), disable=not processes.is_main):
             pass
     processes.finish()
     if processes.is_main:
         del pipe, networks
         names = [variant.name for variant in variants]
-        found = {j.name: {n: scored(j, out / n, plan, device) for n in names} for j in jobs}
+        with_frames = partial(scored, plan=plan, device=device, frames=frames)
+        found = {j.name: {n: with_frames(j, out / n) for n in names} for j in jobs}
         sections = {TITLES[j.name]: measures_of(j, found[j.name], plan.prompts) for j in jobs}
         if tower is not None:
             sections["Diversity"] = diversity(tower, out, names, plan, device)
@@ -252,20 +257,26 @@ def ready(settings: Evaluate, plan: EvaluationPlan, device: torch.device) -> tup
     preview = loading.load_preview("auto", settings.model, dtype)
     preview = preview and preview.to(device)
     for variant in variants:
-        start(pipe, variant, plan, [], preview)
+        frames = Frames(settings.score_frames, settings.video_score)
+        start(pipe, variant, plan, [], preview, frames)
     return variants, jobs, tower, pipe, preview
 
 
-def scored(job: Job, folder: Path, plan: EvaluationPlan, device: torch.device) -> dict[str, Tensor]:
+def scored(
+    job: Job, folder: Path, plan: EvaluationPlan, device: torch.device, frames: Frames
+) -> dict[str, Tensor]:
     """Score a variant's images, except those on disk; returns {component: (prompts, images)}."""
     samples = [
         Sample(picture(folder, i, j), plan.prompts[i], tuple(map(Path, plan.references[i])))
         for i in job.rows
         for j in range(plan.images)
     ]
-    table = Table(folder / f"{job.name}.csv", versioned(job.reward.spec), resume=True)
+    spec = scorer(versioned(job.reward.spec), frames)
+    table = Table(folder / f"{job.name}.csv", spec, resume=True)
+    size = 1 if samples[0].image.is_dir() else BATCH  # a video has many frames
     rows = [texts(sample, job.reward.wants_references) for sample in samples]
-    score(job.reward, [samples[i] for i in table.missing(rows)], table, BATCH, device)
+    missing = [samples[i] for i in table.missing(rows)]
+    score(job.reward, missing, table, size, device, frames=frames)
     table.finish(rows)
     names = ["reward", *component_names(job.reward.parts)]
     columns = {n: torch.tensor([row[n] for row in table.rows], dtype=torch.float64) for n in names}
@@ -322,6 +333,12 @@ def report(
         * bool(settings.steer),
         f"    {line}",
     ]
+    if picture(out / "base", 0, 0).is_dir():
+        frames = Frames(settings.score_frames, settings.video_score)
+        about.append(
+            f"Each is a video, such as base/0000-00/video.webp, whose score is {frames}. The grid "
+            "shows the middle frames, and diversity is measured on them."
+        )
     end = [
         "![the first prompts](grid.png)",
         "Settings: " + ", ".join(f"`{k}={v}`" for k, v in used.items()),
@@ -351,4 +368,4 @@ def show(out: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     """Return the exit status of `exit_status.of_run`."""
     work = partial(run, line=shlex.join(["tilt", "evaluate", *argv]))
-    return exit_status.of_run(OPTIONS, argv, work, "finished images are kept", "*/*.png")
+    return exit_status.of_run(OPTIONS, argv, work, "finished images are kept", "*/[0-9]*")

@@ -33,12 +33,13 @@ from finetune.ranges import (
 )
 from rewards.algebra import calibrate
 from rewards.combine import component_names, names_in
-from rewards.samples import Sample, batches, load_batch, read_samples
+from rewards.samples import Sample, batches, load_batch, open_picture, read_samples
 from steering.frames import Frames
+from steering.outputs import levels
 from tilt import started
 from tilt.commands.rewards import listing
 from tilt.exit_status import of_command
-from tilt.framing import ABOUT_FRAMES, ABOUT_SCORE
+from tilt.framing import ABOUT_FRAMES, ABOUT_SCORE, frames_in
 from tilt.loading import pick_device
 from tilt.options import Options
 from tilt.processes import Processes, Stopped, join
@@ -218,11 +219,13 @@ def score(
     size: int,
     device: torch.device,
     share: tuple[int, int] = (0, 1),
+    frames: Frames = Frames(),  # noqa: B008 (frozen)
 ) -> None:
     """Add a row for each sample: its identity, the total and each component.
 
-    share: this process's index and the number of processes, which divide the batches, so that every
-    image is scored in the batch of one process.
+    Samples may be folders of videos, of which `frames` are scored, in batches of one. share: this
+    process's index and the number of processes, which divide the batches, so that every image is
+    scored in the batch of one process.
     """
     index, count = share
     mine = list(batches(samples, size))[index::count]
@@ -230,8 +233,7 @@ def score(
     every, hidden = there + sum(map(len, mine)), index > 0
     with torch.no_grad(), tqdm(total=every, initial=there, unit="image", disable=hidden) as bar:
         for batch in mine:
-            images, prompts, references = load_batch(batch, device)
-            total, components = reward.evaluate(images, prompts, references=references)
+            total, components = judged(reward, batch, device, frames)
             columns = {"reward": total} | components
             values = {name: column.tolist() for name, column in columns.items()}
             table.add(
@@ -242,6 +244,20 @@ def score(
                 ]
             )
             bar.update(len(batch))
+
+
+def judged(
+    reward: rewards.WeightedSum, batch: Sequence[Sample], device: torch.device, frames: Frames
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the totals (n,) and components of n images, or of one video."""
+    video = [open_picture(path) for path in frames_in(batch[0].image)]
+    if not video:
+        images, prompts, references = load_batch(batch, device)
+        return reward.evaluate(images, prompts, references=references)
+    named = [[open_picture(path) for path in sample.references] for sample in batch]
+    given = named if any(named) else None
+    prompts = [sample.prompt for sample in batch]
+    return frames.evaluate(reward, levels([video]).to(device), prompts, given)
 
 
 def report(rows: Sequence[dict[str, Any]], picture: Path) -> None:
