@@ -20,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from steering.call import frames_of
 from steering.frames import Frames
 from steering.outputs import levels, still
 from steering.pipeline import steer_each
@@ -42,7 +43,7 @@ __all__ = [
     "rewind",
 ]
 
-PER_CALL = 4  # prompts per call of the pipeline
+PER_CALL = 4  # prompts per call of the pipeline that draws images; one of videos
 GRID_ROWS = 8  # held-out prompts in a grid
 
 
@@ -147,7 +148,8 @@ class Watch:
             given = (self.check, self.call, self.frames)
             sheet = draw(pipe, prompts, mine, self.rewards, *given)
             most = range(0, len(prompts), world)
-            if accelerator.is_fsdp2 and _calls(mine) < _calls(most):
+            each = _per_call(pipe, self.call)
+            if accelerator.is_fsdp2 and -(-len(mine) // each) < -(-len(most) // each):
                 # forward passes on other processes need this process's shard of the weights
                 draw(pipe, prompts, range(1), {}, *given)
             sheets = gather_object([sheet])
@@ -168,9 +170,9 @@ def _shares(module: Any, state: dict[str, Any], *_: Any) -> None:
             state[name] = value.to_local()
 
 
-def _calls(prompts: range) -> int:
-    """Return the number of pipeline calls for these prompts."""
-    return -(-len(prompts) // PER_CALL)
+def _per_call(pipe: Any, call: dict[str, Any]) -> int:
+    """Return the number of prompts that a call of the pipeline draws."""
+    return PER_CALL if frames_of(type(pipe), call)[1] == 1 else 1
 
 
 def _first(pair: tuple[int, Any]) -> int:
@@ -202,7 +204,7 @@ def draw(
         check.images,
         PLAIN,
         seed=check.seed,
-        prompts_per_call=PER_CALL,
+        prompts_per_call=_per_call(pipe, call),
         progress=False,
         only=only,
         **call,

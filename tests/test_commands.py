@@ -185,6 +185,7 @@ def small(line: str, page: str, half: bool = False) -> str:
     line = SPEC.sub(_embedded, line)
     line = re.sub(r"--call\.(height|width) (512|1024)", r"--call.\1 16", line)
     line = re.sub(r"--call\.(height|width) 640", r"--call.\1 32", line)
+    line = line.replace("--call.num-frames 33", "--call.num-frames 5")
     if name and "FLUX.2-klein" in line:  # the small encoder has few layers
         line += " --call.text-encoder-out-layers [1]"
     more = [SMALL.get(name, ""), ALSO.get(page, {}).get(name, "")]

@@ -1,6 +1,6 @@
 """Videos of several frames from rollouts to a LoRA, by the commands and in bfloat16."""
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 
 import csv
 import json

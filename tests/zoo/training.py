@@ -286,6 +286,9 @@ three ways, each of which is one sentence before training:
 3. Its call does more than predict: it changes the latents before its first step, computes without
    gradients, or its scheduler is neither a flow nor has betas.
 
+Classes that make videos train on videos of several frames in the same way, by the same commands
+(`tests/test_video_training.py`, Wan and LTX); here, most have one frame.
+
 - **same**: a prediction is what the pipeline's own call passes to its scheduler, bit for bit, for
   two prompts.
 - **rows**: rows of different prompts and times in one call are those of a call each, to 1e-5.
