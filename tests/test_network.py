@@ -16,7 +16,7 @@ from zoo.accounts import ANIMALS
 from zoo.building import Animal, call_of, pipeline_of
 from zoo.training import Trained, first_step, rows, same
 
-from finetune import network
+from finetune import network, recording
 from finetune.conditioning import Conditioning, Form, form_of, tensors_of
 from finetune.network import Model, check_kind, predict
 from finetune.recording import Recorder, _is_empty, record
@@ -127,6 +127,30 @@ def test_two_prompts_that_happen_to_have_one_time_are_evaluated_apart(monkeypatc
     for times in ([0.999] * 4, [0.5, 0.5, 0.2, 0.3]):
         model.predict(pipe.unet, given, x, torch.tensor(times))
     assert calls == [(2, 0.999), (2, 0.999), (2, 0.5), (1, 0.2), (1, 0.3)]
+
+
+def test_a_call_that_gives_all_rows_the_first_time_takes_a_single_one(monkeypatch):
+    pipe, call = made("StableDiffusionPipeline")
+    assert record(pipe, PROMPTS[:1], **call).form.times == "rows"
+    real = recording.reached
+
+    def reached(*given: Any) -> Any:
+        found = real(*given)
+        t = found[1]  # the U-Net's timestep
+        return found | {1: t[:1].expand_as(t) if t.ndim else t}
+
+    monkeypatch.setattr(recording, "reached", reached)
+    assert record(pipe, PROMPTS[:1], **call).form.times == "each"
+
+
+def test_what_rows_share_must_be_equal_in_all_of_them():
+    form = Form({}, {"encode_prompt": [{"tensor": "ids"}]}, {"ids": None}, (4,))
+    rows = [{"ids": torch.tensor([0.0, 1.0])}, {"ids": torch.tensor([0.0, 1.0])}]
+    given = Conditioning(form, rows)
+    assert torch.equal(given.results(torch.float32)["encode_prompt"][0], rows[0]["ids"])
+    other = Conditioning(form, [*rows, {"ids": torch.tensor([0.0, 2.0])}])
+    with pytest.raises(ValueError, match=r"ids is the same for all rows .* train on one prompt"):
+        other.results(torch.float32)
 
 
 def test_wan_takes_a_time_for_each_of_its_tokens():

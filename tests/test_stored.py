@@ -11,6 +11,7 @@ from tiny_pipelines import family
 from two_processes import run_pair
 
 from finetune import stored as module
+from finetune.conditioning import Conditioning, Form
 from finetune.recording import Recorder, record
 from finetune.stored import stored
 
@@ -94,3 +95,16 @@ def test_two_processes_have_one_recording(tmp_path):
         "assert len(found) == 2\n"
     )
     run_pair(program, str(tmp_path / "given"), port=71)
+
+
+def test_equal_bytes_of_another_shape_or_dtype_are_other_tensors(tmp_path):
+    zeros = {"a": torch.zeros(1, 2, 3), "b": torch.zeros(1, 3, 2), "c": torch.zeros(1, 6).int()}
+    trees = [{"tensor": name} for name in zeros]
+    form = Form({}, {"encode_prompt": trees}, dict.fromkeys(zeros, 0), (4,))
+    accelerator = Accelerator(cpu=True)
+    given = stored(
+        tmp_path / "given", lambda some: Conditioning(form, [zeros]), ["a"], "m", accelerator
+    )
+    for name, value in zeros.items():
+        found = given.rows[0][name]
+        assert (found.shape, found.dtype) == (value.shape, value.dtype)
