@@ -81,7 +81,13 @@ def check_prompts(prompts: Any) -> tuple[str, ...]:
 
 
 def check_filter(
-    x: object, kernel: object, reward: object, num_steps: object, settings: object, generator: Any
+    x: object,
+    kernel: object,
+    reward: object,
+    num_steps: object,
+    settings: object,
+    generator: Any,
+    on_the_way: object = None,
 ) -> None:
     """Check the arguments of particle_filter()."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -90,7 +96,8 @@ def check_filter(
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: pass (prompts, particles, *shape)")
     check_callable("kernel", kernel, "a function of (step, x) that returns a Transition")
-    check_callable("reward", reward, "a function of x0 that returns (prompts, particles) scores")
+    for name, function in (("reward", reward), ("on_the_way", on_the_way or reward)):
+        check_callable(name, function, "a function of x0 that returns (prompts, particles) scores")
     check_count("num_steps", num_steps)
     check_settings(settings)
     check_generator(generator)

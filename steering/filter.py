@@ -213,34 +213,42 @@ def particle_filter(
     settings: FeynmanKac,
     *,
     generator: Generator,
+    on_the_way: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Population]:
     """Run the filter on any chain; yields a Population per step, the last with closed weights.
 
     x (b, k, *shape) is drawn from the chain's initial law; kernel(step, x) -> Transition proposes
-    the move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0. All
+    the move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0. With
+    on_the_way, that scores the predicted ones in its place; the target stays that of reward. All
     noise comes from `generator`, which also seeds one generator per prompt for resampling, so the
     noise does not depend on whether anything is resampled. Raises ValueError before the first step
     for settings that do not fit num_steps or k, and later for rewards that are not finite. Rewards
     are computed at every scored step, even with min_ess=0, since the populations report them.
     """
-    check_filter(x, kernel, reward, num_steps, settings, generator)
+    check_filter(x, kernel, reward, num_steps, settings, generator, on_the_way)
     scored = scored_steps(num_steps, settings)
     sizes = population_sizes(x.shape[1], len(scored), settings)
     return _run(
-        x, kernel, reward, num_steps, settings, generator, dict(zip(scored, sizes, strict=True))
+        x,
+        kernel,
+        (reward, on_the_way or reward),
+        num_steps,
+        settings,
+        generator,
+        dict(zip(scored, sizes, strict=True)),
     )
 
 
 def _run(
     x: Tensor,
     kernel: Callable[[int, Tensor], Transition],
-    reward: Callable[[Tensor], Tensor],
+    scorers: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
     num_steps: int,
     settings: FeynmanKac,
     generator: Generator,
     sizes: dict[int, int],
 ) -> Iterator[Population]:
-    b, k = x.shape[:2]
+    (b, k), (reward, scout) = x.shape[:2], scorers
     state = start(b, k, x.device)
     seeds = torch.randint(2**62, (b,), generator=generator, device=generator.device).tolist()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -251,7 +259,7 @@ def _run(
         rewards, x0, before = None, move.x0, ess(state.log_weights)
         ancestors = torch.arange(x.shape[1], device=x.device).expand(b, -1)
         if step in sizes:
-            rewards = reward(x0)
+            rewards = scout(x0)
             check_rewards(rewards, step, (b, x.shape[1]), settings.reward_scale)
             scores_done += 1
             state = weigh(state, rewards, settings, scores_done / (len(sizes) + 1))

@@ -28,7 +28,7 @@ from steering.lineage import Moment, Score, why_nothing_moved
 from steering.result import Steered
 from steering.run import Run
 from steering.schedulers import stochastic
-from steering.scoring import PromptScorer, RewardFunction
+from steering.scoring import PromptScorer, RewardFunction, scout_of
 from steering.seeds import generators
 from steering.settings import FeynmanKac
 from steering.spread import Spread
@@ -57,6 +57,7 @@ def steer(
     watch: Callable[[Moment], None] | None = None,
     score_frames: int | str = "all",
     video_score: str = "mean",
+    on_the_way: RewardFunction | None = None,
     **pipe_kwargs: Any,
 ) -> Steered:
     """Draw `particles` weighted images per prompt from p(x0 | prompt) exp(λ r(x0, prompt)).
@@ -86,6 +87,9 @@ def steer(
             "first", or a number of evenly spaced ones. Only a first frame that depends on no other
             can be decoded alone; otherwise every score decodes the whole video.
         video_score: The score of a video: the "mean" or the "min" of its frames' scores.
+        on_the_way: Another reward for the images scored during the run, such as a cheaper one, on
+            the same scale. The final images are weighed by exp(λ r) of `reward`, so that the target
+            is the same; references reach both rewards if they take any.
         pipe_kwargs: Keywords of the pipeline's own call.
 
     Raises ValueError before any step for arguments that cannot work, and during the run for a
@@ -132,6 +136,7 @@ def steer_each(
     watch: Callable[[Moment], None] | None = None,
     score_frames: int | str = "all",
     video_score: str = "mean",
+    on_the_way: RewardFunction | None = None,
     only: Sequence[int] | None = None,
     **pipe_kwargs: Any,
 ) -> Iterator[Steered]:
@@ -155,6 +160,7 @@ def steer_each(
         pipe=pipe,
         call=call,
         judge=PromptScorer(reward, prompts, references, frames),
+        scout=scout_of(on_the_way, prompts, references, frames),
         prompts=prompts,
         k=particles,
         settings=replace(settings, noise=noise),

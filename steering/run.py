@@ -52,6 +52,7 @@ class Run:
     pipe: DiffusionPipeline
     call: PipelineCall
     judge: PromptScorer
+    scout: PromptScorer | None  # scores during the run in place of the judge
     prompts: tuple[str, ...]
     k: int
     settings: FeynmanKac
@@ -199,7 +200,7 @@ class Run:
 
         def judge(x0: Tensor) -> tuple[Tensor, Tensor | None]:
             outputs = decoder.images(x0, rows)
-            return self.judge.score(outputs, indices), shown(outputs)
+            return (self.scout or self.judge).score(outputs, indices), shown(outputs)
 
         particles = Particles(
             len(indices),
@@ -384,6 +385,7 @@ class Run:
             references=self.judge.references,
             preview=self.preview,
             reward=self.judge.name,
+            on_the_way=None if self.scout is None else self.scout.name,
             particles=self.k,
             seed=self.seed,
             max_batch=self.rows.max_batch or "auto",

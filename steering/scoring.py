@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steering.frames import Frames
 
-__all__ = ["PromptScorer", "RewardFunction"]
+__all__ = ["PromptScorer", "RewardFunction", "scout_of"]
 
 
 class RewardFunction(Protocol):
@@ -131,6 +131,20 @@ class PromptScorer:
                 f"{what}s; return one number per {what}, ({len(images)},)."
             )
         return scores
+
+
+def scout_of(
+    reward: Any, prompts: Sequence[str], references: Sequence[Any] | None, frames: Frames
+) -> PromptScorer | None:
+    """Return what scores during a run in place of its reward, or None for None."""
+    if reward is None:
+        return None
+    if not callable(reward):
+        raise ValueError(
+            f"on_the_way is a {type(reward).__name__}; pass a function of (images, prompts), or "
+            "None for the reward itself."
+        )
+    return PromptScorer(reward, prompts, references if _wants_references(reward) else None, frames)
 
 
 def _wants_references(reward: Any) -> bool:

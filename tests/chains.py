@@ -105,6 +105,11 @@ def close_with_maximum(state: FilterState, rewards: Tensor, settings: FeynmanKac
     return state._replace(log_weights=settings.reward_scale * peak - state.anchor)
 
 
+def close_not(state: FilterState, rewards: Tensor, settings: FeynmanKac) -> FilterState:
+    """Planted bug: the final reward is forgotten, so the target is that of the last score."""
+    return state
+
+
 def move_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted bug: x_{t-1} is drawn first, then resampled by the rewards of its parent x_t."""
     chosen = []

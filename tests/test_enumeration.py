@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from chains import (
+    close_not,
     close_with_maximum,
     every_potential,
     every_tempering,
@@ -51,9 +52,12 @@ def exact_two_state(scale: float) -> tuple[float, float]:
 
 
 def enumerate_filter(
-    settings: FeynmanKac, monkeypatch: pytest.MonkeyPatch
+    settings: FeynmanKac, monkeypatch: pytest.MonkeyPatch, scout: bool = False
 ) -> tuple[Tensor, Population]:
-    """The probability of every combination (b,), and what the filter makes of each."""
+    """The probability of every combination (b,), and what the filter makes of each.
+
+    scout: whether the predictions are scored by another reward than the final state.
+    """
     choices = torch.cartesian_prod(*[torch.arange(4)] * (1 + STEPS + 2))
     first, noises, outcomes = choices[:, 0], choices[:, 1 : 1 + STEPS], choices[:, 1 + STEPS :]
     chance = FIRST[PAIRS[first]].prod(dim=1) * CHANCE[PAIRS[noises]].flatten(1).prod(dim=1)
@@ -80,10 +84,16 @@ def enumerate_filter(
         table = torch.tensor([FINAL_REWARD, *PREDICTED], dtype=torch.float64)
         return table[step, parity]
 
+    def ends(x: Tensor) -> Tensor:
+        assert (x < 10).all(), "the reward was asked for a prediction"
+        return reward(x)
+
     monkeypatch.setitem(RESAMPLERS, "multinomial", enumerated)
     monkeypatch.setattr(fk, "_noise_like", noise)
     x = PAIRS[first].double()
-    final = last(particle_filter(x, kernel, reward, STEPS, settings, generator=seeded()))
+    scorers = (ends, {"on_the_way": lambda x0: 0.5 - 2 * reward(x0)}) if scout else (reward, {})
+    reached, more = scorers
+    final = last(particle_filter(x, kernel, reached, STEPS, settings, generator=seeded(), **more))
     return chance, final
 
 
@@ -96,17 +106,19 @@ def two_state_settings(**fields) -> FeynmanKac:
 @every_tempering
 @pytest.mark.parametrize("min_ess", [0.0, 0.95, 1.0])
 @pytest.mark.parametrize("funnel", [(), (2, 1)])
+@pytest.mark.parametrize("scout", [False, True])
 def test_enumeration_of_a_two_state_chain_gives_z_exactly(
     potential: str,
     tempering: str,
     min_ess: float,
     funnel: tuple[int, ...],
+    scout: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = two_state_settings(
         potential=potential, tempering=tempering, min_ess=min_ess, funnel=funnel
     )
-    chance, final = enumerate_filter(settings, monkeypatch)
+    chance, final = enumerate_filter(settings, monkeypatch, scout)
     z, odd = exact_two_state(settings.reward_scale)
     estimates = final.log_z.exp()
     assert chance.sum().item() == pytest.approx(1, abs=1e-12)
@@ -117,17 +129,18 @@ def test_enumeration_of_a_two_state_chain_gives_z_exactly(
 
 
 @pytest.mark.parametrize(
-    ("name", "bug", "potential"),
+    ("name", "bug", "potential", "scout"),
     [
-        ("resample", resample_and_drop, "difference"),
-        ("close", close_with_maximum, "max"),
+        ("resample", resample_and_drop, "difference", False),
+        ("close", close_with_maximum, "max", False),
+        ("close", close_not, "difference", True),
     ],
 )
 def test_enumeration_rejects_planted_bugs(
-    name: str, bug: Callable, potential: str, monkeypatch: pytest.MonkeyPatch
+    name: str, bug: Callable, potential: str, scout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = two_state_settings(potential=potential, min_ess=0.95)
     z, _ = exact_two_state(settings.reward_scale)
     monkeypatch.setattr(fk, name, bug)
-    chance, final = enumerate_filter(settings, monkeypatch)
+    chance, final = enumerate_filter(settings, monkeypatch, scout)
     assert abs((chance * final.log_z.exp()).sum().item() - z) > 0.01 * z

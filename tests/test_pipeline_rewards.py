@@ -20,6 +20,7 @@ from steering import steer
 from steering.call import PipelineCall
 from steering.lineage import Score, why_nothing_moved
 from steering.pipeline import steer_each
+from tilt.report import recipe
 
 
 def test_a_run_that_never_resampled_says_so_once(caplog):
@@ -134,6 +135,33 @@ def kontext():
     pipe, keywords = family("flux")
     more = {"image": picture(), "max_area": 256, "_auto_resize": False}
     return FluxKontextPipeline(**pipe.components), keywords | more
+
+
+def test_another_reward_scores_on_the_way_and_the_target_stays():
+    pipe, keywords = family("sd")
+
+    def darkness(images, prompts):
+        darkness.seen += len(images)
+        return -brightness(images, prompts)
+
+    darkness.seen, settings = 0, Settings(reward_scale=3.0, min_ess=1.0, num_scores=2)
+    run = {"particles": 3, "settings": settings, "progress": False, **keywords}
+    dark = steer(pipe, PROMPT, darkness, **run)
+    darkness.seen = 0
+    out = steer(pipe, PROMPT, brightness, on_the_way=darkness, **run)
+    assert darkness.seen == 2 * 3  # the final images are not among them
+    for score, alone in zip(out.lineage.scores, dark.lineage.scores, strict=True):
+        assert torch.equal(score.rewards, alone.rewards)
+        assert torch.equal(score.ancestors, alone.ancestors)
+    assert torch.equal(out.latents, dark.latents)
+    assert torch.equal(out.rewards, -dark.rewards)  # of the same images
+    gap = 3.0 * (out.rewards - dark.rewards)
+    torch.testing.assert_close(out.log_weights - dark.log_weights, gap, atol=1e-4, rtol=1e-5)
+    assert (out.manifest["reward"], out.manifest["on_the_way"]) == ("brightness", "darkness")
+    assert dark.manifest["on_the_way"] is None
+    assert "    on_the_way=on_the_way,\n" in recipe.call(out.manifest)
+    with pytest.raises(ValueError, match="on_the_way is a str; pass a function of"):
+        steer(pipe, PROMPT, brightness, on_the_way="clip", **run)
 
 
 @pytest.mark.parametrize("build", [lambda: family("img2img"), kontext], ids=["img2img", "kontext"])

@@ -300,6 +300,20 @@ def test_one_grid_of_pictures_is_in_memory_at_a_time(finished, tmp_path, monkeyp
     assert events == ["read", "read", "draw", "read", "draw"]
 
 
+def test_another_reward_scores_on_the_way(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["a", "--model", model, "--reward", "jpeg", "--on-the-way", "0.5*jpeg", "--compare"]
+    words += ["--steps", "4", "--particles", "2", "--height", "32", "--width", "32"]
+    assert script.main([*words, "--out", str(out)]) == 0
+    read = lambda path: json.loads((path / "manifest.json").read_text(encoding="utf-8"))  # noqa: E731
+    assert read(out)["settings"]["on_the_way"] == "0.5*jpeg"
+    assert read(next(out.glob("*/steered")))["on_the_way"] == "0.5*jpeg"
+    assert read(next(out.glob("*/plain")))["on_the_way"] is None
+    capsys.readouterr()
+    assert script.main([*words[:5], "--on-the-way", "ocr", "--out", str(tmp_path / "other")]) == 2
+    assert "quot" in capsys.readouterr().err  # ocr needs a text in quotes, said before the model
+
+
 def test_prompts_per_call_share_a_folder(model, tmp_path):
     arguments = ["one", "two", "three", "--model", model, *SMALL, "--prompts-per-call", "2"]
     assert script.main([*arguments, "--out", str(tmp_path)]) == 0

@@ -105,7 +105,7 @@ def check_spread(settings: FeynmanKac, args: Steer, count: int) -> None:
 def run(args: Steer, command: Sequence[str]) -> int:
     """Check everything, the cheapest check first; then steer the unfinished prompts."""
     processes = join(args.device)
-    prompts, settings, reward = processes.agree(lambda: prepare(args, processes))
+    prompts, settings, scores = processes.agree(lambda: prepare(args, processes))
 
     def begin() -> tuple[Path, list[Path]]:
         out = open_folder(args, prompts, command)
@@ -116,7 +116,7 @@ def run(args: Steer, command: Sequence[str]) -> int:
     mine = pending if args.spread else pending[processes.index :: processes.count]
     folders = sorted(folder for share in shares for folder in share.batches)
     try:
-        work = processes.agree(lambda: ready(args, settings, reward, shares, mine, processes))
+        work = processes.agree(lambda: ready(args, settings, scores, shares, mine, processes))
         with processes.together() if args.spread else contextlib.nullcontext():
             keep_all(work, len(mine), processes, args.spread)
         processes.finish()
@@ -130,8 +130,11 @@ def run(args: Steer, command: Sequence[str]) -> int:
     return 0
 
 
-def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac, Any]:
-    """Check what needs no model; args.device, dtype and reward become those of the run."""
+def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac, list[Any]]:
+    """Check what needs no model, and load the reward and that of the scores on the way, or None.
+
+    args.device, dtype and reward become those of the run.
+    """
     prompts = read_prompts(args)
     settings = FeynmanKac(**vars(args.filter))
     check_window(settings, args, call_keywords(args))
@@ -148,13 +151,14 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
     if args.reward is None:
         args.reward = "clip(tiny)" if args.model in tiny.NAMES else "clip"
     args.preview = loading.pick_preview(args.preview, args.model)
-    reward = None
-    if not is_finished(args, prompts):
-        started.say(f"loading {args.reward}")
-        reward = rewards.load(args.reward, device, imports=True)
-        reward.check([prompt.text for prompt in prompts])
-        check_references(prompts, reward)
-    return prompts, settings, reward
+    specs, scores = (args.reward, args.on_the_way), [None, None]
+    for i, spec in enumerate(specs):
+        if spec is not None and not is_finished(args, prompts):
+            started.say(f"loading {spec}")
+            scores[i] = rewards.load(spec, device, imports=True)
+            scores[i].check([prompt.text for prompt in prompts])
+            check_references(prompts, scores[i])
+    return prompts, settings, scores
 
 
 def check_references(prompts: Sequence[Prompt], reward: rewards.WeightedSum) -> None:
@@ -198,7 +202,7 @@ Work = Generator[tuple[Path, "dict[str, Steered]"], None, None]
 def ready(
     args: Steer,
     settings: FeynmanKac,
-    reward: Any,
+    scores: Sequence[Any],
     shares: Sequence[runs.Share],
     mine: Sequence[Path],
     processes: Processes,
@@ -214,7 +218,8 @@ def ready(
         return None
     pending = runs.among(shares, mine)
     kinds = kinds_of_call(args, settings, preview)
-    kinds["steered"]["progress"] = processes.is_main
+    reward, scout = scores
+    kinds["steered"] |= {"progress": processes.is_main, "on_the_way": scout}
     for call in kinds.values():
         name_frames(pipe, call)
     runs.check_calls(pipe, reward, pending, kinds)

@@ -123,6 +123,13 @@ class Steer:
         "for an embedded model)",
         MODEL,
     )
+    on_the_way: str | None = setting(
+        None,
+        optional(TEXT),
+        "a reward for the intermediate scores alone, such as a cheaper one; the final images are "
+        "weighed by --reward",
+        MODEL,
+    )
     preview: str = setting(
         "auto",
         NAME,

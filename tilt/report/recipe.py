@@ -18,7 +18,7 @@ def command(manifest: dict[str, Any]) -> str:
 def call(manifest: dict[str, Any]) -> str:
     """Return Python code that repeats the call.
 
-    pipe, reward, and the function decode if one was given, must be defined beforehand.
+    pipe, reward, and decode and on_the_way if they were given, must be defined beforehand.
     Every value is written as a literal, so that no text of a manifest becomes code.
     """
     names = (
@@ -29,9 +29,11 @@ def call(manifest: dict[str, Any]) -> str:
     given["settings"] = _Code("FeynmanKac", _tuples(manifest["settings"]))
     given |= manifest.get("pipeline_keywords", {})
     model = [manifest.get("pipeline"), manifest.get("model")]
+    scout = manifest.get("on_the_way")
     lines = [
         "from steering import FeynmanKac, steer\n",
         f"# pipe: {model!r}, reward: {manifest.get('reward')!r}",
+        *([f"# on_the_way: {scout!r}"] if scout else []),
         f"prompts = {manifest['prompts']!r}",
         "out = steer(",
         "    pipe,",
@@ -39,6 +41,7 @@ def call(manifest: dict[str, Any]) -> str:
         "    reward,",
         *(f"    {name}={value!r}," for name, value in given.items()),
         *(["    decode=decode,"] if manifest.get("decode") is True else []),
+        *(["    on_the_way=on_the_way,"] if scout else []),
         ")",
     ]
     return "\n".join(lines)
