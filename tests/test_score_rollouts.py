@@ -199,3 +199,12 @@ def test_the_references_of_the_prompts_reach_the_reward(tmp_path, capsys):
     (tmp_path / "green.png").unlink()
     assert call(tmp_path / "run", "dino(random:0)") == 2
     assert "green.png" in capsys.readouterr().err
+
+
+def test_images_have_no_frames_to_choose(folder, capsys):
+    assert call(folder, "jpeg", "--video-score=min") == 2
+    assert "there are no videos of several frames here" in capsys.readouterr().err
+    assert not list(folder.glob("*/rewards.parquet"))
+    assert call(folder / "elsewhere", "jpeg", "--score-frames=first") == 2
+    said = capsys.readouterr().err
+    assert "--score-frames is 'first' but has no effect, because" in said

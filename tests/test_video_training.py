@@ -209,7 +209,7 @@ def test_what_learns_from_images_refuses_videos(root, name, original, tmp_path, 
         Image.new("RGB", (16, 16)).save(tmp_path / f"{index}.png")
     words = [f"--rollouts={run}", f"--references={tmp_path}", f"--out={out}"]
     assert train_critic.main(words) == 2
-    assert "holds videos, and a critic learns from images" in capsys.readouterr().err
+    assert "holds videos; a critic learns from images" in capsys.readouterr().err
     words = [f"--prompts={root / 'prompts.txt'}", f"--model={root / name}"]
     words += [f"--out={out}", "--reward=jpeg", "--call.num-frames=5"]
     assert train_adversarial.main(words) == 2

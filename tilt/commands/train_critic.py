@@ -161,7 +161,9 @@ def read_samples(folders: Sequence[str]) -> tuple[list[Sample], tuple[int, int]]
     for folder in folders:
         for shard in Rollouts(Path(folder)).shards:
             if shard.num_frames():
-                raise ValueError(f"{folder} holds videos, and a critic learns from images")
+                raise ValueError(
+                    f"{folder} holds videos; a critic learns from images: leave it out"
+                )
             rows = shard.table(["prompt", "image"])
             samples += [(row["prompt"], row["image"]["bytes"]) for row in rows]
         with Image.open(io.BytesIO(samples[-1][1])) as picture:

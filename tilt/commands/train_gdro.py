@@ -142,10 +142,12 @@ def prompts_of(runs: Sequence[Rollouts]) -> list[str]:
 
 def described(run: Rollouts) -> str:
     """Return the model card's line about rollouts."""
-    plan = run.manifest["plan"]
+    plan, steered = run.manifest["plan"], ""
+    if plan["steered"] and run.shards[0].num_frames():
+        steered = f", steered by {Frames(plan['score_frames'], plan['video_score'])}"
     return (
         f"{counted(len(plan['prompts']), 'prompt')}, {plan['images']} plain and "
-        f"{plan['steered']} steered images each, seed {plan['seed']}, "
+        f"{plan['steered']} steered images each{steered}, seed {plan['seed']}, "
         f"call {json.dumps(plan['call'])}; fingerprint of the network that generated them: "
         f"{run.manifest['weights']}"
     )
