@@ -176,6 +176,8 @@ def test_steered_videos_say_by_which_frames(root, tmp_path):
     assert drawn(root, "wan", out, *words) == 0
     plan = json.loads((out / "manifest.json").read_text())["plan"]
     assert (plan["score_frames"], plan["video_score"]) == (2, "min")
+    card = train_gdro.described(Rollouts(out))
+    assert "2 steered images each, steered by the minimum of 2 evenly spaced frames, seed 0" in card
     for shard in Rollouts(out).shards:  # never resampled: the weights are those of final scores
         rows = shard.table(["log_weight", "settings"])
         scale = json.loads(rows[0]["settings"])["reward_scale"]
