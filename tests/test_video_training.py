@@ -28,6 +28,7 @@ from rewards.samples import open_picture
 from steering.frames import Frames, evenly_spaced
 from tilt import loading
 from tilt.commands import evaluate, rollout, score, train_adversarial, train_critic, train_gdro
+from tilt.framing import frames_in
 
 SIZES = {"wan": (5, 16), "ltx": (9, 32)}  # frames and pixels a side
 
@@ -302,3 +303,13 @@ def test_a_plain_evaluation_of_videos_is_scored_again_by_another_rule(root, name
     frames = sorted((tmp_path / "out" / "base" / "0000-00" / "video").glob("*.png"))
     each = [rewards.load("jpeg")(to_images([open_picture(p)]), ["a"]).item() for p in frames]
     assert found == pytest.approx({"all": sum(each) / len(each), "first": each[0]}, rel=1e-6)
+
+
+def test_a_video_without_one_of_its_frames_is_refused(tmp_path):
+    (tmp_path / "video").mkdir()
+    for i in (0, 1, 3):
+        (tmp_path / "video" / f"{i:04d}.png").touch()
+    with pytest.raises(ValueError, match=r"video has no 0002\.png, a frame of its video; delete"):
+        frames_in(tmp_path)
+    (tmp_path / "video" / "0002.png").touch()
+    assert [file.name for file in frames_in(tmp_path)] == [f"{i:04d}.png" for i in range(4)]

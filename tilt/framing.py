@@ -15,8 +15,18 @@ ABOUT_SCORE = "score of a video: the mean or the minimum of its frames' scores"
 
 
 def frames_in(folder: Path) -> list[Path]:
-    """Return the PNGs of the frames of a video that `tilt evaluate` saved in a folder."""
-    return sorted(folder.glob("video/*.png"))
+    """Return the PNGs of the frames of a video that `tilt evaluate` saved in a folder.
+
+    Raises ValueError if one of them is missing before the last.
+    """
+    found = sorted(folder.glob("video/*.png"))
+    for i, file in enumerate(found):
+        if file.name != f"{i:04d}.png":
+            raise ValueError(
+                f"{file.parent} has no {i:04d}.png, a frame of its video; delete {folder} and "
+                "repeat the command with resume=true"
+            )
+    return found
 
 
 def scorer(reward: str, frames: Frames) -> str:
