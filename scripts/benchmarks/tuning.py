@@ -245,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             row = one(args, name, changes)
             file = args.out / args.task / args.model / f"{name.replace(' ', '-')}.json"
             file.write_text(json.dumps(row))
-    rows = [json.loads(file.read_text()) for file in args.out.glob("*/*/*.json")]
+    files = [file for file in args.out.glob("*/*/*.json") if not file.match("*.time.json")]
+    rows = [json.loads(file.read_text()) for file in files]
     order = ["default", *VARIATIONS, STEERED, ROUNDS]
     print(markdown(sorted(rows, key=lambda r: (r["task"], r["model"], order.index(r["name"])))))
