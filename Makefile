@@ -6,6 +6,7 @@ DEV := .venv/.dev
 APP := .venv/.app
 BROWSER := .venv/.browser
 DOCS := .venv/.docs
+QUANTIZE := .venv/.quantize
 DEMO_OUT ?= out/demo
 DEMO_ARGS ?= --particles 4 --steps 20
 TUNED := $(DEMO_OUT)/tuned
@@ -19,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 PORTABLE := $(addprefix tests/test_, $(addsuffix .py, pipeline_parity decoding embedded checks evaluate \
   rollouts spread nft gdro rewards_clip rewards_siglip rewards_towers))
 
-.PHONY: help setup demo demo-objects demo-tuned app test test-portable test-slow test-browser test-docs lint wheel docs
+.PHONY: help setup demo demo-objects demo-tuned app test test-portable test-slow test-browser test-docs test-quantize lint wheel docs
 help:
 	@echo "make setup          create .venv with everything for development"
 	@echo "make demo           draw steered words with the embedded model, in $(DEMO_OUT)/words"
@@ -31,6 +32,7 @@ help:
 	@echo "make test-slow      run the tests that take minutes"
 	@echo "make test-browser   test the app in Chromium (needs Debian's chromium-driver)"
 	@echo "make test-docs      run every command of the README and docs/ at a small size (minutes)"
+	@echo "make test-quantize  install torchao, which writes to every command's output, and test 8 bits"
 	@echo "make lint           run ruff and pyright"
 	@echo "make wheel          build the wheel and check its contents"
 	@echo "make docs           build the documentation in site/; broken links are errors"
@@ -55,6 +57,10 @@ $(APP): $(READY)
 
 $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+$(QUANTIZE): $(DEV)
+	$(BIN)/python -m pip install --quiet --editable '.[quantize]'
 	@touch $@
 
 $(BROWSER): $(DEV)
@@ -106,6 +112,9 @@ test-browser: $(BROWSER)
 
 test-docs: $(DEV)
 	$(PYTEST) -m slow tests/test_commands.py
+
+test-quantize: $(QUANTIZE)
+	$(PYTEST) tests/test_quantization.py tests/test_offloading.py
 
 app: $(APP)
 	$(BIN)/tilt app

@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import tiny_parts
 import tiny_pipelines
 import torch
 from diffusers.models import attention as diffusers_attention
@@ -126,7 +127,7 @@ def test_dual_attention_of_sd35_too(use, switch):
     ops = use(COMPUTES)
     pipe, keywords = tiny_pipelines.family("sd3")
     config = {**pipe.transformer.config, "qk_norm": "rms_norm", "dual_attention_layers": (0,)}
-    pipe.transformer = tiny_pipelines._seeded(diffusers.SD3Transformer2DModel, config)
+    pipe.transformer = tiny_parts.seeded(diffusers.SD3Transformer2DModel, config)
     before = latents(pipe, keywords)
     switch(pipe, "xformers")
     after = latents(pipe, keywords)

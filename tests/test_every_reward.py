@@ -96,7 +96,7 @@ def answers(monkeypatch):
     def first(self: Any, pictures: Any, question: str, words: Any) -> tuple[list[float], float]:
         return [pictures[-1].mean() / 255 for _ in words], 0.0
 
-    served = Served("jpeg", "", ("jpeg",), (None, 0.0), False, 2**26, 2**10, 2**24)
+    served = Served("jpeg", "", ("jpeg",), (None, 0.0), False, False, 2**26, 2**10, 2**24)
     reward = JpegReward()
 
     def score(self: Any, request: bytes, stop: Any) -> bytes:

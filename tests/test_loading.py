@@ -6,6 +6,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import tiny_parts
 import tiny_pipelines
 import torch
 from command_line import SMALL, refused
@@ -151,11 +152,11 @@ def published(family, **config):
     if family == "sd3":
         channels = {"in_channels": 16, "out_channels": 16}
         config = {**pipe.transformer.config, **channels}
-        parts["transformer"] = tiny_pipelines._seeded(SD3Transformer2DModel, config)
+        parts["transformer"] = tiny_parts.seeded(SD3Transformer2DModel, config)
         pipe = StableDiffusion3Pipeline(**parts)
     elif family == "flux":
         config = {**pipe.transformer.config, "in_channels": 64}
-        parts["transformer"] = tiny_pipelines._seeded(FluxTransformer2DModel, config)
+        parts["transformer"] = tiny_parts.seeded(FluxTransformer2DModel, config)
         pipe = FluxPipeline(**parts)
     elif family == "sd":
         pipe = type(pipe)(**parts, requires_safety_checker=False)
@@ -180,7 +181,7 @@ def served(monkeypatch):
         asked.append(name)
         channels = 16 if name.endswith(("sd3", "f1")) else 4
         config = {**PUBLISHED, "latent_channels": channels}
-        return tiny_pipelines._seeded(AutoencoderTiny, config).to(dtype)
+        return tiny_parts.seeded(AutoencoderTiny, config).to(dtype)
 
     monkeypatch.setattr(AutoencoderTiny, "from_pretrained", from_pretrained)
     monkeypatch.setattr(loading, "where", lambda name: (name, False))

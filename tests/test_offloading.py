@@ -159,7 +159,8 @@ def test_loras_that_are_loaded_later_are_offloaded_too(offload, tmp_path):
 
 def test_offloading_may_differ_when_an_evaluation_is_resumed(tmp_path):
     plan = EvaluationPlan(("a",), ((),), 1, 0)
-    asked = {"offload": "none", "resume": False, "dtype": "float32"}
+    frames = {"score_frames": "all", "video_score": "mean"}
+    asked = {"offload": "none", "resume": False, "dtype": "float32"} | frames
     drawn = asdict(plan) | {"variants": [{"name": "base"}]}
     manifest, found = {"pictures": drawn}, {"settings": asked, "lora": None}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
