@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def samples(tmp_path_factory) -> Path:
     return folder
 
 
-def pictures_of(folder: Path) -> list[tuple[str, Image.Image]]:
+def pictures_of(folder: Path) -> list[tuple[str, Any]]:
     shards = Rollouts(folder).shards
     prompts = [row["prompt"] for shard in shards for row in shard.table(["prompt"])]
     return list(zip(prompts, (x for shard in shards for x in shard.images()), strict=True))

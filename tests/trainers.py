@@ -36,7 +36,8 @@ def data_of(pipe, call, m=4):
 
 
 def gdro(pipe, call, accelerator: Any = None, **changed):
-    settings = Gdro(**SMALL | {"k": 3, "micro_groups": 1} | changed)
+    more: dict[str, Any] = SMALL | {"k": 3, "micro_groups": 1} | changed
+    settings = Gdro(**more)
     model, data = Model(pipe), data_of(pipe, call)
     accelerator = accelerator or Accelerator(cpu=True)
     return GdroTrainer(getattr(pipe, model.part), model, data, settings, accelerator)
@@ -49,7 +50,7 @@ def brightness(images, prompts):
 
 def grpo(pipe, call, score=brightness, **changed):
     steps: dict[str, Any] = {"num_inference_steps": 4}
-    more = SMALL | steps | {"groups": 3} | changed
+    more: dict[str, Any] = SMALL | steps | {"groups": 3} | changed
     model, settings = Model(pipe), Grpo(**more)
     given = record(pipe, PROMPTS, **call | steps | {"guidance_scale": 1.0})
     decode, schedule = decoder_of(model, pipe, given), schedule_of(model, given)

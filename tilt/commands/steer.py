@@ -151,8 +151,8 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
     if args.reward is None:
         args.reward = "clip(tiny)" if args.model in tiny.NAMES else "clip"
     args.preview = loading.pick_preview(args.preview, args.model)
-    specs, scores = (args.reward, args.on_the_way), [None, None]
-    for i, spec in enumerate(specs):
+    scores: list[Any] = [None, None]
+    for i, spec in enumerate((args.reward, args.on_the_way)):
         if spec is not None and not is_finished(args, prompts):
             started.say(f"loading {spec}")
             scores[i] = rewards.load(spec, device, imports=True)
