@@ -40,6 +40,14 @@ def ran(processes: int, *words: str) -> tuple[str, str]:
     return out, err
 
 
+def told(err: str) -> list[str]:
+    """What the command said, but for what every process loads."""
+    lines = [
+        line[line.index("tilt steer: ") :] for line in err.splitlines() if "tilt steer: " in line
+    ]
+    return [line for line in lines if not line.startswith("tilt steer: loading ")]
+
+
 def pictures(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
 
@@ -114,7 +122,7 @@ def test_a_run_that_lost_a_process_keeps_what_is_finished_and_is_resumed(one, tm
     kept = results(out)
     assert 0 < len(kept) < len(PROMPTS)
     assert all(files == results(alone)[name] for name, files in kept.items())
-    (said,) = [line for line in err.splitlines() if "tilt steer: " in line]
+    (said,) = told(err)
     why = "interrupted" if who == "launcher" else "another process died"
     assert why in said
     assert f"of 8 are finished and kept: repeat the command with --out {out} --resume" in said
@@ -129,7 +137,7 @@ def test_what_is_refused_is_said_once(one):
     process = started(2, *words, "--out", str(alone))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1  # the launcher's
-    (said,) = [line for line in err.splitlines() if line.startswith("tilt steer: ")]
+    (said,) = told(err)
     assert "holds a run; add --resume, or give another --out" in said
 
 
@@ -154,7 +162,7 @@ def test_a_spread_population_that_lost_a_process_says_what_is_kept(one, tmp_path
     words, _ = one
     out = tmp_path / "out"
     err = ended(started(2, *words, "--particles", "4", "--spread", "--out", str(out)), "1", out)
-    (said,) = [line for line in err.splitlines() if "tilt steer: " in line]
+    (said,) = told(err)
     assert "another process died" in said
     assert f"repeat the command with --out {out} --resume" in said
     assert "rank      : 1" in err.partition("Root Cause")[2]
@@ -173,7 +181,7 @@ def test_a_spread_that_cannot_be_is_refused_before_a_folder_is_made(
     process = started(processes, *words)
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
-    (said,) = [line for line in err.splitlines() if line.startswith("tilt steer: --")]
+    (said,) = told(err)
     assert why in said
     assert not out.exists()
 
