@@ -86,6 +86,10 @@ ELSEWHERE = {
     r"^make app|^tilt app": ("tests/test_app_browser.py", r"\"scripts/app\.py\""),
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
+    r"^tilt .*--follow\b": (  # jobs that wait for one another
+        "tests/test_following.py",
+        "follow",
+    ),
     r"^tilt train adversarial .* runs/(?:flux|zimage|wan)-online ": (  # for time
         "tests/test_configs.py",
         "commands_of_the_recipes_are_understood",
