@@ -102,7 +102,7 @@ test-portable: export ATEN_CPU_CAPABILITY = default
 test-portable: export ONEDNN_MAX_CPU_ISA = SSE41
 test-portable: $(DEV)
 	$(BIN)/python -m pytest -q tests/test_scale.py tests/test_configs.py -k allocator
-	TILT_TEST=noise=8 $(PYTEST) $(PORTABLE)
+	TILT_TEST=noise=8 $(BIN)/python -m pytest -q $(PORTABLE)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -q -m slow
