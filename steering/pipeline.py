@@ -73,7 +73,7 @@ def steer(
             come from the pipeline's own decoder, and the final reward is that of the 8-bit image.
         decode: Latents (n, ...) -> floats in place of the pipeline's own decoder: images in [0, 1],
             (n, 3, h, w); videos (n, frames, 3, h, w); or a pair of waveforms in [-1, 1], (n,
-            channels, samples), and their sampling rate in Hz. It replaces preview and preview_size.
+            channels, samples), and their sampling rate in Hz. Refused beside preview, preview_size.
         max_batch: Maximum number of rows that the network evaluates at once. If memory runs out,
             it is halved as often as necessary, also for "auto" (or None), but not with spread.
         preview_size: The sides of the images scored during the run, as a share of the final ones.
@@ -87,9 +87,8 @@ def steer(
             "first", or a number of evenly spaced ones. Only a first frame that depends on no other
             can be decoded alone; otherwise every score decodes the whole video.
         video_score: The score of a video: the "mean" or the "min" of its frames' scores.
-        on_the_way: Another reward for the images scored during the run, such as a cheaper one, on
-            the same scale. The final images are weighed by exp(λ r) of `reward`, so that the target
-            is the same; references reach both rewards if they take any.
+        on_the_way: Another reward, of the same scale, for what is scored during the run. The final
+            images are weighed by exp(λ r) of `reward`, so the target is the same.
         pipe_kwargs: Keywords of the pipeline's own call.
 
     Raises ValueError before any step for arguments that cannot work, and during the run for a
@@ -97,13 +96,13 @@ def steer(
     """
     given = dict(locals())  # must come first: the arguments, as steer_each() takes them
     given |= given.pop("pipe_kwargs")
-    if "only" in pipe_kwargs:
-        raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")
     return _joined(given)
 
 
 def _joined(given: dict[str, Any]) -> Steered:
     """Return the results of steer_each() as one; `finished` of an exception has those before it."""
+    if "only" in given:
+        raise ValueError("only= is an argument of steer_each(); pass steer() those prompts alone.")
     parts: list[Steered] = []
     try:
         for part in steer_each(**given):
@@ -154,7 +153,6 @@ def steer_each(
     call = PipelineCall.check(pipe, prompts, pipe_kwargs, ours[:-1])
     if isinstance(references, str):
         references = [call.reference(references)] * len(prompts)
-    noise = stochastic(pipe.scheduler, settings.noise).chain.noise
     frames = Frames(score_frames, video_score)
     run = Run(
         pipe=pipe,
@@ -163,7 +161,7 @@ def steer_each(
         scout=scout_of(on_the_way, prompts, references, frames),
         prompts=prompts,
         k=particles,
-        settings=replace(settings, noise=noise),
+        settings=replace(settings, noise=stochastic(pipe.scheduler, settings.noise).chain.noise),
         seed=seed,
         preview=preview,
         decode=decode,

@@ -8,37 +8,21 @@ import pytest
 import torch
 from test_losses import groups
 
-from finetune import tensor_checks
-from finetune.losses import (
-    best_image_loss,
-    dpo_loss,
-    elbo_weight,
-    gdro_loss,
-    implicit_scores,
-    kto_loss,
-    shuffled_order,
-    soft_preference_loss,
-    target_distribution,
-)
-from finetune.policy_losses import (
-    clipped,
-    group_advantages,
-    guarded_log_ratio,
-    matching_score,
-    nft_loss,
-    policy_loss,
-)
+from finetune import losses, policy_losses, tensor_checks
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: gdro_loss(torch.zeros(2, 1), torch.zeros(2, 1), temperature=1.0), "k of 2"),
-        (lambda: gdro_loss(torch.zeros(2, 3), torch.zeros(2, 4), temperature=1.0), "k of 2"),
-        (lambda: gdro_loss(*groups(), temperature=0.0), "must be positive"),
-        (lambda: gdro_loss(*groups(), temperature=1.0, form="best"), "must be one of"),
-        (lambda: group_advantages(torch.ones(2, 2), spread="batch"), "must be one of"),
-        (lambda: elbo_weight(torch.ones(1), "v"), "must be 'velocity'"),
+        (lambda: losses.gdro_loss(torch.zeros(2, 1), torch.zeros(2, 1), temperature=1.0), "k of 2"),
+        (lambda: losses.gdro_loss(torch.zeros(2, 3), torch.zeros(2, 4), temperature=1.0), "k of 2"),
+        (lambda: losses.gdro_loss(*groups(), temperature=0.0), "must be positive"),
+        (lambda: losses.gdro_loss(*groups(), temperature=1.0, form="best"), "must be one of"),
+        (
+            lambda: policy_losses.group_advantages(torch.ones(2, 2), spread="batch"),
+            "must be one of",
+        ),
+        (lambda: losses.elbo_weight(torch.ones(1), "v"), "must be 'velocity'"),
     ],
 )
 def test_mistakes_are_refused_with_a_sentence(call, message):
@@ -59,35 +43,43 @@ def spoiled(tensor, value):
 
 
 OF_KNOWN = {
-    "gdro": lambda r: gdro_loss(torch.zeros(2, 3), r, temperature=1.0, form="full"),
-    "gdro rank": lambda r: gdro_loss(torch.zeros(2, 3), r, temperature=1.0, form="rank"),
-    "best": lambda r: best_image_loss(PREDS, PREDS, r),
-    "order": shuffled_order,
-    "targets": lambda r: target_distribution(r, 1.0),
-    "advantages": group_advantages,
-    "policy": lambda a: policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), a),
+    "gdro": lambda r: losses.gdro_loss(torch.zeros(2, 3), r, temperature=1.0, form="full"),
+    "gdro rank": lambda r: losses.gdro_loss(torch.zeros(2, 3), r, temperature=1.0, form="rank"),
+    "best": lambda r: losses.best_image_loss(PREDS, PREDS, r),
+    "order": losses.shuffled_order,
+    "targets": lambda r: losses.target_distribution(r, 1.0),
+    "advantages": policy_losses.group_advantages,
+    "policy": lambda a: policy_losses.policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), a),
 }
 
 
 OF_PROBABILITIES = {
-    "soft": lambda p: soft_preference_loss(torch.zeros(4), torch.zeros(4), p),
-    "nft": lambda p: nft_loss(torch.zeros(4, 5), torch.zeros(4, 5), torch.zeros(4, 5), p),
-    "elbo": elbo_weight,
-    "matching": lambda t: matching_score(torch.ones(4, 5), torch.zeros(4, 5), t, time_power=1.0),
+    "soft": lambda p: losses.soft_preference_loss(torch.zeros(4), torch.zeros(4), p),
+    "nft": lambda p: policy_losses.nft_loss(
+        torch.zeros(4, 5), torch.zeros(4, 5), torch.zeros(4, 5), p
+    ),
+    "elbo": losses.elbo_weight,
+    "matching": lambda t: policy_losses.matching_score(
+        torch.ones(4, 5), torch.zeros(4, 5), t, time_power=1.0
+    ),
 }
 
 
 OF_PREDICTED = {
-    "implicit": lambda x: implicit_scores(x, PREDS, PREDS, beta=1.0),
-    "gdro": lambda x: gdro_loss(x[:, :, 0, 0], torch.rand(2, 3), temperature=1.0, form="top1"),
-    "best": lambda x: best_image_loss(x[:1, :1], x[:1, :1] * 0, torch.zeros(1, 1)),
-    "dpo": lambda x: dpo_loss(x, PREDS),
-    "soft": lambda x: soft_preference_loss(x, PREDS, PREDS),
-    "kto": lambda x: kto_loss(x, torch.ones_like(x, dtype=torch.bool)),
-    "policy": lambda x: policy_loss(x, PREDS, PREDS),
-    "nft": lambda x: nft_loss(x, PREDS, PREDS, torch.zeros(2)),
-    "adaptive nft": lambda x: nft_loss(x, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(2)),
-    "matching": lambda x: matching_score(x, PREDS, torch.ones(2), power=0.25),
+    "implicit": lambda x: losses.implicit_scores(x, PREDS, PREDS, beta=1.0),
+    "gdro": lambda x: losses.gdro_loss(
+        x[:, :, 0, 0], torch.rand(2, 3), temperature=1.0, form="top1"
+    ),
+    "best": lambda x: losses.best_image_loss(x[:1, :1], x[:1, :1] * 0, torch.zeros(1, 1)),
+    "dpo": lambda x: losses.dpo_loss(x, PREDS),
+    "soft": lambda x: losses.soft_preference_loss(x, PREDS, PREDS),
+    "kto": lambda x: losses.kto_loss(x, torch.ones_like(x, dtype=torch.bool)),
+    "policy": lambda x: policy_losses.policy_loss(x, PREDS, PREDS),
+    "nft": lambda x: policy_losses.nft_loss(x, PREDS, PREDS, torch.zeros(2)),
+    "adaptive nft": lambda x: policy_losses.nft_loss(
+        x, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(2)
+    ),
+    "matching": lambda x: policy_losses.matching_score(x, PREDS, torch.ones(2), power=0.25),
 }
 
 
@@ -122,10 +114,10 @@ def test_on_a_device_a_wrong_value_makes_the_loss_nan(monkeypatch):
     rewards = spoiled(torch.rand(2, 3), INF)
     for name in ("gdro", "gdro rank", "best", "targets", "policy"):
         if name == "best":
-            loss = best_image_loss(PREDS, PREDS, rewards)
+            loss = losses.best_image_loss(PREDS, PREDS, rewards)
         elif name.startswith("gdro"):
             form = "rank" if "rank" in name else "full"
-            loss = gdro_loss(torch.zeros(2, 3), rewards, temperature=1.0, form=form)
+            loss = losses.gdro_loss(torch.zeros(2, 3), rewards, temperature=1.0, form=form)
         else:
             loss = OF_KNOWN[name](rewards)
         assert loss.isnan().any(), name
@@ -141,41 +133,45 @@ FLAT = torch.zeros(4)
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=0.0),
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=NAN),
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=1.0, weight=torch.ones(7)),
-        lambda: implicit_scores(PREDS, PREDS, PREDS, beta=1.0, weight=torch.ones(5, 2, 3)),
-        lambda: best_image_loss(PREDS, PREDS[:, :2], torch.zeros(2, 3)),
-        lambda: best_image_loss(PREDS, PREDS, torch.zeros(2, 4)),
-        lambda: dpo_loss(FLAT, FLAT[:3]),
-        lambda: dpo_loss(FLAT, FLAT[:1]),
-        lambda: soft_preference_loss(FLAT, FLAT, FLAT[:1]),
-        lambda: kto_loss(FLAT, torch.ones(3, dtype=torch.bool)),
-        lambda: kto_loss(FLAT, torch.ones(4)),
-        lambda: kto_loss(FLAT, torch.ones(4, dtype=torch.bool), weights=(1.0, NAN)),
-        lambda: kto_loss(FLAT, torch.ones(4, dtype=torch.bool), weights=(-1.0, 1.0)),
-        lambda: group_advantages(FLAT),
-        lambda: group_advantages(torch.zeros(4, 1)),
-        lambda: group_advantages(torch.zeros(2, 3), eps=-1.0),
-        lambda: group_advantages(torch.zeros(2, 3), kept=torch.ones(2, 3)),
-        lambda: group_advantages(torch.zeros(2, 3), kept=torch.ones(2, 2, dtype=torch.bool)),
-        lambda: policy_loss(FLAT, FLAT, FLAT[:3]),
-        lambda: policy_loss(FLAT, FLAT, FLAT, clip=0.0),
-        lambda: policy_loss(FLAT, FLAT, FLAT, clip=NAN),
-        lambda: clipped(FLAT, FLAT[:3]),
-        lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(3)),
-        lambda: nft_loss(PREDS, PREDS[:1], PREDS, torch.zeros(2)),
-        lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), beta=NAN),
-        lambda: nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(3)),
-        lambda: matching_score(PREDS, PREDS[:1], torch.ones(2)),
-        lambda: matching_score(PREDS, PREDS, torch.ones(3)),
-        lambda: matching_score(PREDS, PREDS, torch.ones(2), power=1.5),
-        lambda: matching_score(PREDS, PREDS, torch.ones(2), time_power=-1.0),
-        lambda: guarded_log_ratio(FLAT[:2], FLAT[:2], PREDS, PREDS[:1], torch.tensor(0.5)),
-        lambda: guarded_log_ratio(FLAT, FLAT, PREDS, PREDS, torch.tensor(0.5)),
-        lambda: guarded_log_ratio(FLAT[:2], FLAT[:2], PREDS, PREDS, torch.ones(3)),
-        lambda: target_distribution(torch.zeros(2, 3), INF),
-        lambda: gdro_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=NAN),
+        lambda: losses.implicit_scores(PREDS, PREDS, PREDS, beta=0.0),
+        lambda: losses.implicit_scores(PREDS, PREDS, PREDS, beta=NAN),
+        lambda: losses.implicit_scores(PREDS, PREDS, PREDS, beta=1.0, weight=torch.ones(7)),
+        lambda: losses.implicit_scores(PREDS, PREDS, PREDS, beta=1.0, weight=torch.ones(5, 2, 3)),
+        lambda: losses.best_image_loss(PREDS, PREDS[:, :2], torch.zeros(2, 3)),
+        lambda: losses.best_image_loss(PREDS, PREDS, torch.zeros(2, 4)),
+        lambda: losses.dpo_loss(FLAT, FLAT[:3]),
+        lambda: losses.dpo_loss(FLAT, FLAT[:1]),
+        lambda: losses.soft_preference_loss(FLAT, FLAT, FLAT[:1]),
+        lambda: losses.kto_loss(FLAT, torch.ones(3, dtype=torch.bool)),
+        lambda: losses.kto_loss(FLAT, torch.ones(4)),
+        lambda: losses.kto_loss(FLAT, torch.ones(4, dtype=torch.bool), weights=(1.0, NAN)),
+        lambda: losses.kto_loss(FLAT, torch.ones(4, dtype=torch.bool), weights=(-1.0, 1.0)),
+        lambda: policy_losses.group_advantages(FLAT),
+        lambda: policy_losses.group_advantages(torch.zeros(4, 1)),
+        lambda: policy_losses.group_advantages(torch.zeros(2, 3), eps=-1.0),
+        lambda: policy_losses.group_advantages(torch.zeros(2, 3), kept=torch.ones(2, 3)),
+        lambda: policy_losses.group_advantages(
+            torch.zeros(2, 3), kept=torch.ones(2, 2, dtype=torch.bool)
+        ),
+        lambda: policy_losses.policy_loss(FLAT, FLAT, FLAT[:3]),
+        lambda: policy_losses.policy_loss(FLAT, FLAT, FLAT, clip=0.0),
+        lambda: policy_losses.policy_loss(FLAT, FLAT, FLAT, clip=NAN),
+        lambda: policy_losses.clipped(FLAT, FLAT[:3]),
+        lambda: policy_losses.nft_loss(PREDS, PREDS, PREDS, torch.zeros(3)),
+        lambda: policy_losses.nft_loss(PREDS, PREDS[:1], PREDS, torch.zeros(2)),
+        lambda: policy_losses.nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), beta=NAN),
+        lambda: policy_losses.nft_loss(PREDS, PREDS, PREDS, torch.zeros(2), x0_error=torch.ones(3)),
+        lambda: policy_losses.matching_score(PREDS, PREDS[:1], torch.ones(2)),
+        lambda: policy_losses.matching_score(PREDS, PREDS, torch.ones(3)),
+        lambda: policy_losses.matching_score(PREDS, PREDS, torch.ones(2), power=1.5),
+        lambda: policy_losses.matching_score(PREDS, PREDS, torch.ones(2), time_power=-1.0),
+        lambda: policy_losses.guarded_log_ratio(
+            FLAT[:2], FLAT[:2], PREDS, PREDS[:1], torch.tensor(0.5)
+        ),
+        lambda: policy_losses.guarded_log_ratio(FLAT, FLAT, PREDS, PREDS, torch.tensor(0.5)),
+        lambda: policy_losses.guarded_log_ratio(FLAT[:2], FLAT[:2], PREDS, PREDS, torch.ones(3)),
+        lambda: losses.target_distribution(torch.zeros(2, 3), INF),
+        lambda: losses.gdro_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=NAN),
     ],
 )
 def test_shapes_and_numbers_that_make_no_loss_are_refused(call):

@@ -4,6 +4,7 @@
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -161,7 +162,8 @@ def equals_one(name, folder, count):
         torch.testing.assert_close(*levels, rtol=1e-3, atol=5.0)
     for score in alone.lineage.scores:
         assert torch.equal(found[f"{score.step} ancestors"], score.ancestors)
-    tight = {"rtol": 1e-3, "atol": 1e-3}  # of latents up to 4, whose last digits differ
+    noisy = "noise=" in os.environ.get("TILT_TEST", "")  # latents of 4 were off by 1.6e-4
+    tight = {"rtol": 1e-3, "atol": 1e-3 if noisy else 1e-4}
     torch.testing.assert_close(found["latents"], alone.latents, **tight)
     torch.testing.assert_close(found["last"], alone.latents, **tight)  # SD, SD3 and Wan repack none
     torch.testing.assert_close(found["rewards"], alone.rewards, **tight)

@@ -161,21 +161,14 @@ def pending(folder: Path, plan: EvaluationPlan) -> list[int]:
 
 
 def draw(
-    folder: Path,
-    pipe: Any,
-    variant: Variant,
-    plan: EvaluationPlan,
-    which: Sequence[int],
-    preview: Any = None,
-    frames: Frames = Frames(),  # noqa: B008 (frozen)
+    folder: Path, plan: EvaluationPlan, which: Sequence[int], made: Iterator[list[Any]]
 ) -> Iterator[int]:
-    """Generate and write the images of the prompts `which`; yields each index when it is done.
+    """Write what `start` made of the prompts `which`; yields each index when it is written.
 
     Images are written atomically, with their prompts in the metadata as those of `tilt steer`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = start(pipe, variant, plan, which, preview, frames)
-    for i, images in zip(which, drawn, strict=True):
+    for i, images in zip(which, made, strict=True):
         for j, image in enumerate(images):
             about = {"prompt": plan.prompts[i], "seed": plan.seed, "occurrence": j}
             _keep(folder / f"{i:04d}-{j:02d}", image, json.dumps(about, ensure_ascii=False))

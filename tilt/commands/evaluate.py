@@ -229,7 +229,8 @@ def run(settings: Evaluate, line: str) -> None:
         folder = out / variant.name
         mine = range(processes.index, len(plan.prompts), processes.count)
         which = [i for i in pending(folder, plan) if i in mine]
-        work = draw(folder, pipe, variant, plan, which, preview, frames)
+        made = start(pipe, variant, plan, which, preview, frames)
+        work = draw(folder, plan, which, made)
         for _ in tqdm(work, variant.name, len(which), disable=not processes.is_main):
             pass
     processes.finish()
