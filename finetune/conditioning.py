@@ -33,18 +33,19 @@ class Form:
     call: keywords of the pipeline's call; results: for each method of the head its results, with
     names in place of tensors; axes: by name the axis of a tensor's rows, "entries" for a list with
     one tensor per row, or None for what all rows share (sums of the rows' lengths are kept as the
-    lengths); shape: of one row of latents; dtype: of the network, by its name in torch. guided:
-    whether predictions have classifier-free guidance; embedded: whether the guidance scale is an
-    input of the network; copies: rows of the network's batch per row of the call (2 with guidance
-    in one batch). times: whether a call takes a timestep for each of its rows ("rows"), for each
-    row of the network's batch ("copies"), or just one ("each" row in a call of its own).
+    lengths); shape: of one row of latents; dtype: of the network, by its name in torch, or "" in
+    older shards, whose floats are all cast. guided: whether predictions have classifier-free
+    guidance; embedded: whether the guidance scale is an input of the network; copies: rows of the
+    network's batch per row of the call (2 with guidance in one batch). times: whether a call takes
+    a timestep for each of its rows ("rows"), for each row of the network's batch ("copies"), or
+    just one ("each" row in a call of its own).
     """
 
     call: dict[str, Any]
     results: Results
     axes: dict[str, int | str | None]
     shape: tuple[int, ...]
-    dtype: str = "float32"
+    dtype: str = ""
     guided: bool = False
     embedded: bool = False
     copies: int = 1
@@ -130,7 +131,7 @@ class Conditioning:
         """Return the head's results for these rows, for a network in `dtype`.
 
         Tensors in the dtype that the network had when they were recorded are cast; others, such as
-        positions in float32, stay what the pipeline made them.
+        positions in float32 beside a network in 16 bits, stay what the pipeline made them.
         Raises ValueError if what all rows of a call share differs between them.
         """
         joined = {name: self._joined(name, dtype) for name in self.form.axes}
@@ -142,7 +143,8 @@ class Conditioning:
     def _joined(self, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
         axis = self.form.axes[name]
         own = {id(row): row[name] for row in self.rows}
-        if str(self.rows[0][name].dtype) == f"torch.{self.form.dtype}":
+        held = self.rows[0][name].dtype
+        if held.is_floating_point and self.form.dtype in ("", str(held).removeprefix("torch.")):
             own = {key: value.to(dtype) for key, value in own.items()}
         values = [own[id(row)] for row in self.rows]
         if axis == _ENTRIES:
@@ -202,14 +204,15 @@ def form_of(
 
 
 class _Bounds(tuple[Tensor]):
-    """The lengths of the rows, which a pipeline has as sums: 0, and where each row ends."""
+    """The lengths of the rows' sequences, which a pipeline has as sums: 0, then each row's end."""
 
 
 def _lengths(one: Any, two: Any) -> tuple[Any, Any]:
     """Return the results of one row and of two with lengths in place of the sums of lengths."""
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         sums = (one.shape, two.shape) == ((2,), (3,)) and not one.is_floating_point()
-        if sums and two.tolist() == [0, one[1].item(), 2 * one[1].item()]:
+        n = one[1].item() if sums else 0
+        if sums and (one.tolist(), two.tolist()) == ([0, n], [0, n, 2 * n]):
             return _Bounds((one.diff(),)), _Bounds((two.diff(),))
     elif isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         pairs = {key: _lengths(one[key], two[key]) for key in one}

@@ -11,13 +11,15 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from steering.axes import Unclear, compared, rows_in, take
+from steering.call import COUNTS
 from steering.keywords import check_keywords
 from steering.networks import StandIn
 from steering.schedulers import StochasticFlow, stochastic
@@ -31,7 +33,7 @@ __all__ = ["Recorder", "record"]
 
 _SCALES = ("guidance_scale", "true_cfg_scale")  # classifier-free guidance is off at 1
 # what the recording or the training sets, or what would have no effect
-_OURS = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt", "eta")
+_OURS = ("prompt", "generator", "output_type", "return_dict", "eta", *COUNTS)
 _NEAR, _FAR = 0.25, 0.75  # two times
 
 
@@ -241,7 +243,8 @@ def _check(kind: type, call: Mapping[str, Any]) -> None:
             raise ValueError(f"{kind.__name__} takes no keyword {name}=")
         if not _is_plain(value):
             raise ValueError(
-                f"{kind.__name__} cannot be trained with {name}=: only texts are learned"
+                f"{kind.__name__} cannot be trained with {name}=: keywords are numbers, texts, or "
+                "lists of them"
             )
     check_keywords(kind.__call__, call, kind.__name__)
 
@@ -272,8 +275,9 @@ def _stop(*args: Any, **kwargs: Any) -> Any:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a value is an object that will hold tensors later, as a cache of keys."""
-    known = isinstance(value, Tensor | nn.Module | Mapping | list | tuple)
+    """Return whether a value is an object without tensors yet, such as an empty key-value cache."""
+    known = isinstance(value, Tensor | nn.Module | Mapping | list | tuple | Enum)
+    known = known or is_dataclass(value)
     return not known and bool(getattr(value, "__dict__", None)) and not _holds_tensors(value, set())
 
 

@@ -96,7 +96,8 @@ def check_filter(
     if x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: pass (prompts, particles, *shape)")
     check_callable("kernel", kernel, "a function of (step, x) that returns a Transition")
-    for name, function in (("reward", reward), ("on_the_way", on_the_way or reward)):
+    scout = reward if on_the_way is None else on_the_way
+    for name, function in (("reward", reward), ("on_the_way", scout)):
         check_callable(name, function, "a function of x0 that returns (prompts, particles) scores")
     check_count("num_steps", num_steps)
     check_settings(settings)

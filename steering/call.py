@@ -52,7 +52,7 @@ _CLASHES = {
 # keywords whose str is one text for all prompts; other keywords with "prompt" in their name differ
 _TEXTS = re.compile(r"(negative_)?prompt(_\d+)?")
 _PICTURES = re.compile(r"image|video|audio|frames|mask|control|condition")
-_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 COUNTS_OF_FRAMES = ("num_frames", "frames", "video_length")  # SanaVideo and Latte have others
 WAYS = ("count", "texts", "pictures")  # to request rows: by a count, or by repeating these
 
@@ -187,7 +187,7 @@ class PipelineCall:
         one image per row.
         """
         call = dict(self.keywords)
-        count = next((name for name in _COUNTS if name in self.defaults), None)
+        count = next((name for name in COUNTS if name in self.defaults), None)
         # Several prompts are repeated here, since some pipelines (Sana, PixArt) repeat their
         # attention masks in another order than their embeddings. So are embeddings, which SD3 does
         # not repeat.

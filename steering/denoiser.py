@@ -169,7 +169,7 @@ def _once(encoder: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     order = torch.arange(len(source), device=source.device)
     first = torch.full((int(source.max()) + 1,), len(source), device=source.device)
     first = first.scatter_reduce(0, source, order, "amin")
-    if len(first) in (len(source), tokens[0].shape[1]):  # else an axis of n rows may be of tokens
+    if len(first) in (len(source), tokens[0].shape[1]):  # or its axis could be that of the tokens
         return encoder(*args, **kwargs)
     cut = {key: part[first] if isinstance(part, Tensor) else part for key, part in call.items()}
     positional = [part for key, part in cut.items() if isinstance(key, int)]

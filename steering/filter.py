@@ -218,12 +218,13 @@ def particle_filter(
     """Run the filter on any chain; yields a Population per step, the last with closed weights.
 
     x (b, k, *shape) is drawn from the chain's initial law; kernel(step, x) -> Transition proposes
-    the move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0. With
-    on_the_way, that scores the predicted ones in its place; the target stays that of reward. All
-    noise comes from `generator`, which also seeds one generator per prompt for resampling, so the
-    noise does not depend on whether anything is resampled. Raises ValueError before the first step
-    for settings that do not fit num_steps or k, and later for rewards that are not finite. Rewards
-    are computed at every scored step, even with min_ess=0, since the populations report them.
+    the move at step = 0 .. num_steps-1; reward(x0) -> (b, k) scores predicted and final x0;
+    on_the_way(x0) -> (b, k), if given, scores the predicted ones in its place, and the target stays
+    that of reward. All noise comes from `generator`, which also seeds one generator per prompt for
+    resampling, so the noise does not depend on whether anything is resampled. Raises ValueError
+    before the first step for settings that do not fit num_steps or k, and later for rewards that
+    are not finite. Rewards are computed at every scored step, even with min_ess=0, since the
+    populations report them.
     """
     check_filter(x, kernel, reward, num_steps, settings, generator, on_the_way)
     scored = scored_steps(num_steps, settings)
@@ -231,7 +232,7 @@ def particle_filter(
     return _run(
         x,
         kernel,
-        (reward, on_the_way or reward),
+        (reward, reward if on_the_way is None else on_the_way),
         num_steps,
         settings,
         generator,

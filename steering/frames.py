@@ -82,8 +82,11 @@ class Frames:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what `reward.evaluate` says of n images (n, 3, h, w) or videos (n, f, 3, h, w).
 
-        They are quantised or floats; the results are the totals (n,) and the parts by name.
+        They are quantised or floats; the results are the totals (n,) and the parts by name. Raises
+        ValueError if the videos have fewer frames than are to be scored.
         """
+        if outputs.ndim == 5:
+            self.check(outputs.shape[1])
 
         def function(images: Tensor, rows: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
             of_rows = None if references is None else [references[i] for i in rows]

@@ -20,7 +20,7 @@ class Score:
     """One scored step: the particles before resampling, and the ancestors of those after it."""
 
     step: int
-    rewards: Tensor  # (b, k) of x̂0
+    rewards: Tensor  # (b, k) of x̂0, by on_the_way= if it was given
     log_weights: Tensor  # (b, k), with this score's potential
     ess: Tensor  # (b,), 1 to k, before resampling
     ancestors: Tensor  # (b, num) int64

@@ -28,7 +28,7 @@ from steering.lineage import Moment, Score, why_nothing_moved
 from steering.result import Steered
 from steering.run import Run
 from steering.schedulers import stochastic
-from steering.scoring import PromptScorer, RewardFunction, scout_of
+from steering.scoring import RewardFunction, scorers_of
 from steering.seeds import generators
 from steering.settings import FeynmanKac
 from steering.spread import Spread
@@ -87,8 +87,8 @@ def steer(
             "first", or a number of evenly spaced ones. Only a first frame that depends on no other
             can be decoded alone; otherwise every score decodes the whole video.
         video_score: The score of a video: the "mean" or the "min" of its frames' scores.
-        on_the_way: Another reward, of the same scale, for what is scored during the run. The final
-            images are weighed by exp(λ r) of `reward`, so the target is the same.
+        on_the_way: Another reward, of the same scale, for what is scored during the run, as the
+            lineage shows it. The final images are weighed by `reward`, so the target is the same.
         pipe_kwargs: Keywords of the pipeline's own call.
 
     Raises ValueError before any step for arguments that cannot work, and during the run for a
@@ -154,11 +154,12 @@ def steer_each(
     if isinstance(references, str):
         references = [call.reference(references)] * len(prompts)
     frames = Frames(score_frames, video_score)
+    judge, scout = scorers_of(reward, on_the_way, prompts, references, frames)
     run = Run(
         pipe=pipe,
         call=call,
-        judge=PromptScorer(reward, prompts, references, frames),
-        scout=scout_of(on_the_way, prompts, references, frames),
+        judge=judge,
+        scout=scout,
         prompts=prompts,
         k=particles,
         settings=replace(settings, noise=stochastic(pipe.scheduler, settings.noise).chain.noise),

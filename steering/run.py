@@ -86,6 +86,11 @@ class Run:
                 "preview_size= have no effect; leave them out."
             )
         if not needs_scores(self.settings, self.k):
+            if self.scout is not None:
+                raise ValueError(
+                    "on_the_way= has no effect, since this run scores only its final images (one "
+                    "particle, reward_scale=0 or min_ess=0, and no funnel); leave it out."
+                )
             return
         refuse_momentum(self.pipe, self.call.value("guidance_scale"))
         if self.settings.noise == 0 and self.settings.reward_scale != 0:
@@ -382,7 +387,7 @@ class Run:
             self.settings,
             self.call.keywords,
             keys(self.prompts),
-            references=self.judge.references,
+            references=self.judge.references or (self.scout and self.scout.references),
             preview=self.preview,
             reward=self.judge.name,
             on_the_way=None if self.scout is None else self.scout.name,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steering.frames import Frames
 
-__all__ = ["PromptScorer", "RewardFunction", "scout_of"]
+__all__ = ["PromptScorer", "RewardFunction", "scorers_of"]
 
 
 class RewardFunction(Protocol):
@@ -40,11 +40,12 @@ class PromptScorer:
         prompts: Sequence[str],
         references: Sequence[Any] | None,
         frames: Frames = Frames(),  # noqa: B008 (frozen)
+        argument: str = "reward",
     ):
         if not callable(reward):
             raise ValueError(
-                f"reward is a {type(reward).__name__}; pass a function of (images, prompts), such "
-                'as the one that rewards.load("clip") returns.'
+                f"{argument} is a {type(reward).__name__}; pass a function of (images, prompts), "
+                'such as the one that rewards.load("clip") returns.'
             )
         _check_signature(reward)
         if references is not None and not _wants_references(reward):
@@ -133,18 +134,23 @@ class PromptScorer:
         return scores
 
 
-def scout_of(
-    reward: Any, prompts: Sequence[str], references: Sequence[Any] | None, frames: Frames
-) -> PromptScorer | None:
-    """Return what scores during a run in place of its reward, or None for None."""
-    if reward is None:
-        return None
-    if not callable(reward):
-        raise ValueError(
-            f"on_the_way is a {type(reward).__name__}; pass a function of (images, prompts), or "
-            "None for the reward itself."
-        )
-    return PromptScorer(reward, prompts, references if _wants_references(reward) else None, frames)
+def scorers_of(
+    reward: Any,
+    on_the_way: Any,
+    prompts: Sequence[str],
+    references: Sequence[Any] | None,
+    frames: Frames,
+) -> tuple[PromptScorer, PromptScorer | None]:
+    """Return what scores the final outputs, and what scores those before in its place, or None.
+
+    Of two rewards, those that take references get them. Raises ValueError if none takes any.
+    """
+    if on_the_way is None:
+        return PromptScorer(reward, prompts, references, frames), None
+    takes = [callable(one) and _wants_references(one) for one in (reward, on_the_way)]
+    first, second = (references if wants or not any(takes) else None for wants in takes)
+    scout = PromptScorer(on_the_way, prompts, second, frames, "on_the_way")
+    return PromptScorer(reward, prompts, first, frames), scout
 
 
 def _wants_references(reward: Any) -> bool:

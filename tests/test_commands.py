@@ -1,8 +1,9 @@
-"""Every command of the README and docs/ is run: as it stands, but smaller.
+"""The commands of the README and docs/ are run: as they stand, but smaller.
 
 A page's commands run one after another in a folder of its own, in a shell. The published models
 that they name are folders there of those names, with random weights; rewards whose weights are
-downloaded become the embedded ones. What `.ci/run` calls itself is only found there.
+downloaded become the embedded ones. What `.ci/run` or another test runs is only
+found there, and what takes long is parsed by test_configs.py.
 """
 
 from __future__ import annotations
@@ -81,14 +82,21 @@ MODELS |= {
     )
     for name, kind in LARGER.items()
 }
+FOLLOWING = "tests/test_following.py"
 # what is not run here: the file that runs it, and how that reads there
 ELSEWHERE = {
     r"^make app|^tilt app": ("tests/test_app_browser.py", r"\"scripts/app\.py\""),
     r"^make ([\w-]+)": (".ci/run", r"^make (?:[\w-]+ )*{}(?: |$)"),
     r"^source \.venv/bin/activate|^pip install -e \.": ("Makefile", r"pip install .*--editable"),
-    r"^tilt .*--follow\b": (  # jobs that wait for one another
-        "tests/test_following.py",
-        "follow",
+    # jobs that wait for one another
+    r"^tilt train gdro .*--follow\b": (
+        FOLLOWING,
+        r"trained\(run, whole, \"--follow=3",
+    ),
+    r"^tilt rollout .*--follow\b": (FOLLOWING, r"\*PLAN, f\"--follow="),
+    r"^tilt score .*--reward .*--follow\b": (
+        FOLLOWING,
+        r"\"--reward\", .*\"--follow\"",
     ),
     r"^tilt train adversarial .* runs/(?:flux|zimage|wan)-online ": (  # for time
         "tests/test_configs.py",

@@ -58,7 +58,7 @@ def test_a_recipe_holds_settings_of_its_script(file):
 
 
 def test_the_commands_of_the_recipes_are_understood(monkeypatch):
-    """They are run by test_commands.py, which is slow."""
+    """Most are run by test_commands.py, which is slow; some online ones are only read here."""
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
     every = re.findall(r"^tilt (?:[^\\\n]|\\\n)*", text, re.MULTILINE)

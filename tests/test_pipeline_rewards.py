@@ -163,6 +163,27 @@ def test_another_reward_scores_on_the_way_and_the_target_stays():
     assert "    on_the_way=on_the_way,\n" in recipe.call(out.manifest)
     with pytest.raises(ValueError, match="on_the_way is a str; pass a function of"):
         steer(pipe, PROMPT, brightness, on_the_way="clip", **run)
+    for more in ({"particles": 1}, {"settings": Settings(min_ess=0.0)}):
+        with pytest.raises(ValueError, match="on_the_way= has no effect, since this run scores on"):
+            steer(pipe, PROMPT, brightness, on_the_way=darkness, **run | more)
+
+
+@pytest.mark.parametrize("who", ["reward", "on_the_way"])
+def test_references_reach_the_one_of_two_rewards_that_takes_them(who):
+    pipe, keywords = family("sd")
+    seen = []
+
+    def compares(images, prompts, references=None):
+        seen.append(references)
+        return brightness(images, prompts)
+
+    rewards = {"reward": brightness, "on_the_way": brightness} | {who: compares}
+    run = {"particles": 2, "settings": Settings(num_scores=2), "progress": False, **keywords}
+    out = steer(pipe, PROMPT, **rewards, references=["r"], **run)
+    assert seen == [["r", "r"]] * (1 if who == "reward" else 2)
+    assert out.manifest["references"] == ["r"]
+    with pytest.raises(ValueError, match="this reward takes no references"):
+        steer(pipe, PROMPT, brightness, on_the_way=brightness, references=["r"], **run)
 
 
 @pytest.mark.parametrize("build", [lambda: family("img2img"), kontext], ids=["img2img", "kontext"])

@@ -155,17 +155,18 @@ def equals_one(name, folder, count):
     for key in ranks[0]:
         assert all(torch.equal(ranks[0][key], other[key]) for other in ranks), key
     alone, found = run(name), ranks[0]
+    # latents near 0 were off by 1.6e-4 under noise=8, where rtol allows nothing
+    near = 1e-3 if "noise=" in os.environ.get("TILT_TEST", "") else 1e-4
     if name != "sound":
         assert_same_picture(found["pixels"], pixels(alone))  # all at once: each is very small
     else:  # the levels of 16 bits differ as the latents may
         levels = [one.float() for one in (found["pixels"], pixels(alone))]
-        torch.testing.assert_close(*levels, rtol=1e-3, atol=5.0)
+        torch.testing.assert_close(*levels, rtol=1e-3, atol=32768 * near + 1)
     for score in alone.lineage.scores:
         assert torch.equal(found[f"{score.step} ancestors"], score.ancestors)
-    noisy = "noise=" in os.environ.get("TILT_TEST", "")  # latents of 4 were off by 1.6e-4
-    tight = {"rtol": 1e-3, "atol": 1e-3 if noisy else 1e-4}
-    torch.testing.assert_close(found["latents"], alone.latents, **tight)
-    torch.testing.assert_close(found["last"], alone.latents, **tight)  # SD, SD3 and Wan repack none
+    torch.testing.assert_close(found["latents"], alone.latents, rtol=1e-3, atol=near)
+    torch.testing.assert_close(found["last"], alone.latents, rtol=1e-3, atol=near)  # none repacks
+    tight = {"rtol": 1e-3, "atol": 1e-4}
     torch.testing.assert_close(found["rewards"], alone.rewards, **tight)
     torch.testing.assert_close(found["half"], alone.components["half"], **tight)
     torch.testing.assert_close(found["log_z"], alone.log_z, rtol=1e-4, atol=1e-2)

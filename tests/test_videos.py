@@ -5,6 +5,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -316,3 +317,9 @@ def test_the_weights_are_those_of_the_frames_that_are_returned():
     torch.testing.assert_close(out.rewards[0], each.mean(1), rtol=1e-6, atol=1e-6)
     log_weights = 7.0 * each.mean(1)
     torch.testing.assert_close(out.log_z, log_mean_exp(log_weights[None]), rtol=1e-5, atol=1e-5)
+
+
+def test_more_frames_than_a_video_has_are_not_scored_twice():
+    reward = SimpleNamespace(evaluate=lambda *args, **kwargs: pytest.fail("it was scored"))
+    with pytest.raises(ValueError, match="score_frames=8: the videos have 4 frames"):
+        Frames(8).evaluate(reward, torch.zeros(1, 4, 3, 2, 2), ["a"])

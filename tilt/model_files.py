@@ -51,7 +51,8 @@ def index_of(name: str, path: str, offline: bool) -> Any:
 def variant_of(index: Mapping[str, Any], files: Iterable[str]) -> str | None:
     """Return the variant to load, None unless a part has no other weights (Kolors: fp16).
 
-    Raises ValueError if there are several.
+    It holds for all parts, so those that have both load it as well. Raises ValueError if there are
+    several.
     """
     found: dict[str, set[str]] = {}
     for file in files:

@@ -204,11 +204,11 @@ def check_calls(
         prompts = [prompt for share in some for prompt in share.prompts]
         if not prompts:
             continue
-        references = _references(prompts, reward, lambda name: name)  # which are not opened here
+        references = _references(prompts, reward, kinds, lambda name: name)  # not opened here
         image = _edited(some[0])  # any of them
-        for call in kinds.values():  # steer_each() checks its arguments when called
+        for kind, call in kinds.items():  # steer_each() checks its arguments when called
             texts = [prompt.text for prompt in prompts]
-            steer_each(pipe, texts, reward, references=references, **call, **image)
+            steer_each(pipe, texts, reward, references=references[kind], **call, **image)
 
 
 def steer_pending(
@@ -224,10 +224,13 @@ def steer_pending(
             given = {
                 "seed": share.seed,
                 "only": [i for which in pending.values() for i in which],
-                "references": _references(share.prompts, reward, _picture),
                 **_edited(share),
             }
-            streams = [steer_each(pipe, texts, reward, **given, **call) for call in kinds.values()]
+            references = _references(share.prompts, reward, kinds, _picture)
+            streams = [
+                steer_each(pipe, texts, reward, references=references[kind], **given, **call)
+                for kind, call in kinds.items()
+            ]
             # strict=True also exhausts each stream, which closes its progress bar
             for folder, *results in zip(pending, *streams, strict=True):
                 yield folder, dict(zip(kinds, results, strict=True))
@@ -252,12 +255,23 @@ def _said_once() -> Iterator[None]:
 
 
 def _references(
-    prompts: Sequence[Prompt], reward: Any, opened: Callable[[str], Any]
-) -> list[list[Any]] | None:
-    """Return the references of each prompt, by default the image that it edits, if any has some."""
-    wanted = getattr(reward, "wants_references", False)
+    prompts: Sequence[Prompt],
+    reward: Any,
+    kinds: Mapping[str, Mapping[str, Any]],
+    opened: Callable[[str], Any],
+) -> dict[str, list[list[Any]] | None]:
+    """Return, for each kind of call, the prompts' references, by default the image that they edit.
+
+    A call whose rewards take none gets them only if no other takes any, and then refuses them.
+    """
+    takes = {
+        kind: any(getattr(r, "wants_references", False) for r in (reward, call.get("on_the_way")))
+        for kind, call in kinds.items()
+    }
+    wanted = any(takes.values())
     names = [p.references or ((p.image,) if p.image and wanted else ()) for p in prompts]
-    return [[opened(name) for name in some] for some in names] if any(names) else None
+    found = [[opened(name) for name in some] for some in names] if any(names) else None
+    return {kind: found if own or not wanted else None for kind, own in takes.items()}
 
 
 def _edited(share: Share) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def check_keywords(pipe: Any, watch: Watch | None, prompts: Sequence[str], call:
     PipelineCall.check(pipe, prompts, call)
     if watch:
         PipelineCall.check(pipe, [*watch.seen, *watch.unseen], watch.call)
-        if frames_of(type(pipe), watch.call)[1] != 1:  # the rule of videos is for videos alone
+        if frames_of(type(pipe), watch.call)[1] != 1:  # the rule of videos says nothing of images
             check_frames(watch.frames, type(pipe), watch.call)
 
 

@@ -33,7 +33,9 @@ _ALONE = {
     "PRXPipeline": "The size of tensor",
     "PRXPixelPipeline": "The size of tensor",
 }
-_DECODES_ALONE = ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline")
+_DECODES_ALONE: dict[str, str] = dict.fromkeys(
+    ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"), "invalid for input of size"
+)
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
@@ -112,9 +114,10 @@ def parity(it: Subject) -> None:
                 return
             try:
                 images = own(it, noise, "pil", form)
-            except RuntimeError:
-                assert type(it.pipe).__name__ in _DECODES_ALONE
-                return
+            except RuntimeError as error:
+                if re.search(_DECODES_ALONE.get(type(it.pipe).__name__, "^$"), str(error)):
+                    return
+                raise
             ours, theirs = _pictures(out.images[0]), _pictures(images)
             assert_same_pictures(ours, theirs)  # large ones are decoded in smaller chunks
             return

@@ -246,13 +246,16 @@ def row(name: str) -> Row:
     if why is not None:
         return Row(name, note=f"not tried: {why}")
     steered = table.read(table.PAGE, STEERED).get(name, Row(name)).cells
+    if refusal(name) is not None and steered.get("reward") == "yes":
+        return Row(name, note="not tried: it makes sound, and rollouts take no decode=")
     if refusal(name) is not None or steered.get("reward") == "refused":
         return Row(name, note="not tried: steer() refuses it, so it draws no rollouts")
     try:
         times = trained_of(name).given.form.times
     except ValueError as error:
         return Row(name, note=f"refused: {error}")
-    note = "A time for each row needs calls of their own." if times == "each" else ""
+    apart = "Its call takes one time, so rows at different times are predicted in separate calls."
+    note = apart if times == "each" else ""
     cells = {}
     for check, function in CHECKS.items():
         try:

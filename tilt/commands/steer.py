@@ -152,8 +152,9 @@ def prepare(args: Steer, processes: Processes) -> tuple[list[Prompt], FeynmanKac
         args.reward = "clip(tiny)" if args.model in tiny.NAMES else "clip"
     args.preview = loading.pick_preview(args.preview, args.model)
     scores: list[Any] = [None, None]
+    finished = is_finished(args, prompts)
     for i, spec in enumerate((args.reward, args.on_the_way)):
-        if spec is not None and not is_finished(args, prompts):
+        if spec is not None and not finished:
             started.say(f"loading {spec}")
             scores[i] = rewards.load(spec, device, imports=True)
             scores[i].check([prompt.text for prompt in prompts])
